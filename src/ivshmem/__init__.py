@@ -1,0 +1,52 @@
+"""Shared memory and doorbells between virtual machines, and between them and host processes.
+
+Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
+
+    Server    what guests connect to: `with ivshmem.Server("/tmp/ivshmem_socket").start(): ...`
+    connect   makes this process a peer, with an id, a region, doorbells and vectors
+    Region    the shared memory itself: `memoryview(region)`, `numpy.frombuffer(region)`
+
+A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
+over `events()`. The command line does the same: `python -m ivshmem --help`.
+"""
+
+from ._core import Interrupt
+from .client import Client, connect
+from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from .errors import (
+    ClosedError,
+    IvshmemError,
+    NoFreeId,
+    NoSuchPeer,
+    NoSuchVector,
+    ProtocolError,
+    RegionError,
+    ServerGone,
+)
+from .region import Region, RegionInfo
+from .server import Peer, Server
+from .sizes import parse_size
+
+__all__ = [
+    "Client",
+    "ClosedError",
+    "Endpoint",
+    "Event",
+    "Interrupt",
+    "IvshmemError",
+    "NoFreeId",
+    "NoSuchPeer",
+    "NoSuchVector",
+    "Peer",
+    "PeerJoined",
+    "PeerLeft",
+    "ProtocolError",
+    "Region",
+    "RegionError",
+    "RegionInfo",
+    "Server",
+    "ServerGone",
+    "ServerLost",
+    "connect",
+    "parse_size",
+]

@@ -1,0 +1,5 @@
+from collections.abc import Sequence
+from typing import Final, NamedTuple, overload
+
+from typing_extensions import Buffer, Self
+

@@ -1,0 +1,851 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""The kernel interface at C speed: descriptors, eventfds, epoll, fd passing, mappings.
+
+Knows: system calls, and how to wait, retry and clean up around them.
+Does not know: what a message means, where memory comes from, any default or policy.
+
+Invariants:
+1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,
+   unless the name says `take`.
+2. A descriptor is not closed while a call that let go of the GIL is using it: the last user closes.
+3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,
+   but for one: see Doorbells.ring.
+4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.dict cimport PyDict_GetItem
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.ref cimport PyObject
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from ._libc cimport (
+    CLOCK_MONOTONIC, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, EAGAIN, EFD_CLOEXEC,
+    EFD_NONBLOCK, EINTR, EINVAL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MAP_FAILED, MAP_SHARED,
+    MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, RWF_NOWAIT,
+    SCM_RIGHTS, SOL_SOCKET, c_close, c_eventfd, c_write, clock_gettime, cmsghdr,
+    epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, getpid, iovec, ivshmem_control,
+    ivshmem_touch, madvise, mincore, mmap, mmsghdr, munmap, pollfd, ppoll, preadv2, recvmmsg,
+    sendmmsg, timespec,
+)
+from ._libc cimport EPOLLERR as _EPOLLERR
+from ._libc cimport EPOLLHUP as _EPOLLHUP
+from ._libc cimport EPOLLIN as _EPOLLIN
+from ._libc cimport EPOLLOUT as _EPOLLOUT
+from ._libc cimport POLLIN as _POLLIN
+
+from collections import namedtuple
+
+from .errors import ClosedError, NoSuchVector, ProtocolError
+
+EPOLLIN = _EPOLLIN
+EPOLLOUT = _EPOLLOUT
+EPOLLERR = _EPOLLERR
+EPOLLHUP = _EPOLLHUP
+
+cdef enum:
+    # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on the
+    # stack, and a default socket buffer holds no more than 278 messages anyway.
+    BATCH = 64
+    # Bytes in a message of protocol version 0.
+    MESSAGE = 8
+
+Interrupt = namedtuple("Interrupt", ["vector", "count"], module="ivshmem")
+Interrupt.__doc__ = "A vector of this endpoint was rung `count` times since it was last waited for."
+
+
+# -- time and errors ------------------------------------------------------------------------------
+
+cdef int64_t _now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+
+
+cdef int64_t _deadline(object timeout) except -1:
+    """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    seconds = timeout
+    if seconds != seconds:
+        raise ValueError("timeout is not a number")
+    if seconds <= 0:
+        return 0
+    if seconds > 1e9:  # 31 years
+        return INT64_MAX
+    return _now() + <int64_t>(seconds * 1e9)
+
+
+cdef int _fail() except -1:
+    PyErr_SetFromErrno(OSError)
+    return -1
+
+
+# -- descriptors ----------------------------------------------------------------------------------
+
+cdef class FdArray:
+    """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
+
+    `close()` closes all of them, once; while another thread's call is using one, that call closes
+    them when it returns. A closed array has length 0.
+    """
+
+    cdef int *fds
+    cdef Py_ssize_t count
+    cdef Py_ssize_t room
+    cdef int users  # calls that let go of the GIL while using one of the fds
+    cdef bint closing
+
+    def __cinit__(self):
+        self.fds = NULL
+
+    @staticmethod
+    def eventfds(Py_ssize_t count):
+        """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+
+        Raises:
+            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
+        """
+        cdef FdArray array = FdArray()
+        cdef int fd
+        for _ in range(count):
+            fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if fd < 0:
+                try:
+                    _fail()
+                finally:
+                    array.close()
+            array.take(fd)
+        return array
+
+    def take(self, int fd):
+        """Append `fd` and own it from now on, also when this call fails."""
+        cdef int *grown
+        if self.closing:
+            c_close(fd)
+            raise ClosedError("the descriptors are closed")
+        if self.count == self.room:
+            grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            if grown == NULL:
+                c_close(fd)
+                raise MemoryError
+            self.fds = grown
+            self.room = self.room * 2 + 1
+        self.fds[self.count] = fd
+        self.count += 1
+
+    def __len__(self):
+        return 0 if self.closing else self.count
+
+    def __getitem__(self, Py_ssize_t index):
+        """The descriptor, still owned by the array."""
+        if self.closing or index < 0 or index >= self.count:
+            raise IndexError(f"descriptor {index} of {len(self)}")
+        return self.fds[index]
+
+    cdef void release(self) noexcept:
+        cdef Py_ssize_t i
+        cdef Py_ssize_t count = self.count
+        self.count = 0
+        for i in range(count):
+            c_close(self.fds[i])
+
+    cdef void done(self) noexcept:
+        """One user less."""
+        self.users -= 1
+        if self.closing and self.users == 0:
+            self.release()
+
+    def close(self):
+        self.closing = True
+        if self.users == 0:
+            self.release()
+
+    def __dealloc__(self):
+        self.release()
+        free(self.fds)
+
+
+cdef class Epoll:
+    """An epoll object whose events carry a token instead of a descriptor.
+
+    A descriptor number is used again as soon as it is closed, so events that were already fetched
+    could speak of the wrong file; a token that is never used twice cannot.
+    """
+
+    cdef int epfd
+
+    def __cinit__(self):
+        self.epfd = -1
+        self.epfd = epoll_create1(EPOLL_CLOEXEC)
+        if self.epfd < 0:
+            _fail()
+
+    def fileno(self):
+        if self.epfd < 0:
+            raise ClosedError("the epoll object is closed")
+        return self.epfd
+
+    cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events = events
+        event.data.u64 = token
+        if epoll_ctl(self.fileno(), op, fd, &event) < 0:
+            _fail()
+        return 0
+
+    def add(self, int fd, uint64_t token, unsigned int events):
+        """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+        self.control(EPOLL_CTL_ADD, fd, events, token)
+
+    def modify(self, int fd, uint64_t token, unsigned int events):
+        self.control(EPOLL_CTL_MOD, fd, events, token)
+
+    def remove(self, int fd):
+        self.control(EPOLL_CTL_DEL, fd, 0, 0)
+
+    def wait(self, timeout=None):
+        """A list of (token, events), empty when `timeout` seconds are over first."""
+        cdef epoll_event events[BATCH]
+        cdef int64_t deadline = _deadline(timeout)
+        cdef int n
+        cdef int epfd = self.fileno()
+        while True:
+            n = _epoll_sleep(epfd, events, BATCH, deadline)
+            if n >= 0:
+                return [(events[i].data.u64, events[i].events) for i in range(n)]
+
+    def close(self):
+        cdef int epfd = self.epfd
+        self.epfd = -1
+        if epfd >= 0:
+            c_close(epfd)
+
+    def __dealloc__(self):
+        if self.epfd >= 0:
+            c_close(self.epfd)
+
+
+cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:
+    """epoll_wait until `deadline`; -1 when a signal handler ran and the caller is to go round again."""
+    cdef int64_t left
+    cdef int milliseconds, n, code
+    if deadline == INT64_MAX:
+        milliseconds = -1
+    else:
+        left = deadline - _now() if deadline else 0
+        # Rounded up, or the last fraction of a millisecond would be spent spinning.
+        milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
+    with nogil:
+        n = epoll_wait(epfd, events, limit, milliseconds)
+        code = errno
+    if n >= 0:
+        return n
+    if code != EINTR:
+        _fail_with(code)
+    PyErr_CheckSignals()
+    return -1
+
+
+cdef int _fail_with(int code) except -1:
+    global errno
+    errno = code
+    PyErr_SetFromErrno(OSError)
+    return -1
+
+
+# -- messages with descriptors --------------------------------------------------------------------
+
+def send_runs(int sock, runs):
+    """Send messages without blocking, in batches of sendmmsg.
+
+    Args:
+        runs: a sequence of (value, fds, first, count, ..): `count` messages of `value`; where `fds`
+            is an FdArray they carry fds[first], fds[first + 1] and so on, where it is None nothing.
+
+    Returns:
+        How many messages went out, in order, before the socket's buffer was full (or the kernel
+        refused for want of memory or of descriptors in flight: the next call says so).
+
+    Raises:
+        OSError: the first message could not be sent, for another reason than a full buffer.
+    """
+    cdef mmsghdr messages[BATCH]
+    cdef iovec iov[BATCH]
+    cdef int64_t values[BATCH]
+    cdef ivshmem_control controls[BATCH]
+    cdef Py_ssize_t total = 0
+    cdef Py_ssize_t first, count, i
+    cdef int filled = 0
+    cdef int sent
+    cdef int64_t value
+    cdef FdArray fds
+    memset(messages, 0, sizeof(messages))
+    memset(controls, 0, sizeof(controls))
+    for i in range(BATCH):
+        iov[i].iov_base = &values[i]
+        iov[i].iov_len = MESSAGE
+        messages[i].msg_hdr.msg_iov = &iov[i]
+        messages[i].msg_hdr.msg_iovlen = 1
+    for run in runs:
+        value, fds, first, count = run[0], run[1], run[2], run[3]
+        if fds is not None and (first < 0 or first + count > fds.count):
+            raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+        for i in range(first, first + count):
+            _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
+            values[filled] = value
+            filled += 1
+            if filled == BATCH:
+                sent = _sendmmsg(sock, messages, filled, total)
+                total += sent
+                if sent < filled:
+                    return total
+                filled = 0
+    if filled:
+        total += _sendmmsg(sock, messages, filled, total)
+    return total
+
+
+cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
+    cdef cmsghdr *header
+    if fd < 0:
+        message.msg_hdr.msg_control = NULL
+        message.msg_hdr.msg_controllen = 0
+        return
+    message.msg_hdr.msg_control = control
+    message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+    header = CMSG_FIRSTHDR(&message.msg_hdr)
+    header.cmsg_len = CMSG_LEN(sizeof(int))
+    header.cmsg_level = SOL_SOCKET
+    header.cmsg_type = SCM_RIGHTS
+    memcpy(CMSG_DATA(header), &fd, sizeof(int))
+
+
+cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:
+    """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
+    cdef int n
+    while True:
+        n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n >= 0:
+            return n
+        if errno == EINTR:
+            continue
+        if errno == EAGAIN or before > 0:
+            return 0
+        return _fail()
+
+
+def receive(int sock, Py_ssize_t limit):
+    """Take up to about `limit` messages off a socket without blocking.
+
+    Returns:
+        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that came
+        with them, which now belong to the caller. The kernel never reads past a byte that carried
+        descriptors, so they belong to the message that holds the chunk's last byte.
+
+    Raises:
+        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.
+        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors
+            of this call are closed.
+    """
+    cdef mmsghdr messages[BATCH]
+    cdef iovec iov[BATCH]
+    cdef char data[BATCH * MESSAGE]
+    cdef ivshmem_control controls[BATCH]
+    cdef int n, i, want
+    cdef list chunks = []
+    cdef bint lost = False
+    cdef bint eof = False
+    while len(chunks) < limit and not eof and not lost:
+        memset(messages, 0, sizeof(messages))
+        for i in range(BATCH):
+            iov[i].iov_base = &data[i * MESSAGE]
+            iov[i].iov_len = MESSAGE
+            messages[i].msg_hdr.msg_iov = &iov[i]
+            messages[i].msg_hdr.msg_iovlen = 1
+            messages[i].msg_hdr.msg_control = &controls[i]
+            messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
+        want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
+        n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN or chunks:
+                break
+            _fail()
+        for i in range(n):
+            fds = _descriptors(&messages[i])
+            lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
+            eof = eof or messages[i].msg_len == 0
+            if messages[i].msg_len:
+                chunks.append(
+                    (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
+                )
+        if n < want:
+            break
+    if lost:
+        for _, fds in chunks:
+            for fd in fds:
+                c_close(fd)
+        raise ProtocolError(
+            "a descriptor from the server was lost: this process has too many open files"
+            " (raise its limit, for instance with `ulimit -n`)"
+        )
+    return chunks, eof
+
+
+cdef tuple _descriptors(mmsghdr *message):
+    cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)
+    cdef int fd
+    cdef size_t i
+    cdef list fds = []
+    while header != NULL:
+        if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
+            for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
+                memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
+                fds.append(fd)
+        header = CMSG_NXTHDR(&message.msg_hdr, header)
+    return tuple(fds)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+cdef class Mapping:
+    """A shared mapping of a file from its start, offered through the buffer protocol.
+
+    Raises:
+        OSError: as of mmap(2).
+    """
+
+    cdef char *start
+    cdef Py_ssize_t length
+    cdef Py_ssize_t views
+    cdef bint fixed  # read-only
+
+    def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):
+        cdef void *address
+        cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
+        self.start = NULL
+        if size <= 0:
+            raise ValueError(f"cannot map {size} bytes")
+        with nogil:
+            address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
+        if address == MAP_FAILED:
+            _fail()
+        self.start = <char *>address
+        self.length = size
+        self.fixed = readonly
+
+    @property
+    def address(self):
+        """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
+        return <size_t>self.start
+
+    @property
+    def size(self):
+        """Bytes mapped."""
+        return self.length
+
+    @property
+    def readonly(self):
+        """Whether this process may only read."""
+        return self.fixed
+
+    @property
+    def closed(self):
+        """Whether the memory is no longer mapped here."""
+        return self.start == NULL
+
+    cdef int check(self) except -1:
+        if self.start == NULL:
+            raise ClosedError("the memory is closed")
+        return 0
+
+    def populate(self, Py_ssize_t page_size):
+        """Fault every page in, for writing where that is allowed; contents stay as they are.
+
+        Raises:
+            OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
+        """
+        cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
+        cdef int code = 0
+        cdef char *page
+        cdef char *end
+        cdef char seen = 0
+        self.check()
+        self.views += 1
+        try:
+            while True:
+                with nogil:
+                    code = errno if madvise(self.start, self.length, advice) < 0 else 0
+                if code != EINTR and code != EAGAIN:
+                    break
+                PyErr_CheckSignals()
+            if code == EINVAL:  # before Linux 5.14
+                page = self.start
+                end = self.start + self.length
+                with nogil:
+                    while page < end:
+                        if advice == MADV_POPULATE_READ:
+                            seen |= (<volatile_char *>page)[0]
+                        else:
+                            ivshmem_touch(page)
+                        page += page_size
+            elif code:
+                _fail_with(code)
+        finally:
+            self.views -= 1
+
+    def resident(self, Py_ssize_t page_size):
+        """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+        cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
+        cdef Py_ssize_t i
+        cdef Py_ssize_t count = 0
+        cdef unsigned char *vector
+        self.check()
+        vector = <unsigned char *>malloc(pages)
+        if vector == NULL:
+            raise MemoryError
+        try:
+            if mincore(self.start, self.length, vector) < 0:
+                _fail()
+            for i in range(pages):
+                count += vector[i] & 1
+        finally:
+            free(vector)
+        return count * page_size
+
+    def __len__(self):
+        return self.length
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self.check()
+        PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+        self.views += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.views -= 1
+
+    def close(self):
+        """Unmap.
+
+        Raises:
+            BufferError: a memoryview, an array or a running call still uses the memory; nothing is
+                changed then.
+        """
+        cdef char *address = self.start
+        if address == NULL:
+            return
+        if self.views:
+            raise BufferError(
+                f"the memory is in use by {self.views} views: release memoryviews and arrays first"
+            )
+        self.start = NULL
+        munmap(address, self.length)
+
+    def __dealloc__(self):
+        if self.start != NULL:
+            munmap(self.start, self.length)
+
+
+cdef extern from *:
+    ctypedef char volatile_char "volatile char"
+
+
+# -- doorbells ------------------------------------------------------------------------------------
+
+cdef enum:
+    # Tokens of the epoll object in Doorbells; those of vectors are smaller.
+    TOKEN_WAKE = 1 << 30
+    TOKEN_NEWS = 1 << 29
+
+
+cdef class Doorbells:
+    """The doorbells that an endpoint rings, and those that it listens on.
+
+    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and overrides
+    two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
+    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.
+    """
+
+    cdef dict bells  # peer -> FdArray
+    cdef FdArray own
+    cdef FdArray wake  # one eventfd, written by close() to send the waiters home
+    cdef Epoll epoll
+    cdef int waiters
+    cdef bint gone
+    cdef int watched
+    cdef int pid
+
+    def __cinit__(self, *args, **kwargs):
+        self.bells = {}
+        self.watched = -1
+        self.pid = getpid()
+        self.own = FdArray()
+        self.epoll = Epoll()
+        self.wake = FdArray.eventfds(1)
+        self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+
+    # Overridden by subclasses.
+
+    def _news(self):
+        raise NotImplementedError
+
+    def _missing(self, peer, vector):
+        raise NotImplementedError
+
+    # Bookkeeping, called with the GIL held.
+
+    def _watch(self, int fd):
+        """Call `_news()` when `fd`, which is borrowed, is readable."""
+        self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+        self.watched = fd
+
+    def _unwatch(self):
+        """Forget the descriptor of `_watch`, before it is closed."""
+        # A forked child shares the epoll object with its parent, and must leave it as it is.
+        if self.watched >= 0 and not self.gone and getpid() == self.pid:
+            self.epoll.remove(self.watched)
+        self.watched = -1
+
+    def _add_vector(self, int fd):
+        """Listen on `fd` as the next vector; takes it."""
+        self.own.take(fd)
+        self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+
+    def _add_bell(self, peer, int fd):
+        """Ring the peer's next vector through `fd`; takes it."""
+        cdef FdArray bells = self.bells.get(peer)
+        if bells is None:
+            bells = self.bells[peer] = FdArray()
+        bells.take(fd)
+
+    def _ring_self(self, peer):
+        """Let `peer`, this endpoint's own id, lead to its own vectors."""
+        self.bells[peer] = self.own
+
+    def _bells(self, peer):
+        """How many doorbells `peer` has; None when it is unknown."""
+        cdef FdArray bells = self.bells.get(peer)
+        return None if bells is None else bells.count
+
+    def _drop_peer(self, peer):
+        """Close the doorbells of `peer`, if there are any."""
+        cdef FdArray bells = self.bells.pop(peer, None)
+        if bells is not None:
+            bells.close()
+
+    @property
+    def vectors(self):
+        """How many vectors others can ring here: they are 0..vectors-1."""
+        return self.own.count
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return self.gone
+
+    cdef int check(self) except -1:
+        if self.gone:
+            raise ClosedError("the endpoint is closed")
+        return 0
+
+    def fileno(self):
+        """A descriptor that is readable while an interrupt or news of a peer is waiting."""
+        self.check()
+        return self.epoll.epfd
+
+    @cython.binding(False)
+    def ring(self, peer, Py_ssize_t vector=0):
+        """Interrupt `vector` of the peer with id `peer`.
+
+        One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens; a
+        peer whose counter is full has an interrupt pending already, which is success. (Such a peer,
+        if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the
+        interpreter, until a signal arrives: Linux has no eventfd write that never waits.)
+
+        Raises:
+            NoSuchPeer: nobody with that id is connected.
+            NoSuchVector: the peer has no such vector.
+            ClosedError: the endpoint is closed.
+        """
+        cdef FdArray bells
+        cdef PyObject *found
+        cdef int fd, code
+        cdef uint64_t one = 1
+        cdef ssize_t n
+        while True:
+            self.check()
+            found = PyDict_GetItem(self.bells, peer)
+            if found != NULL:
+                bells = <FdArray>found
+                if 0 <= vector < bells.count:
+                    break
+            self._missing(peer, vector)
+        fd = bells.fds[vector]
+        bells.users += 1
+        try:
+            while True:
+                with nogil:
+                    n = c_write(fd, &one, sizeof(one))
+                    code = errno
+                if n >= 0 or code == EAGAIN:
+                    return
+                if code != EINTR:
+                    _fail_with(code)
+                PyErr_CheckSignals()
+        finally:
+            bells.done()
+
+    @cython.binding(False)
+    def wait(self, vector=None, timeout=None):
+        """Wait for an interrupt, at most `timeout` seconds (None: as long as it takes; 0: only look).
+
+        Args:
+            vector: the one to wait for; None: any.
+
+        Returns:
+            For a given vector: how often it was rung since the last look, 0 when the time is over.
+            For any: an Interrupt(vector, count), None when the time is over.
+            Rings coalesce in the count: never count messages by interrupts.
+
+        Raises:
+            NoSuchVector: this endpoint has no such vector.
+            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+        """
+        cdef int64_t deadline
+        cdef Py_ssize_t index
+        cdef uint64_t count
+        self.check()
+        if vector is None:
+            return self.wait_any(_deadline(timeout), False)
+        index = vector
+        if not 0 <= index < self.own.count:
+            raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
+        count = _take(self.own.fds[index])
+        if count:
+            return count
+        deadline = _deadline(timeout)
+        if deadline == 0:
+            return 0
+        return self.wait_one(self.own.fds[index], deadline)
+
+    cdef object wait_one(self, int fd, int64_t deadline):
+        cdef pollfd fds[2]
+        cdef timespec left
+        cdef int64_t nanoseconds
+        cdef uint64_t count
+        cdef int n, code
+        fds[0].fd = fd
+        fds[1].fd = self.wake.fds[0]
+        fds[0].events = fds[1].events = _POLLIN
+        self.waiters += 1
+        try:
+            while True:
+                if deadline != INT64_MAX:
+                    nanoseconds = max(deadline - _now(), <int64_t>0)
+                    left.tv_sec = nanoseconds // 1000000000
+                    left.tv_nsec = nanoseconds % 1000000000
+                with nogil:
+                    n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
+                    code = errno
+                if self.gone:
+                    raise ClosedError("the endpoint was closed while waiting")
+                if n < 0:
+                    if code != EINTR:
+                        _fail_with(code)
+                    PyErr_CheckSignals()
+                    continue
+                if n == 0:
+                    return 0
+                count = _take(fd)
+                if count:  # else another thread, or a peer, took it
+                    return count
+        finally:
+            self.leave()
+
+    def _wait_event(self, timeout=None):
+        """Like wait(), but returns None as soon as `_news()` was called, too."""
+        self.check()
+        return self.wait_any(_deadline(timeout), True)
+
+    cdef object wait_any(self, int64_t deadline, bint for_news):
+        cdef epoll_event event
+        cdef uint64_t count
+        cdef int n
+        self.waiters += 1
+        try:
+            while True:
+                n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+                if self.gone:
+                    raise ClosedError("the endpoint was closed while waiting")
+                if n < 0:
+                    continue
+                if n == 0:
+                    return None
+                if event.data.u64 == TOKEN_NEWS:
+                    self._news()
+                    if for_news:
+                        return None
+                elif event.data.u64 < TOKEN_NEWS:
+                    count = _take(self.own.fds[event.data.u64])
+                    if count:
+                        return Interrupt(event.data.u64, count)
+        finally:
+            self.leave()
+
+    cdef void leave(self) noexcept:
+        """One waiter less; the last one out of a closed endpoint closes the descriptors."""
+        self.waiters -= 1
+        if self.gone and self.waiters == 0:
+            self.release()
+
+    cdef void release(self) noexcept:
+        self.own.close()
+        self.wake.close()
+        self.epoll.close()
+
+    def close(self):
+        """Stop ringing and listening, and send waiters home with ClosedError. May be called twice."""
+        cdef uint64_t one = 1
+        if self.gone:
+            return
+        self._unwatch()
+        self.gone = True
+        for bells in self.bells.values():
+            if bells is not self.own:
+                (<FdArray>bells).close()
+        self.bells.clear()
+        # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
+        if self.waiters and getpid() == self.pid:
+            c_write(self.wake.fds[0], &one, sizeof(one))
+        else:
+            self.release()
+
+
+cdef uint64_t _take(int fd) except? 0:
+    """The count of an eventfd, set back to 0; 0 when nobody rang. Never blocks.
+
+    RWF_NOWAIT does what O_NONBLOCK would, whatever other processes did to that flag; eventfds know
+    it since Linux 5.8, which is why that is the oldest kernel supported.
+    """
+    cdef uint64_t count = 0
+    cdef iovec iov
+    cdef ssize_t n
+    iov.iov_base = &count
+    iov.iov_len = sizeof(count)
+    while True:
+        n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+        if n == sizeof(count):
+            return count
+        if errno == EAGAIN:
+            return 0
+        if errno != EINTR:
+            _fail()

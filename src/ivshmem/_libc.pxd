@@ -1,0 +1,124 @@
+# System calls, constants and structures that Cython's own libc and posix packages lack.
+# All of it is Linux: eventfd(2), epoll(7), sendmmsg(2), recvmmsg(2), unix(7), preadv2(2), madvise(2).
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum: EAGAIN, EINTR, EINVAL
+
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    enum: CLOCK_MONOTONIC
+
+
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close"(int fd)
+    ssize_t c_write "write"(int fd, const void *buffer, size_t size)
+    int getpid()
+
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int c_eventfd "eventfd"(unsigned int initial, int flags)
+    enum: EFD_CLOEXEC, EFD_NONBLOCK
+
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *sigmask)
+    enum: POLLIN
+
+
+cdef extern from "<sys/epoll.h>" nogil:
+    union epoll_data:
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    int epoll_wait(int epfd, epoll_event *events, int limit, int milliseconds)
+    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
+    enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv2(int fd, const iovec *iov, int count, long offset, int flags)
+    enum: RWF_NOWAIT
+
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        void *msg_name
+        unsigned int msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
+    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
+    cmsghdr *CMSG_FIRSTHDR(msghdr *message)
+    cmsghdr *CMSG_NXTHDR(msghdr *message, cmsghdr *control)
+    unsigned char *CMSG_DATA(cmsghdr *control)
+    size_t CMSG_LEN(size_t size)
+    enum: SOL_SOCKET, SCM_RIGHTS
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL, MSG_CMSG_CLOEXEC, MSG_CTRUNC
+
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t size)
+    int madvise(void *address, size_t size, int advice)
+    int mincore(void *address, size_t size, unsigned char *pages)
+    void *MAP_FAILED
+    enum: MAP_SHARED, PROT_READ, PROT_WRITE
+
+
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+
+    /* One message carries one descriptor: this is its control buffer. On 64-bit CMSG_SPACE(sizeof(int))
+       admits a second one, so a receiver must look at cmsg_len and not assume. */
+    typedef union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } ivshmem_control;
+
+    /* Since Linux 5.14; older headers lack the name. */
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+
+    /* Faults one page in for writing without changing what another process may be writing there. */
+    static inline void ivshmem_touch(volatile char *byte)
+    {
+        __atomic_fetch_or(byte, 0, __ATOMIC_RELAXED);
+    }
+    """
+    ctypedef union ivshmem_control:
+        char bytes[1]
+    enum: MADV_POPULATE_READ, MADV_POPULATE_WRITE
+    void ivshmem_touch(char *byte) nogil

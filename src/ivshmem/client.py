@@ -1,0 +1,286 @@
+"""A host process as a peer: connects to a server and is then an endpoint.
+
+Knows: setting up, and following who joins and leaves. Does not know: how a server works.
+
+Invariants:
+1. Every descriptor received is owned by the region, a doorbell or a vector, or is closed.
+2. After set-up nothing that the server does or sends raises: it is a ServerLost event.
+3. News that nobody asks for takes memory for at most two events per peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterable
+
+from . import _core, sockets
+from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
+from .protocol import Framer, GotLeave, GotMemory, GotVector, Message, Session, State
+from .region import Region
+
+# How long a server must be silent after the memory before an only client takes its set-up to be
+# complete, where the server does not say so. The example server sends a set-up in one go.
+SETTLE = 0.1
+
+_BATCH = 512  # messages taken from the socket in one go
+_PATIENCE = 0.1  # seconds for another thread to take in news
+_FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between looks for the end of set-up
+
+
+def connect(
+    path: str | os.PathLike[str],
+    *,
+    timeout: float | None = None,
+    vectors: int | None = None,
+    readonly: bool = False,
+) -> Client:
+    """Connect to the server at `path` and wait until set-up is complete.
+
+    Args:
+        timeout: seconds for all of it; None: as long as it takes.
+        vectors: how many vectors the server gives each peer, if that is known. It is only needed
+            with a server that is not this package's, for its first client, to be quite sure: there
+            the end of set-up follows from a tenth of a second of silence. (Vectors that come later
+            count all the same.)
+        readonly: map the memory for reading only.
+
+    Raises:
+        TimeoutError: set-up was not complete in time.
+        ServerGone: the server ended the connection during set-up.
+        ProtocolError: what it sent is not protocol version 0.
+        RegionError: its memory cannot be mapped.
+        OSError: nobody listens there, no permission, out of descriptors. Whatever was opened is
+            closed.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return Client(sockets.connect(path, timeout), os.fspath(path), deadline, vectors, readonly)
+
+
+class Client(Endpoint):
+    """A host process connected to a server; made by `connect`.
+
+    When the server ends, memory and doorbells go on working, `connected` is False, and `events` says
+    ServerLost once.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        path: str,
+        deadline: float | None,
+        vectors: int | None,
+        readonly: bool,
+    ) -> None:
+        self.path = path
+        self._socket = sock
+        self._readonly = readonly
+        self._session = Session(vectors)
+        self._framer = Framer()
+        self._lock = threading.Lock()  # one thread at a time reads the socket
+        self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
+        self.id = -1
+        try:
+            sock.setblocking(False)
+            self._set_up(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- what a client knows ----------------------------------------------------------------------
+
+    @property
+    def peers(self) -> list[int]:
+        """Ids of the other peers, as of now, in ascending order."""
+        if not self.closed:
+            self._news()
+        return self._session.peers
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server still tells of peers."""
+        return self._socket.fileno() >= 0
+
+    # -- set-up -----------------------------------------------------------------------------------
+
+    def _set_up(self, deadline: float | None) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        pause = _FIRST_LOOK
+        quiet_since = time.monotonic()
+        while True:
+            told_all = self._told_all()  # asked first: what was sent before is then in the socket
+            with contextlib.suppress(ConnectionError):  # connected is False then
+                if self._receive():
+                    quiet_since = time.monotonic()
+                    pause = _FIRST_LOOK
+            state = self._session.state
+            if state is State.SETUP and self.connected:
+                if told_all:
+                    self._session.end_setup()
+                elif time.monotonic() - quiet_since > SETTLE:
+                    self._session.end_setup(guessed=True)
+            if self._session.state is State.READY:
+                break
+            if not self.connected:
+                raise ServerGone(
+                    f"{self.path}: the server ended the connection before it had sent the"
+                    f" {_MISSING[state]}: is this an ivshmem server? (it may have refused you)"
+                )
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"{self.path}: set-up was not complete in time (still waiting for the"
+                    f" {_MISSING[state]}): is this an ivshmem server, and does it run?"
+                )
+            # A first look finds nothing more often than not: the server has still to accept.
+            limit = pause if state is State.SETUP else SETTLE
+            if deadline is not None:
+                limit = min(limit, max(deadline - time.monotonic(), 0))
+            poll.poll(max(limit * 1000, 0.001))
+            pause = min(pause * 2, _LAST_LOOK)
+        self.id = self._session.id
+        self._ring_self(self.id)
+        if self.connected:
+            self._watch(self._socket.fileno())
+
+    def _told_all(self) -> bool:
+        """Whether the server has shut down its receiving side, by which ours ends a set-up.
+
+        Protocol version 0 has no message for that. To a client of version 0 it makes no difference,
+        since it never sends; one that knows sees EPIPE when it sends nothing at all, see unix(7).
+        """
+        try:
+            self._socket.send(b"", socket.MSG_NOSIGNAL)
+        except BrokenPipeError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    # -- following the server ---------------------------------------------------------------------
+
+    def _news(self) -> None:
+        """Take in what the server has sent; its failures become a ServerLost event."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return  # a signal handler that interrupted this very method
+        try:
+            if self.connected:
+                self._receive()
+        except ConnectionError:
+            pass  # lost already
+        except (ProtocolError, OSError) as error:
+            self._lose(str(error))
+        finally:
+            self._lock.release()
+
+    def _receive(self) -> bool:
+        """Take in what is in the socket; whether there was anything.
+
+        Raises:
+            ProtocolError, OSError: the connection is of no further use.
+        """
+        anything = False
+        while True:
+            try:
+                chunks, eof = _core.receive(self._socket.fileno(), _BATCH)
+            except ConnectionError as error:
+                self._lose(f"the connection to the server broke: {error.strerror}")
+                raise
+            anything = anything or bool(chunks)
+            self._take_in(chunks)
+            if eof:
+                self._lose("the server ended the connection")
+            if eof or len(chunks) < _BATCH:
+                return anything
+
+    def _take_in(self, chunks: list[tuple[bytes, tuple[int, ...]]]) -> None:
+        """Hand chunks through framing and session to where their descriptors belong."""
+        messages: list[Message] = []
+        for data, fds in chunks:
+            messages += self._framer.feed(data, fds)
+        done = 0
+        try:
+            for message in messages:
+                event = self._session.receive(message)
+                done += 1
+                self._apply(event)
+        except BaseException:
+            for message in messages[done:]:
+                _close_all(message.fds)
+            raise
+
+    def _apply(self, event: GotMemory | GotVector | GotLeave | None) -> None:
+        if isinstance(event, GotMemory):
+            self.region = Region.from_fd(event.fd, readonly=self._readonly)
+        elif isinstance(event, GotVector):
+            if event.peer == self._session.id:
+                self._add_vector(event.fd)
+                return
+            self._add_bell(event.peer, event.fd)
+            if event.whole and self._session.state is State.READY:
+                self._queue[PeerJoined, event.peer] = PeerJoined(event.peer)
+        elif isinstance(event, GotLeave):
+            self._drop_peer(event.peer)
+            unread = self._queue.pop((PeerJoined, event.peer), None)
+            if event.whole and unread is None:
+                self._queue[PeerLeft, event.peer] = PeerLeft(event.peer)
+
+    def _lose(self, reason: str) -> None:
+        """The connection is over; what it brought stays."""
+        self._queue[ServerLost, -1] = ServerLost(reason)
+        self._unwatch()
+        self._socket.close()
+        _close_all(self._framer.held)
+        self._framer = Framer()
+
+    def _next_news(self) -> Event | None:
+        with self._lock:
+            return self._queue.pop(next(iter(self._queue))) if self._queue else None
+
+    def _missing(self, peer: int, vector: int) -> None:
+        """Somebody unknown is rung: perhaps the news of it are still in the socket."""
+        self._news()
+        bells = self._bells(peer)
+        if bells is None:
+            raise NoSuchPeer(f"peer {peer} is not connected; connected are {self.peers or 'none'}")
+        if not 0 <= vector < bells:
+            raise NoSuchVector(f"vector {vector}: peer {peer} has {bells} vectors")
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave: the server tells the others. May be called twice.
+
+        Raises:
+            BufferError: a view of the memory is alive; nothing has changed.
+        """
+        region = getattr(self, "region", None)  # missing while set-up has not come to it
+        if region is not None:
+            region.close()
+        self._unwatch()
+        self._socket.close()
+        _close_all(self._framer.held)
+        self._framer = Framer()
+        _core.Doorbells.close(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"id {self.id}, {self.vectors} vectors"
+        return f"<ivshmem.Client at {self.path}, {state}>"
+
+
+_MISSING = {
+    State.VERSION: "protocol version",
+    State.ID: "id",
+    State.MEMORY: "memory",
+    State.SETUP: "vectors",
+}
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,115 @@
+"""What a client and a guest device have in common, so that a program for one runs on the other.
+
+Knows: the interface and the life cycle. Does not know: where peers and memory come from.
+
+`ring` and `wait` are inherited from `_core.Doorbells` as they are: one call, and one system call at
+most while nothing has to be waited for.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias
+
+from . import _core
+from ._core import Interrupt
+from .errors import ClosedError
+from .region import Region
+
+
+class PeerJoined(NamedTuple):
+    """A peer connected; every vector of it can be rung."""
+
+    peer: int
+
+
+class PeerLeft(NamedTuple):
+    """A peer is gone."""
+
+    peer: int
+
+
+class ServerLost(NamedTuple):
+    """There will be no more news of peers; memory and doorbells of those known go on working."""
+
+    reason: str
+
+
+Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost
+
+
+class Endpoint(_core.Doorbells):
+    """One participant: an id, a shared region, doorbells to ring and vectors to listen on.
+
+    Calls may come from several threads. `close()` ends waiting calls of other threads with
+    ClosedError. A forked child may close its copy and do nothing else with it.
+
+    Attributes:
+        id: this peer's own id, 0..65535.
+        region: the shared memory.
+    """
+
+    id: int
+    region: Region
+
+    def _next_news(self) -> Event | None:
+        """The next event other than an interrupt that has been received already."""
+        raise NotImplementedError
+
+    def events(self, timeout: float | None = None) -> Iterator[Event]:
+        """Yield what happens: interrupts, peers that join and leave, a server that is lost.
+
+        Ends when nothing has happened for `timeout` seconds (None: never; 0: what is there now), or
+        when the endpoint is closed. A peer that came and went between two looks is not mentioned.
+        In an event loop of your own: when `fileno()` is readable, take `events(timeout=0)`.
+        """
+        while not self.closed:
+            event = self.next_event(timeout)
+            if event is None:
+                return
+            yield event
+
+    def next_event(self, timeout: float | None = None) -> Event | None:
+        """The next of `events`; None when nothing happens for `timeout` seconds, or it is closed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        event = self._next_news()
+        while event is None:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            try:
+                event = self._wait_event(left) or self._next_news()
+            except ClosedError:
+                return None
+            if event is None and left == 0:
+                return None
+        return event
+
+    def __iter__(self) -> Iterator[Event]:
+        return self.events()
+
+    def close(self) -> None:
+        """Let go of the doorbells and the memory; may be called twice.
+
+        Raises:
+            BufferError: a view of the memory is alive; nothing has changed.
+        """
+        self.region.close()
+        super().close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        if not self.closed:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            self.close()

@@ -1,0 +1,167 @@
+"""Pages and what there is of them: page sizes, huge pages, memory, space.
+
+Knows: /proc, /sys and statvfs, and how to say in numbers what is short and what mends it.
+Does not know: regions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import RegionError
+from .sizes import format_size, parse_size, roughly
+
+PAGE = mmap.PAGESIZE
+
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
+
+
+# -- page sizes -----------------------------------------------------------------------------------
+
+
+def page_size_of(place: str | int) -> int:
+    """The page size of a file, or of files in a directory: more than PAGE on hugetlbfs only."""
+    return os.statvfs(place).f_bsize if _is_hugetlbfs(place) else PAGE
+
+
+def _is_hugetlbfs(place: str | int) -> bool:
+    """Python's statvfs lacks f_type, so the mount table is asked, by device number.
+
+    A memfd in huge pages is on a hugetlbfs that is mounted nowhere: its link says memfd, and its
+    blocks are larger than a page.
+    """
+    status = os.fstat(place) if isinstance(place, int) else os.stat(place)
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == device:
+            return fields[fields.index("-") + 1] == "hugetlbfs"
+    return isinstance(place, int) and status.st_blksize in huge_page_sizes()
+
+
+def huge_page_sizes() -> list[int]:
+    """The sizes of huge pages, in bytes, that this kernel offers."""
+    return sorted(
+        int(entry.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
+        for entry in HUGE_PAGES.glob("hugepages-*kB")
+    )
+
+
+def huge_page_size(wanted: bool | int | str) -> int:
+    """The bytes of the huge pages that are meant: False none (0), True the default, else a size.
+
+    Raises:
+        RegionError: this machine has no huge pages of that size.
+    """
+    if wanted is False:
+        return 0
+    size = _meminfo()["Hugepagesize"] if wanted is True else parse_size(wanted)
+    offered = huge_page_sizes()
+    if size not in offered:
+        raise RegionError(
+            f"this machine has no huge pages of {format_size(size)}; it offers "
+            + (", ".join(map(format_size, offered)) or "none")
+        )
+    return size
+
+
+# -- what is in memory ----------------------------------------------------------------------------
+
+
+def transparent_huge_bytes(start: int, size: int) -> int:
+    """Bytes of a mapping that stand in transparent huge pages (proc(5), smaps)."""
+    inside = False
+    total = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        field, _, rest = line.partition(" ")
+        if not field.endswith(":"):
+            inside = start <= int(field.partition("-")[0], 16) < start + size
+        elif inside and field in ("ShmemPmdMapped:", "FilePmdMapped:"):
+            total += int(rest.split()[0]) * 1024
+    return total
+
+
+# -- what is short --------------------------------------------------------------------------------
+
+
+def check_memory(size: int, *, now: bool) -> None:
+    """Refuse anonymous memory that this machine can never hold, or with `now` does not have.
+
+    Raises:
+        OSError: ENOMEM.
+    """
+    fields = _meminfo()
+    total = fields["MemTotal"] + fields["SwapTotal"]
+    free = fields["MemAvailable"] + fields["SwapFree"]
+    if size > total or (now and size > free):
+        raise OSError(
+            errno.ENOMEM,
+            f"{format_size(size)} of memory do not fit: this machine has {roughly(total)} with swap,"
+            f" {roughly(free)} of it available; choose a smaller size",
+        )
+
+
+@contextlib.contextmanager
+def explained(size: int, page: int, place: str | None) -> Iterator[None]:
+    """Turn the kernel's bare ENOSPC or ENOMEM into numbers and the command that mends it."""
+    try:
+        yield
+    except OSError as error:
+        if page > PAGE and error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
+            raise _huge_pages_short(size, page) from error
+        if error.errno == errno.ENOSPC and place is not None:
+            raise _space_short(size, place) from error
+        if error.errno in (errno.ENOMEM, errno.EFBIG, errno.EFAULT):
+            raise OSError(
+                errno.ENOMEM,
+                f"{format_size(size)} do not fit ({error.strerror}): choose a smaller size",
+                place,
+            ) from error
+        raise
+
+
+def _huge_pages_short(size: int, page: int) -> OSError:
+    knobs = HUGE_PAGES / f"hugepages-{page // 1024}kB"
+    total, free, reserved = (
+        int((knobs / name).read_text())
+        for name in ("nr_hugepages", "free_hugepages", "resv_hugepages")
+    )
+    needed = size // page
+    available = max(free - reserved, 0)
+    return OSError(
+        errno.ENOMEM,
+        f"{needed} huge pages of {format_size(page)} are needed, {available} of {total} are free;"
+        f" as root: echo {total + max(needed - available, 0)} > {knobs}/nr_hugepages",
+    )
+
+
+def _space_short(size: int, place: str) -> OSError:
+    directory = place if os.path.isdir(place) else os.path.dirname(place)
+    status = os.statvfs(directory)
+    free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+    return OSError(
+        errno.ENOSPC,
+        f"{format_size(size)} are needed, {roughly(free)} of {roughly(total)} are free: make room,"
+        f" or if it is a tmpfs, as root: mount -o remount,size={format_size(_room(size, total, free))}"
+        f" {directory}",
+        place,
+    )
+
+
+def _room(size: int, total: int, free: int) -> int:
+    """The size, in whole MiB, that a file system must have for `size` more bytes to fit."""
+    mebibyte = 1 << 20
+    return -(-(total - free + size) // mebibyte) * mebibyte
+
+
+def _meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    lines = (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return {
+        key: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1) for key, _, rest in lines
+    }

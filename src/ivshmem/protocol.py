@@ -1,0 +1,412 @@
+"""Protocol version 0 between an ivshmem server and its clients, without I/O.
+
+Knows: framing, what may follow what (Session), who must be told what next (Roster).
+Does not know: sockets, processes, clocks; a descriptor is an opaque value, passed on, never closed.
+
+Invariants:
+1. An object that raised ProtocolError is of no further use.
+2. The roster never drops and never reorders: what a client must still be told is the difference
+   between what it was told and what is true now.
+3. One leave for each announced id, none for another; an id that a connected client was ever told
+   of is not given out again while that client stays (QEMU's use-after-free and double free).
+
+Source: QEMU, docs/specs/ivshmem-spec.rst, "Client-Server protocol".
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import struct
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, Sequence, Sized
+from typing import NamedTuple
+
+from .errors import NoFreeId, ProtocolError
+
+VERSION = 0
+MEMORY = -1  # the message value that brings the region's descriptor
+MAX_ID = 65535  # the doorbell register has 16 bits for it
+MAX_VECTORS = 2048  # of the device's property `vectors`
+
+_MESSAGE = struct.Struct("<q")
+
+
+# -- framing --------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """One message: a value, and the descriptors that came with it (none or one, if all is well)."""
+
+    value: int
+    fds: tuple[int, ...] = ()
+
+
+def encode(value: int) -> bytes:
+    """The 8 bytes of a message: a signed little-endian integer."""
+    return _MESSAGE.pack(value)
+
+
+class Framer:
+    """Puts messages together from chunks as they come off the socket, however they were cut."""
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._fds: tuple[int, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Whether a message has begun and not ended."""
+        return bool(self._data)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Descriptors that came with the message that has not ended."""
+        return self._fds
+
+    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> Iterable[Message]:
+        """Take a chunk and yield the messages that it ends.
+
+        `fds` belong to the message that holds the chunk's last byte: the kernel never reads past a
+        byte that carried descriptors.
+        """
+        if not self._data and len(data) == _MESSAGE.size:
+            return [Message(_MESSAGE.unpack(data)[0], fds)]
+        data = self._data + data
+        whole = len(data) // _MESSAGE.size
+        messages = [Message(value) for (value,) in _MESSAGE.iter_unpack(data[: whole * 8])]
+        self._data = data[whole * 8 :]
+        if self._data:
+            earlier, self._fds = self._fds, fds if messages else self._fds + fds
+        else:
+            earlier, self._fds = self._fds, ()
+            messages[-1] = Message(messages[-1].value, fds)
+        if messages and earlier:
+            messages[0] = Message(messages[0].value, earlier + messages[0].fds)
+        return messages
+
+
+# -- the client's side ----------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    """Where a session stands; each member says what must come next."""
+
+    VERSION = enum.auto()  # the server's protocol version
+    ID = enum.auto()  # this client's own id
+    MEMORY = enum.auto()  # the region's descriptor
+    SETUP = enum.auto()  # vectors of the peers that are there, then this client's own
+    READY = enum.auto()  # peers that join and leave
+    FAILED = enum.auto()  # nothing: a ProtocolError was raised
+
+
+_AFTER = {State.VERSION: State.ID, State.ID: State.MEMORY, State.MEMORY: State.SETUP}
+
+
+class GotMemory(NamedTuple):
+    """The region's descriptor arrived; the receiver of this owns it."""
+
+    fd: int
+
+
+class GotVector(NamedTuple):
+    """The next vector of `peer`, which may be this client's own id; the receiver owns `fd`.
+
+    `whole` says that the peer's last vector came with it, so that it counts as joined.
+    """
+
+    peer: int
+    vector: int
+    fd: int
+    whole: bool
+
+
+class GotLeave(NamedTuple):
+    """A peer left. `whole` says whether it had counted as joined."""
+
+    peer: int
+    whole: bool
+
+
+class Session:
+    """What a client knows from the messages of its server.
+
+    Args:
+        vectors: how many vectors each peer has, where that is known beforehand.
+
+    The protocol tells neither the number of vectors nor the end of set-up. Both are known once
+    somebody else was announced completely: everyone has as many vectors as that peer. An only client
+    learns them from end_setup(), which its owner calls when nothing more is to come.
+    """
+
+    def __init__(self, vectors: int | None = None) -> None:
+        self.state = State.VERSION
+        self.id = -1
+        self._vectors = vectors
+        self._guessed = False  # the number of vectors follows from silence
+        self._counts: dict[int, int] = {}  # vectors that each peer was announced with so far
+        self._last = -1  # the id in the last message of the set-up
+
+    @property
+    def vectors(self) -> int | None:
+        """How many vectors each peer has; None while that is not known."""
+        return self._vectors
+
+    @property
+    def peers(self) -> list[int]:
+        """Ids of the other peers that have joined, in ascending order."""
+        return sorted(p for p, n in self._counts.items() if p != self.id and n == self._vectors)
+
+    def receive(self, message: Message) -> GotMemory | GotVector | GotLeave | None:
+        """Take one message and say what it means.
+
+        Raises:
+            ProtocolError: it must not stand here. The state is FAILED then, and the descriptors of
+                the message still belong to the caller.
+        """
+        if self.state is State.FAILED:
+            raise ProtocolError("the session has failed before")
+        before = self.state
+        self.state = State.FAILED
+        event = self._receive(before, message)
+        if self.state is State.FAILED:
+            self.state = _AFTER.get(before, before)
+        return event
+
+    def _receive(self, state: State, message: Message) -> GotMemory | GotVector | GotLeave | None:
+        value, fds = message
+        if len(fds) > 1:
+            raise ProtocolError(f"message {value} came with {len(fds)} descriptors, not 0 or 1")
+        if state is State.VERSION:
+            if fds or value != VERSION:
+                raise ProtocolError(
+                    f"the server speaks protocol version {value}, this client only {VERSION}"
+                    if not fds
+                    else "the server began with a descriptor instead of its protocol version"
+                )
+        elif state is State.ID:
+            if fds or not 0 <= value <= MAX_ID:
+                raise ProtocolError(f"the server gave id {value}, allowed are 0 to {MAX_ID}")
+            self.id = value
+        elif state is State.MEMORY:
+            if value != MEMORY or not fds:
+                raise ProtocolError(
+                    f"expected the memory (message {MEMORY} with a descriptor), got message {value}"
+                    f" with {len(fds)}"
+                )
+            return GotMemory(fds[0])
+        elif not 0 <= value <= MAX_ID:
+            raise ProtocolError(f"message {value} is no peer id, allowed are 0 to {MAX_ID}")
+        elif fds:
+            return self._vector(state, value, fds[0])
+        else:
+            return self._leave(value)
+        return None
+
+    def _vector(self, state: State, peer: int, fd: int) -> GotVector:
+        self._close_group(peer)
+        number = self._counts.get(peer, 0)
+        if self._guessed and peer == self.id:
+            self._vectors = max(self._vectors or 0, number + 1)
+        if self._vectors is not None and number >= self._vectors:
+            raise ProtocolError(f"peer {peer} was announced with more than {self._vectors} vectors")
+        if number >= MAX_VECTORS:
+            raise ProtocolError(f"peer {peer} was announced with more than {MAX_VECTORS} vectors")
+        self._counts[peer] = number + 1
+        whole = number + 1 == self._vectors
+        self.state = State.READY if whole and peer == self.id else state
+        return GotVector(peer, number, fd, whole)
+
+    def _leave(self, peer: int) -> GotLeave | None:
+        if peer == self.id:
+            raise ProtocolError(f"the server says that this client itself ({peer}) has left")
+        if self._last == peer:
+            self._last = -1  # cut short: its group says nothing about the number of vectors
+        count = self._counts.pop(peer, 0)
+        if not count:
+            return None  # the example server does that when there are no vectors
+        return GotLeave(peer, count == self._vectors)
+
+    def _close_group(self, peer: int) -> None:
+        """Learn the number of vectors when the first group of messages has ended."""
+        if self._vectors is None and self._last not in (-1, peer):
+            self._vectors = self._counts[self._last]
+        self._last = peer
+
+    def end_setup(self, *, guessed: bool = False) -> None:
+        """Be told that set-up is over: in state SETUP this client has all its vectors.
+
+        `guessed`: this follows only from the server's silence; should more vectors of this client
+        come after all, they count. In states after SETUP nothing changes.
+        """
+        if self.state is State.SETUP:
+            self._vectors = self._counts.get(self.id, 0)
+            self._guessed = guessed
+            self.state = State.READY
+
+
+# -- the server's side ----------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """`count` messages of the same value, carrying fds[first], fds[first + 1].. (None: nothing)."""
+
+    value: int
+    fds: Sized | None
+    first: int
+    count: int
+    member: Member | None = None  # whose vectors these are, if they are any
+
+
+class Member:
+    """A client as the roster sees it: who it is, and what it was told."""
+
+    __slots__ = ("current", "greeted", "id", "owed", "partial", "serial", "told", "vectors")
+
+    def __init__(self, peer_id: int, serial: int, vectors: Sized) -> None:
+        self.id = peer_id
+        self.serial = serial  # its place in the order of joins
+        self.vectors = vectors
+        self.greeted = 0  # messages of the greeting (version, id, memory) that it was sent
+        self.told = -1  # everyone in the order of joins up to here was announced to it
+        self.current: Member | None = None  # the one that is being announced,
+        self.partial = 0  # with so many vectors so far
+        self.owed: deque[int] = deque()  # ids it was told of that have left since
+
+    def knows(self, other: Member) -> bool:
+        """Whether it was sent any message about `other`."""
+        return other.serial <= self.told or self.current is other
+
+
+class Roster:
+    """Who is connected to a server, and what each must be sent next.
+
+    A member was told of everyone up to a position in the order of joins. What it must be sent is
+    therefore: the rest of its greeting, the rest of the announcement it is in the middle of, leaves
+    of those it knows, and whoever stands after its position. It needs memory only for leaves that it
+    has not read yet, and those are of members it was told of: bounded by their number.
+
+    Args:
+        vectors: of every member, 0..2048.
+        memory: the region's descriptor, as a collection of one.
+    """
+
+    def __init__(self, vectors: int, memory: Sized) -> None:
+        if not 0 <= vectors <= MAX_VECTORS:
+            raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
+        self.vectors = vectors
+        self._memory = memory
+        self._order: list[Member] = []  # who is connected, in the order of joins
+        self._serial = 0  # of the next to join
+        self._unused = 0  # ids from here on were never given out
+        self._free: list[int] = []  # ids that nobody connected was told of, as a heap
+        self._known: deque[tuple[int, int]] = deque()  # (serial at the leave, id) of the others
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Everyone connected, in the order of joins."""
+        return self._order
+
+    @property
+    def full(self) -> bool:
+        """Whether no id is left to give out."""
+        return not self._free and self._unused > MAX_ID
+
+    def join(self, vectors: Sized) -> Member:
+        """Admit a client with these vectors under the lowest id that is safe.
+
+        Raises:
+            NoFreeId: there is none; nothing has changed.
+        """
+        if len(vectors) != self.vectors:
+            raise ValueError(f"{len(vectors)} vectors given, {self.vectors} wanted")
+        if self.full:
+            raise NoFreeId(
+                f"all {MAX_ID + 1} ids are taken or known to a connected peer"
+                " (an id is free again when everyone who was told of it has left)"
+            )
+        if self._free:
+            peer_id = heapq.heappop(self._free)
+        else:
+            peer_id = self._unused
+            self._unused += 1
+        member = Member(peer_id, self._serial, vectors)
+        self._serial += 1
+        self._order.append(member)
+        return member
+
+    def leave(self, member: Member) -> list[Member]:
+        """Remove a member and return those who must be told, now or when they read again."""
+        index = bisect_left(self._order, member.serial, key=lambda m: m.serial)
+        if index == len(self._order) or self._order[index] is not member:
+            raise ValueError(f"peer {member.id} is not connected")
+        del self._order[index]
+        affected = []
+        for other in self._order:
+            if other.knows(member):
+                if other.current is member:
+                    other.current = None
+                if self.vectors:
+                    other.owed.append(member.id)
+                    affected.append(other)
+        if affected:
+            self._known.append((self._serial, member.id))
+        else:
+            heapq.heappush(self._free, member.id)
+        # Whoever was told of an id was connected when its owner left. When the eldest joined later
+        # than that, they have all gone.
+        eldest = self._order[0].serial if self._order else self._serial
+        while self._known and self._known[0][0] <= eldest:
+            heapq.heappush(self._free, self._known.popleft()[1])
+        return affected
+
+    def pending(self, member: Member, limit: int = 1024) -> list[Run]:
+        """What to send to `member` next, in order: about `limit` messages, [] when it knows all."""
+        runs: list[Run] = []
+        if member.greeted < 3:
+            greeting: list[Run] = [
+                Run(VERSION, None, 0, 1),
+                Run(member.id, None, 0, 1),
+                Run(MEMORY, self._memory, 0, 1),
+            ]
+            runs = greeting[member.greeted :]
+        current = member.current
+        if current is not None:
+            runs.append(self._announce(current, member.partial))
+        runs += [Run(peer, None, 0, 1) for peer in member.owed]
+        if not self.vectors:
+            return runs  # nobody can be announced
+        position = member.told if current is None else current.serial
+        start = bisect_right(self._order, position, key=lambda m: m.serial)
+        room = max(limit - len(runs), 0) // self.vectors + 1
+        runs += [self._announce(m, 0) for m in self._order[start : start + room]]
+        return runs
+
+    @staticmethod
+    def _announce(member: Member, first: int) -> Run:
+        return Run(member.id, member.vectors, first, len(member.vectors) - first, member)
+
+    def sent(self, member: Member, runs: Iterable[Run], count: int) -> None:
+        """Note that the first `count` messages of pending()'s `runs` went out.
+
+        Nobody may have joined or left in between.
+        """
+        for run in runs:
+            if count <= 0:
+                break
+            done = min(count, run.count)
+            count -= done
+            if run.member is not None:
+                member.partial = run.first + done
+                whole = done == run.count
+                member.current = None if whole else run.member
+                if whole:
+                    member.told = run.member.serial
+            elif member.greeted < 3:
+                member.greeted += 1
+            else:
+                member.owed.popleft()
+
+    def is_set_up(self, member: Member) -> bool:
+        """Whether a member was sent all of its set-up, its own vectors included."""
+        return member.greeted == 3 and (not self.vectors or member.told >= member.serial)

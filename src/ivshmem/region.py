@@ -1,0 +1,466 @@
+"""Where shared memory comes from: anonymous, a POSIX name, a file, a directory, huge pages.
+
+Knows: creating, attaching, sizing, sealing and reserving the file behind a region.
+Does not know: who shares it; mapping and access are `_core.Mapping`'s.
+
+Invariants:
+1. A region that exists has its space: what tmpfs, a file system or hugetlbfs cannot give is refused
+   at creation, not by SIGBUS later. (Anonymous memory is ordinary memory: it is bounded by the
+   machine's, and only `prealloc` takes it at once.)
+2. An error leaves nothing behind: no name, no descriptor, no mapping.
+3. A path is removed only if it still leads to the file that this object opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from . import _core, pages
+from .errors import ClosedError, RegionError
+from .pages import PAGE
+from .sizes import format_size, parse_size
+
+SHM = "/dev/shm"  # noqa: S108 - where glibc's shm_open(3) keeps POSIX names
+
+MFD_NOEXEC_SEAL = 0x0008  # memfd_create(2), since Linux 6.3; Python does not name it yet
+MFD_HUGE_SHIFT = 26  # the flags from this bit on are the base-2 logarithm of the page size
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+Source = Literal["anonymous", "posix", "file", "directory", "descriptor"]
+
+
+@dataclass(frozen=True)
+class RegionInfo:
+    """What a region is made of, at one moment.
+
+    Attributes:
+        size: bytes.
+        page_size: bytes of one page of its file: a huge page's for hugetlbfs.
+        source: how this process came by it.
+        name: the path, POSIX name or directory; None for an anonymous region or a descriptor.
+        resident: bytes that are in memory, whoever touched them.
+        huge: of these, bytes in huge pages; transparent ones as far as this process has mapped them.
+        readonly: this process may only read.
+        sealed: nobody can shrink or grow the file, so no peer can cause a SIGBUS.
+    """
+
+    size: int
+    page_size: int
+    source: Source
+    name: str | None
+    resident: int
+    huge: int
+    readonly: bool
+    sealed: bool
+
+
+class Region(_core.Mapping):
+    """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
+
+    Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
+    BufferError while a memoryview or an array still looks at the memory. A name or file outlives the
+    region until `unlink()`.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        *,
+        readonly: bool = False,
+        source: Source,
+        name: str | None = None,
+        path: str | None = None,
+        page_size: int,
+    ) -> None:
+        self._fd = _core.FdArray()
+        self._fd.take(fd)
+        self.source: Source = source
+        self.name = name
+        self.page_size = page_size
+        self._path = path
+
+    # -- making one -------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        size: int | str,
+        *,
+        name: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        hugepages: bool | int | str = False,
+        prealloc: bool = False,
+        replace: bool = False,
+        mode: int = 0o600,
+    ) -> Region:
+        """Make a new region of `size` bytes (or "4M", "1.5G", "0x100000"), zeroed.
+
+        Args:
+            name: a POSIX name, as for shm_open(3): it appears in /dev/shm.
+            path: a file, as QEMU's memory-backend-file takes it for `mem-path`.
+            directory: an unlinked file inside it, as hugetlbfs mount points are used.
+                With none of the three the region is anonymous: a memfd, sealed against shrinking,
+                growing and unsealing.
+            hugepages: True (the default huge page size), "2M" or "1G": an anonymous region in huge
+                pages. A name, path or directory is in huge pages if its file system is hugetlbfs.
+            prealloc: take all pages now, as QEMU's `prealloc=on`.
+            replace: make a new one even where something of that name exists. Who has the old one
+                keeps it.
+            mode: permissions of a new name or path.
+
+        Raises:
+            RegionError: a size that is no power of two of at least one (huge) page.
+            FileExistsError: the name or path exists and `replace` is false.
+            OSError: the file system, the memory or the huge pages do not suffice (ENOSPC, ENOMEM,
+                with the numbers and what mends it), or as of open(2). Nothing is left behind.
+        """
+        size = parse_size(size)
+        if sum(place is not None for place in (name, path, directory)) > 1:
+            raise RegionError("name, path and directory exclude each other")
+        if name is None and path is None and directory is None:
+            return cls._anonymous(size, pages.huge_page_size(hugepages), prealloc)
+        if name is not None:
+            source: Source = "posix"
+            target = _posix_path(name)
+        elif path is not None:
+            source, target = "file", os.path.abspath(path)
+        else:
+            source, target = "directory", os.path.abspath(os.fspath(directory or ""))
+        page = pages.page_size_of(target if source == "directory" else os.path.dirname(target))
+        if hugepages and pages.huge_page_size(hugepages) != page:
+            raise RegionError(
+                f"{target} has pages of {format_size(page)}, not huge pages of"
+                f" {format_size(pages.huge_page_size(hugepages))}: name a hugetlbfs mount of that page"
+                " size, or no place at all for a memfd"
+            )
+        check_size(size, page)
+        if source == "posix":
+            pages.check_memory(size, now=True)  # reserving a tmpfs's pages takes them
+        if source == "directory":
+            fd = _open_unlinked(target, mode)
+            return cls._furnish(fd, size, page, source, target, None, prealloc)
+        if replace:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
+        fd = _open_new(target, mode)
+        try:
+            return cls._furnish(fd, size, page, source, name or target, target, prealloc)
+        except BaseException:
+            os.unlink(target)
+            raise
+
+    @classmethod
+    def attach(
+        cls,
+        *,
+        name: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        size: int | str | None = None,
+        readonly: bool = False,
+        prealloc: bool = False,
+    ) -> Region:
+        """Map what exists under a POSIX name or path; its contents stay as they are.
+
+        Args:
+            size: what it must be; None: whatever it is.
+            readonly: open and map for reading only.
+
+        Raises:
+            RegionError: it has another size, or one that no guest could use.
+            OSError: as of open(2).
+        """
+        if (name is None) == (path is None):
+            raise RegionError("give either a name or a path to attach to")
+        target = _posix_path(name) if name is not None else os.path.abspath(path or "")
+        fd = os.open(target, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise RegionError(f"{target} is not a regular file, so it cannot be shared memory")
+            if size is not None and status.st_size != parse_size(size):
+                raise RegionError(
+                    f"{target} has {format_size(status.st_size)}, not the"
+                    f" {format_size(parse_size(size))} asked for: ask for its size, or replace it"
+                )
+            page = pages.page_size_of(fd)
+            check_size(status.st_size, page, what=target)
+            source: Source = "posix" if name is not None else "file"
+            with pages.explained(status.st_size, page, target):
+                region = cls._map(
+                    fd, status.st_size, page, source, name or target, target, readonly
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        if prealloc:
+            region._populate_or_close()
+        return region
+
+    @classmethod
+    def open(
+        cls,
+        size: int | str,
+        *,
+        name: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        prealloc: bool = False,
+        mode: int = 0o600,
+    ) -> tuple[Region, bool]:
+        """Attach to what exists under a name or path, else create it: (region, created).
+
+        Raises:
+            RegionError, OSError: as of `attach` and `create`.
+        """
+        while True:
+            try:
+                return cls.attach(name=name, path=path, size=size, prealloc=prealloc), False
+            except FileNotFoundError:
+                pass
+            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+                region = cls.create(size, name=name, path=path, prealloc=prealloc, mode=mode)
+                return region, True
+
+    @classmethod
+    def from_fd(cls, fd: int, *, readonly: bool = False) -> Region:
+        """Map the file behind `fd`, as a server passes it, and own `fd`, also when this fails.
+
+        A descriptor that was opened for reading only gives a read-only region.
+
+        Raises:
+            RegionError: the file is empty or no memory.
+            OSError: as of mmap(2).
+        """
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                raise RegionError(
+                    f"the descriptor is no shared memory: a file of {status.st_size} bytes"
+                )
+            readonly = readonly or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            page = pages.page_size_of(fd)
+            return cls._map(fd, status.st_size, page, "descriptor", None, None, readonly)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _anonymous(cls, size: int, huge: int, prealloc: bool) -> Region:
+        page = huge or PAGE
+        check_size(size, page)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if huge:
+            flags |= os.MFD_HUGETLB | (huge.bit_length() - 1) << MFD_HUGE_SHIFT
+        else:
+            pages.check_memory(size, now=prealloc)
+        try:
+            fd = os.memfd_create("ivshmem", flags | MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fd = os.memfd_create("ivshmem", flags)  # before Linux 6.3
+        return cls._furnish(fd, size, page, "anonymous", None, None, prealloc, seal=True)
+
+    @classmethod
+    def _furnish(
+        cls,
+        fd: int,
+        size: int,
+        page: int,
+        source: Source,
+        name: str | None,
+        path: str | None,
+        prealloc: bool,
+        *,
+        seal: bool = False,
+    ) -> Region:
+        """Give a new, empty file its size, its space and its seals; takes `fd`."""
+        try:
+            with pages.explained(size, page, path or name):
+                os.ftruncate(fd, size)
+                if seal:
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+                elif page == PAGE:
+                    # tmpfs and file systems hand out pages and blocks one by one, and a mapping that
+                    # finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.)
+                    os.posix_fallocate(fd, 0, size)
+                region = cls._map(fd, size, page, source, name, path, False)
+        except BaseException:
+            os.close(fd)
+            raise
+        if prealloc:
+            region._populate_or_close()
+        return region
+
+    @classmethod
+    def _map(
+        cls,
+        fd: int,
+        size: int,
+        page: int,
+        source: Source,
+        name: str | None,
+        path: str | None,
+        readonly: bool,
+    ) -> Region:
+        """The region over an open file; takes `fd` unless it raises."""
+        return cls(
+            fd, size, readonly=readonly, source=source, name=name, path=path, page_size=page
+        )
+
+    def _populate_or_close(self) -> None:
+        try:
+            with pages.explained(self.size, self.page_size, self.name):
+                self.populate(self.page_size)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- using it ---------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """The descriptor of the file behind the region, still owned by it."""
+        if self.closed:
+            raise ClosedError("the region is closed")
+        return self._fd[0]
+
+    def info(self) -> RegionInfo:
+        """Size, pages and residence, measured now."""
+        status = os.fstat(self.fileno())
+        if self.page_size > PAGE:
+            # mincore sees only this process's page tables there; hugetlbfs counts the blocks.
+            resident = huge = min(status.st_blocks * 512, self.size)
+        else:
+            resident = min(self.resident(PAGE), self.size)
+            huge = min(pages.transparent_huge_bytes(self.address, self.size), resident)
+        try:
+            seals = fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)
+        except OSError:  # EINVAL: a file system without seals
+            seals = 0
+        return RegionInfo(
+            size=self.size,
+            page_size=self.page_size,
+            source=self.source,
+            name=self.name,
+            resident=resident,
+            huge=huge,
+            readonly=self.readonly,
+            sealed=seals & fcntl.F_SEAL_SHRINK != 0,
+        )
+
+    def unlink(self) -> bool:
+        """Remove the name or path, if it still leads to this region's file; else return False.
+
+        Who has the region mapped keeps it.
+        """
+        if self._path is None:
+            return False
+        mine = os.fstat(self.fileno())
+        try:
+            found = os.stat(self._path)
+            if (mine.st_dev, mine.st_ino) != (found.st_dev, found.st_ino):
+                return False
+            os.unlink(self._path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Unmap and close; may be called twice.
+
+        Raises:
+            BufferError: a view of the memory is alive; nothing has changed.
+        """
+        super().close()
+        self._fd.close()
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f" {self.name}" if self.name else ""
+        state = "closed" if self.closed else format_size(self.size)
+        return f"<ivshmem.Region {self.source}{where}, {state}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        if not self.closed:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            self._fd.close()
+
+
+# -- sizes and places -----------------------------------------------------------------------------
+
+
+def check_size(size: int, page: int = PAGE, *, what: str = "a region") -> None:
+    """Refuse what QEMU aborts on, and name the nearest size that works.
+
+    Raises:
+        RegionError: `size` is no power of two, or less than a page.
+    """
+    if size >= page and size & (size - 1) == 0:
+        if size >= 1 << 63:
+            raise RegionError(f"{what} cannot have {format_size(size)}: the largest is 4E")
+        return
+    above = max(round_up(size), page)
+    below = max(above // 2, page)
+    nearest = above if above - size <= size - below or below == above else below
+    raise RegionError(
+        f"{what} cannot have {format_size(size)}: it must be a power of two and at least one page"
+        f" ({format_size(page)}); the nearest that works is {format_size(nearest)}"
+    )
+
+
+def round_up(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _posix_path(name: str) -> str:
+    """The file behind a POSIX name, by the rules of shm_open(3)."""
+    bare = name.removeprefix("/")
+    if not bare or "/" in bare or "\0" in bare or bare in (".", "..") or len(bare) > 255:
+        raise RegionError(
+            f"{name!r} is no POSIX shared memory name: 1 to 255 characters, no slash but the first"
+        )
+    return f"{SHM}/{bare}"
+
+
+def _open_new(target: str, mode: int) -> int:
+    try:
+        return os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST, "exists already: attach to it, or ask for it to be replaced", target
+        ) from None
+
+
+def _open_unlinked(directory: str, mode: int) -> int:
+    """A file in `directory` that has no name."""
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    # hugetlbfs knows O_TMPFILE since Linux 5.2, some network file systems never
+    path = f"{directory}/.ivshmem-{os.getpid()}-{os.urandom(8).hex()}"
+    fd = _open_new(path, mode)
+    os.unlink(path)
+    return fd

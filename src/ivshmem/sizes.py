@@ -1,0 +1,54 @@
+"""Sizes as people write them.
+
+Knows: suffixes, fractions, hexadecimal. Does not know: which sizes are any good.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from .errors import RegionError
+
+_UNITS = "BKMGTPE"  # each 1024 times the one before
+_SIZE = re.compile(r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from a text such as "4M", "1.5G", "64 KiB", "0x100000".
+
+    Suffixes are powers of 1024, as QEMU reads them; a bare number is bytes.
+
+    Raises:
+        RegionError: it is no size, negative, or no whole number of bytes.
+    """
+    if isinstance(size, int):
+        if size < 0:
+            raise RegionError(f"a size cannot be negative: {size}")
+        return size
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise RegionError(
+            f"{size!r} is no size: give bytes, or a number with one of B K M G T P E, such as 4M"
+        )
+    hexadecimal, decimal, unit = match.groups()
+    number = Fraction(int(hexadecimal, 16)) if hexadecimal else Fraction(decimal.rstrip("."))
+    value = number * 1024 ** _UNITS.index((unit or "B").upper())
+    if value.denominator != 1:
+        raise RegionError(f"{size!r} is no whole number of bytes")
+    return int(value)
+
+
+def format_size(size: int) -> str:
+    """Exactly this size, in the largest unit that needs no more than three decimals."""
+    for power in range(len(_UNITS) - 1, 0, -1):
+        value = Fraction(size, 1024**power)
+        if value >= 1 and (value * 1000).denominator == 1:
+            return format(float(value), ".3f").rstrip("0").rstrip(".") + _UNITS[power]
+    return f"{size} bytes"
+
+
+def roughly(size: int) -> str:
+    """About this size, with one decimal."""
+    power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    return f"{size / 1024**power:.1f}{_UNITS[power]}" if power else f"{size} bytes"

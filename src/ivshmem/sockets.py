@@ -1,0 +1,226 @@
+"""Unix sockets by path: listening without harm to others, connecting in time, who is there.
+
+Knows: paths, stale and live sockets, credentials. Does not know: what is said over a socket.
+
+Invariants:
+1. A live server's socket is never removed, and never connected to just to see whether it lives.
+2. Errors carry the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
+
+_LOCK_SECONDS = 5.0  # how long another process may hold a directory's lock while it binds
+_UCRED = struct.Struct("iII")
+_TIMEVAL = struct.Struct("ll")
+
+
+class Credentials(NamedTuple):
+    """Who was on the other end when it connected (SO_PEERCRED), and what its process is called."""
+
+    pid: int
+    uid: int
+    gid: int
+    process: str
+
+
+def check_path(path: str | os.PathLike[str]) -> str:
+    """The path as a string.
+
+    Raises:
+        OSError: ENAMETOOLONG, it does not fit into a socket address; EINVAL, it is empty.
+    """
+    text = os.fspath(path)
+    length = len(os.fsencode(text))
+    if length > MAX_PATH:
+        raise OSError(
+            errno.ENAMETOOLONG,
+            f"a socket path has at most {MAX_PATH} bytes, this one {length}: use a shorter one",
+            text,
+        )
+    if not text or "\0" in text:
+        raise OSError(errno.EINVAL, "a socket needs a path", text)
+    return text
+
+
+def is_live(path: str) -> bool:
+    """Whether some process holds a socket bound to `path`; False if it is stale or absent.
+
+    A datagram socket cannot connect to a stream socket, so the server never learns of the question;
+    but the kernel's answer tells a bound socket (EPROTOTYPE) from a file that outlived its process
+    (ECONNREFUSED).
+
+    Raises:
+        OSError: EACCES and the like.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        code = probe.connect_ex(path)
+    if code in (errno.ECONNREFUSED, errno.ENOENT):
+        return False
+    if code in (0, errno.EPROTOTYPE):
+        return True
+    raise OSError(code, os.strerror(code), path)
+
+
+def listen(path: str | os.PathLike[str]) -> socket.socket:
+    """A non-blocking stream socket that listens on `path`; a stale socket there is replaced.
+
+    Raises:
+        OSError: EADDRINUSE when a live process listens there, EEXIST when `path` is no socket; or
+            as of bind(2). What was there is left alone then.
+    """
+    text = check_path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with _directory_locked(text):
+            _clear_stale(text)
+            try:
+                listener.bind(text)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, text) from None
+            listener.listen(socket.SOMAXCONN)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _clear_stale(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(
+            errno.EEXIST, "exists and is no socket: remove it, or choose another path", path
+        )
+    if is_live(path):
+        raise OSError(
+            errno.EADDRINUSE,
+            "another process listens here: stop it, or choose another path",
+            path,
+        )
+    os.unlink(path)
+
+
+@contextlib.contextmanager
+def _directory_locked(path: str) -> Iterator[None]:
+    """Keep two servers from replacing the same stale socket: the later would remove a live one.
+
+    The lock is on the directory, so that no lock file is left behind. A directory that may not be
+    read cannot be locked; the worst is then the race of two servers that start at once.
+    """
+    try:
+        directory = os.open(
+            os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
+    except PermissionError:
+        yield
+        return
+    try:
+        give_up = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise OSError(
+                        errno.EAGAIN,
+                        "another process keeps the directory locked: try again, or choose another",
+                        os.path.dirname(path) or ".",
+                    ) from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(directory)
+
+
+def connect(path: str | os.PathLike[str], timeout: float | None) -> socket.socket:
+    """A stream socket connected to `path`.
+
+    Raises:
+        TimeoutError: the server did not make room in its backlog for `timeout` seconds.
+        OSError: as of connect(2), with what to do where that is known.
+    """
+    text = check_path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if timeout is not None:
+            # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails at
+            # once with EAGAIN, and poll cannot wait for it. Zero would mean for ever.
+            microseconds = max(int(timeout * 1e6), 1)
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*divmod(microseconds, 10**6))
+            )
+        while True:
+            try:
+                sock.connect(text)
+                # Python takes a connect that a signal interrupted for one under way, which a Unix
+                # socket never has.
+                sock.getpeername()
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+    except BlockingIOError:
+        sock.close()
+        raise TimeoutError(
+            errno.ETIMEDOUT, f"the server accepts nobody: no answer in {timeout:g} seconds", text
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, _CONNECT_HINTS.get(error.errno or 0, error.strerror), text) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+_CONNECT_HINTS = {
+    errno.ENOENT: "no such socket: is the server running, and is this its path?",
+    errno.ECONNREFUSED: "nobody listens here: start the server (ivshmem serve)",
+    errno.EPROTOTYPE: "a socket of another kind: this is no ivshmem server",
+    errno.EACCES: "permission denied: the server's user must let you write to its socket",
+}
+
+
+def credentials(sock: socket.socket) -> Credentials:
+    """Who connected. A process that is gone, or hidden by another pid namespace, has no name."""
+    pid, uid, gid = _UCRED.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
+    try:
+        raw = Path(f"/proc/{pid}/comm").read_bytes()
+    except OSError:
+        raw = b""
+    name = raw.decode(errors="replace").rstrip("\n")
+    return Credentials(pid, uid, gid, "".join(c if c.isprintable() else "?" for c in name) or "?")
+
+
+def same_file(path: str, device_and_inode: tuple[int, int]) -> bool:
+    """Whether `path` still leads to that file."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == device_and_inode
+
+
+def device_and_inode(path: str) -> tuple[int, int]:
+    """What `same_file` compares."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
