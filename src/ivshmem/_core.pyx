@@ -55,8 +55,8 @@ cdef enum:
     # Bytes in a message of protocol version 0.
     MESSAGE = 8
 
-Interrupt = namedtuple("Interrupt", ["vector", "count"], module="ivshmem")
-Interrupt.__doc__ = "A vector of this endpoint was rung `count` times since it was last waited for."
+Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
+Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
 
 
 # -- time and errors ------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def send_runs(int sock, runs):
     """Send messages without blocking, in batches of sendmmsg.
 
     Args:
-        runs: a sequence of (value, fds, first, count, ..): `count` messages of `value`; where `fds`
+        runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where `fds`
             is an FdArray they carry fds[first], fds[first + 1] and so on, where it is None nothing.
 
     Returns:
@@ -713,7 +713,7 @@ cdef class Doorbells:
 
         Returns:
             For a given vector: how often it was rung since the last look, 0 when the time is over.
-            For any: an Interrupt(vector, count), None when the time is over.
+            For any: an Interrupt(vector, rings), None when the time is over.
             Rings coalesce in the count: never count messages by interrupts.
 
         Raises:

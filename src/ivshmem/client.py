@@ -101,6 +101,12 @@ class Client(Endpoint):
             self._news()
         return self._session.peers
 
+    def news(self) -> list[Event]:
+        """What `events` would say now, without interrupts: who joined, who left, a server lost."""
+        if not self.closed:
+            self._news()
+        return list(iter(self._next_news, None))
+
     @property
     def connected(self) -> bool:
         """Whether the server still tells of peers."""
@@ -247,7 +253,8 @@ class Client(Endpoint):
         self._news()
         bells = self._bells(peer)
         if bells is None:
-            raise NoSuchPeer(f"peer {peer} is not connected; connected are {self.peers or 'none'}")
+            others = ", ".join(map(str, self._session.peers)) or "nobody"
+            raise NoSuchPeer(f"peer {peer} is not connected (connected: {others})")
         if not 0 <= vector < bells:
             raise NoSuchVector(f"vector {vector}: peer {peer} has {bells} vectors")
 

@@ -248,13 +248,14 @@ class Session:
 
 # -- the server's side ----------------------------------------------------------------------------
 
+
 class Run(NamedTuple):
-    """`count` messages of the same value, carrying fds[first], fds[first + 1].. (None: nothing)."""
+    """`length` messages of the same value, carrying fds[first], fds[first + 1].. (None: nothing)."""
 
     value: int
     fds: Sized | None
     first: int
-    count: int
+    length: int
     member: Member | None = None  # whose vectors these are, if they are any
 
 
@@ -394,11 +395,11 @@ class Roster:
         for run in runs:
             if count <= 0:
                 break
-            done = min(count, run.count)
+            done = min(count, run.length)
             count -= done
             if run.member is not None:
                 member.partial = run.first + done
-                whole = done == run.count
+                whole = done == run.length
                 member.current = None if whole else run.member
                 if whole:
                     member.told = run.member.serial

@@ -132,7 +132,7 @@ class Region(_core.Mapping):
             return cls._anonymous(size, pages.huge_page_size(hugepages), prealloc)
         if name is not None:
             source: Source = "posix"
-            target = _posix_path(name)
+            target = posix_path(name)
         elif path is not None:
             source, target = "file", os.path.abspath(path)
         else:
@@ -182,7 +182,7 @@ class Region(_core.Mapping):
         """
         if (name is None) == (path is None):
             raise RegionError("give either a name or a path to attach to")
-        target = _posix_path(name) if name is not None else os.path.abspath(path or "")
+        target = posix_path(name) if name is not None else os.path.abspath(path or "")
         fd = os.open(target, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
@@ -314,9 +314,7 @@ class Region(_core.Mapping):
         readonly: bool,
     ) -> Region:
         """The region over an open file; takes `fd` unless it raises."""
-        return cls(
-            fd, size, readonly=readonly, source=source, name=name, path=path, page_size=page
-        )
+        return cls(fd, size, readonly=readonly, source=source, name=name, path=path, page_size=page)
 
     def _populate_or_close(self) -> None:
         try:
@@ -433,7 +431,7 @@ def round_up(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _posix_path(name: str) -> str:
+def posix_path(name: str) -> str:
     """The file behind a POSIX name, by the rules of shm_open(3)."""
     bare = name.removeprefix("/")
     if not bare or "/" in bare or "\0" in bare or bare in (".", "..") or len(bare) > 255:

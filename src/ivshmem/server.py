@@ -87,7 +87,8 @@ class Server:
     """An ivshmem server on a Unix socket.
 
     Args:
-        path: of the socket. A stale one is replaced, a live server's never.
+        path: of the socket. A stale one is replaced, a live server's never. Or a `sockets.Listener`
+            that holds it already; the server closes it.
         memory: a Region, which stays the caller's; or the size of an anonymous one that the server
             makes and closes ("4M").
         vectors: of each peer, 0..2048.
@@ -105,7 +106,7 @@ class Server:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | sockets.Listener,
         memory: Region | int | str = "4M",
         vectors: int = 1,
         *,
@@ -116,7 +117,6 @@ class Server:
         self._closed = True  # until there is something to close
         if not 0 <= vectors <= MAX_VECTORS:
             raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
-        self.path = os.path.abspath(sockets.check_path(path))
         self.vectors = vectors
         self._on_join = on_join
         self._on_leave = on_leave
@@ -145,9 +145,11 @@ class Server:
             self._wake = _core.FdArray.eventfds(1)
             undo.callback(self._wake.close)
             self._epoll.add(self._wake[0], _STOP, _core.EPOLLIN)
-            self._listener = sockets.listen(self.path)
-            self._socket_file = sockets.device_and_inode(self.path)
-            undo.callback(self._stop_listening)
+            listener = path if isinstance(path, sockets.Listener) else sockets.Listener(path)
+            undo.callback(listener.close)
+            listener.listen()
+            self.path = listener.path
+            self._listener = listener.socket
             self._epoll.add(self._listener.fileno(), _LISTENER, _core.EPOLLIN)
             self._undo = undo.pop_all()
         self._closed = False
@@ -292,7 +294,7 @@ class Server:
                     self._leave(token)
                 return
             self._roster.sent(member, runs, count)
-            if count < sum(run.count for run in runs):
+            if count < sum(run.length for run in runs):
                 full = True
                 break
         self._watch(token, connection, _core.EPOLLOUT if full else 0)
@@ -353,13 +355,9 @@ class Server:
         if self._closed:
             raise ClosedError("the server is closed")
         if os.getpid() != self._pid:
-            raise RuntimeError("a forked child shares this server's epoll object: it may only close")
-
-    def _stop_listening(self) -> None:
-        mine = os.getpid() == self._pid  # a forked child leaves the path to its parent
-        if mine and sockets.same_file(self.path, self._socket_file):
-            os.unlink(self.path)
-        self._listener.close()
+            raise RuntimeError(
+                "a forked child shares this server's epoll object: it may only close"
+            )
 
     def close(self) -> None:
         """Stop, disconnect all peers, remove the socket; may be called twice.

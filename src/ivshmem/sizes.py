@@ -11,7 +11,9 @@ from fractions import Fraction
 from .errors import RegionError
 
 _UNITS = "BKMGTPE"  # each 1024 times the one before
-_SIZE = re.compile(r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?", re.IGNORECASE)
+_SIZE = re.compile(
+    r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?", re.IGNORECASE
+)
 
 
 def parse_size(size: int | str) -> int:

@@ -19,6 +19,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
@@ -75,27 +76,62 @@ def is_live(path: str) -> bool:
     raise OSError(code, os.strerror(code), path)
 
 
-def listen(path: str | os.PathLike[str]) -> socket.socket:
-    """A non-blocking stream socket that listens on `path`; a stale socket there is replaced.
+class Listener:
+    """A non-blocking stream socket bound to `path`, which it removes when it is closed.
+
+    A stale socket at `path` is replaced. Until `listen` is called, connecting is refused.
 
     Raises:
-        OSError: EADDRINUSE when a live process listens there, EEXIST when `path` is no socket; or
+        OSError: EADDRINUSE when a live process is bound there, EEXIST when `path` is no socket; or
             as of bind(2). What was there is left alone then.
     """
-    text = check_path(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        with _directory_locked(text):
-            _clear_stale(text)
-            try:
-                listener.bind(text)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, text) from None
-            listener.listen(socket.SOMAXCONN)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(check_path(path))
+        check_path(self.path)
+        self._pid = os.getpid()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with _directory_locked(self.path):
+                _clear_stale(self.path)
+                try:
+                    self.socket.bind(self.path)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, self.path) from None
+                status = os.lstat(self.path)
+        except BaseException:
+            self.socket.close()
+            raise
+        self._file = status.st_dev, status.st_ino
+
+    def listen(self) -> None:
+        """Let others connect."""
+        self.socket.listen(socket.SOMAXCONN)
+
+    def close(self) -> None:
+        """Close the socket, and remove `path` if it still leads to it; may be called twice.
+
+        A forked child leaves the path to its parent.
+        """
+        if self.socket.fileno() < 0:
+            return
+        if os.getpid() == self._pid:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self.path)
+                if (status.st_dev, status.st_ino) == self._file:
+                    os.unlink(self.path)
+        self.socket.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def _clear_stale(path: str) -> None:
@@ -183,7 +219,9 @@ def connect(path: str | os.PathLike[str], timeout: float | None) -> socket.socke
         ) from None
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, _CONNECT_HINTS.get(error.errno or 0, error.strerror), text) from None
+        raise OSError(
+            error.errno, _CONNECT_HINTS.get(error.errno or 0, error.strerror), text
+        ) from None
     except BaseException:
         sock.close()
         raise
@@ -209,18 +247,3 @@ def credentials(sock: socket.socket) -> Credentials:
         raw = b""
     name = raw.decode(errors="replace").rstrip("\n")
     return Credentials(pid, uid, gid, "".join(c if c.isprintable() else "?" for c in name) or "?")
-
-
-def same_file(path: str, device_and_inode: tuple[int, int]) -> bool:
-    """Whether `path` still leads to that file."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return (status.st_dev, status.st_ino) == device_and_inode
-
-
-def device_and_inode(path: str) -> tuple[int, int]:
-    """What `same_file` compares."""
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino

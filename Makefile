@@ -1,0 +1,63 @@
+# `make serve` tries it, `make test` proves it. Both need a C compiler and Python's headers and venv
+# (Debian: apt-get install gcc python3-dev python3-venv); the tests that boot guests need more, and say
+# in one line what.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py)
+
+.PHONY: help serve test check lint bench cython clean
+
+help:
+	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
+	@echo "make test    lint and run all tests, real guests included"
+	@echo "make check   the same as CI: what cannot run is a failure"
+	@echo "make bench   measure; bench/README.md says what the figures mean"
+	@echo "make cython  generate src/ivshmem/_core.c from _core.pyx afresh"
+	@echo "make clean   remove what these made"
+
+serve: $(VENV)/installed
+	$(BIN)/python -m ivshmem serve $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+check:
+	CI=true $(MAKE) test
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/_core.pyx src/ivshmem/_libc.pxd
+	$(BIN)/codespell src tests bench README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest ivshmem._core --allowlist tests/typing/stubtest.allow
+	@cd src && ../$(BIN)/cython -3 ivshmem/_core.pyx -o ../build/fresh.c
+	@cmp build/fresh.c src/ivshmem/_core.c || { echo "_core.c is stale: make cython"; exit 1; }
+
+bench: $(VENV)/tested
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+cython: $(VENV)/tested
+	cd src && ../$(BIN)/cython -3 ivshmem/_core.pyx -o ivshmem/_core.c
+
+# What is run and tested is the wheel, installed, never the checkout.
+$(VENV)/installed: $(SOURCES) | $(VENV)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]"
+	@touch $@
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info

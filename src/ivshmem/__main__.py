@@ -1,0 +1,5 @@
+"""`python -m ivshmem`."""
+
+from .cli import main
+
+raise SystemExit(main())

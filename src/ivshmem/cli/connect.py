@@ -1,0 +1,73 @@
+"""`ivshmem connect`: be a peer, by hand or from a script."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+
+from ..client import connect
+from .serve import DEFAULT_SOCKET, vectors
+from .shell import Shell
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "connect",
+        help="be a peer: ring, wait, look into the memory",
+        description="Connect to a server as a host peer. On a terminal it asks for commands (`help`"
+        " lists them); otherwise it reads them from -c or from stdin, a line each, and ends with"
+        " exit status 1 at the first that fails.",
+        epilog='Example: ivshmem connect -c "int 0 0" -c "wait any 5" -c "hexdump 0 64"',
+    )
+    parser.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        default=DEFAULT_SOCKET,
+        help="of the server (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-c",
+        "--command",
+        action="append",
+        metavar="COMMAND",
+        help="run this and end; may be given several times, or hold several separated by `;`",
+    )
+    parser.add_argument("--json", action="store_true", help="print results as JSON, a line each")
+    parser.add_argument("--readonly", action="store_true", help="map the memory for reading only")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="for the server to answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-n", "--vectors", metavar="N", type=vectors, help="of a server that is slow to tell"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Connect and run commands."""
+    with connect(
+        options.socket,
+        timeout=options.timeout,
+        vectors=options.vectors,
+        readonly=options.readonly,
+    ) as client:
+        shell = Shell(client, json=options.json)
+        if options.command is not None:
+            for line in options.command:
+                shell.run_line(line)
+        elif sys.stdin.isatty():
+            # Imported for its effect: line editing, history and completion for input().
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401
+            shell.talk()
+        else:
+            for line in sys.stdin:
+                if shell.run_line(line):
+                    break
+    return 0

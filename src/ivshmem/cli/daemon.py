@@ -1,0 +1,96 @@
+"""Pid files, and going into the background.
+
+Knows: processes. Does not know: what they do there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def pid_file(path: str | None) -> Iterator[None]:
+    """Hold a locked file with this process's id while the block runs; None: hold none.
+
+    Raises:
+        OSError: EEXIST when another process holds it; it is left alone then.
+    """
+    if path is None:
+        yield
+        return
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 20, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise FileExistsError(
+                errno.EEXIST,
+                f"a server with this pid file runs already (pid {holder}): stop it, or choose"
+                " another pid file",
+                path,
+            ) from None
+        if _leads_to(path, fd):
+            break
+        os.close(fd)  # removed by its last holder between our open and our lock
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _leads_to(path, fd):
+                os.unlink(path)
+        os.close(fd)
+
+
+def _leads_to(path: str, fd: int) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def in_background(run: Callable[[Callable[[], None]], int], *, silent: bool) -> int:
+    """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
+
+    What the daemon prints to stderr before it is ready is seen, its status returned. Afterwards it
+    has no terminal, and with `silent` nothing to print to.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        told = os.read(reader, 1)
+        os.close(reader)
+        if told:
+            return 0
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(reader)
+    os.setsid()
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2) if silent else (0,):
+            os.dup2(null, fd)
+        os.close(null)
+        os.write(writer, b"1")
+        os.close(writer)
+
+    status = 1
+    try:
+        status = run(ready)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # not through the frames of the parent, whose clean-up is not ours

@@ -1,0 +1,127 @@
+"""`ivshmem qemu`: the arguments that give a guest the device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from .. import pages, qemu
+from ..client import connect
+from ..errors import RegionError
+from ..region import check_size, posix_path
+from ..sizes import format_size, parse_size
+from .serve import DEFAULT_SIZE, DEFAULT_SOCKET, vectors
+
+_SECONDS = 10.0  # for a server to answer
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "qemu",
+        help="print the arguments for a guest",
+        description="Print the arguments that give a QEMU guest the device: ivshmem-doorbell,"
+        " connected to a server (the default), or ivshmem-plain over a file.",
+        epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  Without --vectors, this joins and"
+        " leaves the server for a moment to learn their number, which the other peers notice.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        default=DEFAULT_SOCKET,
+        help="of the server, for ivshmem-doorbell (default: %(default)s)",
+    )
+    source.add_argument("-f", "--file", metavar="PATH", help="the memory, for ivshmem-plain")
+    source.add_argument("-M", "--name", help="the memory's POSIX name, for ivshmem-plain")
+    source.add_argument(
+        "--hugepages",
+        nargs="?",
+        const=True,
+        metavar="SIZE",
+        help="for ivshmem-plain: a file on the hugetlbfs mount with pages of the default size or of"
+        " SIZE (2M, 1G)",
+    )
+    parser.add_argument("-n", "--vectors", metavar="N", type=vectors, help="of the server")
+    parser.add_argument(
+        "-l",
+        "--size",
+        metavar="SIZE",
+        help=f"of the file, where it does not exist yet (default: {DEFAULT_SIZE}, or a huge page)",
+    )
+    parser.add_argument("--prealloc", action="store_true", help="QEMU takes all pages at start")
+    parser.add_argument(
+        "--master", action="store_true", help="the memory migrates with this guest (master=on)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--libvirt", action="store_true", help="print XML for libvirt instead")
+    form.add_argument("--json", action="store_true", help="print the arguments as a JSON list")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what the options ask for."""
+    if options.file or options.name or options.hugepages:
+        arguments, xml = _plain(options)
+    else:
+        arguments, xml = _doorbell(options)
+    if options.libvirt:
+        print(xml)
+    else:
+        print(json.dumps(arguments) if options.json else qemu.shell(arguments))
+    return 0
+
+
+def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
+    number = options.vectors
+    if number is None:
+        with connect(options.socket, timeout=_SECONDS) as client:
+            number = client.vectors
+    path = os.path.abspath(options.socket)
+    return (
+        qemu.doorbell(path, number, master=options.master),
+        qemu.libvirt_doorbell(path, number, master=options.master),
+    )
+
+
+def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
+    if options.name:
+        path = posix_path(options.name)
+    elif options.file:
+        path = os.path.abspath(options.file)
+    else:
+        path = f"{_hugetlbfs_mount(options.hugepages)}/ivshmem"
+    exists = os.path.isfile(path)
+    page = pages.page_size_of(path if exists else os.path.dirname(path))
+    if exists:
+        size = os.stat(path).st_size
+        if options.size is not None and parse_size(options.size) != size:
+            raise RegionError(
+                f"{path} has {format_size(size)}, not {format_size(parse_size(options.size))}:"
+                " leave --size away, or choose another file"
+            )
+    else:
+        size = parse_size(options.size or max(parse_size(DEFAULT_SIZE), page))
+    check_size(size, page, what=path)
+    arguments = qemu.plain(path, size, master=options.master, prealloc=options.prealloc)
+    if options.libvirt and os.path.dirname(path) != "/dev/shm":  # noqa: S108
+        raise RegionError(
+            f"libvirt takes only a POSIX name for plain memory, not {path}: use --name"
+        )
+    return arguments, qemu.libvirt_plain(os.path.basename(path), size, master=options.master)
+
+
+def _hugetlbfs_mount(wanted: bool | str) -> str:
+    """Where a hugetlbfs with pages of the wanted size is mounted."""
+    size = pages.huge_page_size(wanted)
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split()
+        if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
+            return place
+    raise RegionError(
+        f"no hugetlbfs with pages of {format_size(size)} is mounted; as root:"
+        f" mkdir -p /dev/hugepages{size >> 20}M &&"
+        f" mount -t hugetlbfs -o pagesize={size >> 20}M none /dev/hugepages{size >> 20}M"
+    )

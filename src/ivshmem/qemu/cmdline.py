@@ -1,0 +1,93 @@
+"""Command lines for QEMU and XML for libvirt.
+
+Knows: how their options are written. Does not know: servers, regions, whether anything runs.
+Sources: qemu(1); libvirt's "Domain XML format", section on shared memory devices.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from xml.sax.saxutils import quoteattr
+
+from ..sizes import format_size
+
+
+def doorbell(
+    socket: str, vectors: int, *, ident: str = "ivshmem", master: bool = False
+) -> list[str]:
+    """QEMU's arguments for a device that is connected to a server.
+
+    Args:
+        socket: path of the server's socket.
+        vectors: the server's, 1..2048; the device needs one at least.
+        ident: of the chardev; choose another for a second device in the same guest.
+        master: the shared memory migrates with this guest, which must have id 0.
+    """
+    device = f"ivshmem-doorbell,vectors={max(vectors, 1)},chardev={ident}"
+    return [
+        "-chardev",
+        f"socket,path={_escaped(socket)},id={ident}",
+        "-device",
+        device + (",master=on" if master else ""),
+    ]
+
+
+def plain(
+    path: str, size: int, *, ident: str = "hostmem", master: bool = False, prealloc: bool = False
+) -> list[str]:
+    """QEMU's arguments for a device over a file, without doorbells.
+
+    Args:
+        path: `mem-path`: a file in /dev/shm, on a hugetlbfs mount, or anywhere.
+        size: of the file, bytes.
+        ident: of the memory backend.
+        master: the shared memory migrates with this guest.
+        prealloc: take all pages when QEMU starts.
+    """
+    # share=on, or the guest silently gets memory of its own.
+    backend = f"memory-backend-file,size={_qemu_size(size)},share=on,mem-path={_escaped(path)}"
+    return [
+        "-object",
+        f"{backend}{',prealloc=on' if prealloc else ''},id={ident}",
+        "-device",
+        f"ivshmem-plain,memdev={ident}" + (",master=on" if master else ""),
+    ]
+
+
+def libvirt_doorbell(
+    socket: str, vectors: int, *, name: str = "ivshmem", master: bool = False
+) -> str:
+    """libvirt's XML for the same as `doorbell`."""
+    return (
+        f"<shmem name={quoteattr(name)}{_role(master)}><model type='ivshmem-doorbell'/>"
+        f"<server path={quoteattr(socket)}/>"
+        f"<msi vectors='{max(vectors, 1)}' ioeventfd='on'/></shmem>"
+    )
+
+
+def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
+    """libvirt's XML for the same as `plain`; libvirt takes only a POSIX name, of at least 1 MiB."""
+    return (
+        f"<shmem name={quoteattr(name)}{_role(master)}><model type='ivshmem-plain'/>"
+        f"<size unit='KiB'>{size // 1024}</size></shmem>"
+    )
+
+
+def shell(arguments: Iterable[str]) -> str:
+    """Arguments as they are pasted into a shell."""
+    return shlex.join(arguments)
+
+
+def _escaped(value: str) -> str:
+    """QEMU's option parser wants a comma twice."""
+    return value.replace(",", ",,")
+
+
+def _qemu_size(size: int) -> str:
+    text = format_size(size)
+    return str(size) if " " in text or "." in text else text
+
+
+def _role(master: bool) -> str:
+    return " role='master'" if master else ""

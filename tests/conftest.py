@@ -1,0 +1,104 @@
+"""Fixtures of all tests, and the guard that fails a test which leaves something behind."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from support.leaks import OWN, SHM, resources
+
+import ivshmem
+
+# No examples kept on disk: a failure prints what reproduces it.
+hypothesis.settings.register_profile(
+    "ivshmem",
+    database=None,
+    deadline=None,  # noisy machines
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ivshmem")
+
+_FAILED = pytest.StashKey[bool]()
+_numbers = itertools.count()
+
+
+def pytest_collection_finish() -> None:
+    # What stands now is no garbage; the guard's collections need not look at it each time.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:
+    report: Any = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a descriptor, a shared mapping or a name in /dev/shm behind."""
+    before = resources()
+    yield
+    # A failed test's traceback keeps its objects alive, which says nothing.
+    if not request.node.stash.get(_FAILED, False):
+        left = resources().beyond(before)
+        assert not left, "left behind:\n  " + "\n  ".join(left)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory with a short path, open to every user."""
+    path = Path(tempfile.mkdtemp(prefix="ivt", dir="/tmp"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def socket_path(directory: Path) -> Iterator[str]:
+    """A free path for a server's socket, which must be free again afterwards."""
+    path = directory / "socket"
+    yield str(path)
+    assert not os.path.lexists(path), "the socket was left behind"
+
+
+@pytest.fixture
+def shm_name() -> Iterator[str]:
+    """A free POSIX name; removed afterwards if the test has made it."""
+    name = f"{OWN}{next(_numbers)}"
+    yield name
+    (SHM / name).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def server(socket_path: str) -> Iterator[Callable[..., ivshmem.Server]]:
+    """Makes servers at `socket_path`, started in a thread unless `start=False`; closes them."""
+    with ExitStack() as servers:
+
+        def make(
+            memory: ivshmem.Region | int | str = 4096,
+            vectors: int = 1,
+            *,
+            start: bool = True,
+            **kwargs: Any,
+        ) -> ivshmem.Server:
+            made = servers.enter_context(
+                ivshmem.Server(socket_path, memory, vectors, **kwargs)
+            )
+            return made.start() if start else made
+
+        yield make

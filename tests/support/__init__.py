@@ -1,0 +1,4 @@
+"""What several tests share: fake peers and servers, child processes, signals, limits.
+
+Reached as `support.x` through `pythonpath = ["tests"]` in pyproject.toml.
+"""

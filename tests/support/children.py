@@ -1,0 +1,94 @@
+"""Python programs in processes of their own, which say READY and are always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from .waiting import PATIENCE
+
+NOBODY = 65534
+
+
+class Child:
+    """A running program. Its lines are read with `line()`."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.pid = process.pid
+        self._buffer = b""
+
+    def line(self) -> str:
+        """The next line that it prints; "" when it has ended."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([fd], [], [], PATIENCE)
+            assert ready, "the child printed nothing"
+            data = os.read(fd, 4096)
+            if not data:
+                return ""
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode()
+
+    def expect(self, text: str) -> None:
+        """The next line is this; otherwise the child's standard error is shown."""
+        line = self.line()
+        if line != text:
+            self.process.kill()
+            assert self.process.stderr is not None
+            raise AssertionError(f"got {line!r} for {text!r}\n{self.process.stderr.read().decode()}")
+
+    def tell(self, text: str = "") -> None:
+        """Send it a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def finish(self) -> str:
+        """Wait for its end, which must be a good one; returns what it wrote to standard error."""
+        _, errors = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, errors.decode()
+        return errors.decode()
+
+    def cpu_seconds(self) -> float:
+        """Processor time used so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def python(code: str, *arguments: str, user: int | None = None) -> Iterator[Child]:
+    """Run a program; warnings are errors in it, and it does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-u", "-c", textwrap.dedent(code), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        cwd="/",
+    )
+    with process:
+        try:
+            yield Child(process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                stream.close()

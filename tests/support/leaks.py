@@ -1,0 +1,69 @@
+"""What a test may not leave behind: descriptors, shared mappings, names in /dev/shm."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+# Names of our own tests carry the process's number, so that two runs do not disturb each other.
+OWN = f"ivshmem-test-{os.getpid()}-"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What this process holds, at one moment."""
+
+    fds: Counter[str]
+    mappings: Counter[str]
+    names: Counter[str]
+
+    def beyond(self, before: Resources) -> list[str]:
+        """What is here now and was not before, one line each."""
+        return [
+            f"{kind}: {name}" + (f" ({count} times)" if count > 1 else "")
+            for kind, now, then in (
+                ("descriptor", self.fds, before.fds),
+                ("mapping", self.mappings, before.mappings),
+                ("name in /dev/shm", self.names, before.names),
+            )
+            for name, count in (now - then).items()
+        ]
+
+
+def open_fds() -> dict[int, str]:
+    """Every open descriptor of this process and what it leads to."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:  # the one that listed the directory
+            continue
+    return found
+
+
+def shared_mappings() -> Counter[str]:
+    """Shared mappings by file, but for the system's own caches."""
+    found: Counter[str] = Counter()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if fields[1][3] == "s" and not fields[-1].startswith(("/usr/", "/lib")):
+            found[fields[5] if len(fields) > 5 else "anonymous"] += 1
+    return found
+
+
+def _names() -> Counter[str]:
+    return Counter(
+        name
+        for name in os.listdir(SHM)
+        if name.startswith("ivshmem") and (name.startswith(OWN) or "-test-" not in name)
+    )
+
+
+def resources() -> Resources:
+    """What this process holds now that its garbage is collected."""
+    gc.collect()
+    return Resources(Counter(open_fds().values()), shared_mappings(), _names())

@@ -1,0 +1,144 @@
+"""Waiting for a condition where no event tells of it, and signals that come while a call waits.
+
+Every limit here is generous: it is reached only when a test fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = 30.0  # seconds
+
+
+def until(condition: Callable[[], T], what: str = "condition") -> T:
+    """Ask again and again until the answer is true, and return it."""
+    give_up = time.monotonic() + PATIENCE
+    while not (answer := condition()):
+        if time.monotonic() > give_up:
+            raise AssertionError(f"{what} did not come true in {PATIENCE:g} seconds")
+        time.sleep(0.001)
+    return answer
+
+
+def sleeps_in_poll(thread_id: int) -> bool:
+    """Whether a thread of this process sleeps in poll(2), ppoll(2) or epoll_wait(2)."""
+    task = Path(f"/proc/self/task/{thread_id}")
+    where = (task / "wchan").read_text()
+    if where in ("", "0"):  # hidden from this user: any sleep must do
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return "poll" in where
+
+
+def sleeps_in(thread_id: int, word: str) -> bool:
+    """Whether a thread of this process sleeps in a kernel function with that word in its name."""
+    return word in Path(f"/proc/self/task/{thread_id}/wchan").read_text()
+
+
+@contextlib.contextmanager
+def signals(number: int = signal.SIGUSR1, interval: float = 0.005) -> Iterator[list[int]]:
+    """Send a signal to this (main) thread again and again; yields the list of those handled."""
+    handled: list[int] = []
+    before = signal.signal(number, lambda signum, _frame: handled.append(signum))
+    target = threading.get_ident()
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(interval):
+            signal.pthread_kill(target, number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield handled
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def once_asleep(action: Callable[[], object]) -> Iterator[None]:
+    """Do something from another thread as soon as this one sleeps in poll."""
+    me = threading.get_native_id()
+    done = threading.Event()
+
+    def watch() -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not done.is_set() and time.monotonic() < give_up:
+            if sleeps_in_poll(me):
+                action()
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def interrupt_when_asleep() -> contextlib.AbstractContextManager[None]:
+    """A real Ctrl-C for this (main) thread as soon as it sleeps in poll."""
+    target = threading.get_ident()
+    return once_asleep(lambda: signal.pthread_kill(target, signal.SIGINT))
+
+
+class Background:
+    """A call in a thread of its own, its result or error to be had later."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._future: Future[object] = Future()
+        self.native_id = 0
+        started = threading.Event()
+
+        def run() -> None:
+            self.native_id = threading.get_native_id()
+            started.set()
+            try:
+                self._future.set_result(call())
+            except BaseException as error:
+                self._future.set_exception(error)
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        started.wait()
+
+    def wait_until_asleep(self) -> None:
+        until(lambda: sleeps_in_poll(self.native_id), "a sleeping thread")
+
+    @property
+    def running(self) -> bool:
+        return not self._future.done()
+
+    def result(self) -> object:
+        """What the call returned; raises what it raised."""
+        try:
+            return self._future.result(PATIENCE)
+        finally:
+            self._thread.join(PATIENCE)
+
+
+def in_child(action: Callable[[], object]) -> None:
+    """Fork, do something in the child, and check that it succeeded and ended by itself."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,0 +1,43 @@
+"""Fixtures of the vm tests; all of them carry the marker `vm`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import image
+from .harness import Guest, MakeGuest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("vm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vm_image() -> image.Image:
+    """Ready to boot. Skips what cannot run here; in CI that is a failure instead."""
+    if (reason := image.missing()) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return image.prepare()
+
+
+@pytest.fixture
+def guest() -> Iterator[MakeGuest]:
+    """Starts guests, as many as asked for; ends them with the test, which shows their reports."""
+    with ExitStack() as guests:
+
+        def make(program: str | Path, **kwargs: Any) -> Guest:
+            made = guests.enter_context(Guest(program, **kwargs))
+            guests.callback(lambda: print(made.report()))
+            return made
+
+        yield make

@@ -1,0 +1,247 @@
+"""The kernel and the initramfs that a test guest boots.
+
+Knows: Debian's kernel package, modules and what they depend on, the newc cpio format, the cache.
+Does not know: QEMU's command line, or what the guest is for.
+
+Neither is compressed: of the 4.4 seconds that Debian's own bzImage takes to reach init, its
+decompressor takes 2.4, emulated as it is. QEMU enters an ELF kernel by its PVH note.
+"""
+
+import fcntl
+import functools
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+QEMU = "qemu-system-x86_64"
+INIT = Path(__file__).parent / "inside" / "init"
+
+# What a guest needs to reach the host's files and its program's channel; what vfio needs on top.
+# The modules that these depend on are added.
+MODULES = {
+    "base": ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay"),
+    "vfio": ("irqbypass", "vfio_virqfd", "vfio_iommu_type1", "vfio_pci"),
+}
+# Modules that some kernels lack: built in, or merged into another (vfio_virqfd, in newer ones).
+OPTIONAL = {"overlay", "irqbypass", "vfio_virqfd"}
+
+APPLETS = ("sh", "mkdir", "mount", "insmod", "usleep", "env", "chroot", "poweroff")
+
+# What must be installed, as Debian names it, for each program needed.
+PACKAGES = {
+    QEMU: "qemu-system-x86",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "setpriv": "util-linux",
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """What QEMU's -kernel and -initrd take."""
+
+    kernel: Path
+    initrd: Path
+
+
+def missing() -> str | None:
+    """One line on what must be installed before a guest can boot, or None."""
+    packages = [package for program, package in PACKAGES.items() if not shutil.which(program)]
+    if _busybox() is None:
+        packages.append("busybox-static")
+    if packages:
+        return f"vm tests need: apt-get install {' '.join(packages)}"
+    if _kernel_package() is None:
+        return "vm tests need Debian's package lists (no linux-image-amd64 known): apt-get update"
+    return None
+
+
+@functools.cache
+def prepare() -> Image:
+    """The image to boot: from the cache, or fetched and built, which takes some seconds.
+
+    Raises:
+        RuntimeError: something is missing, or the package cannot be fetched. Nothing half-done
+            stays in the cache.
+    """
+    package, busybox = _kernel_package(), _busybox()
+    if package is None or busybox is None:
+        raise RuntimeError(missing())
+    cache = Path(os.environ.get("IVSHMEM_VM_CACHE") or Path.home() / ".cache" / "ivshmem-vm")
+    cache.mkdir(parents=True, exist_ok=True)
+    recipe = hashlib.sha256()
+    for source in (Path(__file__), INIT, busybox):
+        recipe.update(source.read_bytes())
+    with _locked(cache / "lock"):
+        deb = _fetched(cache, package)
+        built = cache / f"{deb.stem}-{recipe.hexdigest()[:12]}"
+        if not built.exists():
+            _build(deb, busybox, built)
+    return Image(built / "kernel", built / "initrd")
+
+
+def _busybox() -> Path | None:
+    """A statically linked busybox: the initramfs has no libraries."""
+    found = shutil.which("busybox")
+    # A dynamic executable names its loader (program header PT_INTERP) at the start of the file.
+    return Path(found) if found and b"/ld-linux" not in Path(found).read_bytes()[:4096] else None
+
+
+@functools.cache
+def _kernel_package() -> str | None:
+    """The newest kernel's package; not the cloud variant, which lacks 9p, and not rt or dbg."""
+    depends = subprocess.run(
+        ["apt-cache", "depends", "linux-image-amd64"], capture_output=True, text=True, check=False
+    )
+    names = re.findall(r"Depends: (linux-image-\d\S*-amd64)$", depends.stdout, re.MULTILINE)
+    real = [name for name in names if not re.search(r"-(cloud|rt|dbg)\b", name)]
+    return real[0] if real else None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two test runs at once: the second waits and then finds what the first has built."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to work in, and a path in it that becomes `target` in one step if all goes well."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-") as work:
+        yield Path(work) / "new"
+        (Path(work) / "new").rename(target)
+
+
+def _fetched(cache: Path, package: str) -> Path:
+    have = sorted(cache.glob(f"{package}_*.deb"))
+    if have:
+        return have[-1]
+    with tempfile.TemporaryDirectory(dir=cache, prefix="tmp-") as work:
+        # Run by root, apt would drop to a user who may not write here, and complain.
+        user = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
+        _run("apt-get", *user, "-q", "download", package, cwd=work)
+        (deb,) = Path(work).glob("*.deb")
+        return deb.rename(cache / deb.name)
+
+
+def _build(deb: Path, busybox: Path, target: Path) -> None:
+    with _appearing(target) as new, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+        _run("dpkg-deb", "-x", str(deb), unpacked)
+        (vmlinuz,) = Path(unpacked).glob("boot/vmlinuz-*")
+        new.mkdir()
+        (new / "kernel").write_bytes(_uncompressed(vmlinuz.read_bytes()))
+        (new / "initrd").write_bytes(_initramfs(busybox, ModuleTree(Path(unpacked))))
+
+
+def _run(*command: str, cwd: str | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr.strip()}")
+
+
+def _uncompressed(bzimage: bytes) -> bytes:
+    """The ELF kernel inside a bzImage; or the bzImage, which boots too, if it can't be unpacked."""
+    sectors = bzimage[0x1F1]
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)  # payload_offset, _length
+    start = (sectors + 1) * 512 + offset
+    payload = bzimage[start : start + length]
+    # The kernel's build appends the unpacked size; a decompressor object stops before that.
+    if payload.startswith(b"\xfd7zXZ"):
+        return lzma.LZMADecompressor().decompress(payload)
+    if payload.startswith(b"\x28\xb5\x2f\xfd") and shutil.which("zstd"):
+        zstd = subprocess.run(
+            ["zstd", "-dcq"], input=payload[:-4], capture_output=True, check=False
+        )
+        return zstd.stdout if zstd.returncode == 0 else bzimage
+    return bzimage
+
+
+class ModuleTree:
+    """The modules of an unpacked package. It has no modules.dep: that is made at installation."""
+
+    def __init__(self, root: Path) -> None:
+        files = (
+            *root.glob("lib/modules/*/kernel/**/*.ko*"),
+            *root.glob("usr/lib/modules/*/kernel/**/*.ko*"),
+        )
+        self._files = {_canonical(path.name.split(".ko")[0]): path for path in files}
+
+    def read(self, name: str) -> bytes:
+        """The module itself: busybox's insmod wants it uncompressed."""
+        path = self._files[name]
+        data = path.read_bytes()
+        return lzma.decompress(data) if path.suffix == ".xz" else data
+
+    def closure(self, names: Iterable[str]) -> list[str]:
+        """These modules and all that they depend on, in the order to load them."""
+        order: list[str] = []
+        for name in map(_canonical, names):
+            if name in self._files:
+                depends = re.search(rb"\0depends=([^\0]+)\0", self.read(name))
+                needed = depends[1].decode().split(",") if depends else []
+                order += [module for module in (*self.closure(needed), name) if module not in order]
+            elif name not in OPTIONAL:
+                raise RuntimeError(f"the kernel package has no module {name}")
+        return order
+
+
+def _canonical(module: str) -> str:
+    return module.replace("-", "_")
+
+
+def _initramfs(busybox: Path, modules: ModuleTree) -> bytes:
+    archive = Newc()
+    for folder in ("bin", "dev", "modules", *(f"modules/{name}" for name in MODULES)):
+        archive.folder(folder)
+    archive.file("bin/busybox", busybox.read_bytes(), executable=True)
+    for applet in APPLETS:
+        archive.link(f"bin/{applet}", "busybox")
+    for name, wanted in MODULES.items():
+        for number, module in enumerate(modules.closure(wanted)):
+            archive.file(f"modules/{name}/{number:02}-{module}.ko", modules.read(module))
+    archive.file("init", INIT.read_bytes(), executable=True)
+    return archive.finish()
+
+
+class Newc:
+    """A cpio archive; the kernel's buffer-format.rst has the format."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def folder(self, name: str) -> None:
+        self._add(name, 0o040755, b"")
+
+    def file(self, name: str, data: bytes, executable: bool = False) -> None:
+        self._add(name, 0o100755 if executable else 0o100644, data)
+
+    def link(self, name: str, target: str) -> None:
+        self._add(name, 0o120777, target.encode())
+
+    def finish(self) -> bytes:
+        self._add("TRAILER!!!", 0, b"")
+        return b"".join(self._parts)
+
+    def _add(self, name: str, mode: int, data: bytes) -> None:
+        path = name.encode() + b"\0"
+        inode = len(self._parts) + 1
+        # inode, mode, uid, gid, links, mtime, size, device (major, minor), special device (same),
+        # the name's length, checksum
+        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
+        head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
+        self._parts.append(_padded(head) + _padded(data))
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)

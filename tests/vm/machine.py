@@ -1,0 +1,92 @@
+"""What a guest is told at its start: QEMU's command line, and inside/init's orders.
+
+Knows: QEMU's options and why each is there, the kernel's parameters, the contract with inside/init.
+Does not know: processes, sockets, or the ivshmem device.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import image
+
+# On the program's PYTHONPATH.
+INSIDE = Path(__file__).parent / "inside"
+
+# cryptomgr.notests: the self-tests take 0.3 s.
+# panic=-1 together with -no-reboot: a guest that panics ends QEMU.
+KERNEL_ARGS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "no_timer_check")
+
+# TCG: KVM inside a VM hangs on the machines that we test on.
+# "max" and not the default CPU: Python starts in 0.4 s on it, in 1.4 s on qemu64.
+BASE = (
+    *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+    *("-accel", "tcg,thread=multi", "-cpu", "max"),
+    *("-virtfs", "local,path=/,mount_tag=hostroot,security_model=none,readonly=on,multidevs=remap"),
+    *("-device", "virtio-serial-pci"),
+)
+PLAIN = ("-machine", "pc")
+IOMMU = ("-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=on")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware; Guest explains the fields."""
+
+    args: Sequence[str]
+    memory: str
+    cpus: int
+    iommu: bool
+    kernel_args: Sequence[str]
+
+    def command(self, folder: Path, program: int, monitor: int) -> list[str]:
+        """QEMU's command line: logs go to the folder; the two fds are connected sockets."""
+        boot = image.prepare()
+        return [
+            *(image.QEMU, *BASE, *(IOMMU if self.iommu else PLAIN)),
+            *("-m", self.memory, "-smp", str(self.cpus)),
+            *("-kernel", str(boot.kernel), "-initrd", str(boot.initrd)),
+            *("-append", self._kernel_line(folder)),
+            *("-serial", f"file:{folder}/console"),
+            *("-chardev", f"socket,id=vm-monitor,fd={monitor}"),
+            *("-mon", "chardev=vm-monitor,mode=control"),
+            *_port("vm-program", f"socket,fd={program}"),
+            *_port("vm-stderr", f"file,path={folder}/stderr"),
+            *_port("vm-status", f"file,path={folder}/status"),
+            *self.args,
+        ]
+
+    def _kernel_line(self, folder: Path) -> str:
+        modules, iommu = ("base vfio", ["intel_iommu=on"]) if self.iommu else ("base", [])
+        # What the kernel does not know it hands to init, as environment.
+        orders = (f'vm_folder="{folder}"', f'vm_modules="{modules}"')
+        return " ".join([*KERNEL_ARGS, *iommu, *orders, *self.kernel_args])
+
+
+def _port(name: str, chardev: str) -> list[str]:
+    """A virtio-serial port, which inside/init finds by its name.
+
+    Not a second UART: a port has flow control, nothing echoes, and no byte is special.
+    """
+    device = f"virtserialport,chardev={name},name={name}"
+    return ["-chardev", f"{chardev},id={name}", "-device", device]
+
+
+def write_orders(
+    folder: Path, python: str, program: Path, argv: Sequence[str], env: Mapping[str, str]
+) -> None:
+    """Writes what inside/init reads: the command that runs the program in the guest."""
+    full = {
+        "PATH": os.defpath,
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",  # it would fill the guest's memory
+        **env,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(INSIDE), env.get("PYTHONPATH")])),
+    }
+    words = [f"{key}={value}" for key, value in full.items()]
+    command = ["env", "-i", *words, "/bin/chroot", "/root", python, str(program), *argv]
+    (folder / "run").write_text(f"set -- {shlex.join(command)}\n")

@@ -1,0 +1,294 @@
+"""Real guests share memory and doorbells with each other and with host processes, by our server."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import ivshmem
+from ivshmem import qemu
+
+from .harness import MakeGuest
+from .hugepages import mounted, reserved
+
+TIMEOUT = 60.0  # for what takes milliseconds, on a machine that may be busy with other things
+
+ECHO = """
+    from raw.vfio import VfioDevice
+    with VfioDevice() as device:
+        print("READY", device.id, device.vectors, len(device.memory), flush=True)
+        for line in iter(input, "end"):
+            vector, peer = map(int, line.split())
+            for _ in range(ROUNDS):
+                assert device.wait(vector, timeout=60)
+                device.memory[0] += 1
+                device.ring(peer, vector)
+"""
+
+
+class Events:
+    """What a server reported, in order."""
+
+    def __init__(self) -> None:
+        self.joined: list[ivshmem.Peer] = []
+        self.left: list[ivshmem.Peer] = []
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def server(tmp_path: Path, events: Events) -> Iterator[ivshmem.Server]:
+    with ivshmem.Server(
+        tmp_path / "socket",
+        "1M",
+        vectors=4,
+        on_join=events.joined.append,
+        on_leave=events.left.append,
+    ).start() as server:
+        yield server
+
+
+@pytest.fixture
+def host(server: ivshmem.Server) -> Iterator[ivshmem.Client]:
+    with ivshmem.connect(server.path, timeout=TIMEOUT) as client:
+        yield client
+
+
+def until(client: ivshmem.Client, wanted: ivshmem.Event) -> list[ivshmem.Event]:
+    """All events up to the one that is waited for."""
+    seen = []
+    for event in client.events(TIMEOUT):
+        seen.append(event)
+        if event == wanted:
+            return seen
+    raise AssertionError(f"{wanted} never came, only {seen}")
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Eight free huge pages of 2 MiB."""
+    with reserved(8, 2 << 20):
+        yield
+
+
+@pytest.fixture
+def hugetlbfs(huge_pages: None, tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "hugepages", 2 << 20) as path:
+        yield path
+
+
+def doorbell(server: ivshmem.Server) -> list[str]:
+    return qemu.doorbell(server.path, server.vectors)
+
+
+def test_host_and_guest_ring_each_other(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, events: Events
+) -> None:
+    rounds = 200
+    a = guest(ECHO.replace("ROUNDS", str(rounds)), args=doorbell(server), iommu=True)
+    assert a.expect("READY") == f"READY 1 4 {1 << 20}"
+    assert [(p.id, p.pid) for p in events.joined] == [(0, os.getpid()), (1, a.pid)]
+    assert host.peers == [1]
+    a.send(f"2 {host.id}")
+    with memoryview(host.region) as memory:
+        for number in range(rounds):
+            assert memory[0] == number % 256
+            host.ring(1, 2)
+            assert host.wait(2, TIMEOUT) == 1, a.report()
+        assert memory[0] == rounds % 256
+    assert host.wait(timeout=0) is None  # nothing on any other vector
+    a.send("end")
+    assert a.wait() == 0
+    assert ivshmem.PeerLeft(1) in until(host, ivshmem.PeerLeft(1))
+    assert [p.id for p in events.left] == [1]
+
+
+def test_two_guests_ring_each_other_while_the_host_watches(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
+) -> None:
+    program = """
+        import sys
+        from raw.vfio import VfioDevice
+        with VfioDevice() as device:
+            print("READY", device.id, flush=True)
+            other = int(input())
+            first = device.id < other
+            for number in range(50):
+                if first:
+                    device.memory[number] = number
+                    device.ring(other, 1)
+                assert device.wait(1, timeout=60), number
+                assert device.memory[number] == number
+                if not first:
+                    device.ring(other, 1)
+            device.ring(0, 3)
+            print("DONE", flush=True)
+            input()
+    """
+    a = guest(program, args=doorbell(server), iommu=True, name="a")
+    b = guest(program, args=doorbell(server), iommu=True, name="b")
+    ids = [int(g.expect("READY").split()[1]) for g in (a, b)]
+    assert sorted(ids) == [1, 2]
+    assert host.peers == [1, 2]
+    a.send(str(ids[1]))
+    b.send(str(ids[0]))
+    for g in (a, b):
+        g.expect("DONE", TIMEOUT)
+    rings = 0
+    while rings < 2:
+        rang = host.wait(3, TIMEOUT)
+        assert rang, a.report()
+        rings += rang
+    with memoryview(host.region) as memory:
+        assert bytes(memory[:50]) == bytes(range(50))
+    # A guest that powers off is seen leaving; the other one is not touched by it.
+    a.send("")
+    assert a.wait() == 0
+    until(host, ivshmem.PeerLeft(ids[0]))
+    assert host.peers == [ids[1]]
+    b.send("")
+    assert b.wait() == 0
+    until(host, ivshmem.PeerLeft(ids[1]))
+
+
+def test_a_guest_reads_the_id_that_the_server_gave(
+    guest: MakeGuest, server: ivshmem.Server, events: Events
+) -> None:
+    with ExitStack() as others:
+        for _ in range(5):
+            others.enter_context(ivshmem.connect(server.path, timeout=TIMEOUT))
+        a = guest(
+            """
+            from raw.sysfs import SysfsDevice
+            with SysfsDevice() as device:
+                print("ID", device.id, flush=True)
+            """,
+            args=doorbell(server),
+        )
+        assert a.expect("ID") == "ID 5"
+        assert events.joined[5].pid == a.pid
+        assert events.joined[5].process.startswith("qemu-system")
+        assert a.wait() == 0
+
+
+def test_guests_that_come_and_go_do_no_harm_to_one_that_stays(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
+) -> None:
+    stays = guest(ECHO.replace("ROUNDS", "1"), args=doorbell(server), iommu=True, name="stays")
+    stays.expect("READY 1")
+    ids = []
+    for round_ in range(20):
+        comes = guest(
+            """
+            from raw.sysfs import SysfsDevice
+            with SysfsDevice() as device:
+                print("ID", device.id, flush=True)
+                input()
+            """,
+            args=doorbell(server),
+            name=f"comes {round_}",
+        )
+        ids.append(int(comes.expect("ID").split()[1]))
+        assert host.peers == [1, ids[-1]]
+        if round_ % 2:
+            comes.kill()
+        else:
+            comes.send("")
+            assert comes.wait() == 0
+        until(host, ivshmem.PeerLeft(ids[-1]))
+        stays.send(f"{round_ % 4} 0")
+        host.ring(1, round_ % 4)
+        assert host.wait(round_ % 4, TIMEOUT) == 1, stays.report()
+    # The one that stays was told of each of them, so none of their ids was given twice.
+    assert ids == list(range(2, 22))
+    stays.send("end")
+    assert stays.wait() == 0
+
+
+def test_memory_and_doorbells_outlive_the_server(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
+) -> None:
+    a = guest(ECHO.replace("ROUNDS", "10"), args=doorbell(server), iommu=True)
+    a.expect("READY 1")
+    assert host.peers == [1]
+    server.close()
+    until(host, ivshmem.ServerLost("the server ended the connection"))
+    a.send("0 0")
+    for _ in range(10):
+        host.ring(1, 0)
+        assert host.wait(0, TIMEOUT) == 1, a.report()
+    a.send("end")
+    assert a.wait() == 0
+
+
+def test_plain_device_on_a_file(guest: MakeGuest, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    with ivshmem.Region.create("1M", path=path) as region, memoryview(region) as memory:
+        memory[:5] = b"host!"
+        command = [sys.executable, "-m", "ivshmem", "qemu", "--json", "--file", str(path)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        a = guest(
+            """
+            from raw.sysfs import SysfsDevice
+            with SysfsDevice() as device:
+                print("SAW", bytes(device.memory[:5]).decode(), len(device.memory), flush=True)
+                device.memory[-6:] = b"guest!"
+                print("WROTE", flush=True)
+                input()
+                print("SAW", bytes(device.memory[:5]).decode(), flush=True)
+            """,
+            args=json.loads(printed),
+        )
+        assert a.expect("SAW") == f"SAW host! {1 << 20}"
+        a.expect("WROTE")
+        assert bytes(memory[-6:]) == b"guest!"
+        memory[:5] = b"again"
+        a.send("")
+        assert a.expect("SAW") == "SAW again"
+        assert a.wait() == 0
+
+
+HUGE = """
+    import mmap
+    from raw.sysfs import SysfsDevice
+    with SysfsDevice() as device:
+        print("SIZE", len(device.memory), bytes(device.memory[:4]).decode(), flush=True)
+        device.memory[-4:] = b"done"
+"""
+
+
+def test_huge_pages_from_a_memfd_by_the_server(
+    guest: MakeGuest, tmp_path: Path, huge_pages: None
+) -> None:
+    with (
+        ivshmem.Region.create("8M", hugepages="2M") as region,
+        ivshmem.Server(tmp_path / "socket", region).start() as server,
+        memoryview(region) as memory,
+    ):
+        memory[:4] = b"huge"
+        a = guest(HUGE, args=doorbell(server))
+        assert a.expect("SIZE") == f"SIZE {8 << 20} huge"
+        assert a.wait() == 0
+        assert bytes(memory[-4:]) == b"done"
+        assert region.info().huge == region.info().resident == 4 << 20  # its first and last page
+
+
+def test_huge_pages_from_a_mount_by_qemu(
+    guest: MakeGuest, tmp_path: Path, hugetlbfs: Path
+) -> None:
+    path = hugetlbfs / "region"
+    with ivshmem.Region.create("8M", path=path) as region, memoryview(region) as memory:
+        memory[:4] = b"huge"
+        a = guest(HUGE, args=qemu.plain(str(path), region.size))
+        assert a.expect("SIZE") == f"SIZE {8 << 20} huge"
+        assert a.wait() == 0
+        assert bytes(memory[-4:]) == b"done"
+        region.unlink()
