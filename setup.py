@@ -1,7 +1,8 @@
 """Builds ivshmem._core; everything else about the package stands in pyproject.toml.
 
 Where Cython is importable the C file is generated afresh, so that a newer Cython can carry an old
-release to a newer Python; where it is not, the committed _core.c serves, and a C compiler is enough.
+release to a newer Python; where it is not, the committed _core.c serves, and a C compiler is
+enough.
 """
 
 import os

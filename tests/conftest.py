@@ -39,9 +39,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
     if report.failed:
         item.stash[_FAILED] = True
@@ -96,9 +94,7 @@ def server(socket_path: str) -> Iterator[Callable[..., ivshmem.Server]]:
             start: bool = True,
             **kwargs: Any,
         ) -> ivshmem.Server:
-            made = servers.enter_context(
-                ivshmem.Server(socket_path, memory, vectors, **kwargs)
-            )
+            made = servers.enter_context(ivshmem.Server(socket_path, memory, vectors, **kwargs))
             return made.start() if start else made
 
         yield make

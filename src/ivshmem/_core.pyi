@@ -1,7 +1,7 @@
 from collections.abc import Iterable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, final, overload
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 EPOLLIN: int
 EPOLLOUT: int
@@ -12,6 +12,7 @@ class Interrupt(NamedTuple):
     vector: int
     rings: int
 
+@final
 class FdArray:
     @staticmethod
     def eventfds(count: int) -> FdArray: ...
@@ -20,6 +21,7 @@ class FdArray:
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> int: ...
 
+@final
 class Epoll:
     def fileno(self) -> int: ...
     def add(self, fd: int, token: int, events: int) -> None: ...
@@ -31,6 +33,7 @@ class Epoll:
 def send_runs(sock: int, runs: Iterable[tuple[Any, ...]]) -> int: ...
 def receive(sock: int, limit: int) -> tuple[list[tuple[bytes, tuple[int, ...]]], bool]: ...
 
+@disjoint_base
 class Mapping(Buffer):
     def __new__(
         cls, fd: int, size: int, *args: Any, readonly: bool = False, **kwargs: Any
@@ -49,6 +52,7 @@ class Mapping(Buffer):
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@disjoint_base
 class Doorbells:
     def __new__(cls, *args: Any, **kwargs: Any) -> Doorbells: ...
     def _news(self) -> None: ...

@@ -21,7 +21,7 @@ from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from cpython.ref cimport PyObject
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strerror
 
 from ._libc cimport (
     CLOCK_MONOTONIC, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, EAGAIN, EFD_CLOEXEC,
@@ -49,8 +49,8 @@ EPOLLERR = _EPOLLERR
 EPOLLHUP = _EPOLLHUP
 
 cdef enum:
-    # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on the
-    # stack, and a default socket buffer holds no more than 278 messages anyway.
+    # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
+    # the stack, and a default socket buffer holds no more than 278 messages anyway.
     BATCH = 64
     # Bytes in a message of protocol version 0.
     MESSAGE = 8
@@ -89,6 +89,7 @@ cdef int _fail() except -1:
 
 # -- descriptors ----------------------------------------------------------------------------------
 
+@cython.final
 cdef class FdArray:
     """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
 
@@ -172,6 +173,7 @@ cdef class FdArray:
         free(self.fds)
 
 
+@cython.final
 cdef class Epoll:
     """An epoll object whose events carry a token instead of a descriptor.
 
@@ -234,7 +236,7 @@ cdef class Epoll:
 
 
 cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:
-    """epoll_wait until `deadline`; -1 when a signal handler ran and the caller is to go round again."""
+    """epoll_wait until `deadline`; -1 when a signal handler ran: the caller goes round again."""
     cdef int64_t left
     cdef int milliseconds, n, code
     if deadline == INT64_MAX:
@@ -255,10 +257,7 @@ cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline
 
 
 cdef int _fail_with(int code) except -1:
-    global errno
-    errno = code
-    PyErr_SetFromErrno(OSError)
-    return -1
+    raise OSError(code, strerror(code).decode())
 
 
 # -- messages with descriptors --------------------------------------------------------------------
@@ -267,8 +266,9 @@ def send_runs(int sock, runs):
     """Send messages without blocking, in batches of sendmmsg.
 
     Args:
-        runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where `fds`
-            is an FdArray they carry fds[first], fds[first + 1] and so on, where it is None nothing.
+        runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where
+            `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is None
+            nothing.
 
     Returns:
         How many messages went out, in order, before the socket's buffer was full (or the kernel
@@ -346,9 +346,9 @@ def receive(int sock, Py_ssize_t limit):
     """Take up to about `limit` messages off a socket without blocking.
 
     Returns:
-        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that came
-        with them, which now belong to the caller. The kernel never reads past a byte that carried
-        descriptors, so they belong to the message that holds the chunk's last byte.
+        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that
+        came with them, which now belong to the caller. The kernel never reads past a byte that
+        carried descriptors, so they belong to the message that holds the chunk's last byte.
 
     Raises:
         ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.
@@ -570,8 +570,8 @@ cdef enum:
 cdef class Doorbells:
     """The doorbells that an endpoint rings, and those that it listens on.
 
-    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and overrides
-    two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
+    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and
+    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
     `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.
     """
 
@@ -666,9 +666,9 @@ cdef class Doorbells:
     def ring(self, peer, Py_ssize_t vector=0):
         """Interrupt `vector` of the peer with id `peer`.
 
-        One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens; a
-        peer whose counter is full has an interrupt pending already, which is success. (Such a peer,
-        if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the
+        One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;
+        a peer whose counter is full has an interrupt pending already, which is success. (Such a
+        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the
         interpreter, until a signal arrives: Linux has no eventfd write that never waits.)
 
         Raises:
@@ -706,7 +706,7 @@ cdef class Doorbells:
 
     @cython.binding(False)
     def wait(self, vector=None, timeout=None):
-        """Wait for an interrupt, at most `timeout` seconds (None: as long as it takes; 0: only look).
+        """Wait for an interrupt, at most `timeout` seconds (None: for as long as it takes).
 
         Args:
             vector: the one to wait for; None: any.
@@ -813,7 +813,7 @@ cdef class Doorbells:
         self.epoll.close()
 
     def close(self):
-        """Stop ringing and listening, and send waiters home with ClosedError. May be called twice."""
+        """Stop ringing and listening; waiters get ClosedError. May be called twice."""
         cdef uint64_t one = 1
         if self.gone:
             return

@@ -1,5 +1,6 @@
 # System calls, constants and structures that Cython's own libc and posix packages lack.
-# All of it is Linux: eventfd(2), epoll(7), sendmmsg(2), recvmmsg(2), unix(7), preadv2(2), madvise(2).
+# All of it is Linux: eventfd(2), epoll(7), sendmmsg(2), recvmmsg(2), unix(7), preadv2(2),
+# madvise(2).
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -97,9 +98,9 @@ cdef extern from *:
     """
     #include <sys/socket.h>
 
-    /* One message carries one descriptor: this is its control buffer. On 64-bit CMSG_SPACE(sizeof(int))
-       admits a second one, so a receiver must look at cmsg_len and not assume. */
-    typedef union {
+    /* One message carries one descriptor: this is its control buffer. On 64-bit
+       CMSG_SPACE(sizeof(int)) admits a second one, so a receiver must look at cmsg_len and not
+    assume. */ typedef union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
     } ivshmem_control;

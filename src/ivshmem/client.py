@@ -65,8 +65,8 @@ def connect(
 class Client(Endpoint):
     """A host process connected to a server; made by `connect`.
 
-    When the server ends, memory and doorbells go on working, `connected` is False, and `events` says
-    ServerLost once.
+    When the server ends, memory and doorbells go on working, `connected` is False, and `events`
+    says ServerLost once.
     """
 
     def __init__(

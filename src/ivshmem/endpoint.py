@@ -73,7 +73,7 @@ class Endpoint(_core.Doorbells):
             yield event
 
     def next_event(self, timeout: float | None = None) -> Event | None:
-        """The next of `events`; None when nothing happens for `timeout` seconds, or it is closed."""
+        """The next of `events`; None when nothing happens for `timeout` seconds, or if closed."""
         deadline = None if timeout is None else time.monotonic() + timeout
         event = self._next_news()
         while event is None:

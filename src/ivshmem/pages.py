@@ -101,8 +101,8 @@ def check_memory(size: int, *, now: bool) -> None:
     if size > total or (now and size > free):
         raise OSError(
             errno.ENOMEM,
-            f"{format_size(size)} of memory do not fit: this machine has {roughly(total)} with swap,"
-            f" {roughly(free)} of it available; choose a smaller size",
+            f"{format_size(size)} of memory do not fit: this machine has {roughly(total)} with"
+            f" swap, {roughly(free)} of it available; choose a smaller size",
         )
 
 
@@ -144,11 +144,11 @@ def _space_short(size: int, place: str) -> OSError:
     directory = place if os.path.isdir(place) else os.path.dirname(place)
     status = os.statvfs(directory)
     free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+    room = format_size(_room(size, total, free))
     return OSError(
         errno.ENOSPC,
         f"{format_size(size)} are needed, {roughly(free)} of {roughly(total)} are free: make room,"
-        f" or if it is a tmpfs, as root: mount -o remount,size={format_size(_room(size, total, free))}"
-        f" {directory}",
+        f" or if it is a tmpfs, as root: mount -o remount,size={room} {directory}",
         place,
     )
 

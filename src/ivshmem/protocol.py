@@ -136,8 +136,8 @@ class Session:
         vectors: how many vectors each peer has, where that is known beforehand.
 
     The protocol tells neither the number of vectors nor the end of set-up. Both are known once
-    somebody else was announced completely: everyone has as many vectors as that peer. An only client
-    learns them from end_setup(), which its owner calls when nothing more is to come.
+    somebody else was announced completely: everyone has as many vectors as that peer. An only
+    client learns them from end_setup(), which its owner calls when nothing more is to come.
     """
 
     def __init__(self, vectors: int | None = None) -> None:
@@ -250,7 +250,7 @@ class Session:
 
 
 class Run(NamedTuple):
-    """`length` messages of the same value, carrying fds[first], fds[first + 1].. (None: nothing)."""
+    """`length` messages of one value, carrying fds[first], fds[first + 1].. (None: nothing)."""
 
     value: int
     fds: Sized | None
@@ -284,8 +284,8 @@ class Roster:
 
     A member was told of everyone up to a position in the order of joins. What it must be sent is
     therefore: the rest of its greeting, the rest of the announcement it is in the middle of, leaves
-    of those it knows, and whoever stands after its position. It needs memory only for leaves that it
-    has not read yet, and those are of members it was told of: bounded by their number.
+    of those it knows, and whoever stands after its position. It needs memory only for leaves that
+    it has not read yet, and those are of members it was told of: bounded by their number.
 
     Args:
         vectors: of every member, 0..2048.

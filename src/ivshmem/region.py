@@ -26,7 +26,7 @@ from typing import Any, Literal
 from . import _core, pages
 from .errors import ClosedError, RegionError
 from .pages import PAGE
-from .sizes import format_size, parse_size
+from .sizes import check_size, format_size, parse_size
 
 SHM = "/dev/shm"  # noqa: S108 - where glibc's shm_open(3) keeps POSIX names
 
@@ -48,8 +48,8 @@ class RegionInfo:
         source: how this process came by it.
         name: the path, POSIX name or directory; None for an anonymous region or a descriptor.
         resident: bytes that are in memory, whoever touched them.
-        huge: of these, bytes in huge pages; transparent ones as far as this process has mapped them.
-        readonly: this process may only read.
+        huge: of these, bytes in huge pages; transparent ones as far as this process has mapped
+        them. readonly: this process may only read.
         sealed: nobody can shrink or grow the file, so no peer can cause a SIGBUS.
     """
 
@@ -67,8 +67,8 @@ class Region(_core.Mapping):
     """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
 
     Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
-    BufferError while a memoryview or an array still looks at the memory. A name or file outlives the
-    region until `unlink()`.
+    BufferError while a memoryview or an array still looks at the memory. A name or file outlives
+    the region until `unlink()`.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class Region(_core.Mapping):
         if hugepages and pages.huge_page_size(hugepages) != page:
             raise RegionError(
                 f"{target} has pages of {format_size(page)}, not huge pages of"
-                f" {format_size(pages.huge_page_size(hugepages))}: name a hugetlbfs mount of that page"
-                " size, or no place at all for a memfd"
+                f" {format_size(pages.huge_page_size(hugepages))}: name a hugetlbfs mount of that"
+                " page size, or no place at all for a memfd"
             )
         check_size(size, page)
         if source == "posix":
@@ -291,8 +291,8 @@ class Region(_core.Mapping):
                 if seal:
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
                 elif page == PAGE:
-                    # tmpfs and file systems hand out pages and blocks one by one, and a mapping that
-                    # finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.)
+                    # tmpfs and file systems hand out pages and blocks one by one, and a mapping
+                    # that finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.)
                     os.posix_fallocate(fd, 0, size)
                 region = cls._map(fd, size, page, source, name, path, False)
         except BaseException:
@@ -404,31 +404,7 @@ class Region(_core.Mapping):
             self._fd.close()
 
 
-# -- sizes and places -----------------------------------------------------------------------------
-
-
-def check_size(size: int, page: int = PAGE, *, what: str = "a region") -> None:
-    """Refuse what QEMU aborts on, and name the nearest size that works.
-
-    Raises:
-        RegionError: `size` is no power of two, or less than a page.
-    """
-    if size >= page and size & (size - 1) == 0:
-        if size >= 1 << 63:
-            raise RegionError(f"{what} cannot have {format_size(size)}: the largest is 4E")
-        return
-    above = max(round_up(size), page)
-    below = max(above // 2, page)
-    nearest = above if above - size <= size - below or below == above else below
-    raise RegionError(
-        f"{what} cannot have {format_size(size)}: it must be a power of two and at least one page"
-        f" ({format_size(page)}); the nearest that works is {format_size(nearest)}"
-    )
-
-
-def round_up(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << max(size - 1, 0).bit_length()
+# -- places ---------------------------------------------------------------------------------------
 
 
 def posix_path(name: str) -> str:

@@ -4,10 +4,10 @@ Knows: sockets, eventfds, readiness. Does not know: what the messages are (proto
 
 Invariants:
 1. Nothing here blocks, but for the wait in `step`; a peer that does not read delays nobody else.
-2. A connection is accepted only when all that its set-up needs is at hand, for QEMU spins for ever on
-   one that ends early; until then newcomers wait in the listening socket's queue.
-3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server notices
-   only that it goes.
+2. A connection is accepted only when all that its set-up needs is at hand, for QEMU spins for ever
+   on one that ends early; until then newcomers wait in the listening socket's queue.
+3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server
+   notices only that it goes.
 4. All state is changed by the thread that runs `step`.
 """
 
@@ -161,7 +161,7 @@ class Server:
         return self._epoll.fileno()
 
     def serve_forever(self) -> None:
-        """Serve in this thread until `stop()` is called, from a signal handler or another thread."""
+        """Serve in this thread until `stop()`, from a signal handler or another thread."""
         while not self._stopping:
             self.step()
 

@@ -1,6 +1,6 @@
-"""Sizes as people write them.
+"""Sizes as people write them, and which of them a region can have.
 
-Knows: suffixes, fractions, hexadecimal. Does not know: which sizes are any good.
+Knows: suffixes, fractions, hexadecimal; powers of two. Does not know: pages, files, memory.
 """
 
 from __future__ import annotations
@@ -54,3 +54,27 @@ def roughly(size: int) -> str:
     """About this size, with one decimal."""
     power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{size / 1024**power:.1f}{_UNITS[power]}" if power else f"{size} bytes"
+
+
+def check_size(size: int, page: int, *, what: str = "a region") -> None:
+    """Refuse what QEMU aborts on, and name the nearest size that works.
+
+    Raises:
+        RegionError: `size` is no power of two, or less than a page.
+    """
+    if size >= page and size & (size - 1) == 0:
+        if size >= 1 << 63:
+            raise RegionError(f"{what} cannot have {format_size(size)}: the largest is 4E")
+        return
+    above = max(round_up(size), page)
+    below = max(above // 2, page)
+    nearest = above if above - size <= size - below or below == above else below
+    raise RegionError(
+        f"{what} cannot have {format_size(size)}: it must be a power of two and at least one page"
+        f" ({format_size(page)}); the nearest that works is {format_size(nearest)}"
+    )
+
+
+def round_up(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -45,7 +45,9 @@ class Child:
         if line != text:
             self.process.kill()
             assert self.process.stderr is not None
-            raise AssertionError(f"got {line!r} for {text!r}\n{self.process.stderr.read().decode()}")
+            raise AssertionError(
+                f"got {line!r} for {text!r}\n{self.process.stderr.read().decode()}"
+            )
 
     def tell(self, text: str = "") -> None:
         """Send it a line."""

@@ -45,9 +45,7 @@ class RawPeer:
         memory: (st_dev, st_ino, size) of the region.
     """
 
-    def __init__(
-        self, path: str, keep: Callable[[int, int, int], object] | None = None
-    ) -> None:
+    def __init__(self, path: str, keep: Callable[[int, int, int], object] | None = None) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket.connect(path)

@@ -120,7 +120,8 @@ def test_server_with_a_hugepages_mount_point(guest: MakeGuest, tmp_path: Path) -
             a = guest(
                 SHOW,
                 args=shlex.split(
-                    f"-device ivshmem-doorbell,vectors=1,chardev=id -chardev socket,path={path},id=id"
+                    "-device ivshmem-doorbell,vectors=1,chardev=id"
+                    f" -chardev socket,path={path},id=id"
                 ),
             )
             assert a.expect("SEES") == f"SEES 0 {16 << 20}"

@@ -281,9 +281,7 @@ def test_huge_pages_from_a_memfd_by_the_server(
         assert region.info().huge == region.info().resident == 4 << 20  # its first and last page
 
 
-def test_huge_pages_from_a_mount_by_qemu(
-    guest: MakeGuest, tmp_path: Path, hugetlbfs: Path
-) -> None:
+def test_huge_pages_from_a_mount_by_qemu(guest: MakeGuest, tmp_path: Path, hugetlbfs: Path) -> None:
     path = hugetlbfs / "region"
     with ivshmem.Region.create("8M", path=path) as region, memoryview(region) as memory:
         memory[:4] = b"huge"

@@ -1,7 +1,7 @@
 """`ivshmem-server`: the command line of QEMU's example server, unchanged.
 
-Its options, defaults and habits: a daemon unless told otherwise, sizes rounded up to a power of two,
-an existing name attached to and grown if it is too short. Its faults are left out.
+Its options, defaults and habits: a daemon unless told otherwise, sizes rounded up to a power of
+two, an existing name attached to and grown if it is too short. Its faults are left out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from .. import pages
-from ..region import Region, posix_path, round_up
-from ..sizes import parse_size
+from ..region import Region, posix_path
+from ..sizes import parse_size, round_up
 from . import daemon, guarded
 from .serve import (
     DEFAULT_PID_FILE,

@@ -62,12 +62,19 @@ def run(options: argparse.Namespace) -> int:
             for line in options.command:
                 shell.run_line(line)
         elif sys.stdin.isatty():
-            # Imported for its effect: line editing, history and completion for input().
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401
+            _edit_lines(shell)
             shell.talk()
         else:
             for line in sys.stdin:
                 if shell.run_line(line):
                     break
     return 0
+
+
+def _edit_lines(shell: Shell) -> None:
+    """Line editing, history and completion for input(), where this Python has readline."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.set_completer(shell.complete)  # type: ignore[arg-type]  # typeshed's mistake
+        readline.parse_and_bind("tab: complete")

@@ -10,8 +10,8 @@ from pathlib import Path
 from .. import pages, qemu
 from ..client import connect
 from ..errors import RegionError
-from ..region import check_size, posix_path
-from ..sizes import format_size, parse_size
+from ..region import posix_path
+from ..sizes import check_size, format_size, parse_size
 from .serve import DEFAULT_SIZE, DEFAULT_SOCKET, vectors
 
 _SECONDS = 10.0  # for a server to answer

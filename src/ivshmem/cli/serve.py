@@ -32,8 +32,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="run the server that guests and clients connect to",
         description="Run an ivshmem server in the foreground. At start it prints the lines to paste"
         " into QEMU and libvirt; then a line for each peer that joins or leaves.",
-        epilog="SIZE is a power of two: bytes, or a number with K, M, G or T, such as 4M. The memory"
-        " is anonymous unless --name, --file or --directory says where it comes from.",
+        epilog="SIZE is a power of two: bytes, or a number with K, M, G or T, such as 4M. The"
+        " memory is anonymous unless --name, --file or --directory says where it comes from.",
     )
     parser.add_argument(
         "-S",
@@ -135,6 +135,7 @@ def serve(
 ) -> int:
     """Open the memory, serve it until SIGTERM or SIGINT, and leave nothing behind."""
     _raise_fd_limit()
+    _on_signals(lambda: sys.exit(0))  # until there is something to stop: just clean up
     with (
         # The socket first: what a second server would do to the first one's memory comes after it.
         sockets.Listener(socket) as listener,
@@ -146,8 +147,8 @@ def serve(
             on_join=None if quiet else _tell_join,
             on_leave=None if quiet else _tell_leave,
         ) as server,
-        _ended_by(signal.SIGTERM, signal.SIGINT, stop=server.stop),
     ):
+        _on_signals(server.stop)
         print(banner(server), flush=True)
         ready()
         server.serve_forever()
@@ -265,15 +266,10 @@ def is_name(text: str) -> bool:
 # -- the process ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _ended_by(*signals: signal.Signals, stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on these signals while the block runs."""
-    before = {number: signal.signal(number, lambda *_: stop()) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _on_signals(act: Callable[[], object]) -> None:
+    """Let SIGTERM and Ctrl-C do this from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: act())
 
 
 def _raise_fd_limit() -> None:

@@ -44,10 +44,7 @@ class Shell(cmd.Cmd):
 
     def run_line(self, line: str) -> bool:
         """Run the commands of a line; True when one of them was to leave. Errors are raised."""
-        leave = False
-        for command in _split(line):
-            leave = bool(self.onecmd(command)) or leave
-        return leave
+        return any(self.onecmd(command) for command in _split(line))
 
     def talk(self) -> None:
         """Read commands from a terminal until told to leave; errors are shown, not raised."""

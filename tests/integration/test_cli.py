@@ -1,0 +1,606 @@
+"""`serve`, `connect`, `qemu` and `ivshmem-server` as a person or a script runs them."""
+
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import ivshmem
+
+TIMEOUT = 30.0
+IVSHMEM = [sys.executable, "-m", "ivshmem"]
+IVSHMEM_SERVER = [str(Path(sysconfig.get_path("scripts"), "ivshmem-server"))]
+
+
+def run(*arguments: str, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [*IVSHMEM, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("ivshmem: ")
+    assert "Errno" not in result.stderr
+    return result.stderr
+
+
+class Served:
+    """A server in a process of its own, which has said that it is ready."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.first = self.process.stdout.readline()
+
+    def news(self) -> str:
+        """The next line on stderr."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=TIMEOUT)
+        return self.process.returncode, errors
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "socket")
+
+
+@pytest.fixture
+def serve(path: str) -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def start(*arguments: str, command: tuple[str, ...] = ("serve",)) -> Served:
+            served = Served([*IVSHMEM, *command, "-S", path, *arguments])
+            stack.enter_context(served.process)
+            stack.callback(served.process.kill)
+            return served
+
+        yield start
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    name = f"ivshmem-cli-{os.getpid()}"
+    yield name
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+class TestServe:
+    def test_a_session(self, serve: Serve, path: str) -> None:
+        server = serve("--size", "1M", "--vectors", "3")
+        assert server.first.startswith("serving 1M (anonymous, in pages of 4K) with 3 vectors on ")
+        assert server.process.stdout is not None
+        lines = [server.process.stdout.readline() for _ in range(3)]
+        assert f"-chardev socket,path={path},id=ivshmem" in lines[0]
+        assert "-device ivshmem-doorbell,vectors=3,chardev=ivshmem" in lines[0]
+        assert "<model type='ivshmem-doorbell'/>" in lines[1]
+        assert f"ivshmem connect -S {path}" in lines[2]
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert client.vectors == 3
+            process = Path("/proc/self/comm").read_text().strip()
+            assert server.news() == f"peer 0 joined: {process} (pid {os.getpid()}), 3 vectors\n"
+        assert server.news() == f"peer 0 left: {process} (pid {os.getpid()})\n"
+        assert server.end() == (0, "")
+        assert not os.path.exists(path)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signals_end_it_with_peers_connected(
+        self, serve: Serve, path: str, number: signal.Signals
+    ) -> None:
+        server = serve("--quiet")
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert server.end(number) == (0, "")
+            assert client.next_event(TIMEOUT) == ivshmem.ServerLost(
+                "the server ended the connection"
+            )
+            client.ring(client.id)
+            assert client.wait(0, TIMEOUT) == 1
+        assert not os.path.exists(path)
+
+    def test_the_printed_host_line_works(self, serve: Serve, path: str) -> None:
+        server = serve()
+        assert server.process.stdout is not None
+        lines = [server.process.stdout.readline() for _ in range(3)]
+        command = lines[2].split("host:")[1].split()
+        command = [sys.executable, *command[1:], "-c", "peers"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout == "nobody else is here\n"
+
+    def test_a_stale_socket_is_replaced(self, serve: Serve, path: str) -> None:
+        server = serve()
+        server.process.kill()
+        server.process.wait()
+        assert os.path.exists(path)
+        assert serve().first.startswith("serving")
+
+    def test_a_second_server_harms_nothing(self, serve: Serve, path: str, name: str) -> None:
+        first = serve("--name", name, "--size", "1M")
+        inode = Path("/dev/shm", name).stat().st_ino
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            for existing in ("attach", "replace", "refuse"):
+                second = run("serve", "-S", path, "--name", name, "--existing", existing, status=1)
+                assert "another process listens here" in one_error_line(second)
+            assert Path("/dev/shm", name).stat().st_ino == inode
+            with ivshmem.connect(path, timeout=TIMEOUT) as other:
+                other.ring(client.id)
+                assert client.wait(0, TIMEOUT) == 1
+        assert first.end()[0] == 0
+        assert not Path("/dev/shm", name).exists()
+
+    def test_a_name_made_here_is_removed_and_an_attached_one_is_kept(
+        self, serve: Serve, path: str, name: str
+    ) -> None:
+        server = serve("--name", name, "-l", "64K", "--keep")
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            memoryview(client.region)[:4] = b"kept"
+        server.end()
+        server = serve("-M", name)
+        assert f"serving 64K (posix {name}," in server.first
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert bytes(memoryview(client.region)[:4]) == b"kept"
+        server.end()
+        assert Path("/dev/shm", name).exists()
+
+    def test_dash_m_takes_a_directory_or_a_name(
+        self, serve: Serve, tmp_path: Path, name: str
+    ) -> None:
+        server = serve("-m", str(tmp_path))
+        assert f"(directory {tmp_path}," in server.first
+        assert os.listdir(tmp_path) == ["socket"]
+        server.end()
+        assert f"(posix {name}," in serve("-m", name).first
+
+    def test_a_file_is_kept(self, serve: Serve, tmp_path: Path) -> None:
+        file = tmp_path / "memory"
+        serve("--file", str(file), "--size", "8K").end()
+        assert file.stat().st_size == 8192
+
+    def test_readonly_memory(self, serve: Serve, path: str, name: str) -> None:
+        with ivshmem.Region.create("4K", name=name) as region:
+            memoryview(region)[:2] = b"ro"
+            serve("--name", name, "--readonly")
+            with ivshmem.connect(path, timeout=TIMEOUT) as client:
+                assert client.region.readonly
+                assert bytes(memoryview(client.region)[:2]) == b"ro"
+
+    def test_pid_file_is_locked_and_removed(self, serve: Serve, path: str, tmp_path: Path) -> None:
+        file = tmp_path / "pid"
+        server = serve("--pid-file", str(file))
+        assert file.read_text() == f"{server.process.pid}\n"
+        second = run("serve", "-S", path + "2", "-p", str(file), status=1)
+        assert f"runs already (pid {server.process.pid})" in one_error_line(second)
+        assert file.read_text() == f"{server.process.pid}\n"
+        server.process.kill()
+        server.process.wait()
+        server = serve("--pid-file", str(file))  # a stale one is no hindrance
+        assert file.read_text() == f"{server.process.pid}\n"
+        server.end()
+        assert not file.exists()
+
+    def test_in_the_background(self, path: str, tmp_path: Path) -> None:
+        file = tmp_path / "pid"
+        result = run("serve", "--daemon", "-S", path, "-p", str(file))
+        assert result.stdout.startswith("serving 4M")
+        pid = int(file.read_text())
+        try:
+            with ivshmem.connect(path, timeout=TIMEOUT) as client:
+                assert client.id == 0
+            again = run("serve", "--daemon", "-S", path, status=1)
+            assert "another process listens here" in one_error_line(again)
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not file.exists())
+        assert not os.path.exists(path)
+
+    def test_stdout_that_nobody_reads(self, path: str) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "w") as closed:
+            process = subprocess.Popen(
+                [*IVSHMEM, "serve", "-S", path], stdout=closed, stderr=subprocess.PIPE, text=True
+            )
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert "Traceback" not in errors
+        assert not os.path.exists(path)
+
+
+BAD = {
+    "size 0": (["-l", "0"], "0 bytes: it must be a power of two"),
+    "no power of two": (["-l", "3M"], "the nearest that works is 4M"),
+    "8 exabytes": (["-l", "8E"], "the largest is 4E"),
+    "4 exabytes": (["-l", "4E"], "choose a smaller size"),
+    "no size": (["-l", "many"], "'many' is no size"),
+    "negative": (["-l", "-4M"], None),
+    "70,000 vectors": (["-n", "70000"], None),
+    "no number of vectors": (["-n", "x"], None),
+    "a socket path too long": (["-S", "/tmp/" + "x" * 200], "at most 107 bytes"),
+    "a directory that is missing": (["-m", "/no/such/dir"], "/no/such/dir: no such file"),
+    "a socket's directory that is missing": (["-S", "/no/such/dir/s"], "no such file"),
+    "no name": (["-M", "a/b"], "no POSIX shared memory name"),
+    "no huge pages of that size": (["--hugepages", "3M"], "no huge pages of 3M; it offers"),
+    "huge pages elsewhere": (["--hugepages", "--file", "/tmp/x"], "name a hugetlbfs mount"),
+    "nothing to attach to": (["--existing", "require"], "give --name or --file"),
+    "a name that is missing": (
+        ["--existing", "require", "-M", "ivshmem-no-such-name"],
+        "ivshmem-no-such-name: no such file or directory: create it first",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(case: str, path: str) -> None:
+    arguments, message = BAD[case]
+    socket_option = [] if "-S" in arguments else ["-S", path]
+    before = set(os.listdir("/dev/shm"))
+    result = run("serve", *socket_option, *arguments, status=2 if message is None else 1)
+    if message is None:  # argparse's usage, and one line
+        assert "ivshmem serve: error: argument" in result.stderr.splitlines()[-1]
+    else:
+        assert message in one_error_line(result)
+    assert not os.path.exists(path)
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
+    file = tmp_path / "memory"
+    file.write_bytes(bytes(4096))
+    result = run("serve", "-S", path, "--file", str(file), "--size", "1M", status=1)
+    assert f"{file} has 4K, not the 1M asked for" in one_error_line(result)
+    assert file.read_bytes() == bytes(4096)
+
+
+AS_NOBODY = """
+import os, sys
+from ivshmem.cli import main
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_no_permission(tmp_path: Path, path: str) -> None:
+    """As somebody else: root may do everything."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else")
+    tmp_path.chmod(0o755)
+    for arguments in (
+        ["serve", "-S", path],
+        ["serve", "-S", f"/tmp/ivshmem-{os.getpid()}", "--file", "/root/memory"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert result.returncode == 1, result.stderr
+        assert "permission denied: run as a user who may" in one_error_line(result)
+    assert not os.path.exists(f"/tmp/ivshmem-{os.getpid()}")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
+class TestConnect:
+    def test_commands(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--vectors", "2")
+        with ivshmem.connect(path, timeout=TIMEOUT) as peer:
+            script = "dump; int 0 1; int 0 all; peers; read 0; write 8 u16 0x1234\nread 8 u16\n"
+            result = run("connect", "-S", path, stdin=script + "# a comment\nint all; quit; peers")
+            assert result.stdout.splitlines() == [
+                "id 1, 2 vectors",
+                "region 4M, 0 bytes in memory, sealed",
+                f"server {path}",
+                "peer 0, 2 vectors",
+                "rang 1 doorbell",
+                "rang 2 doorbells",
+                "0",
+                "0x0 (0)",
+                "wrote 2 bytes at 0x8",
+                "0x1234 (4660)",
+                "rang 2 doorbells",
+            ]
+            assert (peer.wait(0, 0), peer.wait(1, 0)) == (2, 3)
+
+    def test_memory(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--size", "4K")
+        result = run(
+            "connect",
+            "-S",
+            path,
+            "-c",
+            'write 0x10 text "a ; b" ; write 0x18 hex deadbeef',
+            "-c",
+            "hexdump 0x10 32; read 0x18 4; read 0x18 u32; hexdump 0xff0",
+        )
+        assert result.stdout.splitlines() == [
+            "wrote 5 bytes at 0x10",
+            "wrote 4 bytes at 0x18",
+            "00000010  61 20 3b 20 62 00 00 00  de ad be ef 00 00 00 00  |a ; b...........|",
+            "00000020  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|",
+            "de ad be ef",
+            "0xefbeadde (4022250974)",
+            "00000ff0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|",
+        ]
+
+    def test_wait_and_watch_as_json(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--vectors", "2")
+        with ivshmem.connect(path, timeout=TIMEOUT):
+            commands = [
+                "int 1 0; int 1 0; int 1 1; wait 0",
+                "wait any 5; watch 0; int 1 1; watch 0",
+            ]
+            result = run("connect", "-S", path, "--json", "-c", commands[0], "-c", commands[1])
+        assert [json.loads(line) for line in result.stdout.splitlines()] == [
+            {"rang": 1},
+            {"rang": 1},
+            {"rang": 1},
+            {"event": "interrupt", "vector": 0, "rings": 2},
+            {"event": "interrupt", "vector": 1, "rings": 1},
+            {"rang": 1},
+            {"event": "interrupt", "vector": 1, "rings": 1},
+        ]
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("wait 0 0.01", "no interrupt within 0.01 seconds"),
+            ("wait 7", "vector 7: this endpoint has 1 vectors"),
+            ("int 9 0", "peer 9 is not connected"),
+            ("int 0", "which vector?"),
+            ("int", "usage: int PEER VECTOR"),
+            ("int x y", "'x' is no peer"),
+            ("read 4M", "beyond the region"),
+            ("read", "usage: read ADDRESS"),
+            ("write 0 u8 256", "'256' is no u8"),
+            ("write 0 hex xyz", "'xyz' is no hex"),
+            ("write 0 u9 1", "what is 'u9'?"),
+            ('write 0 text "open', "No closing quotation"),
+            ("watch -1", "'-1' is no time"),
+            ("fly", "no command 'fly': help lists them"),
+        ],
+    )
+    def test_a_command_that_fails_ends_it(
+        self, serve: Serve, path: str, command: str, message: str
+    ) -> None:
+        serve("--quiet")
+        result = run("connect", "-S", path, "-c", command, "-c", "dump", status=1)
+        assert message in one_error_line(result)
+        assert result.stdout == ""
+
+    def test_readonly(self, serve: Serve, path: str) -> None:
+        serve("--quiet")
+        result = run("connect", "-S", path, "--readonly", "-c", "write 0 u8 1", status=1)
+        assert "mapped for reading only" in one_error_line(result)
+
+    def test_on_a_terminal(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--vectors", "2")
+        terminal, far = pty.openpty()
+        with open(far, "r+b", buffering=0) as end:
+            process = subprocess.Popen(
+                [*IVSHMEM, "connect", "-S", path],
+                stdin=end,
+                stdout=end,
+                stderr=end,
+                env={**os.environ, "TERM": "dumb"},
+                start_new_session=True,
+            )
+        with process, open(terminal, "r+b", buffering=0) as screen, ending(process):
+            expect(screen, b"ivshmem 0> ")
+            screen.write(b"help\n")
+            expect(screen, b"hexdump")
+            screen.write(b"hex\t 0 16\n")  # completed
+            expect(screen, b"00000000  00")
+            screen.write(b"fly\n")
+            expect(screen, b"no command 'fly'")
+            with ivshmem.connect(path, timeout=TIMEOUT):
+                screen.write(b"\n")
+                expect(screen, b"peer 1 joined")
+                screen.write(b"watch\n")
+            expect(screen, b"peer 1 left")
+            os.kill(process.pid, signal.SIGINT)
+            expect(screen, b"ivshmem 0> ")
+            screen.write(b"\x04")
+            assert process.wait(TIMEOUT) == 0
+
+    def test_nobody_serves(self, path: str, tmp_path: Path) -> None:
+        missing = run("connect", "-S", path, status=1)
+        assert "is the server running" in one_error_line(missing)
+        (tmp_path / "file").touch()
+        file = run("connect", "-S", str(tmp_path / "file"), status=1)
+        assert "start the server" in one_error_line(file)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(path)
+            assert "no ivshmem server" in one_error_line(run("connect", "-S", path, status=1))
+
+    def test_a_server_of_something_else(self, path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            silent = run("connect", "-S", path, "--timeout", "0.3", status=1)
+            assert "still waiting for the protocol version" in one_error_line(silent)
+            listener.accept()[0].close()
+            process = subprocess.Popen(
+                [*IVSHMEM, "connect", "-S", path], stderr=subprocess.PIPE, text=True
+            )
+            with listener.accept()[0] as peer:
+                peer.send((1).to_bytes(8, "little"))
+                _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 1
+            assert "protocol version 1, this client only 0" in errors
+
+
+@contextmanager
+def ending(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def expect(screen: object, wanted: bytes) -> None:
+    assert hasattr(screen, "fileno")
+    seen = b""
+    while wanted not in seen:
+        assert select.select([screen], [], [], TIMEOUT)[0], f"{wanted!r} is not in {seen!r}"
+        seen += os.read(screen.fileno(), 4096)
+
+
+class TestQemu:
+    def test_from_a_server(self, serve: Serve, path: str) -> None:
+        serve("--vectors", "5")
+        expected = (
+            f"-chardev socket,path={path},id=ivshmem"
+            " -device ivshmem-doorbell,vectors=5,chardev=ivshmem"
+        )
+        assert run("qemu", "-S", path).stdout == expected + "\n"
+        assert run("qemu", "-S", path, "--master").stdout == expected + ",master=on\n"
+        assert json.loads(run("qemu", "-S", path, "--json").stdout) == expected.split()
+        assert "<msi vectors='5'" in run("qemu", "-S", path, "--libvirt").stdout
+        assert "vectors=9" in run("qemu", "-S", "/not/there", "-n", "9").stdout
+
+    def test_from_a_file(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / "a,b c"
+        with ivshmem.Region.create("64K", path=file):
+            arguments = json.loads(run("qemu", "--file", str(file), "--json", "--master").stdout)
+        assert arguments == [
+            "-object",
+            f"memory-backend-file,size=64K,share=on,mem-path={tmp_path}/a,,b c,id=hostmem",
+            "-device",
+            "ivshmem-plain,memdev=hostmem,master=on",
+        ]
+        wrong = run("qemu", "--file", str(file), "--size", "4M", status=1)
+        assert "leave --size away" in one_error_line(wrong)
+        assert f"mem-path=/dev/shm/{name}," in run("qemu", "--name", name).stdout
+        assert "<size unit='KiB'>4096<" in run("qemu", "--name", name, "--libvirt").stdout
+        refused = run("qemu", "--file", str(file), "--libvirt", status=1)
+        assert "libvirt takes only a POSIX name" in one_error_line(refused)
+
+
+class TestIvshmemServer:
+    """The name and the command line of the example server."""
+
+    @pytest.fixture
+    def daemon(self, tmp_path: Path, path: str) -> Iterator[Callable[..., int]]:
+        file = tmp_path / "pid"
+
+        def start(*arguments: str) -> int:
+            command = [*IVSHMEM_SERVER, "-S", path, "-p", str(file), *arguments]
+            subprocess.run(command, check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL)
+            return int(file.read_text())
+
+        yield start
+        if file.exists():
+            os.kill(int(file.read_text()), signal.SIGTERM)
+            wait_until(lambda: not file.exists())
+        assert not os.path.exists(path)
+
+    def test_a_daemon_with_a_rounded_size(
+        self, daemon: Callable[..., int], path: str, name: str
+    ) -> None:
+        pid = daemon("-M", name, "-l", "3M", "-n", "4")
+        assert os.getsid(pid) != os.getsid(0)
+        assert Path("/dev/shm", name).stat().st_size == 4 << 20
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert (client.region.size, client.vectors) == (4 << 20, 4)
+
+    def test_an_existing_name_is_attached_to_and_grown(
+        self, daemon: Callable[..., int], path: str, name: str
+    ) -> None:
+        with ivshmem.Region.create("4K", name=name) as region:
+            memoryview(region)[:5] = b"older"
+        daemon("-M", name, "-l", "64K")
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert client.region.size == 65536
+            assert bytes(memoryview(client.region)[:5]) == b"older"
+
+    def test_a_larger_name_stays_as_large(
+        self, daemon: Callable[..., int], path: str, name: str
+    ) -> None:
+        ivshmem.Region.create("1M", name=name).close()
+        daemon("-m", name, "-l", "4K")
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert client.region.size == 1 << 20
+
+    def test_a_second_one_harms_nothing(
+        self, daemon: Callable[..., int], path: str, name: str, tmp_path: Path
+    ) -> None:
+        daemon("-M", name, "-l", "4K")
+        second = subprocess.run(
+            [*IVSHMEM_SERVER, "-S", path, "-p", str(tmp_path / "2"), "-M", name, "-l", "1M"],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert second.returncode == 1
+        assert "another process listens here" in second.stderr
+        assert Path("/dev/shm", name).stat().st_size == 4096
+
+    def test_a_client_that_goes_at_once_does_not_end_it(
+        self, daemon: Callable[..., int], path: str, name: str
+    ) -> None:
+        pid = daemon("-M", name)
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as passing:
+                passing.connect(path)
+        with ivshmem.connect(path, timeout=TIMEOUT):
+            os.kill(pid, 0)
+
+    def test_help_names_the_old_options(self) -> None:
+        result = subprocess.run(
+            [*IVSHMEM_SERVER, "-h"], capture_output=True, text=True, check=True, timeout=TIMEOUT
+        )
+        for option in ("-h", "-v", "-F", "-p", "-S", "-M", "-m", "-l", "-n"):
+            assert f"  {option}" in result.stdout
+
+
+def test_the_fd_limit_is_raised(serve: Serve) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = serve()
+    assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["serve", "-h"], ["connect", "-h"], ["qemu", "-h"]])
+def test_help(arguments: list[str]) -> None:
+    assert run(*arguments).stdout.startswith("usage: ivshmem")
+
+
+def test_wrong_usage() -> None:
+    assert "SUBCOMMAND" in run(status=2).stderr
+    assert "invalid choice: 'fly'" in run("fly", status=2).stderr

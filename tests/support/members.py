@@ -1,0 +1,149 @@
+"""A model client for each member of a Roster: the real Session, beside what QEMU would do.
+
+Descriptors are numbers that say whose vector they are, so that a mix-up shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ivshmem.protocol import (
+    MEMORY,
+    VERSION,
+    GotLeave,
+    GotMemory,
+    GotVector,
+    Member,
+    Message,
+    Roster,
+    Run,
+    Session,
+    State,
+)
+
+MEMORY_FD = -77
+
+
+def token(key: int, vector: int) -> int:
+    """The descriptor of a vector of the client that joined as number `key`."""
+    return key * 4096 + vector
+
+
+class Qemu:
+    """What hw/misc/ivshmem-pci.c does with messages, and where it would die."""
+
+    def __init__(self) -> None:
+        self.id = -1
+        self.greeted = 0
+        self.alive: dict[int, list[int]] = {}  # descriptors by peer id
+        self.left: set[int] = set()
+
+    def receive(self, message: Message) -> None:
+        value, fds = message
+        if self.greeted == 0:
+            assert message == (VERSION, ())
+        elif self.greeted == 1:
+            assert not fds
+            self.id = value
+        elif self.greeted == 2:
+            assert message == (MEMORY, (MEMORY_FD,))
+        elif fds:
+            assert value not in self.left, f"use after free: id {value} announced again"
+            (fd,) = fds
+            known = self.alive.setdefault(value, [])
+            assert fd % 4096 == len(known), "a vector is missing or out of order"
+            assert not known or fd // 4096 == known[0] // 4096, "the vectors are two peers'"
+            known.append(fd)
+        else:
+            assert value in self.alive, f"double free: {value} leaves, and is not there"
+            assert value != self.id
+            del self.alive[value]
+            self.left.add(value)
+        self.greeted = min(self.greeted + 1, 3)
+
+
+class Client:
+    """A member, and everything it was sent."""
+
+    def __init__(self, roster: Roster, key: int) -> None:
+        self.key = key
+        self.roster = roster
+        self.member: Member = roster.join([token(key, v) for v in range(roster.vectors)])
+        self.id = self.member.id
+        self.qemu = Qemu()
+        self.session = Session()
+        self.received = 0
+
+    def send(self, count: int, limit: int = 1024) -> int:
+        """Let up to `count` messages through; returns how many there were."""
+        runs = self.roster.pending(self.member, limit)
+        taken = 0
+        for message in _messages(runs):
+            if taken == count:
+                break
+            taken += 1
+            self._receive(message)
+        self.roster.sent(self.member, runs, taken)
+        assert self.roster.is_set_up(self.member) == self.is_set_up
+        if self.is_set_up:
+            self.session.end_setup()
+        return taken
+
+    def send_all(self) -> None:
+        """Until there is nothing left to tell."""
+        while self.send(1 << 30):
+            pass
+        assert self.roster.pending(self.member) == []
+
+    @property
+    def is_set_up(self) -> bool:
+        """Greeted, and all own vectors are there."""
+        own = len(self.qemu.alive.get(self.qemu.id, ()))
+        return self.qemu.greeted == 3 and own == self.roster.vectors
+
+    def _receive(self, message: Message) -> None:
+        self.received += 1
+        before = self.qemu.alive.get(message.value, [])
+        self.qemu.receive(message)
+        event = self.session.receive(message)
+        value, fds = message
+        if isinstance(event, GotMemory):
+            assert (value, fds) == (MEMORY, (event.fd,))
+        elif isinstance(event, GotVector):
+            assert event[:3] == (value, len(self.qemu.alive[value]) - 1, fds[0])
+            if event.whole:
+                assert len(self.qemu.alive[value]) == self.roster.vectors
+        elif isinstance(event, GotLeave):
+            assert event.peer == value
+            assert not fds
+            if event.whole:
+                assert len(before) == self.roster.vectors
+        else:
+            assert self.qemu.greeted < 3
+
+    def check_knows(self, everyone: list[Client]) -> None:
+        """At rest this client knows exactly those who are there, with all their vectors."""
+        expected = {
+            client.id: [token(client.key, v) for v in range(self.roster.vectors)]
+            for client in everyone
+            if self.roster.vectors
+        }
+        assert self.qemu.alive == expected
+        assert self.session.state is State.READY
+        assert self.session.id == self.id
+        assert self.session.vectors == self.roster.vectors
+        assert self.session.peers == sorted(set(expected) - {self.id})
+
+
+def _messages(runs: list[Run]) -> Iterator[Message]:
+    for value, fds, first, length, _ in runs:
+        for index in range(first, first + length):
+            if fds is None:
+                yield Message(value)
+            else:
+                assert isinstance(fds, list)
+                yield Message(value, (fds[index],))
+
+
+def make_roster(vectors: int) -> Roster:
+    return Roster(vectors, [MEMORY_FD])

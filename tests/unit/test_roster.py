@@ -1,0 +1,296 @@
+"""Examples of what a server's roster decides: who is told what, and which id is safe to give.
+
+The general case is test_roster_properties.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sized
+
+import pytest
+from support.members import MEMORY_FD, Client, make_roster, token
+
+from ivshmem import NoFreeId
+from ivshmem.protocol import MAX_ID, Roster, Run
+
+
+def joined(roster: Roster, count: int, key: int = 0) -> list[Client]:
+    return [Client(roster, key + n) for n in range(count)]
+
+
+def told(client: Client, limit: int = 1024) -> list[tuple[int, int, int]]:
+    """What is pending: value, number of the first vector, how many messages."""
+    return [
+        (run.value, run.first, run.length) for run in client.roster.pending(client.member, limit)
+    ]
+
+
+# -- set-up ---------------------------------------------------------------------------------------
+
+
+def test_an_only_client() -> None:
+    roster = make_roster(2)
+    (client,) = joined(roster, 1)
+    memory: Sized = [MEMORY_FD]
+    assert roster.pending(client.member) == [
+        Run(0, None, 0, 1),
+        Run(0, None, 0, 1),
+        Run(-1, memory, 0, 1),
+        Run(0, [token(0, 0), token(0, 1)], 0, 2, client.member),
+    ]
+    client.send_all()
+    client.check_knows([client])
+
+
+def test_others_come_before_own_vectors() -> None:
+    roster = make_roster(1)
+    first, second, third = joined(roster, 3)
+    assert [run[0] for run in told(second)] == [0, 1, -1, 0, 1, 2]
+    for client in (first, second, third):
+        client.send_all()
+        client.check_knows([first, second, third])
+
+
+def test_set_up_is_complete_with_the_last_own_vector() -> None:
+    roster = make_roster(3)
+    joined(roster, 1)
+    second = Client(roster, 1)
+    total = 3 + 3 + 3
+    for done in range(1, total + 1):
+        assert second.send(1) == 1
+        assert roster.is_set_up(second.member) == (done == total)
+
+
+def test_no_vectors() -> None:
+    roster = make_roster(0)
+    first, second = joined(roster, 2)
+    assert first.send(2) == 2
+    assert not roster.is_set_up(first.member)
+    assert first.send(9) == 1
+    assert roster.is_set_up(first.member)
+    second.send_all()
+    assert roster.leave(second.member) == []
+    assert told(first) == []
+    assert Client(roster, 2).id == 1, "nobody was told of it"
+
+
+@pytest.mark.parametrize("vectors", [-1, 2049])
+def test_a_number_of_vectors_that_no_device_has(vectors: int) -> None:
+    with pytest.raises(ValueError, match=f"{vectors} vectors: allowed are 0 to 2048"):
+        Roster(vectors, [MEMORY_FD])
+
+
+def test_a_member_with_another_number_of_vectors() -> None:
+    roster = make_roster(2)
+    with pytest.raises(ValueError, match="3 vectors given, 2 wanted"):
+        roster.join([1, 2, 3])
+    assert not roster.members
+    assert Client(roster, 0).id == 0
+
+
+# -- leaves ---------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_was_never_announced_is_never_mentioned() -> None:
+    roster = make_roster(1)
+    first, second = joined(roster, 2)
+    first.send(4)  # its set-up; nothing of the second
+    assert roster.leave(second.member) == []
+    assert told(first) == []
+
+
+def test_one_leave_for_one_announced() -> None:
+    roster = make_roster(2)
+    first, second = joined(roster, 2)
+    first.send_all()
+    assert roster.leave(second.member) == [first.member]
+    assert told(first) == [(1, 0, 1)]
+    first.send_all()
+    assert first.qemu.left == {1}
+
+
+@pytest.mark.parametrize("sent", [1, 2, 3])
+def test_leave_in_mid_announcement(sent: int) -> None:
+    """The rest of the vectors would be wrong to send; the leave must be."""
+    roster = make_roster(4)
+    first, second = joined(roster, 2)
+    first.send(3 + 4 + sent)
+    assert told(first) == [(1, sent, 4 - sent)]
+    assert roster.leave(second.member) == [first.member]
+    assert told(first) == [(1, 0, 1)]
+    first.send_all()
+    first.check_knows([first])
+
+
+def test_leaves_wait_for_the_end_of_an_announcement() -> None:
+    roster = make_roster(2)
+    first, second, _third = joined(roster, 3)
+    first.send(3 + 2 + 2 + 1)
+    roster.leave(second.member)
+    assert told(first) == [(2, 1, 1), (1, 0, 1)]
+
+
+def test_one_that_leaves_while_it_is_greeted() -> None:
+    roster = make_roster(1)
+    first, second = joined(roster, 2)
+    second.send(2)
+    roster.leave(second.member)
+    first.send_all()
+    assert first.qemu.left == set()
+
+
+def test_whoever_is_not_connected_cannot_leave() -> None:
+    roster = make_roster(1)
+    first, second = joined(roster, 2)
+    roster.leave(first.member)
+    with pytest.raises(ValueError, match="peer 0 is not connected"):
+        roster.leave(first.member)
+    other = Client(make_roster(1), 0)
+    with pytest.raises(ValueError, match="peer 0 is not connected"):
+        roster.leave(other.member)
+    assert roster.members == [second.member]
+
+
+def test_limit_keeps_runs_short() -> None:
+    roster = make_roster(2)
+    clients = joined(roster, 100)
+    assert sum(run[2] for run in told(clients[0])) == 3 + 200
+    assert sum(run[2] for run in told(clients[0], limit=10)) <= 3 + 10 + 2
+    assert told(clients[0], limit=0), "no progress"
+
+
+# -- ids ------------------------------------------------------------------------------------------
+
+
+def test_ids_are_the_lowest() -> None:
+    roster = make_roster(1)
+    clients = joined(roster, 4)
+    assert [c.id for c in clients] == [0, 1, 2, 3]
+    roster.leave(clients[2].member)
+    roster.leave(clients[1].member)
+    assert [c.id for c in joined(roster, 3, 4)] == [1, 2, 4]
+
+
+def test_an_id_that_somebody_was_told_of_is_not_used_again() -> None:
+    roster = make_roster(1)
+    first, second = joined(roster, 2)
+    first.send_all()
+    roster.leave(second.member)
+    assert Client(roster, 2).id == 2
+    first.send_all()  # also when it has read the leave
+    assert Client(roster, 3).id == 3
+    roster.leave(first.member)
+    # Nobody is left who was told of 1. (0 was told to nobody: the others have read nothing.)
+    assert [Client(roster, key).id for key in (4, 5)] == [0, 1]
+
+
+def test_part_of_an_announcement_is_enough() -> None:
+    roster = make_roster(2)
+    first, second = joined(roster, 2)
+    first.send(3 + 2 + 1)
+    roster.leave(second.member)
+    assert Client(roster, 2).id == 2
+
+
+def test_everybody_gone_everything_free() -> None:
+    roster = make_roster(1)
+    for generation in range(5):
+        clients = joined(roster, 10, generation * 10)
+        assert [c.id for c in clients] == list(range(10))
+        for client in clients:
+            client.send_all()
+        for client in clients:
+            roster.leave(client.member)
+
+
+def test_ids_run_out() -> None:
+    roster = make_roster(1)
+    members = [roster.join([token(0, 0)]) for _ in range(MAX_ID + 1)]
+    assert members[-1].id == MAX_ID
+    assert roster.full
+    with pytest.raises(NoFreeId, match="all 65536 ids are taken or known to a connected peer"):
+        roster.join([0])
+    assert len(roster.members) == MAX_ID + 1
+    roster.leave(members[777])
+    assert not roster.full
+    assert roster.join([0]).id == 777
+
+
+# -- a long life ----------------------------------------------------------------------------------
+
+MANY = 70_000  # more than there are ids
+
+
+def footprint(roster: Roster) -> int:
+    """Entries in all that the roster and its members hold."""
+    kept = 0
+    for holder in (roster, *roster.members):
+        names = getattr(holder, "__dict__", None) or {n: 0 for n in type(holder).__slots__}
+        for name in names:
+            value = getattr(holder, name)
+            kept += len(value) if hasattr(value, "__len__") else 0
+    return kept
+
+
+def test_many_come_and_go_and_nobody_stays() -> None:
+    roster = make_roster(1)
+    for key in range(MANY):
+        member = roster.join([key])
+        assert member.id == 0
+        roster.leave(member)
+    assert footprint(roster) < 10
+
+
+def test_many_come_and_go_past_one_that_does_not_read() -> None:
+    """It is told of nobody, so nothing has to be remembered and no id is used up."""
+    roster = make_roster(1)
+    stayer = Client(roster, 0)
+    for key in range(MANY):
+        member = roster.join([key])
+        assert member.id == 1
+        roster.leave(member)
+    assert footprint(roster) < 10
+    assert not stayer.member.owed
+
+
+def test_many_come_and_go_past_one_that_reads() -> None:
+    """It knows every id once, and then there is none left that is safe: never a second use."""
+    roster = make_roster(1)
+    stayer = Client(roster, 0)
+    for key in range(1, MAX_ID + 1):
+        client = roster.join([token(key, 0)])
+        stayer.send_all()
+        roster.leave(client)
+        stayer.send_all()
+    assert stayer.qemu.left == set(range(1, MAX_ID + 1))
+    with pytest.raises(NoFreeId):
+        roster.join([0])
+    assert footprint(roster) <= MAX_ID + 10
+    stayer.check_knows([stayer])
+    roster.leave(stayer.member)
+    assert [roster.join([0]).id for _ in range(3)] == [0, 1, 2]
+
+
+def test_leaves_owed_are_bounded_by_what_was_told() -> None:
+    roster = make_roster(1)
+    stayer = Client(roster, 0)
+    crowd = joined(roster, 100, 1)
+    stayer.send_all()
+    for client in crowd:
+        roster.leave(client.member)
+    for key in range(1000, 6000):  # while it does not read
+        roster.leave(roster.join([key]))
+    assert len(stayer.member.owed) == 100
+    stayer.send_all()
+    stayer.check_knows([stayer])
+
+
+def test_peers_cost_no_square() -> None:
+    """N peers that all know each other do not take N x N entries."""
+    roster = make_roster(1)
+    clients = joined(roster, 200)
+    for client in clients:
+        client.send_all()
+    assert footprint(roster) < 200 * 4
+    assert sys.getsizeof(clients[0].member) < 200

@@ -1,0 +1,111 @@
+"""Sizes as people write them: what is understood, what is refused and in which words."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivshmem import RegionError, parse_size
+from ivshmem.sizes import format_size, roughly
+
+UNDERSTOOD = [
+    (4096, 4096),
+    (0, 0),
+    ("0", 0),
+    ("4096", 4096),
+    ("4096B", 4096),
+    ("1K", 1 << 10),
+    ("4M", 4 << 20),
+    ("4m", 4 << 20),
+    ("4MB", 4 << 20),
+    ("4MiB", 4 << 20),
+    ("64 KiB", 64 << 10),
+    ("  2G\n", 2 << 30),
+    ("1T", 1 << 40),
+    ("1P", 1 << 50),
+    ("8E", 8 << 60),
+    ("1.5M", 3 << 19),
+    ("1.5G", 3 << 29),
+    (".5K", 512),
+    ("2.K", 2048),
+    ("0x100000", 1 << 20),
+    ("0X1fF", 511),
+    ("0x10K", 16 << 10),
+    ("007", 7),
+]
+
+REFUSED = [
+    (-1, "a size cannot be negative: -1"),
+    ("", "'' is no size"),
+    ("M", "'M' is no size"),
+    ("-4M", "'-4M' is no size"),
+    ("4X", "'4X' is no size: give bytes, or a number with one of B K M G T P E, such as 4M"),
+    ("4 M B", "is no size"),
+    ("4,5M", "is no size"),
+    ("1e6", "is no size"),
+    ("0x", "is no size"),
+    ("0x1.8M", "is no size"),
+    (".", "is no size"),
+    ("4M 4M", "is no size"),
+    ("\u0664M", "is no size"),  # a digit, in Arabic
+    ("4\u212a", "is no size"),  # the sign of kelvin, which is a K without case
+    ("0.3", "'0.3' is no whole number of bytes"),
+    ("1.0001K", "is no whole number of bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "size"), UNDERSTOOD)
+def test_understood(text: int | str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED)
+def test_refused(text: int | str, message: str) -> None:
+    with pytest.raises(RegionError) as caught:
+        parse_size(text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1K"),
+        (1025, "1025 bytes"),
+        (1536, "1.5K"),
+        (3 << 20, "3M"),
+        ((1 << 30) + 1, "1073741825 bytes"),
+        ((1 << 30) + (1 << 20), "1025M"),
+        (1 << 62, "4E"),
+        (8 << 60, "8E"),
+    ],
+)
+def test_formatted(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+@given(st.integers(0, 1 << 70))
+def test_what_is_printed_is_exact(size: int) -> None:
+    assert parse_size(format_size(size).replace("bytes", "B")) == size
+
+
+@given(st.integers(0, 1 << 66))
+def test_roughly_is_near(size: int) -> None:
+    text = roughly(size)
+    number = Fraction(text.removesuffix(" bytes").rstrip("KMGTPE"))
+    unit = 0 if text.endswith("bytes") else "BKMGTPE".index(text[-1])
+    assert abs(number * 1024**unit - size) <= Fraction(1024**unit, 20)
+    assert number < 1025 or unit == 6
+
+
+@given(st.text())
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except RegionError:
+        pass
