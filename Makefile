@@ -18,7 +18,7 @@ help:
 	@echo "make clean   remove what these made"
 
 serve: $(VENV)/installed
-	$(BIN)/python -m ivshmem serve $(ARGS)
+	@$(BIN)/python -m ivshmem serve $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -44,9 +44,10 @@ cython: $(VENV)/tested
 
 # What is run and tested is the wheel, installed, never the checkout.
 $(VENV)/installed: $(SOURCES) | $(VENV)
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@echo "building and installing into $(VENV) ..."
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed

@@ -133,7 +133,7 @@ class Session:
     """What a client knows from the messages of its server.
 
     Args:
-        vectors: how many vectors each peer has, where that is known beforehand.
+        vectors: how many vectors each peer must have, where that is known beforehand.
 
     The protocol tells neither the number of vectors nor the end of set-up. Both are known once
     somebody else was announced completely: everyone has as many vectors as that peer. An only
@@ -143,6 +143,7 @@ class Session:
     def __init__(self, vectors: int | None = None) -> None:
         self.state = State.VERSION
         self.id = -1
+        self._expected = vectors
         self._vectors = vectors
         self._guessed = False  # the number of vectors follows from silence
         self._counts: dict[int, int] = {}  # vectors that each peer was announced with so far
@@ -239,11 +240,20 @@ class Session:
 
         `guessed`: this follows only from the server's silence; should more vectors of this client
         come after all, they count. In states after SETUP nothing changes.
+
+        Raises:
+            ProtocolError: they are not as many as were expected. The state is FAILED then.
         """
-        if self.state is State.SETUP:
-            self._vectors = self._counts.get(self.id, 0)
-            self._guessed = guessed
-            self.state = State.READY
+        if self.state is not State.SETUP:
+            return
+        own = self._counts.get(self.id, 0)
+        if self._expected not in (None, own):
+            self.state = State.FAILED
+            raise ProtocolError(f"the server gave {own} vectors, {self._expected} were expected")
+        if self._vectors is None or not guessed:
+            self._vectors = own
+        self._guessed = guessed
+        self.state = State.READY
 
 
 # -- the server's side ----------------------------------------------------------------------------

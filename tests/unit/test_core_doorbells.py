@@ -213,7 +213,9 @@ def test_counts_and_coalescing(bells: Bells) -> None:
 
 @each_wait
 @pytest.mark.parametrize("timeout", [0, -1, -math.inf, 1e-6, 0.01])
-def test_time_is_over(bells: Bells, wait: Wait, one: object, nothing: object, timeout: float) -> None:
+def test_time_is_over(
+    bells: Bells, wait: Wait, one: object, nothing: object, timeout: float
+) -> None:
     assert wait(bells, timeout) == nothing
     bells.ring(ME, 1)
     assert wait(bells, timeout) == one

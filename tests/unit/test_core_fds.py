@@ -271,8 +271,11 @@ def test_closed_mapping() -> None:
     mapping.close()
     assert shared_mappings() == before
     assert mapping.address == 0
-    for call in (lambda: memoryview(mapping), lambda: mapping.populate(PAGE),
-                 lambda: mapping.resident(PAGE)):
+    for call in (
+        lambda: memoryview(mapping),
+        lambda: mapping.populate(PAGE),
+        lambda: mapping.resident(PAGE),
+    ):
         with pytest.raises(ClosedError):
             call()
     os.close(fd)

@@ -96,7 +96,12 @@ def test_longer_than_a_batch(pair: Pair) -> None:
 def test_limit(pair: Pair) -> None:
     ours, theirs = pair
     assert send_runs(ours.fileno(), [(4, None, 0, 150)]) == 150
-    assert [len(receive(theirs.fileno(), limit)[0]) for limit in (1, 64, 65, 500)] == [1, 64, 65, 20]
+    assert [len(receive(theirs.fileno(), limit)[0]) for limit in (1, 64, 65, 500)] == [
+        1,
+        64,
+        65,
+        20,
+    ]
 
 
 def test_runs_out_of_range(pair: Pair) -> None:
@@ -262,7 +267,9 @@ def test_out_of_descriptors(pair: Pair, events: Eventfds, free: int) -> None:
     before = open_fds()
     with free_fds(free), pytest.raises(ProtocolError) as caught:
         receive(theirs.fileno(), 100)
-    assert "too many open files (raise its limit, for instance with `ulimit -n`)" in str(caught.value)
+    assert "too many open files (raise its limit, for instance with `ulimit -n`)" in str(
+        caught.value
+    )
     assert open_fds() == before
 
 

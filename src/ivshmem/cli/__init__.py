@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from ..errors import IvshmemError
 from . import connect, qemu, serve
@@ -19,9 +20,16 @@ from . import connect, qemu, serve
 SUBCOMMANDS = (serve, connect, qemu)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not after a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ivshmem",
         description="Shared memory and doorbells between virtual machines and host processes.",
         epilog="Begin with `ivshmem serve`: it prints what QEMU needs to be told.",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .. import pages
 from ..region import Region, posix_path
 from ..sizes import parse_size, round_up
-from . import daemon, guarded
+from . import Parser, daemon, guarded
 from .serve import (
     DEFAULT_PID_FILE,
     DEFAULT_SIZE,
@@ -30,7 +30,7 @@ DEFAULT_NAME = "ivshmem"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ivshmem-server` and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ivshmem-server",
         description="An ivshmem server with the command line of QEMU's example server. It goes into"
         " the background; `ivshmem serve` has more to offer.",

@@ -160,25 +160,26 @@ def banner(server: Server) -> str:
     region = server.region
     pages = f" in pages of {format_size(region.page_size)}"
     where = region.source + (f" {region.name}" if region.name else "")
+    connect = [sys.executable, "-m", "ivshmem", "connect", "-S", server.path]
     return (
-        f"serving {format_size(region.size)} ({where},{pages}) with {_count(server.vectors)}"
+        f"serving {format_size(region.size)} ({where},{pages}) with {count(server.vectors)}"
         f" on {server.path}, pid {os.getpid()}\n"
         f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
         f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
-        f"  host:    {qemu.shell(['python3', '-m', 'ivshmem', 'connect', '-S', server.path])}"
+        f"  host:    {qemu.shell(connect)}"
     )
 
 
 def _tell_join(peer: Peer) -> None:
     who = f"{peer.process} (pid {peer.pid})"
-    print(f"peer {peer.id} joined: {who}, {_count(peer.vectors)}", file=sys.stderr, flush=True)
+    print(f"peer {peer.id} joined: {who}, {count(peer.vectors)}", file=sys.stderr, flush=True)
 
 
 def _tell_leave(peer: Peer) -> None:
     print(f"peer {peer.id} left: {peer.process} (pid {peer.pid})", file=sys.stderr, flush=True)
 
 
-def _count(vectors: int) -> str:
+def count(vectors: int) -> str:
     return "1 vector" if vectors == 1 else f"{vectors} vectors"
 
 

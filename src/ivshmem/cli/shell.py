@@ -19,6 +19,7 @@ from ..client import Client
 from ..endpoint import Event, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError
 from ..sizes import format_size, parse_size
+from .serve import count
 
 _INTEGERS = {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
 _ROW = 16  # bytes in a row of a hex dump
@@ -91,13 +92,13 @@ class Shell(cmd.Cmd):
         peers = client.peers
         info = client.region.info()
         lines = [
-            f"id {client.id}, {client.vectors} vectors",
+            f"id {client.id}, {count(client.vectors)}",
             f"region {format_size(info.size)}, {format_size(info.resident)} in memory"
             + (", sealed" if info.sealed else "")
             + (", read-only" if info.readonly else ""),
             f"server {client.path}" + ("" if client.connected else " (lost)"),
         ]
-        lines += [f"peer {peer}, {client.vectors} vectors" for peer in peers]
+        lines += [f"peer {peer}, {count(client.vectors)}" for peer in peers]
         self._tell(
             "\n".join(lines),
             id=client.id,
