@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from . import _core
 from ._core import Interrupt
@@ -39,6 +39,9 @@ class ServerLost(NamedTuple):
 
 
 Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost
+
+
+_E = TypeVar("_E", bound="Endpoint")  # typing.Self comes with Python 3.11
 
 
 class Endpoint(_core.Doorbells):
@@ -98,7 +101,7 @@ class Endpoint(_core.Doorbells):
         self.region.close()
         super().close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self: _E) -> _E:
         return self
 
     def __exit__(

@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from support.waiting import (
     in_child,
     interrupt_when_asleep,
     signals,
-    sleeps_in,
+    sleeps_in_write,
     until,
 )
 
@@ -161,7 +162,7 @@ def test_full_counter_of_a_hostile_peer_holds_only_that_call(bells: Bells) -> No
     os.eventfd_write(fd, (1 << 64) - 2)
     os.set_blocking(fd, True)
     ringing = Background(lambda: bells.ring(OTHER))
-    until(lambda: sleeps_in(ringing.native_id, "eventfd"), "a ring that waits")
+    ringing.wait_until_writing()
     os.eventfd_read(fd)
     ringing.result()
     os.set_blocking(fd, False)
@@ -179,13 +180,11 @@ def test_full_counter_of_a_hostile_peer_and_ctrl_c(bells: Bells) -> None:
     def handler(*_: object) -> None:
         raise Enough
 
-    import signal
-
     before = signal.signal(signal.SIGUSR1, handler)
     main, me = threading.get_ident(), threading.get_native_id()
 
     def interrupt() -> None:
-        until(lambda: sleeps_in(me, "eventfd"), "a ring that waits")
+        until(lambda: sleeps_in_write(me), "a ring that waits")
         signal.pthread_kill(main, signal.SIGUSR1)
 
     waker = Background(interrupt)

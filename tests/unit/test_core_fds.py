@@ -295,7 +295,7 @@ def test_what_cannot_be_mapped() -> None:
         Mapping(program.fileno(), 4096, readonly=True).close()
     reader, writer = os.pipe()
     with pytest.raises(OSError, match="No such device"):
-        Mapping(reader, 4096)
+        Mapping(reader, 4096, readonly=True)
     os.close(reader)
     os.close(writer)
 

@@ -233,6 +233,22 @@ def test_a_guess_does_not_unlearn() -> None:
     assert session.peers == [4, 5, 6]
 
 
+@pytest.mark.parametrize("own", [0, 1, 3])
+@pytest.mark.parametrize("guessed", [False, True])
+def test_other_than_expected(own: int, guessed: bool) -> None:
+    """Too many own vectors are an error at once, too few when set-up is over."""
+    session = greeted(2)
+    with pytest.raises(ProtocolError) as caught:
+        feed(session, *[(3, 60 + v) for v in range(own)])
+        session.end_setup(guessed=guessed)
+    assert str(caught.value) == (
+        f"the server gave {own} vectors, 2 were expected"
+        if own < 2
+        else "peer 3 was announced with more than 2 vectors"
+    )
+    assert session.state is State.FAILED
+
+
 @pytest.mark.parametrize("begin", range(3))
 def test_end_of_setup_before_setup_means_nothing(begin: int) -> None:
     session = Session()

@@ -1,0 +1,43 @@
+"""What is installed: everything that is needed, and nothing else."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+DISTRIBUTION = importlib.metadata.distribution("ivshmem")
+
+
+def test_the_files_of_the_wheel() -> None:
+    origin = json.loads(DISTRIBUTION.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        pytest.skip("an editable install has no files; `make test` installs the wheel")
+    files = [file for file in DISTRIBUTION.files or [] if file.parts[0] == "ivshmem"]
+    names = {str(file) for file in files if "__pycache__" not in file.parts}
+    endings = {name.rpartition(".")[2] for name in names}
+    assert endings == {"py", "pyi", "typed", "so"}
+    assert {"ivshmem/__init__.py", "ivshmem/_core.pyi", "ivshmem/py.typed"} <= names
+    assert {"ivshmem/cli/serve.py", "ivshmem/qemu/cmdline.py"} <= names
+
+
+def test_nothing_is_needed_at_run_time() -> None:
+    assert all("extra ==" in need for need in DISTRIBUTION.requires or [])
+
+
+def test_importing_imports_no_command_line() -> None:
+    """A latency-sensitive program pays for what it uses."""
+    code = "import sys, ivshmem; print(*[m for m in sys.modules if m.startswith('ivshmem.')])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(result.stdout.split())
+    assert "ivshmem.server" in loaded
+    assert not {"ivshmem.cli", "ivshmem.qemu"} & loaded
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    command = [sys.executable, "-m", "ivshmem", "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert printed.stdout == f"ivshmem {DISTRIBUTION.version}\n"

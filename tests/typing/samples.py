@@ -1,0 +1,46 @@
+"""What type checkers must say of the public interface; checked by mypy, never run."""
+
+from collections.abc import Iterator
+
+from typing_extensions import assert_type
+
+import ivshmem
+
+
+def client(path: str) -> None:
+    with ivshmem.connect(path, timeout=1.5) as client:
+        assert_type(client, ivshmem.Client)
+        assert_type(client.id, int)
+        assert_type(client.vectors, int)
+        assert_type(client.peers, list[int])
+        assert_type(client.region, ivshmem.Region)
+        assert_type(client.wait(), ivshmem.Interrupt | None)
+        assert_type(client.wait(None, 1.0), ivshmem.Interrupt | None)
+        assert_type(client.wait(0), int)
+        assert_type(client.wait(vector=3, timeout=None), int)
+        assert_type(client.events(0), Iterator[ivshmem.Event])
+        for event in client:
+            match event:
+                case ivshmem.Interrupt(vector, rings):
+                    assert_type(vector + rings, int)
+                case ivshmem.PeerJoined(peer) | ivshmem.PeerLeft(peer):
+                    assert_type(peer, int)
+                case ivshmem.ServerLost(reason):
+                    assert_type(reason, str)
+
+
+def region() -> None:
+    with ivshmem.Region.create("4M", hugepages=True) as region:
+        assert_type(region, ivshmem.Region)
+        assert_type(memoryview(region)[0], int)
+        assert_type(region.info(), ivshmem.RegionInfo)
+    opened, created = ivshmem.Region.open(4096, name="x")
+    assert_type(opened, ivshmem.Region)
+    assert_type(created, bool)
+
+
+def server(path: str, memory: ivshmem.Region) -> None:
+    with ivshmem.Server(path, memory, vectors=2).start() as server:
+        assert_type(server, ivshmem.Server)
+        assert_type(server.peers, list[ivshmem.Peer])
+        assert_type(server.region, ivshmem.Region)
