@@ -73,6 +73,8 @@ class Framer:
         """
         if not self._data and len(data) == _MESSAGE.size:
             return [Message(_MESSAGE.unpack(data)[0], fds)]
+        if not data:
+            return []
         data = self._data + data
         whole = len(data) // _MESSAGE.size
         messages = [Message(value) for (value,) in _MESSAGE.iter_unpack(data[: whole * 8])]

@@ -12,7 +12,8 @@ from .errors import RegionError
 
 _UNITS = "BKMGTPE"  # each 1024 times the one before
 _SIZE = re.compile(
-    r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?", re.IGNORECASE
+    r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?",
+    re.ASCII | re.IGNORECASE,
 )
 
 
