@@ -1774,7 +1774,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_MESSAGE = 8
 };
 
-/* "ivshmem/_core.pyx":564
+/* "ivshmem/_core.pyx":560
  * # -- doorbells ------------------------------------------------------------------------------------
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1783,7 +1783,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":567
+  /* "ivshmem/_core.pyx":563
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
  *     TOKEN_WAKE = 1 << 30
  *     TOKEN_NEWS = 1 << 29             # <<<<<<<<<<<<<<
@@ -1826,7 +1826,7 @@ struct __pyx_obj_7ivshmem_5_core_Epoll {
 };
 
 
-/* "ivshmem/_core.pyx":420
+/* "ivshmem/_core.pyx":416
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1843,7 +1843,7 @@ struct __pyx_obj_7ivshmem_5_core_Mapping {
 };
 
 
-/* "ivshmem/_core.pyx":570
+/* "ivshmem/_core.pyx":566
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -1897,7 +1897,7 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Epoll *__pyx_vtabptr_7ivshmem_5_c
 static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t);
 
 
-/* "ivshmem/_core.pyx":420
+/* "ivshmem/_core.pyx":416
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1911,7 +1911,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *__pyx_vtabptr_7ivshmem_5_core_Mapping;
 
 
-/* "ivshmem/_core.pyx":570
+/* "ivshmem/_core.pyx":566
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -3201,7 +3201,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *); /*proto*/
 static int __pyx_f_7ivshmem_5_core__fail(void); /*proto*/
 static int __pyx_f_7ivshmem_5_core__epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
 static int __pyx_f_7ivshmem_5_core__fail_with(int); /*proto*/
-static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *, ivshmem_control *, int); /*proto*/
+static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *, ivshmem_control *, int); /*proto*/
 static int __pyx_f_7ivshmem_5_core__sendmmsg(int, struct mmsghdr *, int, Py_ssize_t); /*proto*/
 static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *); /*proto*/
 static uint64_t __pyx_f_7ivshmem_5_core__take(int); /*proto*/
@@ -3586,7 +3586,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_want __pyx_string_tab[174]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[175]
 #define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_a_S_q_S_q_U_1_1Bl_6_1Bk_8_as __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[177]
 #define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[178]
 #define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[179]
 #define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[180]
@@ -7444,26 +7444,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   PyObject *__pyx_v_run = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  Py_ssize_t __pyx_t_3;
+  PyObject *__pyx_t_1 = NULL;
+  Py_ssize_t __pyx_t_2;
+  PyObject *(*__pyx_t_3)(PyObject *);
   PyObject *__pyx_t_4 = NULL;
-  PyObject *(*__pyx_t_5)(PyObject *);
+  int64_t __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
-  int64_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  Py_ssize_t __pyx_t_9;
-  Py_ssize_t __pyx_t_10;
-  int __pyx_t_11;
-  int __pyx_t_12;
+  Py_ssize_t __pyx_t_7;
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16[6];
-  int __pyx_t_17;
-  PyObject *__pyx_t_18 = NULL;
-  size_t __pyx_t_19;
-  Py_ssize_t __pyx_t_20;
+  PyObject *__pyx_t_14[6];
+  int __pyx_t_15;
+  PyObject *__pyx_t_16 = NULL;
+  size_t __pyx_t_17;
+  Py_ssize_t __pyx_t_18;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7490,240 +7488,170 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   /* "ivshmem/_core.pyx":290
  *     cdef int64_t value
  *     cdef FdArray fds
- *     memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
- *     memset(controls, 0, sizeof(controls))
- *     for i in range(BATCH):
-*/
-  (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
-
-  /* "ivshmem/_core.pyx":291
- *     cdef FdArray fds
- *     memset(messages, 0, sizeof(messages))
- *     memset(controls, 0, sizeof(controls))             # <<<<<<<<<<<<<<
- *     for i in range(BATCH):
- *         iov[i].iov_base = &values[i]
-*/
-  (void)(memset(__pyx_v_controls, 0, (sizeof(__pyx_v_controls))));
-
-  /* "ivshmem/_core.pyx":292
- *     memset(messages, 0, sizeof(messages))
- *     memset(controls, 0, sizeof(controls))
- *     for i in range(BATCH):             # <<<<<<<<<<<<<<
- *         iov[i].iov_base = &values[i]
- *         iov[i].iov_len = MESSAGE
-*/
-
-  __pyx_t_1 = __pyx_e_7ivshmem_5_core_BATCH;
-  __pyx_t_2 = __pyx_t_1;
-
-  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
-    __pyx_v_i = __pyx_t_3;
-
-    /* "ivshmem/_core.pyx":293
- *     memset(controls, 0, sizeof(controls))
- *     for i in range(BATCH):
- *         iov[i].iov_base = &values[i]             # <<<<<<<<<<<<<<
- *         iov[i].iov_len = MESSAGE
- *         messages[i].msg_hdr.msg_iov = &iov[i]
-*/
-    (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_values[__pyx_v_i]));
-
-    /* "ivshmem/_core.pyx":294
- *     for i in range(BATCH):
- *         iov[i].iov_base = &values[i]
- *         iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
- *         messages[i].msg_hdr.msg_iov = &iov[i]
- *         messages[i].msg_hdr.msg_iovlen = 1
-*/
-    (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
-
-    /* "ivshmem/_core.pyx":295
- *         iov[i].iov_base = &values[i]
- *         iov[i].iov_len = MESSAGE
- *         messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
- *         messages[i].msg_hdr.msg_iovlen = 1
- *     for run in runs:
-*/
-    (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
-
-    /* "ivshmem/_core.pyx":296
- *         iov[i].iov_len = MESSAGE
- *         messages[i].msg_hdr.msg_iov = &iov[i]
- *         messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
- *     for run in runs:
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
-*/
-    (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
-  }
-
-
-  /* "ivshmem/_core.pyx":297
- *         messages[i].msg_hdr.msg_iov = &iov[i]
- *         messages[i].msg_hdr.msg_iovlen = 1
  *     for run in runs:             # <<<<<<<<<<<<<<
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
 */
   if (likely(PyList_CheckExact(__pyx_v_runs)) || PyTuple_CheckExact(__pyx_v_runs)) {
-    __pyx_t_4 = __pyx_v_runs; __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = 0;
-    __pyx_t_5 = NULL;
+    __pyx_t_1 = __pyx_v_runs; __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_2 = 0;
+    __pyx_t_3 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 297, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
   }
   for (;;) {
-    if (likely(!__pyx_t_5)) {
-      if (likely(PyList_CheckExact(__pyx_t_4))) {
+    if (likely(!__pyx_t_3)) {
+      if (likely(PyList_CheckExact(__pyx_t_1))) {
         {
-          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 297, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
           #endif
-          if (__pyx_t_3 >= __pyx_temp) break;
+          if (__pyx_t_2 >= __pyx_temp) break;
         }
-        __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_4, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
-        ++__pyx_t_3;
+        __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_2, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_2;
       } else {
         {
-          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
+          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 297, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
           #endif
-          if (__pyx_t_3 >= __pyx_temp) break;
+          if (__pyx_t_2 >= __pyx_temp) break;
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-        __pyx_t_6 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_4, __pyx_t_3));
+        __pyx_t_4 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_1, __pyx_t_2));
         #else
-        __pyx_t_6 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_3);
+        __pyx_t_4 = __Pyx_PySequence_ITEM(__pyx_t_1, __pyx_t_2);
         #endif
-        ++__pyx_t_3;
+        ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 297, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
     } else {
-      __pyx_t_6 = __pyx_t_5(__pyx_t_4);
-      if (unlikely(!__pyx_t_6)) {
+      __pyx_t_4 = __pyx_t_3(__pyx_t_1);
+      if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 297, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 290, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_6);
-    __pyx_t_6 = 0;
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
+    __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":298
- *         messages[i].msg_hdr.msg_iovlen = 1
+    /* "ivshmem/_core.pyx":291
+ *     cdef FdArray fds
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
 */
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 298, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_As_int64_t(__pyx_t_6); if (unlikely((__pyx_t_7 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 298, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 298, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    if (!(likely(((__pyx_t_6) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_6, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 298, __pyx_L1_error)
-    __pyx_t_8 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 298, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_8); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 298, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 298, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_8); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 298, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_v_value = __pyx_t_7;
-    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_6));
-    __pyx_t_6 = 0;
-    __pyx_v_first = __pyx_t_9;
-    __pyx_v_count = __pyx_t_10;
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_v_value = __pyx_t_5;
+    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_4));
+    __pyx_t_4 = 0;
+    __pyx_v_first = __pyx_t_7;
+    __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_core.pyx":299
+    /* "ivshmem/_core.pyx":292
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
 */
-    __pyx_t_12 = (((PyObject *)__pyx_v_fds) != Py_None);
-    if (__pyx_t_12) {
+    __pyx_t_10 = (((PyObject *)__pyx_v_fds) != Py_None);
+    if (__pyx_t_10) {
 
     } else {
 
-      __pyx_t_11 = __pyx_t_12;
+      __pyx_t_9 = __pyx_t_10;
 
-      goto __pyx_L8_bool_binop_done;
+      goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_12 = (__pyx_v_first < 0);
+    __pyx_t_10 = (__pyx_v_first < 0);
 
-    if (!__pyx_t_12) {
+    if (!__pyx_t_10) {
 
     } else {
 
-      __pyx_t_11 = __pyx_t_12;
+      __pyx_t_9 = __pyx_t_10;
 
-      goto __pyx_L8_bool_binop_done;
+      goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_12 = ((__pyx_v_first + __pyx_v_count) > __pyx_v_fds->count);
+    __pyx_t_10 = ((__pyx_v_first + __pyx_v_count) > __pyx_v_fds->count);
 
 
-    __pyx_t_11 = __pyx_t_12;
+    __pyx_t_9 = __pyx_t_10;
 
-    __pyx_L8_bool_binop_done:;
-    if (unlikely(__pyx_t_11)) {
+    __pyx_L6_bool_binop_done:;
+    if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/_core.pyx":300
+      /* "ivshmem/_core.pyx":293
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
  *         for i in range(first, first + count):
- *             _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
+ *             values[filled] = value
 */
-      __pyx_t_8 = NULL;
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 300, __pyx_L1_error)
+      __pyx_t_6 = NULL;
+      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
+      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 293, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __pyx_t_14 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 300, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_15 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 300, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
-      __pyx_t_16[1] = __pyx_t_13;
-      __pyx_t_16[2] = __pyx_mstate_global->__pyx_kp_u__2;
-      __pyx_t_16[3] = __pyx_t_14;
-      __pyx_t_16[4] = __pyx_mstate_global->__pyx_kp_u_of;
-      __pyx_t_16[5] = __pyx_t_15;
-      __pyx_t_10 = 18;
+      __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
+      __pyx_t_14[1] = __pyx_t_11;
+      __pyx_t_14[2] = __pyx_mstate_global->__pyx_kp_u__2;
+      __pyx_t_14[3] = __pyx_t_12;
+      __pyx_t_14[4] = __pyx_mstate_global->__pyx_kp_u_of;
+      __pyx_t_14[5] = __pyx_t_13;
+      __pyx_t_8 = 18;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_16[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_16[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_16[5]);
+      __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[5]);
       #endif
-      __pyx_t_17 = 0;
-      __pyx_t_18 = __Pyx_PyUnicode_Join(__pyx_t_16, 6, __pyx_t_10, __pyx_t_17);
-      if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 300, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_18);
+      __pyx_t_15 = 0;
+      __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
+      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_16);
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __pyx_t_19 = 1;
+      __pyx_t_17 = 1;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_18};
-        __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 300, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_6);
+        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_16};
+        __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
       }
-      __Pyx_Raise(__pyx_t_6, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 300, __pyx_L1_error)
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __PYX_ERR(0, 293, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":299
+      /* "ivshmem/_core.pyx":292
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -7732,80 +7660,135 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
     }
 
-    /* "ivshmem/_core.pyx":301
+    /* "ivshmem/_core.pyx":294
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
- *             _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
  *             values[filled] = value
+ *             iov[filled].iov_base = &values[filled]
 */
 
-    __pyx_t_10 = (__pyx_v_first + __pyx_v_count);
-    __pyx_t_9 = __pyx_t_10;
+    __pyx_t_8 = (__pyx_v_first + __pyx_v_count);
+    __pyx_t_7 = __pyx_t_8;
 
-    for (__pyx_t_20 = __pyx_v_first; __pyx_t_20 < __pyx_t_9; __pyx_t_20+=1) {
-      __pyx_v_i = __pyx_t_20;
+    for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
+      __pyx_v_i = __pyx_t_18;
 
-      /* "ivshmem/_core.pyx":302
+      /* "ivshmem/_core.pyx":295
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
- *             _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)             # <<<<<<<<<<<<<<
- *             values[filled] = value
- *             filled += 1
-*/
-      __pyx_t_11 = (((PyObject *)__pyx_v_fds) != Py_None);
-      if (__pyx_t_11) {
-
-        __pyx_t_17 = (__pyx_v_fds->fds[__pyx_v_i]);
-      } else {
-
-        __pyx_t_17 = -1;
-      }
-
-      __pyx_f_7ivshmem_5_core__fill((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), __pyx_t_17);
-
-
-      /* "ivshmem/_core.pyx":303
- *         for i in range(first, first + count):
- *             _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
  *             values[filled] = value             # <<<<<<<<<<<<<<
- *             filled += 1
- *             if filled == BATCH:
+ *             iov[filled].iov_base = &values[filled]
+ *             iov[filled].iov_len = MESSAGE
 */
       (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
 
-      /* "ivshmem/_core.pyx":304
- *             _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
+      /* "ivshmem/_core.pyx":296
+ *         for i in range(first, first + count):
  *             values[filled] = value
+ *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
+ *             iov[filled].iov_len = MESSAGE
+ *             memset(&messages[filled], 0, sizeof(messages[filled]))
+*/
+      (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
+
+      /* "ivshmem/_core.pyx":297
+ *             values[filled] = value
+ *             iov[filled].iov_base = &values[filled]
+ *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
+ *             memset(&messages[filled], 0, sizeof(messages[filled]))
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]
+*/
+      (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
+
+      /* "ivshmem/_core.pyx":298
+ *             iov[filled].iov_base = &values[filled]
+ *             iov[filled].iov_len = MESSAGE
+ *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]
+ *             messages[filled].msg_hdr.msg_iovlen = 1
+*/
+      (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
+
+      /* "ivshmem/_core.pyx":299
+ *             iov[filled].iov_len = MESSAGE
+ *             memset(&messages[filled], 0, sizeof(messages[filled]))
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
+ *             messages[filled].msg_hdr.msg_iovlen = 1
+ *             if fds is not None:
+*/
+      (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
+
+      /* "ivshmem/_core.pyx":300
+ *             memset(&messages[filled], 0, sizeof(messages[filled]))
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]
+ *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
+ *             if fds is not None:
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
+*/
+      (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
+
+      /* "ivshmem/_core.pyx":301
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]
+ *             messages[filled].msg_hdr.msg_iovlen = 1
+ *             if fds is not None:             # <<<<<<<<<<<<<<
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
+ *             filled += 1
+*/
+      __pyx_t_9 = (((PyObject *)__pyx_v_fds) != Py_None);
+      if (__pyx_t_9) {
+
+
+        /* "ivshmem/_core.pyx":302
+ *             messages[filled].msg_hdr.msg_iovlen = 1
+ *             if fds is not None:
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
+ *             filled += 1
+ *             if filled == BATCH:
+*/
+        __pyx_f_7ivshmem_5_core__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
+
+        /* "ivshmem/_core.pyx":301
+ *             messages[filled].msg_hdr.msg_iov = &iov[filled]
+ *             messages[filled].msg_hdr.msg_iovlen = 1
+ *             if fds is not None:             # <<<<<<<<<<<<<<
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
+ *             filled += 1
+*/
+      }
+
+      /* "ivshmem/_core.pyx":303
+ *             if fds is not None:
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1             # <<<<<<<<<<<<<<
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_core.pyx":305
- *             values[filled] = value
+      /* "ivshmem/_core.pyx":304
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
 */
-      __pyx_t_11 = (__pyx_v_filled == __pyx_e_7ivshmem_5_core_BATCH);
+      __pyx_t_9 = (__pyx_v_filled == __pyx_e_7ivshmem_5_core_BATCH);
 
-      if (__pyx_t_11) {
+      if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":306
+        /* "ivshmem/_core.pyx":305
  *             filled += 1
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *                 total += sent
  *                 if sent < filled:
 */
-        __pyx_t_17 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_17 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
-        __pyx_v_sent = __pyx_t_17;
+        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
+        __pyx_v_sent = __pyx_t_15;
 
-        /* "ivshmem/_core.pyx":307
+        /* "ivshmem/_core.pyx":306
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent             # <<<<<<<<<<<<<<
@@ -7814,40 +7797,40 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_core.pyx":308
+        /* "ivshmem/_core.pyx":307
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
  *                     return total
  *                 filled = 0
 */
-        __pyx_t_11 = (__pyx_v_sent < __pyx_v_filled);
+        __pyx_t_9 = (__pyx_v_sent < __pyx_v_filled);
 
-        if (__pyx_t_11) {
+        if (__pyx_t_9) {
 
 
-          /* "ivshmem/_core.pyx":309
+          /* "ivshmem/_core.pyx":308
  *                 total += sent
  *                 if sent < filled:
  *                     return total             # <<<<<<<<<<<<<<
  *                 filled = 0
  *     if filled:
 */
-          __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 309, __pyx_L1_error)
-          __Pyx_GOTREF(__pyx_t_6);
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_6;
+              __pyx_r = __pyx_t_4;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_6 = 0;
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __pyx_t_4 = 0;
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":308
+          /* "ivshmem/_core.pyx":307
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -7856,7 +7839,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         }
 
-        /* "ivshmem/_core.pyx":310
+        /* "ivshmem/_core.pyx":309
  *                 if sent < filled:
  *                     return total
  *                 filled = 0             # <<<<<<<<<<<<<<
@@ -7865,8 +7848,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_core.pyx":305
- *             values[filled] = value
+        /* "ivshmem/_core.pyx":304
+ *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
  *                 sent = _sendmmsg(sock, messages, filled, total)
@@ -7876,40 +7859,40 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     }
 
 
-    /* "ivshmem/_core.pyx":297
- *         messages[i].msg_hdr.msg_iov = &iov[i]
- *         messages[i].msg_hdr.msg_iovlen = 1
+    /* "ivshmem/_core.pyx":290
+ *     cdef int64_t value
+ *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
 */
   }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":311
+  /* "ivshmem/_core.pyx":310
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total
 */
-  __pyx_t_11 = (__pyx_v_filled != 0);
+  __pyx_t_9 = (__pyx_v_filled != 0);
 
-  if (__pyx_t_11) {
+  if (__pyx_t_9) {
 
 
-    /* "ivshmem/_core.pyx":312
+    /* "ivshmem/_core.pyx":311
  *                 filled = 0
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *     return total
  * 
 */
-    __pyx_t_17 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_17 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
-    __pyx_v_total = (__pyx_v_total + __pyx_t_17);
+    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L1_error)
+    __pyx_v_total = (__pyx_v_total + __pyx_t_15);
 
 
-    /* "ivshmem/_core.pyx":311
+    /* "ivshmem/_core.pyx":310
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -7918,24 +7901,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   }
 
-  /* "ivshmem/_core.pyx":313
+  /* "ivshmem/_core.pyx":312
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_4;
+      __pyx_r = __pyx_t_1;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_4 = 0;
+  __pyx_t_1 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/_core.pyx":265
@@ -7948,13 +7931,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_15);
-  __Pyx_XDECREF(__pyx_t_18);
+  __Pyx_XDECREF(__pyx_t_16);
   __Pyx_AddTraceback("ivshmem._core.send_runs", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7976,79 +7959,37 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":316
+/* "ivshmem/_core.pyx":315
  * 
  * 
- * cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
+ * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
  *     cdef cmsghdr *header
- *     if fd < 0:
+ *     memset(control, 0, sizeof(ivshmem_control))
 */
 
-static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
+static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
   struct cmsghdr *__pyx_v_header;
-  int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":318
- * cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
+  /* "ivshmem/_core.pyx":317
+ * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
  *     cdef cmsghdr *header
- *     if fd < 0:             # <<<<<<<<<<<<<<
- *         message.msg_hdr.msg_control = NULL
- *         message.msg_hdr.msg_controllen = 0
-*/
-  __pyx_t_1 = (__pyx_v_fd < 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/_core.pyx":319
- *     cdef cmsghdr *header
- *     if fd < 0:
- *         message.msg_hdr.msg_control = NULL             # <<<<<<<<<<<<<<
- *         message.msg_hdr.msg_controllen = 0
- *         return
-*/
-    __pyx_v_message->msg_hdr.msg_control = NULL;
-
-    /* "ivshmem/_core.pyx":320
- *     if fd < 0:
- *         message.msg_hdr.msg_control = NULL
- *         message.msg_hdr.msg_controllen = 0             # <<<<<<<<<<<<<<
- *         return
- *     message.msg_hdr.msg_control = control
-*/
-    __pyx_v_message->msg_hdr.msg_controllen = 0;
-
-    /* "ivshmem/_core.pyx":321
- *         message.msg_hdr.msg_control = NULL
- *         message.msg_hdr.msg_controllen = 0
- *         return             # <<<<<<<<<<<<<<
+ *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
 */
-    {
-    }
-    goto __pyx_L0;
+  (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
 
-    /* "ivshmem/_core.pyx":318
- * cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
+  /* "ivshmem/_core.pyx":318
  *     cdef cmsghdr *header
- *     if fd < 0:             # <<<<<<<<<<<<<<
- *         message.msg_hdr.msg_control = NULL
- *         message.msg_hdr.msg_controllen = 0
-*/
-  }
-
-  /* "ivshmem/_core.pyx":322
- *         message.msg_hdr.msg_controllen = 0
- *         return
+ *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
 */
   __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
 
-  /* "ivshmem/_core.pyx":323
- *         return
+  /* "ivshmem/_core.pyx":319
+ *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
@@ -8056,7 +7997,7 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-  /* "ivshmem/_core.pyx":324
+  /* "ivshmem/_core.pyx":320
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -8065,7 +8006,7 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":325
+  /* "ivshmem/_core.pyx":321
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -8074,7 +8015,7 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-  /* "ivshmem/_core.pyx":326
+  /* "ivshmem/_core.pyx":322
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -8083,7 +8024,7 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-  /* "ivshmem/_core.pyx":327
+  /* "ivshmem/_core.pyx":323
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -8092,7 +8033,7 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_core.pyx":328
+  /* "ivshmem/_core.pyx":324
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS
  *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
@@ -8101,21 +8042,20 @@ static void __pyx_f_7ivshmem_5_core__fill(struct mmsghdr *__pyx_v_message, ivshm
 */
   (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
 
-  /* "ivshmem/_core.pyx":316
+  /* "ivshmem/_core.pyx":315
  * 
  * 
- * cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
+ * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
  *     cdef cmsghdr *header
- *     if fd < 0:
+ *     memset(control, 0, sizeof(ivshmem_control))
 */
 
   /* function exit code */
-  __pyx_L0:;
 
 
 }
 
-/* "ivshmem/_core.pyx":331
+/* "ivshmem/_core.pyx":327
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -8133,7 +8073,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":334
+  /* "ivshmem/_core.pyx":330
  *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
  *     cdef int n
  *     while True:             # <<<<<<<<<<<<<<
@@ -8142,7 +8082,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":335
+    /* "ivshmem/_core.pyx":331
  *     cdef int n
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -8151,7 +8091,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_core.pyx":336
+    /* "ivshmem/_core.pyx":332
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -8163,7 +8103,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":337
+      /* "ivshmem/_core.pyx":333
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:
  *             return n             # <<<<<<<<<<<<<<
@@ -8176,7 +8116,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":336
+      /* "ivshmem/_core.pyx":332
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -8185,7 +8125,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":338
+    /* "ivshmem/_core.pyx":334
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8197,7 +8137,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":339
+      /* "ivshmem/_core.pyx":335
  *             return n
  *         if errno == EINTR:
  *             continue             # <<<<<<<<<<<<<<
@@ -8206,7 +8146,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/_core.pyx":338
+      /* "ivshmem/_core.pyx":334
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8215,7 +8155,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":340
+    /* "ivshmem/_core.pyx":336
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -8241,7 +8181,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":341
+      /* "ivshmem/_core.pyx":337
  *             continue
  *         if errno == EAGAIN or before > 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -8254,7 +8194,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":340
+      /* "ivshmem/_core.pyx":336
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -8263,14 +8203,14 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":342
+    /* "ivshmem/_core.pyx":338
  *         if errno == EAGAIN or before > 0:
  *             return 0
  *         return _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
@@ -8278,7 +8218,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_core.pyx":331
+  /* "ivshmem/_core.pyx":327
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -8298,7 +8238,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":345
+/* "ivshmem/_core.pyx":341
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -8347,39 +8287,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 345, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 341, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 345, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 341, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 345, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 341, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 345, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 345, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 345, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 345, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 345, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 341, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8442,19 +8382,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_core.pyx":363
+  /* "ivshmem/_core.pyx":359
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":364
+  /* "ivshmem/_core.pyx":360
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -8463,7 +8403,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_core.pyx":365
+  /* "ivshmem/_core.pyx":361
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -8472,7 +8412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_core.pyx":366
+  /* "ivshmem/_core.pyx":362
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -8480,7 +8420,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -8511,7 +8451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":367
+    /* "ivshmem/_core.pyx":363
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -8520,7 +8460,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_core.pyx":368
+    /* "ivshmem/_core.pyx":364
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -8534,7 +8474,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_core.pyx":369
+      /* "ivshmem/_core.pyx":365
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -8543,7 +8483,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)]));
 
-      /* "ivshmem/_core.pyx":370
+      /* "ivshmem/_core.pyx":366
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -8552,7 +8492,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":371
+      /* "ivshmem/_core.pyx":367
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -8561,7 +8501,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":372
+      /* "ivshmem/_core.pyx":368
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -8570,7 +8510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":373
+      /* "ivshmem/_core.pyx":369
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -8579,7 +8519,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":374
+      /* "ivshmem/_core.pyx":370
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -8590,7 +8530,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":375
+    /* "ivshmem/_core.pyx":371
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -8599,7 +8539,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_5_core_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -8616,7 +8556,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_core.pyx":376
+    /* "ivshmem/_core.pyx":372
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -8625,7 +8565,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_core.pyx":377
+    /* "ivshmem/_core.pyx":373
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -8637,7 +8577,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":378
+      /* "ivshmem/_core.pyx":374
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8649,7 +8589,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":379
+        /* "ivshmem/_core.pyx":375
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -8658,7 +8598,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_core.pyx":378
+        /* "ivshmem/_core.pyx":374
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8667,7 +8607,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":380
+      /* "ivshmem/_core.pyx":376
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -8686,7 +8626,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 380, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 376, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -8697,7 +8637,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":381
+        /* "ivshmem/_core.pyx":377
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -8706,7 +8646,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":380
+        /* "ivshmem/_core.pyx":376
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -8715,17 +8655,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":382
+      /* "ivshmem/_core.pyx":378
  *             if errno == EAGAIN or chunks:
  *                 break
  *             _fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":377
+      /* "ivshmem/_core.pyx":373
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -8734,7 +8674,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_core.pyx":383
+    /* "ivshmem/_core.pyx":379
  *                 break
  *             _fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -8748,19 +8688,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":384
+      /* "ivshmem/_core.pyx":380
  *             _fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 384, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":385
+      /* "ivshmem/_core.pyx":381
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -8781,7 +8721,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":386
+      /* "ivshmem/_core.pyx":382
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -8802,7 +8742,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":387
+      /* "ivshmem/_core.pyx":383
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -8814,36 +8754,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":389
+        /* "ivshmem/_core.pyx":385
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 389, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 385, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 389, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 385, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 389, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 385, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":388
+        /* "ivshmem/_core.pyx":384
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_core.pyx":387
+        /* "ivshmem/_core.pyx":383
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -8854,7 +8794,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":391
+    /* "ivshmem/_core.pyx":387
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8866,7 +8806,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":392
+      /* "ivshmem/_core.pyx":388
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -8875,7 +8815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_core.pyx":391
+      /* "ivshmem/_core.pyx":387
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8887,7 +8827,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":393
+  /* "ivshmem/_core.pyx":389
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8896,7 +8836,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_core.pyx":394
+    /* "ivshmem/_core.pyx":390
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -8909,13 +8849,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 394, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 390, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -8923,7 +8863,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 394, __pyx_L1_error)
+          __PYX_ERR(0, 390, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -8933,22 +8873,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 394, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 390, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 394, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 390, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 394, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 390, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 394, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 390, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 394, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 390, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -8956,7 +8896,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -8964,7 +8904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 394, __pyx_L1_error)
+        __PYX_ERR(0, 390, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -8972,7 +8912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_core.pyx":395
+      /* "ivshmem/_core.pyx":391
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -8984,9 +8924,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 395, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 395, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 391, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -8994,7 +8934,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 395, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 391, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -9004,7 +8944,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 395, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 391, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -9015,13 +8955,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 395, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 391, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 395, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 391, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -9031,18 +8971,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_core.pyx":396
+        /* "ivshmem/_core.pyx":392
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 396, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 392, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_core.pyx":395
+        /* "ivshmem/_core.pyx":391
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -9052,7 +8992,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":394
+      /* "ivshmem/_core.pyx":390
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -9062,7 +9002,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_core.pyx":397
+    /* "ivshmem/_core.pyx":393
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -9070,7 +9010,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 397, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 393, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9089,14 +9029,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 397, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 393, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 397, __pyx_L1_error)
+    __PYX_ERR(0, 393, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":393
+    /* "ivshmem/_core.pyx":389
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -9105,22 +9045,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_core.pyx":401
+  /* "ivshmem/_core.pyx":397
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 401, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 397, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 401, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 397, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -9133,7 +9073,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":345
+  /* "ivshmem/_core.pyx":341
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -9169,7 +9109,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":404
+/* "ivshmem/_core.pyx":400
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -9196,7 +9136,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_core.pyx":405
+  /* "ivshmem/_core.pyx":401
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -9205,19 +9145,19 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":408
+  /* "ivshmem/_core.pyx":404
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 408, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":409
+  /* "ivshmem/_core.pyx":405
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -9230,7 +9170,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":410
+    /* "ivshmem/_core.pyx":406
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -9256,7 +9196,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":411
+      /* "ivshmem/_core.pyx":407
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -9269,7 +9209,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 411, __pyx_L1_error)
+        __PYX_ERR(0, 407, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -9280,7 +9220,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_core.pyx":412
+        /* "ivshmem/_core.pyx":408
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -9289,22 +9229,22 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_core.pyx":413
+        /* "ivshmem/_core.pyx":409
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_core.pyx":410
+      /* "ivshmem/_core.pyx":406
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -9313,7 +9253,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_core.pyx":414
+    /* "ivshmem/_core.pyx":410
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -9323,14 +9263,14 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_core.pyx":415
+  /* "ivshmem/_core.pyx":411
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9343,7 +9283,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":404
+  /* "ivshmem/_core.pyx":400
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -9366,7 +9306,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":432
+/* "ivshmem/_core.pyx":428
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -9407,45 +9347,45 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_readonly,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 432, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 428, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 428, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 2) ? kwd_pos_args : 2;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 428, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 432, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 428, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 428, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 432, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 432, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 432, __pyx_L3_error)
+      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
     } else {
       __pyx_v_readonly = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 432, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 428, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9492,7 +9432,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":434
+  /* "ivshmem/_core.pyx":430
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
@@ -9508,7 +9448,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":435
+  /* "ivshmem/_core.pyx":431
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -9517,7 +9457,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":436
+  /* "ivshmem/_core.pyx":432
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -9529,7 +9469,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":437
+    /* "ivshmem/_core.pyx":433
  *         self.start = NULL
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
@@ -9537,7 +9477,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_map;
     __pyx_t_6[1] = __pyx_t_5;
@@ -9548,7 +9488,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
     #endif
     __pyx_t_1 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 437, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -9557,14 +9497,14 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 437, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 437, __pyx_L1_error)
+    __PYX_ERR(0, 433, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":436
+    /* "ivshmem/_core.pyx":432
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -9573,7 +9513,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":434
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9586,7 +9526,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":439
+        /* "ivshmem/_core.pyx":435
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)             # <<<<<<<<<<<<<<
@@ -9596,7 +9536,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
         __pyx_v_address = mmap(NULL, __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, 0);
       }
 
-      /* "ivshmem/_core.pyx":438
+      /* "ivshmem/_core.pyx":434
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9613,7 +9553,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       }
   }
 
-  /* "ivshmem/_core.pyx":440
+  /* "ivshmem/_core.pyx":436
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -9625,17 +9565,17 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":441
+    /* "ivshmem/_core.pyx":437
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:
  *             _fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":440
+    /* "ivshmem/_core.pyx":436
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -9644,7 +9584,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":438
  *         if address == MAP_FAILED:
  *             _fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -9653,7 +9593,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_core.pyx":443
+  /* "ivshmem/_core.pyx":439
  *             _fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
@@ -9662,7 +9602,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_core.pyx":444
+  /* "ivshmem/_core.pyx":440
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
@@ -9671,7 +9611,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_core.pyx":432
+  /* "ivshmem/_core.pyx":428
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -9697,7 +9637,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":446
+/* "ivshmem/_core.pyx":442
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9729,14 +9669,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":449
+  /* "ivshmem/_core.pyx":445
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9749,7 +9689,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":446
+  /* "ivshmem/_core.pyx":442
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9768,7 +9708,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":451
+/* "ivshmem/_core.pyx":447
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9800,14 +9740,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":450
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9820,7 +9760,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":451
+  /* "ivshmem/_core.pyx":447
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9839,7 +9779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":456
+/* "ivshmem/_core.pyx":452
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9871,14 +9811,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":459
+  /* "ivshmem/_core.pyx":455
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9891,7 +9831,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":456
+  /* "ivshmem/_core.pyx":452
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9910,7 +9850,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":461
+/* "ivshmem/_core.pyx":457
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9942,14 +9882,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":460
  *     def closed(self):
  *         """Whether the memory is no longer mapped here."""
  *         return self.start == NULL             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9962,7 +9902,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":461
+  /* "ivshmem/_core.pyx":457
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9981,7 +9921,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":466
+/* "ivshmem/_core.pyx":462
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10002,7 +9942,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":467
+  /* "ivshmem/_core.pyx":463
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -10014,7 +9954,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":468
+    /* "ivshmem/_core.pyx":464
  *     cdef int check(self) except -1:
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -10022,7 +9962,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 464, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10041,14 +9981,14 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 464, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 468, __pyx_L1_error)
+    __PYX_ERR(0, 464, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":467
+    /* "ivshmem/_core.pyx":463
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -10057,7 +9997,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":465
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -10070,7 +10010,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":466
+  /* "ivshmem/_core.pyx":462
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10091,7 +10031,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":471
+/* "ivshmem/_core.pyx":467
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10139,32 +10079,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 471, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 467, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 471, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 467, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 471, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 467, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 471, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 467, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 471, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 467, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10211,7 +10151,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_core.pyx":477
+  /* "ivshmem/_core.pyx":473
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -10227,7 +10167,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":478
+  /* "ivshmem/_core.pyx":474
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -10236,7 +10176,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":481
+  /* "ivshmem/_core.pyx":477
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -10245,17 +10185,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_core.pyx":482
+  /* "ivshmem/_core.pyx":478
  *         cdef char *end
  *         cdef char seen = 0
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.views += 1
  *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 478, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":483
+  /* "ivshmem/_core.pyx":479
  *         cdef char seen = 0
  *         self.check()
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -10264,7 +10204,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":484
+  /* "ivshmem/_core.pyx":480
  *         self.check()
  *         self.views += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -10273,7 +10213,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":485
+    /* "ivshmem/_core.pyx":481
  *         self.views += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -10282,7 +10222,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":486
+      /* "ivshmem/_core.pyx":482
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10295,7 +10235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":487
+            /* "ivshmem/_core.pyx":483
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -10315,7 +10255,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             __pyx_v_code = __pyx_t_2;
           }
 
-          /* "ivshmem/_core.pyx":486
+          /* "ivshmem/_core.pyx":482
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10332,7 +10272,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":488
+      /* "ivshmem/_core.pyx":484
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10351,7 +10291,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":489
+        /* "ivshmem/_core.pyx":485
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -10360,7 +10300,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
         goto __pyx_L7_break;
 
-        /* "ivshmem/_core.pyx":488
+        /* "ivshmem/_core.pyx":484
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10369,19 +10309,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":490
+      /* "ivshmem/_core.pyx":486
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L4_error)
 
     }
     __pyx_L7_break:;
 
-    /* "ivshmem/_core.pyx":491
+    /* "ivshmem/_core.pyx":487
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -10393,7 +10333,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":492
+      /* "ivshmem/_core.pyx":488
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -10404,7 +10344,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
       __pyx_v_page = __pyx_t_4;
 
-      /* "ivshmem/_core.pyx":493
+      /* "ivshmem/_core.pyx":489
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -10413,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_core.pyx":494
+      /* "ivshmem/_core.pyx":490
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10426,7 +10366,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":495
+            /* "ivshmem/_core.pyx":491
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -10439,7 +10379,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
               if (!__pyx_t_3) break;
 
-              /* "ivshmem/_core.pyx":496
+              /* "ivshmem/_core.pyx":492
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -10451,7 +10391,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/_core.pyx":497
+                /* "ivshmem/_core.pyx":493
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -10460,7 +10400,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_core.pyx":496
+                /* "ivshmem/_core.pyx":492
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -10470,7 +10410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
                 goto __pyx_L20;
               }
 
-              /* "ivshmem/_core.pyx":499
+              /* "ivshmem/_core.pyx":495
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -10482,7 +10422,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               }
               __pyx_L20:;
 
-              /* "ivshmem/_core.pyx":500
+              /* "ivshmem/_core.pyx":496
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -10493,7 +10433,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             }
           }
 
-          /* "ivshmem/_core.pyx":494
+          /* "ivshmem/_core.pyx":490
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10510,7 +10450,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":491
+      /* "ivshmem/_core.pyx":487
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -10520,7 +10460,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       goto __pyx_L14;
     }
 
-    /* "ivshmem/_core.pyx":501
+    /* "ivshmem/_core.pyx":497
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -10532,17 +10472,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":502
+      /* "ivshmem/_core.pyx":498
  *                         page += page_size
  *             elif code:
  *                 _fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.views -= 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 502, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":501
+      /* "ivshmem/_core.pyx":497
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -10553,7 +10493,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L14:;
   }
 
-  /* "ivshmem/_core.pyx":504
+  /* "ivshmem/_core.pyx":500
  *                 _fail_with(code)
  *         finally:
  *             self.views -= 1             # <<<<<<<<<<<<<<
@@ -10597,7 +10537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":471
+  /* "ivshmem/_core.pyx":467
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10622,7 +10562,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":506
+/* "ivshmem/_core.pyx":502
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10670,32 +10610,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 506, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 502, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 506, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 502, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 506, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 502, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 506, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 502, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 506, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 502, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 506, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 502, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 506, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 502, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10743,7 +10683,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_core.pyx":508
+  /* "ivshmem/_core.pyx":504
  *     def resident(self, Py_ssize_t page_size):
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
@@ -10754,16 +10694,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 508, __pyx_L1_error)
+    __PYX_ERR(0, 504, __pyx_L1_error)
   }
   else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
     PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 508, __pyx_L1_error)
+    __PYX_ERR(0, 504, __pyx_L1_error)
   }
   __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
 
-  /* "ivshmem/_core.pyx":510
+  /* "ivshmem/_core.pyx":506
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -10772,17 +10712,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":512
+  /* "ivshmem/_core.pyx":508
  *         cdef Py_ssize_t count = 0
  *         cdef unsigned char *vector
  *         self.check()             # <<<<<<<<<<<<<<
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":513
+  /* "ivshmem/_core.pyx":509
  *         cdef unsigned char *vector
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
@@ -10791,7 +10731,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
 
-  /* "ivshmem/_core.pyx":514
+  /* "ivshmem/_core.pyx":510
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -10803,16 +10743,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":515
+    /* "ivshmem/_core.pyx":511
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 515, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 511, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":514
+    /* "ivshmem/_core.pyx":510
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -10821,7 +10761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":516
+  /* "ivshmem/_core.pyx":512
  *         if vector == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -10830,7 +10770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":517
+    /* "ivshmem/_core.pyx":513
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -10842,17 +10782,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":518
+      /* "ivshmem/_core.pyx":514
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             for i in range(pages):
  *                 count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 518, __pyx_L5_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 514, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":517
+      /* "ivshmem/_core.pyx":513
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -10861,7 +10801,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":519
+    /* "ivshmem/_core.pyx":515
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()
  *             for i in range(pages):             # <<<<<<<<<<<<<<
@@ -10875,7 +10815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":520
+      /* "ivshmem/_core.pyx":516
  *                 _fail()
  *             for i in range(pages):
  *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -10887,7 +10827,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   }
 
-  /* "ivshmem/_core.pyx":522
+  /* "ivshmem/_core.pyx":518
  *                 count += vector[i] & 1
  *         finally:
  *             free(vector)             # <<<<<<<<<<<<<<
@@ -10931,14 +10871,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":523
+  /* "ivshmem/_core.pyx":519
  *         finally:
  *             free(vector)
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   {
     PyObject *__pyx_temp;
@@ -10951,7 +10891,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   __pyx_t_14 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":506
+  /* "ivshmem/_core.pyx":502
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10974,7 +10914,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":525
+/* "ivshmem/_core.pyx":521
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -11000,7 +10940,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_5_core_7Mapping_7__len__(PyObject *__pyx_v_s
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":526
+  /* "ivshmem/_core.pyx":522
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -11013,7 +10953,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":525
+  /* "ivshmem/_core.pyx":521
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -11027,7 +10967,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":528
+/* "ivshmem/_core.pyx":524
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -11067,27 +11007,27 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_core.pyx":529
+  /* "ivshmem/_core.pyx":525
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":530
+  /* "ivshmem/_core.pyx":526
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         self.views += 1
  * 
 */
-  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
+  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":531
+  /* "ivshmem/_core.pyx":527
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -11096,7 +11036,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":528
+  /* "ivshmem/_core.pyx":524
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -11126,7 +11066,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":533
+/* "ivshmem/_core.pyx":529
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -11150,7 +11090,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_5_core_7Mapping_11__releasebuffer__(
 
 static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_core.pyx":534
+  /* "ivshmem/_core.pyx":530
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.views -= 1             # <<<<<<<<<<<<<<
@@ -11159,7 +11099,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 */
   __pyx_v_self->views = (__pyx_v_self->views - 1);
 
-  /* "ivshmem/_core.pyx":533
+  /* "ivshmem/_core.pyx":529
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -11171,7 +11111,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 
 }
 
-/* "ivshmem/_core.pyx":536
+/* "ivshmem/_core.pyx":532
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11241,7 +11181,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":543
+  /* "ivshmem/_core.pyx":539
  *                 changed then.
  *         """
  *         cdef char *address = self.start             # <<<<<<<<<<<<<<
@@ -11252,7 +11192,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":544
+  /* "ivshmem/_core.pyx":540
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -11264,7 +11204,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":545
+    /* "ivshmem/_core.pyx":541
  *         cdef char *address = self.start
  *         if address == NULL:
  *             return             # <<<<<<<<<<<<<<
@@ -11281,7 +11221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":544
+    /* "ivshmem/_core.pyx":540
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -11290,7 +11230,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":546
+  /* "ivshmem/_core.pyx":542
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -11302,7 +11242,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":547
+    /* "ivshmem/_core.pyx":543
  *             return
  *         if self.views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -11311,14 +11251,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
     __pyx_t_4 = NULL;
 
-    /* "ivshmem/_core.pyx":548
+    /* "ivshmem/_core.pyx":544
  *         if self.views:
  *             raise BufferError(
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         self.start = NULL
 */
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 548, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 544, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_6[1] = __pyx_t_5;
@@ -11329,7 +11269,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 548, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 544, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -11338,14 +11278,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 547, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 543, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 547, __pyx_L1_error)
+    __PYX_ERR(0, 543, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":546
+    /* "ivshmem/_core.pyx":542
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -11354,7 +11294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":550
+  /* "ivshmem/_core.pyx":546
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
  *             )
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -11363,7 +11303,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":551
+  /* "ivshmem/_core.pyx":547
  *             )
  *         self.start = NULL
  *         munmap(address, self.length)             # <<<<<<<<<<<<<<
@@ -11372,7 +11312,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   (void)(munmap(__pyx_v_address, __pyx_v_self->length));
 
-  /* "ivshmem/_core.pyx":536
+  /* "ivshmem/_core.pyx":532
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11397,7 +11337,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":553
+/* "ivshmem/_core.pyx":549
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11421,7 +11361,7 @@ static void __pyx_pw_7ivshmem_5_core_7Mapping_15__dealloc__(PyObject *__pyx_v_se
 static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":554
+  /* "ivshmem/_core.pyx":550
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -11433,7 +11373,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":555
+    /* "ivshmem/_core.pyx":551
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -11442,7 +11382,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":554
+    /* "ivshmem/_core.pyx":550
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -11451,7 +11391,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":553
+  /* "ivshmem/_core.pyx":549
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11667,7 +11607,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_18__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":587
+/* "ivshmem/_core.pyx":583
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -11721,21 +11661,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":588
+  /* "ivshmem/_core.pyx":584
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 588, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":589
+  /* "ivshmem/_core.pyx":585
  *     def __cinit__(self, *args, **kwargs):
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -11744,7 +11684,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":590
+  /* "ivshmem/_core.pyx":586
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11753,7 +11693,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":591
+  /* "ivshmem/_core.pyx":587
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -11766,7 +11706,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 591, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -11774,7 +11714,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":592
+  /* "ivshmem/_core.pyx":588
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -11787,7 +11727,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 588, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -11795,7 +11735,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":593
+  /* "ivshmem/_core.pyx":589
  *         self.own = FdArray()
  *         self.epoll = Epoll()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -11809,16 +11749,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 593, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 593, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 589, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":594
+  /* "ivshmem/_core.pyx":590
  *         self.epoll = Epoll()
  *         self.wake = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -11827,11 +11767,11 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_3 = 0;
   {
@@ -11841,12 +11781,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":583
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -11871,7 +11811,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":598
+/* "ivshmem/_core.pyx":594
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -11929,7 +11869,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":599
+  /* "ivshmem/_core.pyx":595
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -11937,9 +11877,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 599, __pyx_L1_error)
+  __PYX_ERR(0, 595, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":598
+  /* "ivshmem/_core.pyx":594
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -11956,7 +11896,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":601
+/* "ivshmem/_core.pyx":597
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -12004,39 +11944,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 601, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 597, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 601, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 597, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 597, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 601, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 597, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 601, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 597, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 597, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 601, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 597, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 601, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 597, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12065,7 +12005,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":602
+  /* "ivshmem/_core.pyx":598
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -12073,9 +12013,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 602, __pyx_L1_error)
+  __PYX_ERR(0, 598, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":601
+  /* "ivshmem/_core.pyx":597
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -12092,7 +12032,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":606
+/* "ivshmem/_core.pyx":602
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -12140,32 +12080,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 606, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 602, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 606, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 602, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 606, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 602, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 606, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 602, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 606, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 602, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12201,7 +12141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":608
+  /* "ivshmem/_core.pyx":604
  *     def _watch(self, int fd):
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12210,11 +12150,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 0;
   {
@@ -12224,12 +12164,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 608, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":609
+  /* "ivshmem/_core.pyx":605
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -12238,7 +12178,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":602
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -12263,7 +12203,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":611
+/* "ivshmem/_core.pyx":607
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -12328,7 +12268,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":614
+  /* "ivshmem/_core.pyx":610
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12364,7 +12304,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":615
+    /* "ivshmem/_core.pyx":611
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -12373,7 +12313,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 615, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 611, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -12381,12 +12321,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 615, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 611, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":614
+    /* "ivshmem/_core.pyx":610
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12395,7 +12335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":616
+  /* "ivshmem/_core.pyx":612
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -12404,7 +12344,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":611
+  /* "ivshmem/_core.pyx":607
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -12427,7 +12367,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":618
+/* "ivshmem/_core.pyx":614
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -12475,32 +12415,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 618, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 614, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 618, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 614, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 618, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 614, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 618, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 614, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 618, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 614, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12536,7 +12476,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":620
+  /* "ivshmem/_core.pyx":616
  *     def _add_vector(self, int fd):
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -12545,7 +12485,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 620, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -12553,12 +12493,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 620, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 616, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":621
+  /* "ivshmem/_core.pyx":617
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12567,11 +12507,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_4 = 0;
   {
@@ -12581,12 +12521,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 621, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 617, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":618
+  /* "ivshmem/_core.pyx":614
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -12611,7 +12551,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":623
+/* "ivshmem/_core.pyx":619
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -12660,39 +12600,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 623, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 619, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 623, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 619, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 623, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 619, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 623, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 619, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 623, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 623, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 619, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 623, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 619, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 623, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 619, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12728,7 +12668,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":625
+  /* "ivshmem/_core.pyx":621
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -12737,15 +12677,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 625, __pyx_L1_error)
+    __PYX_ERR(0, 621, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 621, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 625, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 621, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":626
+  /* "ivshmem/_core.pyx":622
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -12756,7 +12696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":627
+    /* "ivshmem/_core.pyx":623
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -12769,19 +12709,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 623, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 627, __pyx_L1_error)
+      __PYX_ERR(0, 623, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 627, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 623, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":622
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -12790,7 +12730,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":624
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -12799,7 +12739,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 628, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 624, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -12807,12 +12747,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 624, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":619
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -12836,7 +12776,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":630
+/* "ivshmem/_core.pyx":626
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -12884,32 +12824,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 630, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 626, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 630, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 626, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 630, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 626, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 630, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 626, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 630, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 626, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 630, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 626, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12939,7 +12879,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":632
+  /* "ivshmem/_core.pyx":628
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -12950,12 +12890,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 632, __pyx_L1_error)
+    __PYX_ERR(0, 628, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 632, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 628, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":626
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -12976,7 +12916,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":634
+/* "ivshmem/_core.pyx":630
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -13024,32 +12964,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 634, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 630, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 630, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 634, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 630, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 634, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 630, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 630, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 634, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 630, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13082,7 +13022,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":636
+  /* "ivshmem/_core.pyx":632
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -13091,15 +13031,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 636, __pyx_L1_error)
+    __PYX_ERR(0, 632, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 636, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 636, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 632, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":637
+  /* "ivshmem/_core.pyx":633
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -13111,7 +13051,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 637, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 633, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -13128,7 +13068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":634
+  /* "ivshmem/_core.pyx":630
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -13149,7 +13089,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":639
+/* "ivshmem/_core.pyx":635
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -13197,32 +13137,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 639, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 635, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 639, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 635, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 639, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 635, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 639, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 635, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13256,7 +13196,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":641
+  /* "ivshmem/_core.pyx":637
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -13265,15 +13205,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 641, __pyx_L1_error)
+    __PYX_ERR(0, 637, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 641, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 641, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 637, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":642
+  /* "ivshmem/_core.pyx":638
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -13284,7 +13224,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":643
+    /* "ivshmem/_core.pyx":639
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -13298,12 +13238,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 643, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 639, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":642
+    /* "ivshmem/_core.pyx":638
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -13312,7 +13252,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":635
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -13335,7 +13275,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":645
+/* "ivshmem/_core.pyx":641
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13367,14 +13307,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":648
+  /* "ivshmem/_core.pyx":644
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13387,7 +13327,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":645
+  /* "ivshmem/_core.pyx":641
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13406,7 +13346,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":650
+/* "ivshmem/_core.pyx":646
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13438,14 +13378,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":649
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 653, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13458,7 +13398,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":646
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13477,7 +13417,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":655
+/* "ivshmem/_core.pyx":651
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -13497,7 +13437,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":656
+  /* "ivshmem/_core.pyx":652
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -13506,7 +13446,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":657
+    /* "ivshmem/_core.pyx":653
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -13514,7 +13454,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 653, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13533,14 +13473,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 657, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 653, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 657, __pyx_L1_error)
+    __PYX_ERR(0, 653, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":656
+    /* "ivshmem/_core.pyx":652
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -13549,7 +13489,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":654
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -13562,7 +13502,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":655
+  /* "ivshmem/_core.pyx":651
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -13583,7 +13523,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":660
+/* "ivshmem/_core.pyx":656
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13644,24 +13584,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":662
+  /* "ivshmem/_core.pyx":658
  *     def fileno(self):
  *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.epoll.epfd
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":663
+  /* "ivshmem/_core.pyx":659
  *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
  *         self.check()
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13674,7 +13614,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":656
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13693,7 +13633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":665
+/* "ivshmem/_core.pyx":661
  *         return self.epoll.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13741,48 +13681,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 665, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 661, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 661, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 661, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 665, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 661, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 661, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 666, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 662, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 665, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 661, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13833,7 +13773,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":682
+  /* "ivshmem/_core.pyx":678
  *         cdef PyObject *found
  *         cdef int fd, code
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -13842,7 +13782,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":684
+  /* "ivshmem/_core.pyx":680
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -13851,17 +13791,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":685
+    /* "ivshmem/_core.pyx":681
  *         cdef ssize_t n
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 685, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":686
+    /* "ivshmem/_core.pyx":682
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -13873,7 +13813,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_2, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":687
+    /* "ivshmem/_core.pyx":683
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -13885,7 +13825,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":688
+      /* "ivshmem/_core.pyx":684
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -13897,7 +13837,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":689
+      /* "ivshmem/_core.pyx":685
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -13911,7 +13851,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":690
+        /* "ivshmem/_core.pyx":686
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -13920,7 +13860,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":689
+        /* "ivshmem/_core.pyx":685
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -13929,7 +13869,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":687
+      /* "ivshmem/_core.pyx":683
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -13938,7 +13878,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":691
+    /* "ivshmem/_core.pyx":687
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -13947,7 +13887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 691, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 687, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -13955,35 +13895,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 687, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":688
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 692, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 688, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":693
+  /* "ivshmem/_core.pyx":689
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 693, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 693, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 689, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 689, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":694
+  /* "ivshmem/_core.pyx":690
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -13992,7 +13932,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":695
+    /* "ivshmem/_core.pyx":691
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -14001,7 +13941,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":696
+      /* "ivshmem/_core.pyx":692
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14014,7 +13954,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":697
+            /* "ivshmem/_core.pyx":693
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -14023,7 +13963,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":698
+            /* "ivshmem/_core.pyx":694
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14033,7 +13973,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":696
+          /* "ivshmem/_core.pyx":692
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14050,7 +13990,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":699
+      /* "ivshmem/_core.pyx":695
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14076,7 +14016,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":700
+        /* "ivshmem/_core.pyx":696
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -14093,7 +14033,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
         }
         goto __pyx_L7_return;
 
-        /* "ivshmem/_core.pyx":699
+        /* "ivshmem/_core.pyx":695
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14102,7 +14042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":701
+      /* "ivshmem/_core.pyx":697
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14114,17 +14054,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":702
+        /* "ivshmem/_core.pyx":698
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 702, __pyx_L8_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 698, __pyx_L8_error)
 
 
-        /* "ivshmem/_core.pyx":701
+        /* "ivshmem/_core.pyx":697
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14133,19 +14073,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":703
+      /* "ivshmem/_core.pyx":699
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 703, __pyx_L8_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 699, __pyx_L8_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":701
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -14154,7 +14094,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 705, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 701, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L9;
     }
@@ -14176,7 +14116,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_15);
       __pyx_t_1 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 705, __pyx_L22_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 701, __pyx_L22_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_13);
@@ -14204,7 +14144,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_L7_return: {
       __pyx_t_15 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 705, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 701, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_15;
       __pyx_t_15 = 0;
@@ -14213,7 +14153,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_L9:;
   }
 
-  /* "ivshmem/_core.pyx":665
+  /* "ivshmem/_core.pyx":661
  *         return self.epoll.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14242,7 +14182,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":707
+/* "ivshmem/_core.pyx":703
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14290,24 +14230,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 707, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 703, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 703, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 703, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 707, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 703, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":708
+      /* "ivshmem/_core.pyx":704
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -14320,11 +14260,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 703, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 703, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14337,7 +14277,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 707, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 703, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14350,7 +14290,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":703
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14391,17 +14331,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":726
+  /* "ivshmem/_core.pyx":722
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 726, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 722, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":727
+  /* "ivshmem/_core.pyx":723
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -14412,15 +14352,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":728
+    /* "ivshmem/_core.pyx":724
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 728, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 728, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 724, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 724, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -14434,7 +14374,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":727
+    /* "ivshmem/_core.pyx":723
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -14443,17 +14383,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":729
+  /* "ivshmem/_core.pyx":725
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 729, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 725, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":730
+  /* "ivshmem/_core.pyx":726
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -14470,7 +14410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":731
+    /* "ivshmem/_core.pyx":727
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -14478,11 +14418,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 731, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 727, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 731, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 727, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 731, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 727, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -14495,7 +14435,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 731, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 727, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -14517,14 +14457,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 731, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 727, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 731, __pyx_L1_error)
+    __PYX_ERR(0, 727, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":730
+    /* "ivshmem/_core.pyx":726
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -14533,17 +14473,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":732
+  /* "ivshmem/_core.pyx":728
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 728, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":733
+  /* "ivshmem/_core.pyx":729
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -14555,14 +14495,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":734
+    /* "ivshmem/_core.pyx":730
  *         count = _take(self.own.fds[index])
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 734, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 730, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -14575,7 +14515,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":733
+    /* "ivshmem/_core.pyx":729
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -14584,17 +14524,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":735
+  /* "ivshmem/_core.pyx":731
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 735, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 731, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":736
+  /* "ivshmem/_core.pyx":732
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14606,7 +14546,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":733
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -14624,7 +14564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":736
+    /* "ivshmem/_core.pyx":732
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14633,14 +14573,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":738
+  /* "ivshmem/_core.pyx":734
  *         if deadline == 0:
  *             return 0
  *         return self.wait_one(self.own.fds[index], deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 734, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -14653,7 +14593,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":703
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14680,7 +14620,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":740
+/* "ivshmem/_core.pyx":736
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -14721,7 +14661,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":746
+  /* "ivshmem/_core.pyx":742
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = fd             # <<<<<<<<<<<<<<
@@ -14730,7 +14670,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":747
+  /* "ivshmem/_core.pyx":743
  *         cdef int n, code
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -14739,7 +14679,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":748
+  /* "ivshmem/_core.pyx":744
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -14749,7 +14689,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[0]).events = POLLIN;
   (__pyx_v_fds[1]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":749
+  /* "ivshmem/_core.pyx":745
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -14758,7 +14698,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":750
+  /* "ivshmem/_core.pyx":746
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -14767,7 +14707,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":751
+    /* "ivshmem/_core.pyx":747
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -14776,7 +14716,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":752
+      /* "ivshmem/_core.pyx":748
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14788,7 +14728,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":753
+        /* "ivshmem/_core.pyx":749
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -14812,7 +14752,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_4;
 
 
-        /* "ivshmem/_core.pyx":754
+        /* "ivshmem/_core.pyx":750
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -14821,7 +14761,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":755
+        /* "ivshmem/_core.pyx":751
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -14830,7 +14770,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":752
+        /* "ivshmem/_core.pyx":748
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14839,7 +14779,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":756
+      /* "ivshmem/_core.pyx":752
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14852,7 +14792,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":757
+            /* "ivshmem/_core.pyx":753
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)             # <<<<<<<<<<<<<<
@@ -14872,7 +14812,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_n = ppoll(__pyx_v_fds, 2, __pyx_t_5, NULL);
 
 
-            /* "ivshmem/_core.pyx":758
+            /* "ivshmem/_core.pyx":754
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14882,7 +14822,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":756
+          /* "ivshmem/_core.pyx":752
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14899,7 +14839,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":759
+      /* "ivshmem/_core.pyx":755
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -14908,7 +14848,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":760
+        /* "ivshmem/_core.pyx":756
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -14916,7 +14856,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 760, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 756, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -14935,14 +14875,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 760, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 756, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_Raise(__pyx_t_6, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 760, __pyx_L4_error)
+        __PYX_ERR(0, 756, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":759
+        /* "ivshmem/_core.pyx":755
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -14951,7 +14891,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":761
+      /* "ivshmem/_core.pyx":757
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14963,7 +14903,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":762
+        /* "ivshmem/_core.pyx":758
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14975,17 +14915,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_core.pyx":763
+          /* "ivshmem/_core.pyx":759
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 763, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 759, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":762
+          /* "ivshmem/_core.pyx":758
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14994,17 +14934,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":764
+        /* "ivshmem/_core.pyx":760
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 764, __pyx_L4_error)
+        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 760, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":765
+        /* "ivshmem/_core.pyx":761
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -15013,7 +14953,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":761
+        /* "ivshmem/_core.pyx":757
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15022,7 +14962,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":766
+      /* "ivshmem/_core.pyx":762
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15034,7 +14974,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":767
+        /* "ivshmem/_core.pyx":763
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -15052,7 +14992,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":766
+        /* "ivshmem/_core.pyx":762
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15061,17 +15001,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":768
+      /* "ivshmem/_core.pyx":764
  *                 if n == 0:
  *                     return 0
  *                 count = _take(fd)             # <<<<<<<<<<<<<<
  *                 if count:  # else another thread, or a peer, took it
  *                     return count
 */
-      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 768, __pyx_L4_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 764, __pyx_L4_error)
       __pyx_v_count = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":769
+      /* "ivshmem/_core.pyx":765
  *                     return 0
  *                 count = _take(fd)
  *                 if count:  # else another thread, or a peer, took it             # <<<<<<<<<<<<<<
@@ -15083,14 +15023,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":770
+        /* "ivshmem/_core.pyx":766
  *                 count = _take(fd)
  *                 if count:  # else another thread, or a peer, took it
  *                     return count             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 770, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 766, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         {
           PyObject *__pyx_temp;
@@ -15103,7 +15043,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_6 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":769
+        /* "ivshmem/_core.pyx":765
  *                     return 0
  *                 count = _take(fd)
  *                 if count:  # else another thread, or a peer, took it             # <<<<<<<<<<<<<<
@@ -15115,7 +15055,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":772
+  /* "ivshmem/_core.pyx":768
  *                     return count
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -15170,7 +15110,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":740
+  /* "ivshmem/_core.pyx":736
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -15199,7 +15139,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":774
+/* "ivshmem/_core.pyx":770
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15247,24 +15187,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 774, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 770, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 770, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 774, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 770, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 770, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15275,7 +15215,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 774, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 770, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15307,25 +15247,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":776
+  /* "ivshmem/_core.pyx":772
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns None as soon as `_news()` was called, too."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 776, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 772, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":777
+  /* "ivshmem/_core.pyx":773
  *         """Like wait(), but returns None as soon as `_news()` was called, too."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 777, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 777, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 773, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 773, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -15339,7 +15279,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":774
+  /* "ivshmem/_core.pyx":770
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15358,7 +15298,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":779
+/* "ivshmem/_core.pyx":775
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -15394,7 +15334,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":783
+  /* "ivshmem/_core.pyx":779
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -15403,7 +15343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":784
+  /* "ivshmem/_core.pyx":780
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -15412,7 +15352,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":785
+    /* "ivshmem/_core.pyx":781
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -15421,17 +15361,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":786
+      /* "ivshmem/_core.pyx":782
  *         try:
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 786, __pyx_L4_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 782, __pyx_L4_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":787
+      /* "ivshmem/_core.pyx":783
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -15440,7 +15380,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":788
+        /* "ivshmem/_core.pyx":784
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15448,7 +15388,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 788, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 784, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -15467,14 +15407,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 788, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 784, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_Raise(__pyx_t_2, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __PYX_ERR(0, 788, __pyx_L4_error)
+        __PYX_ERR(0, 784, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":787
+        /* "ivshmem/_core.pyx":783
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -15483,7 +15423,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":789
+      /* "ivshmem/_core.pyx":785
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15495,7 +15435,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":790
+        /* "ivshmem/_core.pyx":786
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -15504,7 +15444,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":789
+        /* "ivshmem/_core.pyx":785
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15513,7 +15453,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":791
+      /* "ivshmem/_core.pyx":787
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15525,7 +15465,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":792
+        /* "ivshmem/_core.pyx":788
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -15542,7 +15482,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":791
+        /* "ivshmem/_core.pyx":787
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15551,7 +15491,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":793
+      /* "ivshmem/_core.pyx":789
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15563,7 +15503,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":794
+        /* "ivshmem/_core.pyx":790
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -15577,12 +15517,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 794, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 790, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":795
+        /* "ivshmem/_core.pyx":791
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -15591,7 +15531,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":796
+          /* "ivshmem/_core.pyx":792
  *                     self._news()
  *                     if for_news:
  *                         return None             # <<<<<<<<<<<<<<
@@ -15608,7 +15548,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":795
+          /* "ivshmem/_core.pyx":791
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -15617,7 +15557,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":793
+        /* "ivshmem/_core.pyx":789
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15627,7 +15567,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":797
+      /* "ivshmem/_core.pyx":793
  *                     if for_news:
  *                         return None
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15639,17 +15579,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":798
+        /* "ivshmem/_core.pyx":794
  *                         return None
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 798, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 794, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":799
+        /* "ivshmem/_core.pyx":795
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -15661,7 +15601,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":800
+          /* "ivshmem/_core.pyx":796
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -15669,11 +15609,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *             self.leave()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 800, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 796, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 800, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 796, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 800, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 796, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -15694,7 +15634,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 800, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 796, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -15708,7 +15648,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":799
+          /* "ivshmem/_core.pyx":795
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -15717,7 +15657,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":797
+        /* "ivshmem/_core.pyx":793
  *                     if for_news:
  *                         return None
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15730,7 +15670,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":798
  *                         return Interrupt(event.data.u64, count)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -15787,7 +15727,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":775
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -15815,7 +15755,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":804
+/* "ivshmem/_core.pyx":800
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15827,7 +15767,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":806
+  /* "ivshmem/_core.pyx":802
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -15836,7 +15776,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":807
+  /* "ivshmem/_core.pyx":803
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -15858,7 +15798,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":808
+    /* "ivshmem/_core.pyx":804
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15867,7 +15807,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":807
+    /* "ivshmem/_core.pyx":803
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -15876,7 +15816,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":804
+  /* "ivshmem/_core.pyx":800
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15888,7 +15828,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":810
+/* "ivshmem/_core.pyx":806
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15906,7 +15846,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":807
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -15920,12 +15860,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 811, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 807, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":812
+  /* "ivshmem/_core.pyx":808
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -15939,12 +15879,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 812, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 808, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":813
+  /* "ivshmem/_core.pyx":809
  *         self.own.close()
  *         self.wake.close()
  *         self.epoll.close()             # <<<<<<<<<<<<<<
@@ -15958,12 +15898,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 813, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 809, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":810
+  /* "ivshmem/_core.pyx":806
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15982,7 +15922,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":815
+/* "ivshmem/_core.pyx":811
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16054,7 +15994,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":817
+  /* "ivshmem/_core.pyx":813
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -16063,7 +16003,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":818
+  /* "ivshmem/_core.pyx":814
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -16072,7 +16012,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":819
+    /* "ivshmem/_core.pyx":815
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -16089,7 +16029,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":818
+    /* "ivshmem/_core.pyx":814
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -16098,7 +16038,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":820
+  /* "ivshmem/_core.pyx":816
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -16112,12 +16052,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 820, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 816, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":821
+  /* "ivshmem/_core.pyx":817
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -16126,7 +16066,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":822
+  /* "ivshmem/_core.pyx":818
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -16136,9 +16076,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 822, __pyx_L1_error)
+    __PYX_ERR(0, 818, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 822, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 818, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -16146,12 +16086,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 822, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 818, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":823
+    /* "ivshmem/_core.pyx":819
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -16162,7 +16102,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":824
+      /* "ivshmem/_core.pyx":820
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -16176,12 +16116,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 824, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 820, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":823
+      /* "ivshmem/_core.pyx":819
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -16192,7 +16132,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":825
+  /* "ivshmem/_core.pyx":821
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -16201,12 +16141,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 825, __pyx_L1_error)
+    __PYX_ERR(0, 821, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 825, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 821, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":827
+  /* "ivshmem/_core.pyx":823
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -16232,7 +16172,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":828
+    /* "ivshmem/_core.pyx":824
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             c_write(self.wake.fds[0], &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -16241,7 +16181,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
     (void)(write((__pyx_v_self->wake->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))));
 
-    /* "ivshmem/_core.pyx":827
+    /* "ivshmem/_core.pyx":823
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -16251,7 +16191,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":826
  *             c_write(self.wake.fds[0], &one, sizeof(one))
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -16263,7 +16203,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":815
+  /* "ivshmem/_core.pyx":811
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16492,7 +16432,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":833
+/* "ivshmem/_core.pyx":829
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -16511,7 +16451,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":839
+  /* "ivshmem/_core.pyx":835
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -16520,7 +16460,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":842
+  /* "ivshmem/_core.pyx":838
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -16529,7 +16469,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":843
+  /* "ivshmem/_core.pyx":839
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -16538,7 +16478,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":844
+  /* "ivshmem/_core.pyx":840
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -16547,7 +16487,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":845
+    /* "ivshmem/_core.pyx":841
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -16556,7 +16496,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":846
+    /* "ivshmem/_core.pyx":842
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -16568,7 +16508,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":847
+      /* "ivshmem/_core.pyx":843
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
@@ -16581,7 +16521,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":846
+      /* "ivshmem/_core.pyx":842
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -16590,7 +16530,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":848
+    /* "ivshmem/_core.pyx":844
  *         if n == sizeof(count):
  *             return count
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -16602,7 +16542,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":845
  *             return count
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -16615,7 +16555,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":848
+      /* "ivshmem/_core.pyx":844
  *         if n == sizeof(count):
  *             return count
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -16624,7 +16564,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":850
+    /* "ivshmem/_core.pyx":846
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -16635,15 +16575,15 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":851
+      /* "ivshmem/_core.pyx":847
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 851, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 847, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":850
+      /* "ivshmem/_core.pyx":846
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -16652,7 +16592,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_core.pyx":833
+  /* "ivshmem/_core.pyx":829
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -17679,7 +17619,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   __pyx_vtabptr_7ivshmem_5_core_Mapping = &__pyx_vtable_7ivshmem_5_core_Mapping;
   __pyx_vtable_7ivshmem_5_core_Mapping.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Mapping *))__pyx_f_7ivshmem_5_core_7Mapping_check;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 416, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -17695,7 +17635,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping);
@@ -17705,9 +17645,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17730,14 +17670,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 570, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 566, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -17747,9 +17687,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18466,64 +18406,64 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":345
+  /* "ivshmem/_core.pyx":341
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 345, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 341, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":471
+  /* "ivshmem/_core.pyx":467
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 467, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 471, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 467, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":506
+  /* "ivshmem/_core.pyx":502
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 506, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 506, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":536
+  /* "ivshmem/_core.pyx":532
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Unmap.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 536, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 536, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 532, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18553,185 +18493,185 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":598
+  /* "ivshmem/_core.pyx":594
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 598, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 594, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 598, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 594, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":601
+  /* "ivshmem/_core.pyx":597
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 601, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 597, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 601, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 597, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":602
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 606, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":611
+  /* "ivshmem/_core.pyx":607
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":618
+  /* "ivshmem/_core.pyx":614
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 618, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 618, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":619
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 623, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 623, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":626
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 630, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 626, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 630, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 626, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":634
+  /* "ivshmem/_core.pyx":630
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 630, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 630, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":635
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 639, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 635, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 635, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":656
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 660, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":774
+  /* "ivshmem/_core.pyx":770
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns None as soon as `_news()` was called, too."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 774, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 770, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 774, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 770, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":815
+  /* "ivshmem/_core.pyx":811
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 815, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 811, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 815, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 811, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18904,30 +18844,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{8},{11},{6},{3},{7},{6},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{4},{4},{9},{4},{10},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{358},{29},{17},{17},{27},{7},{32},{36},{15},{18},{24},{17},{122},{48},{30},{33},{126},{132},{55},{193},{64},{75},{85},{29}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{17},{17},{27},{7},{32},{36},{15},{18},{24},{17},{122},{48},{30},{33},{126},{132},{55},{193},{64},{75},{85},{29}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2247 bytes) */
-static const char cstring[] = "x\332uU\315W\033\311\021G l\341\305k\2041\313\342\335d\204?v\275\037$\002l\263\344\353\311\340\017\022\307k\300\306\273\373\234\214\233\231\026L\030\315H\323-\t9\357%\034u\354c\037\3738\3079\316\221#G\216:\352O\360\237\220\252\036\215$\314FORwWuwU\375\352W\325\306^\213Sf\370e\303hP\213\373\0013\032\016m\2625#\240.%\214\032\025Z\361\203\226\026\032\304\263\r\022\004\244\305\214\262\0230\3765\017(5\312\001\331\257P\217\337[\\\\\\3\370\201\303\014\352\331U\337\361\270q@\230\361\227R\357n4s^\335\004uP\367\366\215w\201\343\355\263w\006w*\340\016s<\213\032N\242w\t\303\211\303\251m\224\375`\221\0306eV\340T\361\306r\340W\340Nj0\0324h\220\034\360\031\357\371Q\r|\2132\246\335\340\276oT\210\3272\374*\365\300\177\027\014}\035\020\207\241%8\345T\034\376\035Z0\034\217q\202\0364\035~`\274\253k\225\361\275\367\356\236E<\317\347pMu\330\211\301\224\031\266\303\310\236K\251\207\377\373\026\334\256g\266\323`\007\000\345\"\r\002\330\326[\375\316\264\374\200.V[G\236\017\267\224I\335\345\206i\006\324\256[\3244\r\273N\301m\303\363\275\357y\3404\034\342\202\326r<\207\233&\006=l\230\004\324\260 tj\243\246\2170\200\360+R\204)\021\033\315\003@B\343\013\031\320\233\252\276\353\032\376\336\277 g\347\217\047T\370\1772\3073\352\200\345^K\047\321\257\353\303\210\0261\274ze\017\363\243I\260\256\317>F\0346|?\330\243\256\313\372\223\305~\364V\213\037\370\236i\016\253\030\345\220\031\376\253Jb\333&N?\022%F\207\204\037\333\263\003\277jV)\035\336Sq\030Pp\177H\342\001\375\207\226\310V\360\306-\017\311\352^\223p\353`H\202\240\232\264\001\245qNxn\223Fr\260DZz\376\343\227?>\177\376x{[\217\317^\277\324\343\346\013=\374\370\372\325c\314\220\376\273\010W*\276\000U\242\000H\222\211\266\233L{6\365\274\342\333N\271\225\314\003Hm\243\267\007Cyb\227\260\366{\303E\323\003\305\005\343\251J[M\027\032\231\262\315\3225\047\207t\323\343P!\365*\377;\251V\001\344\336p\321\330@q\301X\252\322\306\322E\325\257\326]\330\225\256\003\312\034\033\354\277\360w\352\326\301\256f\311\313\300\347\276\345\273\232\233\246i\276l\035\301o""\303\261\270\371\202\036\361mZ6M\335\000\320\032|l\324\340\350[8\224\353\236\036\367S\207\340S!\216\247G\337\256\273Z\342\221\212\036\241\350\315\3366\23468\266\tT\324\352\304M7\245\235\340B\370}\001=\302\005`\320\277\230\r\231\277\200\r\364\r\312\320\351\264\\\206\212$)\215AA\230\016\303\376\004\225\354x4\255\t]\t\003\376\247\254\037\342z\302p\270\026\276\2002#v\303\261\250~6\010ky\226\343/\366oe\332\244uP\367\016\231\345\242\031\200\213\007\304\242{\304:\324\t\264|\033~\256\013.:\276\307,\337\343\201\017g\374\272\307m\302\211M\211\215\047\241\267Q\277L\253e;i\261)\273\364\310\3126L\023\242\303?\364c\375~A\246\366\003\277\3519\216\337\200\367\245\222\366\345\264Y\353\366\254\273?\276)\025\014f\237\262\244F\222\214z\210\272\315\353U\227\372\036\255\202\032\177&s\336\353\tC\034\201z)\373\002p\326\367\334V@-\352\300{\245+,\245\242~\002\3415\204/c\020\017\342\013\317\207m&\002\210\202\362\336#\201\3673\337:\304\344:V\205Brm,\237^\347\345\376!l\007\236\272\r\342\326\251\376cI\2221OM\342\361\343L\047{\245\375\255\330:\316|\270=2>\047j\235\354\r\261\325\311\316\210\022jn\265\267\332\007bO^\222\266\272\255\354\360vhG\205N\356\3236i\277\227\327\345SU\354\344&\333\217\305\rA\340\350\344\265vM\214\212\357$\221\\\025\325#\265\027fR\341\267r\2533\t\267\212mq$\377\035\026\302\345\220\204\265\201\350?\341\220\376\277\240;\212jq\246/:\373m1\312wr\327\332-\360eO\215\301\365\233\341\3338\217\346\237\301\226]\271\246v\303?\305\243gk\317OK\235\334\047\355\245\366v[\273\324\020;2\323\231\312\247\363\313\222\251\202^\347E\376\234\373\323\332\365\232\312\205\231\020\324\327\305}9&Wu$\007\341a<\035\027q\317ma\3119\225W\013\340\301N\244\003<\02259*\341\322Y\261\017q\336X\304\330\242lT\212\266\243 \236?Y=-\236>:=<\373\371\227\356\300\263\253\235\354\345\343\032:\260\336n\n\322\231\234\022\227`\230\372\014.\313 \306\025\t\366\256~\27042>\331^\025EH\321\335\221\361/e\251\233\235\025\344Cnd\374\223v\241\275\246#\252a\262\206\026\271\366x\373\265(\210\"\"Ql?j\273\262 \037\200\323\205Tp(!\366)""\221\021\323bU\376A\021\305 \047\305\201\350\317\200\000\\s\031<\005\324\353\342)\000\261\014\333\270N\034\217\226#\022\361x9&q\r\257\\\201\020\250\274\257.A\316G\303[\341n\264\024\355\306K\361\316I\0061\373F\226\344?\303b\370\014 A\361\356\311\322\311.\200\262~Z\033d\240)\313\2004\321y\001\337WeQn\252-\200\236\204\255x,^\211k\047\227N\354\323\257\316\266\336\236\275\375\007^[\020kH\253YD\357\032x`AP\200_Ke\324\254z\037\315\001?\246>G\031\246\022\0234s\0230\325\242\004\373\274\370\\\0033\037\256F\305N\026\2409.%\3414\200u\232\022@\\I\020\003.\2642\341\233\2516\302\261\360#A.\312$\202\277\211>(\350\022d6\047\265\n\n\007\2079\231\225z\343&\324\032l\274/\306 U@\270\242(\035\227\272\240\330\020\343b\013\302\202\351\023`\034\021\\\256@Q=\014\027\302\365\260\226\354y\242AZ\221\203e\342\346\003\231O%\311\311?\252Z\317\253D~\316\337n\356\013\331\213Y\2232\365JoKV\257\344\254l*\222\024\320\033\271\2412\235\374\274\274\013\311\3569xWf\272\372\206\026\004\366D\335R;a6,%\001m\310q\371\n\230w\033\310S\017\237F\305n\nG7\367%hf\201R\305P{\360@\\\007\223P\362\033P\344D\036\251f\010\006\256&L\276\260\037\313\256!w\324\225\360N\202\310@\373$*$\367}\006\225\004t\232M\"/\250\031\365S\270\035\276\207R^\216\255\223|7g\250L\037\273\374Y~A\335\325\265\017\207\037\212[\000\003\0022\221\220\013\221\\U+\252\025\345\342\321\030\212\035\033%\3042.^\003\2074\255f\241y\214\251%\265\2051f\204nX\232H\307%(\343\211\311\004c\235\346!j\245D\231IZ\344S\371P\025\300N\023z\355]\260\264\020?\002_\247O\212C\315,\351\021S\232Z\227\221\247\010)B\277\320\353\272\232B\0311#~\221:\367\177\025d\340C\013\332\332\022\2005\243^\205\263P\313\017\342\353\361z\314\321\002\366 ha\320\356\013x\3549\346\351\303\344\310\304\315\263\371\337CC{\016\345\014\354\315\340M\3632\337I\241\323\0064RW;7f\261\314~PO!\021\033\200U6\336<\371\351t\373\264y\266\373&\251\3041\250\270\031\365\032\332\304Vg\346Fgj\001\214Mb\223Y\207P 6\216h\316\n[~\245\246\001\210\232\276r^\336\221\201\312w\346n\002>\267\324V\347\213;gw\036D4.\306\245\356""\027\367\302|X\350\314\031H\315\351\316\324<f\004\223pE\026 \200OG&~\203$D\254W\3052\266\213\253}\312\353<t\246\276\201\376\267\022\326\272)\377\361\215C:\227\322\363o\224.\236\376k\221\364\216e\351BM\226\320\177&\026 \257\220\224\031h0\335\031M\007\334\226\354\007*\324\316\262\320\177\020\273\202\232@\207\273\272\023\350Wt\002\261\237\2046\271\253V\303\207\221\006$\320\365\000\200\004\232Y\243\352\216j@g-F\217\"\007\322u\377t\374t\353\224\234e\001\277s\r\340\007\270\346g(\267\367Q\376\177i\2207\031";
-    PyObject *data = __Pyx_DecompressString(cstring, 2247, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2234 bytes) */
+static const char cstring[] = "x\332uU\315w\333\306\021\027%\312\246\0349\026m\232Vd\247\005\345\217\304\371PK\311\037\212_\373\372h\311\262\3358\216%\331r\234\327Wx\005,ET @\002\013Rt\372Z\035y\334\343\036\367\210#\216<\352\250\243\2168\362O\360\237\320\231\005ARV\312Grwgvwf~\363\233Ym\267\303\250\257\271UMkQ\203\271\236\257\265,\332\366\037i\036\265)\361\251V\247u\327\353(\241F\034S#\236G:\276V\265<\237}\315<J\265\252G\366\352\324aw\227\226\226\036i\254f\371\032u\314\206k9L\253\021_\373[ep7\2329\255n\203\332\013\234=\355\275g9{\376{\215Yup\307\267\034\203jV\242\267\211\217\023\213QS\253\272\336\022\321L\352\033\236\325\300\033\253\236[\207;\251\346S\257E\275\344\200\353\263\201\037\r\3175\250\357+7\230\353ju\342t4\267A\035\360\337\006C_{\304\362\321\022\234\262\352\026\373\016-h\226\3433\202\036\264-V\323\336\007J\245}\357\274\277k\020\307q\031\\\323\030wb4\3655\323\362\311\256M\251\203\377{\006\334\256f\246\325\362k\000\345\022\365<\3306X\375I7\\\217.5:\007\216\013\267TI`3M\327=j\006\006\325u\315\014(\270\2559\256\363=\363\254\226El\320\032\226c1]\307\240\307\r\023\217j\006\204NM\324\014\021\006\020~G\2120%b\255]\003$\024\276\220\001\265\251\341\332\266\346\356\376\013rv\372xB\205\377\047\263\034-\000,w;*\211n\240\016#ZDs\202\372.\346G\221`M\235}\2028\254\273\256\267Km\333\037N\226\206\321\033\035Vs\035]\037W\371\224Af\330\357*\211i\3528\375D\224\030\035\023~j\317\364\334\206\336\240t|O\335\362\201\202{c\022\007\350?\266D\266\2027vuL\0268m\302\214\332\230\004A\325i\013J\343\224\360\324&\205\344h\211\264t\334\047\257~~\361\342\311\326\226\032\237\275y\245\306\347/\325\360\363\233\327O0C\352\357,\\\251\370\014T\211\002 I&\312n2\035\330T\363\272kZ\325N2\367 \265\255\301\036\014e\303\254`\355\017\206\263\246G\2123\306S\225\262\232.\0242U\323O\327\214\354\323\347\016\203\n\t\032\354\047\322h\000\310\203\341\254\261\221\342\214\261T\245\214\245\213\206\333\010l\330\225\256=\352[&\330\177\351n\007FmG\261\344\225\3472\327pm\305M]\327_u\016\340\267n\031L\177I\017\330\026\255\352\272j\000h\r>&jpt\r\034""\252\201\243\306\275\324!\370\324\211\345\250\3215\003[I\034RW#\024\275>\330\206\323\026\3036\201\212f@\354tS\332\t\316\204?\024\320\003\\\000\006\303\213\3751\363g\260\201\276A}t:-\227\261\"IJcT\020\272\345c\177\202J\266\034\232\326\204\252\204\021\377S\326\217q=a8\\\013_@\331\047f\3132\250z6\210\337q\014\313]\032\336\352+\223F-p\366}\303F3\000\027\363\210Aw\211\261\257\022h\270&\374l\033\\\264\\\3077\\\207y.\234q\003\207\231\204\021\223\022\023OBo\243n\2256\252f\322bSv\251\321\257\2320M\210\016\377\320\217\325\373\005\231\332\363\334\266cYn\013\336\227z\332\227\323f\255\332\263\352\376\370\246\3241\230=\352\0475\222d\324A\324M\0264l\352:\264\001j\374\351\276\365AM|\304\021\250\227\262\317\003g]\307\356x\324\240\026\274W\252\302R*\252\047\020^C\370\372>\304\203\370\302\363a\352\211\000\242\240l\360H\340\375\276k\354cr-\243N!\271&\226\317\240\3632w\037\266\003O\355\026\261\003\252\376\374$\311\230\2476q\330a&\316^\350~\3137\0173\037oML\317\363f\234\275\3127\343l\201WPs\263\273\331\255\361]qN\230\362\2264\303[\241\031\225\342\334\347]\322\375 \256\210\247\262\034\347f\273O\370UN\340\350\354\245n\223O\362\357\004\021L\226\345c\271\033fR\341\267b3\236\205[\371\026?\020\277\205\245p%$as$\372O8\246\377/\350\016\242f/3\024\235\374\261\034\345\343\334\245n\007|\331\225Sp\375\363\360\037\275<\232\177\006[v\304#\271\023\376\2657y\362\350\305q%\316}\326]\356nu\225K-\276-2\361\\>\235\237\027\276,\251u\236\347O\271\177Y\271\336\224\2710\023\202\372\n\277/\246\304\252\212\244\026\356\367.\367\312\270\347\0267\304\274\314\313E\360`;R\001\036\360\246\230\024pi\221\357A\234W\2270\266(\033U\242\255\310\353-\034\255\036\227\217\037\037\357\237\274\373\265?\362\354b\234=\177\330D\007\326\272mN\342\3319~\016\206\271kpY\0061\256\013\260w\361\343\271\211\351\331\356*/C\212\356LL\177)*\375l\221\223\217\271\211\351\231\356y\270\010@\t\370S\360sE\022\311\024\256,Z\211H\304z+=\322k\"\030\367\300\002\025\367\3459H\311dx3\334\211\226\243\235\336ro\373(\203!}#*\342\237a9|\006\036\243x\347h\371h""\007|^;n\216\000j\213*\000Ap\177\211?\302tbf\317\363\177\003@\033\220\320r*\370\r\340U\233\312\374\031\\\374N\032\341\265(\327\313@\266T:\337\212g\362G\300g**G\225\221\350%0\013n`\374!\"\251PP8\337\0358\366\256g\034\025\2166\217\300\203\"\302u\tb2D\036\267vdF\026\345\207h\036L\314}\2012\314\035f\244p\035@T\242\004\354<\377B\224\304\003\271\020\256F\3458\373Y\267|XI\000j\001\315\024\007\200\251\202 \252\214+eB0]\256\207S\341\047\202\\\224I\004?\362!\314\350\022\2442\047\224\n*\005\207y\221\025j\343s(.\330x\237O\36122\254\314+\207\225>(\326\3714\337\204\260`\272\001\024#\234\211{PE\017\303\305p-l&{6\000\323U\020\217\226\211\233\017D>\225$\047\377\"\233\003\257\022\371)\177\373\271\033b\020\263ba\352\225\332\226\254^\213\242hK\222T\314[\261.3q~A\334\001\372\014\034\274#2}uC\007\002\333\2207\345v\230\r+I@\353bZ\274\206\274\335\002:\006\341\323\250\334O\341\350\347\276\004M\021HZ\016\225\007\017\370\025\256\030\260\016UM\304\201l\207`\340b\367\r\222\347\314~\254\263\226\330\226\027\302\333\t\"#\355\006v%\274\357\032\224\016\324u1\211\274$\013\362\227p+\374\000\265\273\002\364\311\367s\232\314\014\261\313\237\344\027\345\035U\354p\370!\277\t0  3\t\271\020\311UyOv\200\274\223=\340$vF\210e\232\277\001\016)Z\025\241[L\311e\271\2111f\270\352P\212H\207\025\250\333\231\331\004c\225\3461j\245D)$=\361\251x(K`\247\r\315\365\016XZ\354=\006_/\037\225\307\272W\322\024\346\024\265\316#O\021R\204~q\320f\025\2052\274\300\177\025*\367\177\347d\344C\007\372\3302\200U\220\257\303\"t\207\007\275+\275\265\036C\013\330t\240gA\177/\341\261\027\230\247\217\263\0233\327O\026\376\014\035\354\0054\010`o\006oZ\020\3718\205N\031PH]\214\257\026\261\314~\220O!\021\353\200U\266\367\374\350\227\343\255\343\366\311\316\333\244\022\247\240\342\n\362\r4\236\315\270p5\236[\224\252\324\003\276\006\241@l\014\321,rS|%/\003\020Mu\345\202\270-<\231\217\347\257\003>7\345f|\343\366\311\355\007\021\355\225{\225\376\215\273a>,\305\363\032R\363r<\267\200\031\301$\\\020%\010\340\363\211\231? \t\021\353U\276\202\355""\342\342\220\362*\017\361\3347\320\263\356\205\315~\312\177|\324\220\316\225\364\374[\251\212g\370<$\275cE\330P\223\025\364\337\347\213\220WHJ\001\032L\277\240\350\200\333\222\375@\205\346I\026\372\017bW\2223\350p_u\002\365l\316 \366\263\320\037w\344j\3700\351}\236\252\007\000\304S\314\232\224\267e\013zu9z\034Y\220\256\373\307\323\307\233\307\344$\013\370\235j\000?\2506K\240\003\346\377\007\276\2073~";
+    PyObject *data = __Pyx_DecompressString(cstring, 2234, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3014 bytes) */
-static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u\376\026\002 -n`)ca/nnotD\000py\t\206\007\377s disabl7een\002\001gc[\000\005\002\337divsh\310 .e\363rr\342 \007\004/_co\377re.pyxno\376\323\000fault _\377_reduce_\377_ due to\377 non-tri\357vial\033\000cin\177it__the\376\010\375s\225@e clos\003ed\026\001\370&\212@\003\020\364!\047\003\277 while\346 i\371t\377 6\002poll \027obj\215` 2\n\205c\000\021\336$\001in u\255`by\316\300Bout9\001\252!a \317numb\234A\335a C\372\240\002E\204!Doorb\257ells\000\006.\365\006c\177ython__\017\twset\227@te_\n\020\017add_H\001@\010\017\001\320\204\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t\276\252\204\001_self\256\010u\277nwatch\300\010w}a\246@event\010\n\350\030\n\256B\365\007f\212@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\236A\000\002\235/\017\005\232.\200*\003\243 3\003\246b>\003m\004\363A.\277modifyV\003r\237emoveb\003\307\001F\003dA\370\206\001\000\004\230O\017\007\227N,\005\270\234\204\0029\005\225\"fdsI\005t\377akeInter\377ruptMapp\007ing\000\004\205o\017\007\204n,\005\374\211\205\0029\005popula\373teI\005resid\377entNoSuc\373hV\367\210\002Proto\367col\227\204\002___P\373yx\001\000Dict_\377NextRef_1_\374\206\002E\000\034\000_d\026\001%\000wdoc\013\001fun\003\002yg\236\204\005@\000main\047\001\356\325 ule1\001nam\322\003\002pZ\000\307\204\003_\007\001vt<\263\207\001R\001qual\035\005\202\207\005\354\205\205\016\234\207\006ex\206\001set\345_Q\005st\010\240\205\016__t\047est\331\000\247\205\005_\233\205\007\272\205\002\273s_\210\205\006_is\234\210\001o\277utine_\215\205\004_\252\206\205\001_\367\204\006_\357\204""\004_\342\204\007_~\202\205\002addadd\343 \177sadvice\262\213\002\377asyncio.\327corP\003s\371\206\002ch?unksclc\001\254 \377tracebac\275k\312\210\002code\221@l\377ectionsc\277ontrol\005\000u\377ntdatade\373ad6\001endeo\037fepfd\335\211\003\326e\373\205\002\347sfd\346`\327\205\003fil\347led\273\214\002\247@gro\377wniiovit\207ems\237\212\004\245\212\005\232\212\002\224\213\002l\377ostmessa\247ges\236\205\003\314Cn\313Ad\377tupleoneyp\034\000\000\001_siz\010\002\321s\325\207\001\370`\366er\252\000on\377lyreceiv\361e\334\205\003\203\204\005\376\214\002runr\177unsseen\334\207\001\337send_\013\003nt\237setde\240\213\002\\\001s\367ock\212\211\001icme\317thod\273\205\001\273\215\001ou\377ttokento\377talvalue\362\000\002s\332\216\003\220\210\001want\377\200\001\330\004\n\210+\220\377Q\200\001\360$\000\005\030\377\220q\330\004\025\220Q\330\357\004\024\220A\026\001#\210Q\377\210h\220b\230\006\230d\377\240$\240d\250$\250d\377\260!\330\010\016\210a\210\377z\230\023\230G\2401\330\377\010\014\210E\220\025\220a\3768\000\014\017\210q\220\002\220\377,\230a\230t\2401\240\277B\240b\250\001\330\016\004+\357\230Q\330\014S\000\220R\220\377x\230{\250!\2503\250\267a\250q\t\007~\250\025\010\177\276\031\000x\260q\270\001*\006\320\377\0371\260\021\330\010\017\210\335y\211\000b\240\003\\\000I\250\373\\\270\020\000\014\210H\220A\377\220V\230:\240V\250=\377\270\002\320:L\310A\330\177\010\013\2102\210R\210]\000\377\017\210v\220S\230\001\330\363\020\021\206\001\010\001\007\230s\240]!\013\002\021\220\021\262\n\022\266\002\277q\240\010\250\001\250,\000\023\277\2205\230\003\2308\305\002h\377\250k\270\022\2701\330\014\377\022\220$\220c\230\030\240\377\021\240\"\240I\250S\260~\334\002x\220q\230\002\230R\000\267\026\220g\345\000\025.\330\001\260\377\004\260A\260R\260r\270\377\032\3008\3101\310B\310\337k\320YZ\340\220\007\r\330\357\004\007\200q\274!C\210w\177\220a\330\014\020\220\006\004\000k\020\027J\000\001\340!m\230m\000\377\r\360\006\000\005\014\2108\373\2201\240@&\000\005\035\230\377A\340\004\026""\220a\360\010\177\000\005\013\210!\210:\333\000\353\007\230\264@\n\001\t\010\210\005\337\210U\220!\220\234@\013\210\3771\210B\210l\230!\230\2616\262\000\272@\013\003k\230\314 \020\377\220\001\220\022\2208\230;\217\240a\240s\221@\313@\013\005>\236\377\000\004\010\210\007\301 \363 u\253\220G\206 3$\000t\264Bt\377\2603\260a\260t\2703w\270a\270\300\000\013\2104\300\000\337e\2305\240\006\361@\002\250\377#\250V\2602\260V\270\3572\270S\300\377@\022\220*\377\230A\230^\2501\250H|\220 \023\001V\3002\300V\222 wC\310q\267gw\230f\261`\370\206 \225@\271\0008\2301\230I\357\240Q\240h\246`y\270\003\377\2704\270q\300\006\300d\377\310\047\320Q\\\320\\]\216\207A!\220:\323a\214 \343aw\366\226@\021\330\275 y\240\001\240\337\026\240z\260\030\235`\020\0312\346\000\020\307A\235A\024\033\321 \016\002\356\366#\021\220\031\224\"\032\2508\257\2601\330\004\251 \200\270b4\372\263`R\316\204\001\022\220+\230Q\213\230a\366at\200@\327`\352c_\177\240D\250\003\2501\200\004\n\267\010\260\001\013\003K\220\214&c\354\345 \327@\010\230\026\002\016\210a\336]\001\030\230\004\230F\002I\220\335Q\250\204\0015\220\003\250@\014\023\377\2201\220A\200A\340\010\177\014\210D\220\005\220Q\222`\357\010\014\210F\357`a\220t\377\2304\230t\2407\250\"\257\250C\250q\036\003F\240\"4\271\230\005\007\241\0036\230\021\031\005$\r\2206\001<\240\342b\223\000W\003\255\205\001\274\275\001\253\002\340\010\034\230\355\004q\207\330\014\r\314\206\001\221\002\323\205\002\010\003T\277\230\026\230w\240a\273\205\003W\377\230D\240\001\330\021\032\230q&\352@\226 \235\001&\230\001\325\204\001\3674\210y\326\000F\240#\240\277S\250\004\250A\330\314\002D\377\230\005\230T\240\021\240$~\341`u\250G\2601\340\207%w\340\010\035\027\000\026\240t\226`\336\256\206\0026\220\023\2203\000\024\220\377D\230\006\230a\230x\240\213w\250\367 \r\304\204\003\224!#\n\017\377\210x\220v\230S\240\n\323\250%\214#D\007F\241\210\001\013\210\3776\220\027\230\001\330\014\021\367\220\026\220\256\"!\240\024\240\377X\250R\250z\270\022\270\3773\270c\300\021\340\010 \371\240\267""\000\340!!\330\010\021\320\357\021\"\240&\367\206\002\010\013\210_7\220#\220Q\214\"\t\327c\376\200A8\2404\240y\260\010\277\270\002\270!\330\020\245\211\001\014\335\020\246@U\230!\321c\026\230\177q\240\003\2402\240Q\340\001\365\001\332\207\001\017\303c\200A\360\006\037\000\t\014\2104\217\210\001\342B\306\207\001\334\324d\270\205\003c\230\024\235\211\003G\230\3677\240!e\000w\250d\260\335&g\000\"\270B\251\000\022\300\3151\271\210\005\001\330\235\207\004\320\210\001\020\220]\007\366\211\001\020\220\010\366\"\"\357\211\004~\276b\001\220\024\220Z\230\336\207\002\367J\220az\007y\230\003\230\3752\222@\024\240T\250\026\250\377t\2606\270\023\270C\270\371t^\001\200\210\001g\230Q\230d\353\240!\326\212\001L\263\204\001\360\014\000\377\t\033\320\0320\260\004\260\377L\300\001\330\010\030\230\001\262\312\001\032\276\207\001\264$\014\210^\000\330\375\010\247 \r\330\025\026\330\024\377\033\2309\240G\2501\250\375D\251 \004\270I\300X\310\177R\310w\320VW\330\205\206\002\367\003\2306\207@U\250#\250\377Q\330\024\025\330\020\"\240}!\243\213\001u\220C\220q\274\206\001\375t\241\206\001\026\220d\230\047\240\365\022\356 qN\002\032\230%\230\277r\240\021\330\030\033\235 #\377\240Q\330\034%\320%6\377\260e\2701\270A\340\034\177)\250\021\250!\330\030\314@?\330\021\022\330\020\032\216A\345a\367\n\230!\371 \016\000\t\036\\\201\204\001\224\213\0018\2203\351\211\001\r\240\213\001\374\212B\336\206\002\330\020*\250!\250\2074\250q\371\205\001\221\206\002\340\214\001\313\204\001A\3068\005W\240\225\206\002\344\214\006\266\207\0033\230\367l\250\"\350\204\001\017\210s\220\367\"\220A\345\213\001\024\031\230\021\341\340\002\000\214`\372a\227\215\003\010\017\210\277q\320\004\033\2301\206a!+\240\t\255\001\340\311 \004\300\215\003\342`\377\020\220\014\230A\230V\240\2578\2507\260\214\"r\213\205\002\020\357\027\220r\230\326a\002\240%\377\240v\250V\2601\260B\373\260i\254@5\310\005\310Q\317\310a\320\004\275 \260\207\001F\220\375!\242\210\0039\230A\230Y\240\037a\240z\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3014, 4058);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2997 bytes) */
+static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u\376\026\002 -n`)ca/nnotD\000py\t\206\007\377s disabl7een\002\001gc[\000\005\002\337divsh\310 .e\363rr\342 \007\004/_co\377re.pyxno\376\323\000fault _\377_reduce_\377_ due to\377 non-tri\357vial\033\000cin\177it__the\376\010\375s\225@e clos\003ed\026\001\370&\212@\003\020\364!\047\003\277 while\346 i\371t\377 6\002poll \027obj\215` 2\n\205c\000\021\336$\001in u\255`by\316\300Bout9\001\252!a \317numb\234A\335a C\372\240\002E\204!Doorb\257ells\000\006.\365\006c\177ython__\017\twset\227@te_\n\020\017add_H\001@\010\017\001\320\204\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t\276\252\204\001_self\256\010u\277nwatch\300\010w}a\246@event\010\n\350\030\n\256B\365\007f\212@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\236A\000\002\235/\017\005\232.\200*\003\243 3\003\246b>\003m\004\363A.\277modifyV\003r\237emoveb\003\307\001F\003dA\370\206\001\000\004\230O\017\007\227N,\005\270\234\204\0029\005\225\"fdsI\005t\377akeInter\377ruptMapp\007ing\000\004\205o\017\007\204n,\005\374\211\205\0029\005popula\373teI\005resid\377entNoSuc\373hV\367\210\002Proto\367col\227\204\002___P\373yx\001\000Dict_\377NextRef_1_\374\206\002E\000\034\000_d\026\001%\000wdoc\013\001fun\003\002yg\236\204\005@\000main\047\001\356\325 ule1\001nam\322\003\002pZ\000\307\204\003_\007\001vt<\263\207\001R\001qual\035\005\202\207\005\354\205\205\016\234\207\006ex\206\001set\345_Q\005st\010\240\205\016__t\047est\331\000\247\205\005_\233\205\007\272\205\002\273s_\210\205\006_is\234\210\001o\277utine_\215\205\004_\252\206\205\001_\367\204\006_\357\204""\004_\342\204\007_~\202\205\002addadd\343 \177sadvice\262\213\002\377asyncio.\327corP\003s\371\206\002ch?unksclc\001\254 \377tracebac\275k\312\210\002code\221@l\377ectionsc\277ontrol\005\000u\377ntdatade\373ad6\001endeo\037fepfd\335\211\003\326e\373\205\002\347sfd\346`\327\205\003fil\347led\273\214\002\247@gro\377wniiovit\207ems\237\212\004\245\212\005\232\212\002\224\213\002l\377ostmessa\247ges\236\205\003\314Cn\313Ad\377tupleoneyp\034\000\000\001_siz\010\002\321s\325\207\001\370`\366er\252\000on\377lyreceiv\361e\334\205\003\203\204\005\376\214\002runr\177unsseen\334\207\001\337send_\013\003nt\237setde\240\213\002\\\001s\367ock\212\211\001icme\317thod\273\205\001\273\215\001ou\377ttokento\377talvalue\362\000\002s\332\216\003\220\210\001want\377\200\001\330\004\n\210+\220\377Q\200\001\360$\000\005\030\377\220q\330\004\025\220Q\330\357\004\024\220A\026\001#\210Q\377\210h\220b\230\006\230d\377\240$\240d\250$\250d\377\260!\330\010\016\210a\210\377z\230\023\230G\2401\330\377\010\014\210E\220\025\220a\3768\000\014\017\210q\220\002\220\377,\230a\230t\2401\240\277B\240b\250\001\330\016\004+\357\230Q\330\014S\000\220R\220\377x\230{\250!\2503\250\267a\250q\t\007~\250\025\010\177\276\031\000x\260q\270\001*\006\320\377\0371\260\021\330\010\017\210\335y\211\000b\240\003\\\000I\250\373\\\270\020\000\014\210H\220A\377\220V\230:\240V\250=\377\270\002\320:L\310A\330\177\010\013\2102\210R\210]\000\377\017\210v\220S\230\001\330\363\020\021\206\001\010\001\007\230s\240]!\013\002\021\220\021\262\n\022\266\002\277q\240\010\250\001\250,\000\023\277\2205\230\003\2308\305\002h\377\250k\270\022\2701\330\014\377\022\220$\220c\230\030\240\377\021\240\"\240I\250S\260~\334\002x\220q\230\002\230R\000\267\026\220g\345\000\025.\330\001\260\377\004\260A\260R\260r\270\377\032\3008\3101\310B\310\337k\320YZ\340\220\007\r\330\357\004\007\200q\274!C\210w\177\220a\330\014\020\220\006\004\000k\020\027J\000\001\340!m\230m\000\377\r\360\006\000\005\014\2108\373\2201\240@&\000\005\035\230\377A\340\004\026""\220a\360\010\237\000\005\t\210\007\340\000\222 u\373\220G\245\0003\240a\240t\376\323\"t\2603\260a\260t\337\2703\270a\270_\000\013\210}4_\000e\2305\240\006\220@\377\002\250#\250V\2602\260\277V\2702\270S\300\236@\022\377\220*\230A\230^\2501\363\250H\257\000\023\001V\3002\300\335V\261\000C\310q\326Gw\230\371f\320@\245\000\022\220!\220:\\\313A\353A\007\220|\350@F\316@\2351\345C\007\220{\334 \245 !\357\2201\220HV\000Y\240c?\250\027\260\010\270\001\253@\375B\377W\230H\240K\250q\260\277\003\2601\260A\330\n\006N\034\327`\277`t\2207\306!\201\"\343\"\375)\222\004Y\270c\300\024\300\243Q\300\247 \375\000\324aw\207@\021\375\330\256 y\240\001\240\026\240wz\260\030\216`\020\031\230\021\000\214\270A\216A\024\033\302 \016\002\347#\021\377\220\031\230!\2306\240\032\377\2508\2601\330\004\013\210\2531\200\251b4\244`R\277\204\001\022\277\220+\230Q\230a\347at\371\220\030\002\333c_\240D\250\003\335\250\002\014\010\260\001;\001\014\210\313K\220\336&c|\000\310@\010\230\356\026\002\016\210a]\001\030\230\004\273\230A\247\205\001I\220Q\231\204\0015\327\220\003\220\312`\023\240 A\200\377A\340\010\014\210D\220\005{\220Q\203`\010\014\210F\340`\377a\220t\2304\230t\240\1777\250\"\250C\250q\036\003\305F\366 8\024\000\005\007\241\0036\230m\021\031\005$\2206\001<\240\323b\340\223\000W\003\236\205\001\275\001\253\002\340\010\034=\230\355\004q\330\014\r\215\006\304\205\002\376\236\003T\230\026\230w\240a\376\254\205\003W\230D\240\001\330\021\307\032\230&\274`\226 \235\001&\230\335\001\306\204\0014\210y\326\000F\240?#\240S\250\004\250\311@\315\001\377D\230\005\230T\240\021\240\377$\240a\240u\250G\260\2731\340\207%\340\010\035\027\000\026\363\240t\350`\237\206\0026\220\023\220\376\375BD\230\006\230a\230xw\240w\250\367 \r\210U\337`\374\226@!\014\017\210x\220v\230\237S\240\n\250%\214#D\007F\376\222\210\001\013\2106\220\027\230\001\277\330\014\021\220\026\220\256\"!\377\240\024\240X\250R\250z\357\270\022\2703\274`\021\340\010\363 \240\267\000\340!!\330\010\021\337\320\021\"\240&\350\206\002\010\013\277\2107""\220#\220Q\214\"\t\374\327c\200A8\2404\240y\260\177\010\270\002\270!\330\020\226\211\001k\014\020\246@U\301`1\330\347`\377\026\230q\240\003\2402\240\325Q\340\001\001\313\207\001\017\303c\200A\177\360\006\000\t\014\2104\200\210\001p\342B\267\207\001\324d\212\206\003c\230\024\216\211\003\337G\2307\240!e\000w\250\367d\260&g\000\"\270B\270\337c\300\022\3001\252\210\005\001\330\334\216\207\004\301\210\001\020\220\007\347\211\001\020\220\345\010\366\"\"\340\211\004\276b\001\220\024w\220Z\230\317\207\002J\220az\007\337y\230\003\2302\222@\024\240\377T\250\026\250t\2606\270\237\023\270C\270t^\001\361\207\001g\277\230Q\230d\240!\307\212\001L\376\263\204\001\360\014\000\t\033\320\032\3770\260\004\260L\300\001\330o\010\030\230\001\312\001\032\230\352\211\002\263F\220%\002^\000\330\010\247 \r\377\330\025\026\330\024\033\2309\377\240G\2501\250D\260\010\377\270\004\270I\300X\310R\177\310w\320VW\330\020\300\211\003\3756\207@U\250#\250Q\330\337\024\025\330\020\"\236\207\001\017\210_u\220C\220q\274\206\001t\241\206\001\177\026\220d\230\047\240\022\356 \375qN\002\032\230%\230r\240\357\021\330\030\033\235 #\240Q\377\330\034%\320%6\260e\377\2701\270A\340\034)\250\337\021\250!\330\030\314@\330\021\317\022\330\020\032\216A\345a\n\230=!\371 \016\000\t\036\201\204\001\205\213\001\0278\2203\332\211\001\r\221\213\001\212B\336\206\002\377\330\020*\250!\2504\250\241q\371\205\001\221\206\002\321\214\001\313\204\001A8\005W\361\240\225\206\002\325\214\006\266\207\0033\230l\250\375\"\350\204\001\017\210s\220\"\220}A\326\213\001\024\031\230\021\340\002\000\370\214`\372a\210\215\003\010\017\210q\320\357\004\033\2301\206a!\240\t\312\255\001\340\311 \004\261\215\003\342`\020\220\377\014\230A\230V\2408\250\3657\366\210\003r\213\205\002\020\027\220r\375\230\326a\002\240%\240v\250\177V\2601\260B\260i\254@\3775\310\005\310Q\310a\320\361\004\275 \260\207\001\205B\017\210t\220}9\342\211\002a\240z\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2997, 4043);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4058 bytes) */
-static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)cannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by timeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolError___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_unwatch_wait_event_watchaddaddressadvicearrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunsseenselfsend_runssentsetdefaultsizesockstaticmethodtaket""imeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\013\210!\210:\220S\230\007\230q\330\004\n\210!\210:\220S\230\007\230q\330\004\010\210\005\210U\220!\2201\330\010\013\2101\210B\210l\230!\2306\240\021\240!\330\010\013\2101\210B\210k\230\021\330\010\020\220\001\220\022\2208\230;\240a\240s\250!\2501\330\010\020\220\001\220\022\2208\230>\250\021\330\004\010\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101""\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\021\220\021\220!\2208\2301\230I\240Q\240h\250a\250y\270\003\2704\270q\300\006\300d\310\047\320Q\\\320\\]\330\014\022\220!\220:\230Q\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 ""\240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301""\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
+    #else /* compression: none (4043 bytes) */
+static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)cannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by timeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolError___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_unwatch_wait_event_watchaddaddressadvicearrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunsseenselfsend_runssentsetdefaultsizesockstaticmethodtaket""imeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330""\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021""\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030""\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -19117,25 +19057,25 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_S_q_S_q_U_1_1Bl_6_1Bk_8_as, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 345};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 341};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 471};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 467};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_advice, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_page, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_seen};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 506};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 502};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_pages, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 536};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 532};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_address};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
@@ -19150,62 +19090,62 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 598};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 594};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 601};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 597};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 606};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 607};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 618};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 614};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 623};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 619};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 630};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 626};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 634};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 630};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 639};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 635};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 660};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 656};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 774};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 770};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 815};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 811};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }

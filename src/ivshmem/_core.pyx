@@ -287,20 +287,19 @@ def send_runs(int sock, runs):
     cdef int sent
     cdef int64_t value
     cdef FdArray fds
-    memset(messages, 0, sizeof(messages))
-    memset(controls, 0, sizeof(controls))
-    for i in range(BATCH):
-        iov[i].iov_base = &values[i]
-        iov[i].iov_len = MESSAGE
-        messages[i].msg_hdr.msg_iov = &iov[i]
-        messages[i].msg_hdr.msg_iovlen = 1
     for run in runs:
         value, fds, first, count = run[0], run[1], run[2], run[3]
         if fds is not None and (first < 0 or first + count > fds.count):
             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
         for i in range(first, first + count):
-            _fill(&messages[filled], &controls[filled], fds.fds[i] if fds is not None else -1)
             values[filled] = value
+            iov[filled].iov_base = &values[filled]
+            iov[filled].iov_len = MESSAGE
+            memset(&messages[filled], 0, sizeof(messages[filled]))
+            messages[filled].msg_hdr.msg_iov = &iov[filled]
+            messages[filled].msg_hdr.msg_iovlen = 1
+            if fds is not None:
+                _attach(&messages[filled], &controls[filled], fds.fds[i])
             filled += 1
             if filled == BATCH:
                 sent = _sendmmsg(sock, messages, filled, total)
@@ -313,12 +312,9 @@ def send_runs(int sock, runs):
     return total
 
 
-cdef void _fill(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
+cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
     cdef cmsghdr *header
-    if fd < 0:
-        message.msg_hdr.msg_control = NULL
-        message.msg_hdr.msg_controllen = 0
-        return
+    memset(control, 0, sizeof(ivshmem_control))
     message.msg_hdr.msg_control = control
     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
     header = CMSG_FIRSTHDR(&message.msg_hdr)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from . import _core
@@ -104,12 +103,7 @@ class Endpoint(_core.Doorbells):
     def __enter__(self: _E) -> _E:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:

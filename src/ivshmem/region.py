@@ -20,7 +20,6 @@ import os
 import stat
 import warnings
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 from . import _core, pages
@@ -385,12 +384,7 @@ class Region(_core.Mapping):
     def __enter__(self) -> Region:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -108,7 +108,7 @@ class TestServe:
             assert client.vectors == 3
             process = Path("/proc/self/comm").read_text().strip()
             assert server.news() == f"peer 0 joined: {process} (pid {os.getpid()}), 3 vectors\n"
-        assert server.news() == f"peer 0 left: {process} (pid {os.getpid()})\n"
+        assert server.news() == f"peer 0 left: {process} (pid {os.getpid()}), 3 vectors\n"
         assert server.end() == (0, "")
         assert not os.path.exists(path)
 

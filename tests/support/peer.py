@@ -150,12 +150,22 @@ class RawPeer:
         return self
 
     def drain(self) -> int:
-        """Take what is there now; returns how many messages that were."""
+        """Take the whole messages that are there now; returns how many that were."""
+        self.socket.setblocking(False)
         count = 0
-        while not self.eof and self.readable(0):
-            if self.take() is not None:
-                count += 1
-        return count
+        while True:
+            try:
+                data, ancillary, flags, _ = self.socket.recvmsg(8, _ROOM, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return count
+            assert not flags & socket.MSG_CTRUNC, "a descriptor was lost"
+            if not data:
+                self.eof = True
+                return count
+            assert len(data) == 8, "the server cut a message"
+            fd = int.from_bytes(ancillary[0][2], "little") if ancillary else None
+            self._check(Raw(int.from_bytes(data, "little", signed=True), fd))
+            count += 1
 
     def readable(self, timeout: float) -> bool:
         poll = select.poll()

@@ -11,6 +11,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -31,7 +32,7 @@ def until(condition: Callable[[], T], what: str = "condition") -> T:
     return answer
 
 
-# poll, ppoll, epoll_wait, epoll_pwait, epoll_pwait2; write. The numbers differ from machine to machine.
+# poll, ppoll, epoll_wait, epoll_pwait, epoll_pwait2; write. Each machine has numbers of its own.
 _POLL = {"x86_64": {7, 271, 232, 281, 441}, "aarch64": {73, 22, 441}}
 _WRITE = {"x86_64": {1}, "aarch64": {64}}
 
@@ -141,7 +142,9 @@ class Background:
 
 def in_child(action: Callable[[], object]) -> None:
     """Fork, do something in the child, and check that it succeeded and ended by itself."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads: the child needs none
+        pid = os.fork()
     if pid == 0:
         code = 1
         try:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from .. import qemu, sockets
 from ..errors import RegionError
@@ -144,8 +145,8 @@ def serve(
             listener,
             region,
             vectors,
-            on_join=None if quiet else _tell_join,
-            on_leave=None if quiet else _tell_leave,
+            on_join=None if quiet else partial(_tell, "joined"),
+            on_leave=None if quiet else partial(_tell, "left"),
         ) as server,
     ):
         _on_signals(server.stop)
@@ -170,13 +171,9 @@ def banner(server: Server) -> str:
     )
 
 
-def _tell_join(peer: Peer) -> None:
-    who = f"{peer.process} (pid {peer.pid})"
-    print(f"peer {peer.id} joined: {who}, {count(peer.vectors)}", file=sys.stderr, flush=True)
-
-
-def _tell_leave(peer: Peer) -> None:
-    print(f"peer {peer.id} left: {peer.process} (pid {peer.pid})", file=sys.stderr, flush=True)
+def _tell(verb: str, peer: Peer) -> None:
+    who = f"{peer.process} (pid {peer.pid}), {count(peer.vectors)}"
+    print(f"peer {peer.id} {verb}: {who}", file=sys.stderr, flush=True)
 
 
 def count(vectors: int) -> str:
