@@ -581,6 +581,7 @@ cdef class Doorbells:
     cdef int pid
 
     def __cinit__(self, *args, **kwargs):
+        self.gone = True  # until there is something to close
         self.bells = {}
         self.watched = -1
         self.pid = getpid()
@@ -588,6 +589,7 @@ cdef class Doorbells:
         self.epoll = Epoll()
         self.wake = FdArray.eventfds(1)
         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+        self.gone = False
 
     # Overridden by subclasses.
 
@@ -768,7 +770,7 @@ cdef class Doorbells:
             self.leave()
 
     def _wait_event(self, timeout=None):
-        """Like wait(), but returns None as soon as `_news()` was called, too."""
+        """Like wait(), but returns True as soon as `_news()` was called."""
         self.check()
         return self.wait_any(_deadline(timeout), True)
 
@@ -789,7 +791,7 @@ cdef class Doorbells:
                 if event.data.u64 == TOKEN_NEWS:
                     self._news()
                     if for_news:
-                        return None
+                        return True
                 elif event.data.u64 < TOKEN_NEWS:
                     count = _take(self.own.fds[event.data.u64])
                     if count:

@@ -28,7 +28,9 @@ from .region import Region
 # complete, where the server does not say so. The example server sends a set-up in one go.
 SETTLE = 0.1
 
-_BATCH = 512  # messages taken from the socket in one go
+# Messages taken from the socket at once, and how often in a row: a server that floods its clients
+# does not keep a call from returning in time.
+_BATCH, _BATCHES = 512, 16
 _PATIENCE = 0.1  # seconds for another thread to take in news
 _FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between looks for the end of set-up
 
@@ -44,10 +46,10 @@ def connect(
 
     Args:
         timeout: seconds for all of it; None: as long as it takes.
-        vectors: how many vectors the server gives each peer, if that is known. It is only needed
-            with a server that is not this package's, for its first client, to be quite sure: there
-            the end of set-up follows from a tenth of a second of silence. (Vectors that come later
-            count all the same.)
+        vectors: how many vectors the server gives each peer, if that is known: they are waited for.
+            It is only needed with a server that is not this package's, for its first client, to be
+            quite sure: there the end of set-up follows from a tenth of a second of silence.
+            (Vectors that come later count all the same.)
         readonly: map the memory for reading only.
 
     Raises:
@@ -59,7 +61,12 @@ def connect(
             closed.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    return Client(sockets.connect(path, timeout), os.fspath(path), deadline, vectors, readonly)
+    sock = sockets.connect(path, timeout)
+    try:
+        return Client(sock, os.fspath(path), deadline, vectors, readonly)
+    except BaseException:
+        sock.close()
+        raise
 
 
 class Client(Endpoint):
@@ -80,6 +87,8 @@ class Client(Endpoint):
         self.path = path
         self._socket = sock
         self._readonly = readonly
+        self._guess = vectors is None
+        self._pid = os.getpid()
         self._session = Session(vectors)
         self._framer = Framer()
         self._lock = threading.Lock()  # one thread at a time reads the socket
@@ -129,7 +138,7 @@ class Client(Endpoint):
             if state is State.SETUP and self.connected:
                 if told_all:
                     self._session.end_setup()
-                elif time.monotonic() - quiet_since > SETTLE:
+                elif self._guess and time.monotonic() - quiet_since > SETTLE:
                     self._session.end_setup(guessed=True)
             if self._session.state is State.READY:
                 break
@@ -185,13 +194,13 @@ class Client(Endpoint):
             self._lock.release()
 
     def _receive(self) -> bool:
-        """Take in what is in the socket; whether there was anything.
+        """Take in what is in the socket, or a good deal of it; whether there was anything.
 
         Raises:
             ProtocolError, OSError: the connection is of no further use.
         """
         anything = False
-        while True:
+        for _ in range(_BATCHES):
             try:
                 chunks, eof = _core.receive(self._socket.fileno(), _BATCH)
             except ConnectionError as error:
@@ -202,7 +211,8 @@ class Client(Endpoint):
             if eof:
                 self._lose("the server ended the connection")
             if eof or len(chunks) < _BATCH:
-                return anything
+                break
+        return anything
 
     def _take_in(self, chunks: list[tuple[bytes, tuple[int, ...]]]) -> None:
         """Hand chunks through framing and session to where their descriptors belong."""
@@ -240,6 +250,13 @@ class Client(Endpoint):
         """The connection is over; what it brought stays."""
         self._queue[ServerLost, -1] = ServerLost(reason)
         self._unwatch()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if os.getpid() == self._pid:
+            # Children that were forked for something else keep copies of the socket.
+            with contextlib.suppress(OSError):  # closed, or the server did the same
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         _close_all(self._framer.held)
         self._framer = Framer()
@@ -270,9 +287,7 @@ class Client(Endpoint):
         if region is not None:
             region.close()
         self._unwatch()
-        self._socket.close()
-        _close_all(self._framer.held)
-        self._framer = Framer()
+        self._hang_up()
         _core.Doorbells.close(self)
 
     def __repr__(self) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 from . import _core
 from ._core import Interrupt
@@ -19,19 +20,22 @@ from .errors import ClosedError
 from .region import Region
 
 
-class PeerJoined(NamedTuple):
+@dataclass(frozen=True)
+class PeerJoined:
     """A peer connected; every vector of it can be rung."""
 
     peer: int
 
 
-class PeerLeft(NamedTuple):
+@dataclass(frozen=True)
+class PeerLeft:
     """A peer is gone."""
 
     peer: int
 
 
-class ServerLost(NamedTuple):
+@dataclass(frozen=True)
+class ServerLost:
     """There will be no more news of peers; memory and doorbells of those known go on working."""
 
     reason: str
@@ -77,16 +81,17 @@ class Endpoint(_core.Doorbells):
     def next_event(self, timeout: float | None = None) -> Event | None:
         """The next of `events`; None when nothing happens for `timeout` seconds, or if closed."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        event = self._next_news()
-        while event is None:
+        while not self.closed:
+            if (event := self._next_news()) is not None:
+                return event
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             try:
-                event = self._wait_event(left) or self._next_news()
+                found = self._wait_event(left)
             except ClosedError:
-                return None
-            if event is None and left == 0:
-                return None
-        return event
+                break
+            if found is not True:
+                return found
+        return None
 
     def __iter__(self) -> Iterator[Event]:
         return self.events()

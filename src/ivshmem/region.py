@@ -182,7 +182,9 @@ class Region(_core.Mapping):
         if (name is None) == (path is None):
             raise RegionError("give either a name or a path to attach to")
         target = posix_path(name) if name is not None else os.path.abspath(path or "")
-        fd = os.open(target, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO is refused below, and not waited for here.
+        access = os.O_RDONLY if readonly else os.O_RDWR
+        fd = os.open(target, access | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -221,14 +223,16 @@ class Region(_core.Mapping):
         Raises:
             RegionError, OSError: as of `attach` and `create`.
         """
-        while True:
-            try:
+        for last in (False, False, True):
+            with contextlib.suppress(FileNotFoundError):
                 return cls.attach(name=name, path=path, size=size, prealloc=prealloc), False
-            except FileNotFoundError:
-                pass
-            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+            try:
                 region = cls.create(size, name=name, path=path, prealloc=prealloc, mode=mode)
                 return region, True
+            except FileExistsError:  # somebody else was quicker; or a link leads nowhere
+                if last:
+                    raise
+        raise AssertionError
 
     @classmethod
     def from_fd(cls, fd: int, *, readonly: bool = False) -> Region:

@@ -17,23 +17,26 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from . import _core, sockets
 from .errors import ClosedError
 from .protocol import MAX_VECTORS, Member, Roster
+from .pages import PAGE
 from .region import Region
+from .sizes import check_size
 
 _log = logging.getLogger("ivshmem.server")
 
 # Tokens of the epoll object: a peer's is its serial number after these.
-_LISTENER, _STOP, _FIRST_PEER = range(3)
+_LISTENER, _STOP, _SIGNAL, _FIRST_PEER = range(4)
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
@@ -64,6 +67,27 @@ class Peer:
     process: str
     vectors: int
     since: float
+
+
+class _Turn:
+    """A lock that one thread holds during a step, and that it can find itself to hold."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder = 0
+
+    def mine(self) -> bool:
+        return self._holder == threading.get_ident()
+
+    def __enter__(self) -> None:
+        if self.mine():
+            raise RuntimeError("a step of the server is under way: a callback cannot begin another")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._holder = 0
+        self._lock.release()
 
 
 class _Connection:
@@ -128,11 +152,15 @@ class Server:
         self._retry_at: float | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._signals: socket.socket | None = None
+        self._stepping = _Turn()
+        self._close_wanted = False
         with contextlib.ExitStack() as undo:
             if isinstance(memory, Region):
                 self.region = memory
             else:
                 self.region = undo.enter_context(Region.create(memory))
+            check_size(self.region.size, PAGE, what="memory that guests share")
             self._owns_region = not isinstance(memory, Region)
             shared = _core.FdArray()
             undo.callback(shared.close)
@@ -161,8 +189,37 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve in this thread until `stop()`, from a signal handler or another thread."""
-        while not self._stopping:
-            self.step()
+        with self._woken_by_signals():
+            while not self._stopping:
+                self.step()
+
+    @contextlib.contextmanager
+    def _woken_by_signals(self) -> Iterator[None]:
+        """Let Python's signal handlers run also if the signal comes just before epoll_wait.
+
+        The kernel has nothing to interrupt then, and Python runs handlers only between system calls.
+        Only the main thread runs them. A wake-up descriptor that somebody else has set stays.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            far.setblocking(False)
+            before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+            try:
+                if before == -1:
+                    self._signals = near
+                    self._epoll.add(near.fileno(), _SIGNAL, _core.EPOLLIN)
+                else:
+                    signal.set_wakeup_fd(before)
+                yield
+            finally:
+                self._signals = None
+                signal.set_wakeup_fd(before)
+                if before == -1 and not self._closed:
+                    self._epoll.remove(near.fileno())
 
     def start(self) -> Server:
         """Serve in a thread of its own, until `close()`; returns self."""
@@ -176,11 +233,20 @@ class Server:
     def step(self, timeout: float | None = None) -> None:
         """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do."""
         self._check()
+        with self._stepping:
+            if not self._closed:
+                self._step(timeout)
+            if self._close_wanted:
+                self._close()
+
+    def _step(self, timeout: float | None) -> None:
         for token, events in self._epoll.wait(self._until_retry(timeout)):
             if token == _LISTENER:
                 self._accept()
             elif token == _STOP:
                 self._stopping = True
+            elif token == _SIGNAL and self._signals is not None:
+                self._signals.recv(4096)  # the handler has run, or runs now
             elif token in self._connections:  # not gone by an event before this one
                 if events & (_core.EPOLLHUP | _core.EPOLLERR):
                     self._leave(token)
@@ -189,8 +255,11 @@ class Server:
         if self._retry_at is not None and time.monotonic() >= self._retry_at:
             self._retry()
         while self._dirty:
-            token, connection = self._dirty.popitem()
-            self._flush(token, connection)
+            due, self._dirty = self._dirty, {}
+            # Elders first: when a newcomer's set-up is complete, those who read were told of it.
+            for token in sorted(due):
+                if token in self._connections:
+                    self._flush(token, due[token])
 
     def stop(self) -> None:
         """Make `serve_forever` return; may be called from a signal handler or any thread."""
@@ -262,10 +331,17 @@ class Server:
             if not self._connections[other].events & _core.EPOLLOUT:
                 self._dirty[other] = self._connections[other]
         self._epoll.remove(connection.socket.fileno())
-        connection.socket.close()
-        connection.vectors.close()
+        self._hang_up(connection)
         self._report(self._on_leave, connection.peer)
         self._resume()
+
+    def _hang_up(self, connection: _Connection) -> None:
+        if os.getpid() == self._pid:
+            # Children that were forked for something else keep copies of the socket.
+            with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
+                connection.socket.shutdown(socket.SHUT_RDWR)
+        connection.socket.close()
+        connection.vectors.close()
 
     @staticmethod
     def _report(callback: Callable[[Peer], object] | None, peer: Peer) -> None:
@@ -359,21 +435,33 @@ class Server:
             )
 
     def close(self) -> None:
-        """Stop, disconnect all peers, remove the socket; may be called twice.
+        """Stop, disconnect all peers, remove the socket; may be called twice, from any thread.
+
+        Called by a callback or signal handler during a step, it takes effect when the step ends.
 
         Raises:
             BufferError: the server made the region, and a view of it is alive; all else is closed.
         """
         if self._closed:
             return
-        if self._thread not in (None, threading.current_thread()) and os.getpid() == self._pid:
-            self.stop()
-            assert self._thread is not None
+        if os.getpid() != self._pid:
+            self._close()  # a forked child has no thread to wait for
+            return
+        self.stop()
+        if self._stepping.mine():
+            self._close_wanted = True
+            return
+        with self._stepping:
+            self._close()
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         for connection in self._connections.values():
-            connection.socket.close()
-            connection.vectors.close()
+            self._hang_up(connection)
         self._connections.clear()
         self._dirty.clear()
         self._starved.clear()

@@ -10,6 +10,8 @@ from fractions import Fraction
 
 from .errors import RegionError
 
+LARGEST = 1 << 62  # the largest power of two that a file can have, off_t being signed
+
 _UNITS = "BKMGTPE"  # each 1024 times the one before
 _SIZE = re.compile(
     r"(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+))\s*(?:([BKMGTPE])(?:i?B)?)?",
@@ -63,9 +65,11 @@ def check_size(size: int, page: int, *, what: str = "a region") -> None:
     Raises:
         RegionError: `size` is no power of two, or less than a page.
     """
+    if size > LARGEST:
+        raise RegionError(
+            f"{what} cannot have {format_size(size)}: the largest is {format_size(LARGEST)}"
+        )
     if size >= page and size & (size - 1) == 0:
-        if size >= 1 << 63:
-            raise RegionError(f"{what} cannot have {format_size(size)}: the largest is 4E")
         return
     above = max(round_up(size), page)
     below = max(above // 2, page)

@@ -40,7 +40,7 @@ def serving(server: MakeServer) -> ivshmem.Server:
 
 @pytest.fixture
 def witness(serving: ivshmem.Server) -> Iterator[RawPeer]:
-    """A strict peer, the first one; in the end it must know nobody else, and a newcomer is served."""
+    """A strict peer, the first; in the end it knows nobody else, and a newcomer is served."""
     with RawPeer(serving.path) as peer:
         peer.set_up(VECTORS)
         yield peer
@@ -87,7 +87,7 @@ def test_several_at_once(serving: ivshmem.Server, witness: RawPeer) -> None:
     """Threads of peers that vanish anywhere, beside two clients that ring each other."""
 
     def storm(seed: int) -> None:
-        numbers = random.Random(seed)
+        numbers = random.Random(seed)  # noqa: S311
         for _ in range(40):
             with RawPeer(serving.path) as peer:
                 peer.read_bytes(numbers.choice([0, 8, 24, 25, 31, 40, 47, 56]))
@@ -115,7 +115,7 @@ def test_several_at_once(serving: ivshmem.Server, witness: RawPeer) -> None:
 @pytest.mark.parametrize("when", ["first", "during", "after"])
 def test_garbage(serving: ivshmem.Server, witness: RawPeer, when: str) -> None:
     """What peers send is not read. It disturbs nobody, the sender's own set-up included."""
-    rubbish = random.Random(1).randbytes(1 << 16)
+    rubbish = random.Random(1).randbytes(1 << 16)  # noqa: S311
     with RawPeer(serving.path) as peer, Eventfds() as fds:
         if when == "during":
             peer.read_bytes(27)

@@ -1,7 +1,6 @@
-"""200 peers with 8 vectors each connect one after the other, and each ends with every vector of every
-peer, also when ten of them stop reading for a while. Peers that come and go do no harm to who stays.
-
-(QEMU's example server fails this at 35 to 47 peers.)
+"""200 peers with 8 vectors each connect one after the other, and each ends with every vector of
+every peer, also when ten of them stop reading for a while. (QEMU's example server fails this at 35
+to 47 peers.) Peers that come and go do no harm to who stays.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Crowd:
         self.path = path
         self.peers: list[RawPeer] = []
         self._own: dict[RawPeer, list[int]] = {}
-        numbers = random.Random(1)
+        numbers = random.Random(1)  # noqa: S311
         self._numbers = [[numbers.getrandbits(40) for _ in range(VECTORS)] for _ in range(PEERS)]
 
     def join(self) -> RawPeer:
@@ -124,7 +123,7 @@ def test_everyone_leaves(server: MakeServer, socket_path: str) -> None:
 
 
 def test_come_and_go_past_one_who_does_not_read(server: MakeServer, socket_path: str) -> None:
-    """Far more than fits into its buffer happens; then it learns what is true, in a few messages."""
+    """Far more than fits into its buffer happens; then it learns what is true."""
     serving = server(vectors=4)
     stayer = RawPeer(socket_path).set_up(4)
     watcher = RawPeer(socket_path).set_up(4)

@@ -16,6 +16,14 @@ from .waiting import PATIENCE
 
 NOBODY = 65534
 
+_BECOME = """\
+import logging, os, resource, signal, socket, struct, sys, threading, traceback
+import ivshmem
+os.setgroups([])
+os.setresgid({user}, {user}, {user})
+os.setresuid({user}, {user}, {user})
+"""
+
 
 class Child:
     """A running program. Its lines are read with `line()`."""
@@ -74,15 +82,16 @@ class Child:
 
 @contextlib.contextmanager
 def python(code: str, *arguments: str, user: int | None = None) -> Iterator[Child]:
-    """Run a program; warnings are errors in it, and it does not outlive the block."""
+    """Run a program; warnings are errors in it, and it does not outlive the block.
+
+    With `user` it becomes that user when it has imported what it needs, which only root may read.
+    """
+    before = "" if user is None else _BECOME.format(user=user)
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-u", "-c", textwrap.dedent(code), *arguments],
+        [sys.executable, "-W", "error", "-u", "-c", before + textwrap.dedent(code), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
         cwd="/",
     )
     with process:

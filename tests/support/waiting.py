@@ -22,7 +22,7 @@ T = TypeVar("T")
 PATIENCE = 30.0  # seconds
 
 
-def until(condition: Callable[[], T], what: str = "condition") -> T:
+def until(condition: Callable[[], T | None], what: str = "condition") -> T:
     """Ask again and again until the answer is true, and return it."""
     give_up = time.monotonic() + PATIENCE
     while not (answer := condition()):
@@ -140,11 +140,32 @@ class Background:
             self._thread.join(PATIENCE)
 
 
-def in_child(action: Callable[[], object]) -> None:
-    """Fork, do something in the child, and check that it succeeded and ended by itself."""
+def _fork() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # other threads: the child needs none
-        pid = os.fork()
+        return os.fork()
+
+
+@contextlib.contextmanager
+def idle_child() -> Iterator[None]:
+    """A forked child that holds copies of all descriptors and does nothing."""
+    reader, writer = os.pipe()
+    pid = _fork()
+    if pid == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+
+
+def in_child(action: Callable[[], object]) -> None:
+    """Fork, do something in the child, and check that it succeeded and ended by itself."""
+    pid = _fork()
     if pid == 0:
         code = 1
         try:

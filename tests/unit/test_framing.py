@@ -5,6 +5,8 @@ Every descriptor that goes in comes out once, with the message whose bytes it ca
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,7 +126,7 @@ def test_any_cut(values: list[int], cuts: list[int], tail: bytes, fds: st.DataOb
     messages: list[Message] = []
     expected: dict[int, tuple[int, ...]] = {}
     given_fd = 100
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         count = fds.draw(st.integers(0, 2))
         new = tuple(range(given_fd, given_fd + count))
         given_fd += count

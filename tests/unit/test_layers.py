@@ -1,4 +1,4 @@
-"""The house rules: modules import from floors below only, and what is public is complete and explained."""
+"""The house rules: modules import from lower floors only; what is public is explained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ivshmem
 
 HOME = Path(ivshmem.__file__).parent
 
-# From the ground up. A module imports from lower floors; on its own floor only what stands before it.
+# From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["errors"],
     ["sizes", "_core"],
@@ -54,7 +54,7 @@ def module_of(path: Path) -> list[str]:
 
 
 def absolute(path: Path, node: ast.ImportFrom) -> list[str]:
-    """Modules of this package that an import statement reaches, as dotted names below the package."""
+    """First names below the package of what an import statement reaches."""
     package = list(path.relative_to(HOME).parent.parts)
     if node.level == 0:
         if not (node.module or "").startswith("ivshmem"):

@@ -12,7 +12,7 @@ import pytest
 from support.members import MEMORY_FD, Client, make_roster, token
 
 from ivshmem import NoFreeId
-from ivshmem.protocol import MAX_ID, Roster, Run
+from ivshmem.protocol import MAX_ID, Member, Roster, Run
 
 
 def joined(roster: Roster, count: int, key: int = 0) -> list[Client]:
@@ -224,13 +224,9 @@ MANY = 70_000  # more than there are ids
 
 def footprint(roster: Roster) -> int:
     """Entries in all that the roster and its members hold."""
-    kept = 0
-    for holder in (roster, *roster.members):
-        names = getattr(holder, "__dict__", None) or {n: 0 for n in type(holder).__slots__}
-        for name in names:
-            value = getattr(holder, name)
-            kept += len(value) if hasattr(value, "__len__") else 0
-    return kept
+    held = [*vars(roster).values()]
+    held += [getattr(member, name) for member in roster.members for name in Member.__slots__]
+    return sum(len(value) for value in held if isinstance(value, Sized))
 
 
 def test_many_come_and_go_and_nobody_stays() -> None:

@@ -1,9 +1,9 @@
 """Hypothesis drives a roster with random joins, leaves, stalls and cuts.
 
 Proven, for each member, by the real Session and by a model of QEMU: greeting first, every vector in
-order, no id told twice, one leave for each id announced and none for another, at rest everyone knows
-exactly everyone. And of the roster: an id is given out again as soon as, and not before, it is safe;
-memory is bounded by the members and what they were told, not by what has happened.
+order, no id told twice, one leave for each id announced and none for another, at rest everyone
+knows exactly everyone. And of the roster: an id is given out again as soon as, and not before, it
+is safe; memory is bounded by the members and what they were told, not by what has happened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whatever a server sends, a session answers with events or ProtocolError, and nothing else.
 
-Every descriptor that came is accounted for exactly once: in an event, in the message that failed, in
-those behind it, or held by the framer.
+Every descriptor that came is accounted for exactly once: in an event, in the message that failed,
+in those behind it, or held by the framer.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def test_events_or_protocol_error(
         before = session.state
         try:
             event = session.receive(messages[0])
-        except ProtocolError as error:
-            assert str(error)
+        except ProtocolError:
             assert session.state is State.FAILED
             accounted += messages[0].fds
             continue

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ivshmem import RegionError, parse_size
-from ivshmem.sizes import format_size, roughly
+from ivshmem.sizes import check_size, format_size, roughly, round_up
 
 UNDERSTOOD = [
     (4096, 4096),
@@ -105,7 +106,37 @@ def test_roughly_is_near(size: int) -> None:
 
 @given(st.text())
 def test_any_text_is_a_size_or_refused(text: str) -> None:
-    try:
+    with contextlib.suppress(RegionError):
         assert parse_size(text) >= 0
-    except RegionError:
-        pass
+
+
+def works(size: int, page: int) -> bool:
+    """Whether a guest can have a region of that size."""
+    return page <= size < 1 << 63 and size.bit_count() == 1
+
+
+@given(
+    st.integers(0, 1 << 66) | st.integers(0, 66).map(lambda bit: 1 << bit),
+    st.sampled_from([4096, 2 << 20]),
+)
+@example(7 << 60, 4096)
+@example(9 << 60, 4096)
+def test_a_size_works_or_the_nearest_is_named(size: int, page: int) -> None:
+    try:
+        check_size(size, page)
+    except RegionError as error:
+        named = parse_size(str(error).split()[-1])
+        assert not works(size, page)
+        assert works(named, page), "the one that is named does not work"
+        good = [1 << bit for bit in range(63) if works(1 << bit, page)]
+        assert abs(named - size) == min(abs(other - size) for other in good)
+    else:
+        assert works(size, page)
+
+
+@given(st.integers(0, 1 << 66))
+def test_rounded_up(size: int) -> None:
+    rounded = round_up(size)
+    assert rounded >= size
+    assert rounded.bit_count() == 1
+    assert size < 2 or rounded < 2 * size

@@ -1,0 +1,63 @@
+"""File systems and huge pages that a test makes for itself, and takes away again. Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+HUGE = Path("/sys/kernel/mm/hugepages")
+
+
+@contextlib.contextmanager
+def mounted(kind: str, options: str) -> Iterator[Path]:
+    """A file system of that kind at a new directory."""
+    place = Path(tempfile.mkdtemp(prefix="ivt", dir="/tmp"))
+    subprocess.run(["mount", "-t", kind, "-o", options, "ivt", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        place.rmdir()
+
+
+@contextlib.contextmanager
+def huge_pages(size: int, count: int) -> Iterator[int]:
+    """Reserve `count` more pages of `size` bytes; yields how many of them there are.
+
+    Other programs may reserve some meanwhile: what is put back is the difference.
+    """
+    knob = HUGE / f"hugepages-{size // 1024}kB" / "nr_hugepages"
+    if not knob.exists():
+        yield 0
+        return
+    got = _change(knob, count)
+    try:
+        yield got
+    finally:
+        _change(knob, -got)
+
+
+def _change(knob: Path, difference: int) -> int:
+    with knob.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = int(knob.read_text())
+        with contextlib.suppress(OSError):
+            knob.write_text(str(max(before + difference, 0)))
+        return int(knob.read_text()) - before
+
+
+def free_huge_pages(size: int) -> int:
+    """How many pages nobody has or has reserved."""
+    knobs = HUGE / f"hugepages-{size // 1024}kB"
+    free, reserved = (
+        int((knobs / name).read_text()) for name in ("free_hugepages", "resv_hugepages")
+    )
+    return free - reserved
+
+
+root = os.geteuid() == 0
