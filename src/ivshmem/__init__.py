@@ -13,6 +13,7 @@ over `events()`. The command line does the same: `python -m ivshmem --help`.
 from ._core import Interrupt
 from .client import Client, connect
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from .engine import Peer
 from .errors import (
     ClosedError,
     IvshmemError,
@@ -24,7 +25,7 @@ from .errors import (
     ServerGone,
 )
 from .region import Region, RegionInfo
-from .server import Peer, Server
+from .server import Server
 from .sizes import parse_size
 
 __all__ = [

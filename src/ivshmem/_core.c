@@ -1320,6 +1320,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <time.h>
 #include <unistd.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
@@ -1329,8 +1330,8 @@ static int __Pyx_init_tpflags_variables(void) {
     #include <sys/socket.h>
 
     /* One message carries one descriptor: this is its control buffer. On 64-bit
-       CMSG_SPACE(sizeof(int)) admits a second one, so a receiver must look at cmsg_len and not
-    assume. */ typedef union {
+       CMSG_SPACE(sizeof(int)) admits a second one: a receiver must look at cmsg_len. */
+    typedef union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
     } ivshmem_control;
@@ -1759,10 +1760,11 @@ static const char* const __pyx_f[] = {
 /*--- Type declarations ---*/
 struct __pyx_obj_7ivshmem_5_core_FdArray;
 struct __pyx_obj_7ivshmem_5_core_Epoll;
+struct __pyx_obj_7ivshmem_5_core_Timer;
 struct __pyx_obj_7ivshmem_5_core_Mapping;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
 
-/* "ivshmem/_core.pyx":51
+/* "ivshmem/_core.pyx":52
  * EPOLLHUP = _EPOLLHUP
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1774,7 +1776,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_MESSAGE = 8
 };
 
-/* "ivshmem/_core.pyx":560
+/* "ivshmem/_core.pyx":598
  * # -- doorbells ------------------------------------------------------------------------------------
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1783,7 +1785,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":563
+  /* "ivshmem/_core.pyx":601
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
  *     TOKEN_WAKE = 1 << 30
  *     TOKEN_NEWS = 1 << 29             # <<<<<<<<<<<<<<
@@ -1794,7 +1796,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_TOKEN_NEWS = (1 << 29)
 };
 
-/* "ivshmem/_core.pyx":92
+/* "ivshmem/_core.pyx":93
  * # -- descriptors ----------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1812,7 +1814,7 @@ struct __pyx_obj_7ivshmem_5_core_FdArray {
 };
 
 
-/* "ivshmem/_core.pyx":176
+/* "ivshmem/_core.pyx":177
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1826,7 +1828,20 @@ struct __pyx_obj_7ivshmem_5_core_Epoll {
 };
 
 
-/* "ivshmem/_core.pyx":416
+/* "ivshmem/_core.pyx":264
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class Timer:
+ *     """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
+*/
+struct __pyx_obj_7ivshmem_5_core_Timer {
+  PyObject_HEAD
+  int fd;
+};
+
+
+/* "ivshmem/_core.pyx":454
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1843,7 +1858,7 @@ struct __pyx_obj_7ivshmem_5_core_Mapping {
 };
 
 
-/* "ivshmem/_core.pyx":566
+/* "ivshmem/_core.pyx":604
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -1856,7 +1871,9 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
   PyObject *bells;
   struct __pyx_obj_7ivshmem_5_core_FdArray *own;
   struct __pyx_obj_7ivshmem_5_core_FdArray *wake;
+  struct __pyx_obj_7ivshmem_5_core_FdArray *queued;
   struct __pyx_obj_7ivshmem_5_core_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_5_core_Epoll *outer;
   int waiters;
   int gone;
   int watched;
@@ -1865,7 +1882,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 
 
 
-/* "ivshmem/_core.pyx":92
+/* "ivshmem/_core.pyx":93
  * # -- descriptors ----------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1882,7 +1899,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_core_FdArray *);
 
 
-/* "ivshmem/_core.pyx":176
+/* "ivshmem/_core.pyx":177
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1897,7 +1914,7 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Epoll *__pyx_vtabptr_7ivshmem_5_c
 static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t);
 
 
-/* "ivshmem/_core.pyx":416
+/* "ivshmem/_core.pyx":454
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1911,7 +1928,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *__pyx_vtabptr_7ivshmem_5_core_Mapping;
 
 
-/* "ivshmem/_core.pyx":566
+/* "ivshmem/_core.pyx":604
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -3060,6 +3077,9 @@ static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *);
 /* CIntFromPy.proto */
 static CYTHON_INLINE size_t __Pyx_PyLong_As_size_t(PyObject *);
 
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
+
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
@@ -3236,6 +3256,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self, double __pyx_v_seconds); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, PyObject *__pyx_v_runs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit); /* proto */
 static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
@@ -3264,13 +3291,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_FdArray(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -3317,6 +3345,29 @@ static PyObject *__pyx_tp_new_7ivshmem_5_core_Epoll(PyTypeObject *t, PyObject *a
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__pyx_tp_vectorcall_7ivshmem_5_core_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Timer(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_core_Timer(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_5_core_Timer(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_5_core_Timer __pyx_tp_new_vectorcall_7ivshmem_5_core_Timer
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_5_core_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Mapping(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_5_core_Mapping(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject *o, PyObject *a, PyObject *k); /*proto*/
@@ -3347,10 +3398,12 @@ namespace {
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyObject *__pyx_type_7ivshmem_5_core_FdArray;
     PyObject *__pyx_type_7ivshmem_5_core_Epoll;
+    PyObject *__pyx_type_7ivshmem_5_core_Timer;
     PyObject *__pyx_type_7ivshmem_5_core_Mapping;
     PyObject *__pyx_type_7ivshmem_5_core_Doorbells;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_5_core_Timer;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_get;
@@ -3358,8 +3411,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[34];
-    PyObject *__pyx_string_tab[201];
+    PyObject *__pyx_codeobj_tab[40];
+    PyObject *__pyx_string_tab[219];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3420,196 +3473,214 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ __pyx_string_tab[8]
 #define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[9]
 #define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[10]
-#define __pyx_kp_u_cannot_map __pyx_string_tab[11]
-#define __pyx_kp_u_descriptor __pyx_string_tab[12]
-#define __pyx_kp_u_descriptors __pyx_string_tab[13]
-#define __pyx_kp_u_disable __pyx_string_tab[14]
-#define __pyx_kp_u_enable __pyx_string_tab[15]
-#define __pyx_kp_u_gc __pyx_string_tab[16]
-#define __pyx_kp_u_isenabled __pyx_string_tab[17]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[19]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[20]
-#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[21]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[22]
-#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[23]
-#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[24]
-#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[25]
-#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[26]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[27]
-#define __pyx_kp_u_vector_2 __pyx_string_tab[28]
-#define __pyx_n_u_ClosedError __pyx_string_tab[29]
-#define __pyx_n_u_Doorbells __pyx_string_tab[30]
-#define __pyx_n_u_Doorbells___reduce_cython __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells___setstate_cython __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__bells __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__missing __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells__news __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[39]
-#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[40]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[41]
-#define __pyx_n_u_Doorbells__watch __pyx_string_tab[42]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[43]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[44]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[45]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[46]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[47]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[48]
-#define __pyx_n_u_Epoll __pyx_string_tab[49]
-#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_Epoll_add __pyx_string_tab[52]
-#define __pyx_n_u_Epoll_close __pyx_string_tab[53]
-#define __pyx_n_u_Epoll_fileno __pyx_string_tab[54]
-#define __pyx_n_u_Epoll_modify __pyx_string_tab[55]
-#define __pyx_n_u_Epoll_remove __pyx_string_tab[56]
-#define __pyx_n_u_Epoll_wait __pyx_string_tab[57]
-#define __pyx_n_u_FdArray __pyx_string_tab[58]
-#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_FdArray_close __pyx_string_tab[61]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[62]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[63]
-#define __pyx_n_u_Interrupt __pyx_string_tab[64]
-#define __pyx_n_u_Mapping __pyx_string_tab[65]
-#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[66]
-#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[67]
-#define __pyx_n_u_Mapping_close __pyx_string_tab[68]
-#define __pyx_n_u_Mapping_populate __pyx_string_tab[69]
-#define __pyx_n_u_Mapping_resident __pyx_string_tab[70]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[71]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[72]
-#define __pyx_n_u__4 __pyx_string_tab[73]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[74]
-#define __pyx_n_u_annotate __pyx_string_tab[75]
-#define __pyx_n_u_dict __pyx_string_tab[76]
-#define __pyx_n_u_doc __pyx_string_tab[77]
-#define __pyx_n_u_func __pyx_string_tab[78]
-#define __pyx_n_u_getstate __pyx_string_tab[79]
-#define __pyx_n_u_main __pyx_string_tab[80]
-#define __pyx_n_u_module __pyx_string_tab[81]
-#define __pyx_n_u_name __pyx_string_tab[82]
-#define __pyx_n_u_pyx_state __pyx_string_tab[83]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[84]
-#define __pyx_n_u_qualname __pyx_string_tab[85]
-#define __pyx_n_u_reduce __pyx_string_tab[86]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[87]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[88]
-#define __pyx_n_u_set_name __pyx_string_tab[89]
-#define __pyx_n_u_setstate __pyx_string_tab[90]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[91]
-#define __pyx_n_u_test __pyx_string_tab[92]
-#define __pyx_n_u_add_bell __pyx_string_tab[93]
-#define __pyx_n_u_add_vector __pyx_string_tab[94]
-#define __pyx_n_u_bells __pyx_string_tab[95]
-#define __pyx_n_u_drop_peer __pyx_string_tab[96]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[97]
-#define __pyx_n_u_missing __pyx_string_tab[98]
-#define __pyx_n_u_news __pyx_string_tab[99]
-#define __pyx_n_u_ring_self __pyx_string_tab[100]
-#define __pyx_n_u_unwatch __pyx_string_tab[101]
-#define __pyx_n_u_wait_event __pyx_string_tab[102]
-#define __pyx_n_u_watch __pyx_string_tab[103]
-#define __pyx_n_u_add __pyx_string_tab[104]
-#define __pyx_n_u_address __pyx_string_tab[105]
-#define __pyx_n_u_advice __pyx_string_tab[106]
-#define __pyx_n_u_array __pyx_string_tab[107]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[108]
-#define __pyx_n_u_bells_2 __pyx_string_tab[109]
-#define __pyx_n_u_chunks __pyx_string_tab[110]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[111]
-#define __pyx_n_u_close __pyx_string_tab[112]
-#define __pyx_n_u_code __pyx_string_tab[113]
-#define __pyx_n_u_collections __pyx_string_tab[114]
-#define __pyx_n_u_controls __pyx_string_tab[115]
-#define __pyx_n_u_count __pyx_string_tab[116]
-#define __pyx_n_u_data __pyx_string_tab[117]
-#define __pyx_n_u_deadline __pyx_string_tab[118]
-#define __pyx_n_u_end __pyx_string_tab[119]
-#define __pyx_n_u_eof __pyx_string_tab[120]
-#define __pyx_n_u_epfd __pyx_string_tab[121]
-#define __pyx_n_u_errors __pyx_string_tab[122]
-#define __pyx_n_u_eventfds __pyx_string_tab[123]
-#define __pyx_n_u_events __pyx_string_tab[124]
-#define __pyx_n_u_fd __pyx_string_tab[125]
-#define __pyx_n_u_fds __pyx_string_tab[126]
-#define __pyx_n_u_fileno __pyx_string_tab[127]
-#define __pyx_n_u_filled __pyx_string_tab[128]
-#define __pyx_n_u_first __pyx_string_tab[129]
-#define __pyx_n_u_get __pyx_string_tab[130]
-#define __pyx_n_u_grown __pyx_string_tab[131]
-#define __pyx_n_u_i __pyx_string_tab[132]
-#define __pyx_n_u_iov __pyx_string_tab[133]
-#define __pyx_n_u_items __pyx_string_tab[134]
-#define __pyx_n_u_ivshmem __pyx_string_tab[135]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[136]
-#define __pyx_n_u_limit __pyx_string_tab[137]
-#define __pyx_n_u_lost __pyx_string_tab[138]
-#define __pyx_n_u_messages __pyx_string_tab[139]
-#define __pyx_n_u_modify __pyx_string_tab[140]
-#define __pyx_n_u_module_2 __pyx_string_tab[141]
-#define __pyx_n_u_n __pyx_string_tab[142]
-#define __pyx_n_u_namedtuple __pyx_string_tab[143]
-#define __pyx_n_u_one __pyx_string_tab[144]
-#define __pyx_n_u_page __pyx_string_tab[145]
-#define __pyx_n_u_page_size __pyx_string_tab[146]
-#define __pyx_n_u_pages __pyx_string_tab[147]
-#define __pyx_n_u_peer __pyx_string_tab[148]
-#define __pyx_n_u_pop __pyx_string_tab[149]
-#define __pyx_n_u_populate __pyx_string_tab[150]
-#define __pyx_n_u_readonly __pyx_string_tab[151]
-#define __pyx_n_u_receive __pyx_string_tab[152]
-#define __pyx_n_u_remove __pyx_string_tab[153]
-#define __pyx_n_u_resident __pyx_string_tab[154]
-#define __pyx_n_u_rings __pyx_string_tab[155]
-#define __pyx_n_u_run __pyx_string_tab[156]
-#define __pyx_n_u_runs __pyx_string_tab[157]
-#define __pyx_n_u_seen __pyx_string_tab[158]
-#define __pyx_n_u_self __pyx_string_tab[159]
-#define __pyx_n_u_send_runs __pyx_string_tab[160]
-#define __pyx_n_u_sent __pyx_string_tab[161]
-#define __pyx_n_u_setdefault __pyx_string_tab[162]
-#define __pyx_n_u_size __pyx_string_tab[163]
-#define __pyx_n_u_sock __pyx_string_tab[164]
-#define __pyx_n_u_staticmethod __pyx_string_tab[165]
-#define __pyx_n_u_take __pyx_string_tab[166]
-#define __pyx_n_u_timeout __pyx_string_tab[167]
-#define __pyx_n_u_token __pyx_string_tab[168]
-#define __pyx_n_u_total __pyx_string_tab[169]
-#define __pyx_n_u_value __pyx_string_tab[170]
-#define __pyx_n_u_values __pyx_string_tab[171]
-#define __pyx_n_u_vector __pyx_string_tab[172]
-#define __pyx_n_u_wait __pyx_string_tab[173]
-#define __pyx_n_u_want __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_F_t6 __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_F_at_q_Kq __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L __pyx_string_tab[195]
-#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[196]
-#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[197]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[198]
-#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[199]
-#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[200]
+#define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[11]
+#define __pyx_kp_u_cannot_map __pyx_string_tab[12]
+#define __pyx_kp_u_descriptor __pyx_string_tab[13]
+#define __pyx_kp_u_descriptors __pyx_string_tab[14]
+#define __pyx_kp_u_disable __pyx_string_tab[15]
+#define __pyx_kp_u_enable __pyx_string_tab[16]
+#define __pyx_kp_u_gc __pyx_string_tab[17]
+#define __pyx_kp_u_isenabled __pyx_string_tab[18]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[20]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[21]
+#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[22]
+#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[23]
+#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[24]
+#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[25]
+#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[26]
+#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[27]
+#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[28]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[29]
+#define __pyx_kp_u_vector_2 __pyx_string_tab[30]
+#define __pyx_n_u_ClosedError __pyx_string_tab[31]
+#define __pyx_n_u_Doorbells __pyx_string_tab[32]
+#define __pyx_n_u_Doorbells___reduce_cython __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells___setstate_cython __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__bells __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells__missing __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells__news __pyx_string_tab[40]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[41]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[42]
+#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[43]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[44]
+#define __pyx_n_u_Doorbells__watch __pyx_string_tab[45]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[46]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[47]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[48]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[49]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[50]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[51]
+#define __pyx_n_u_Epoll __pyx_string_tab[52]
+#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[53]
+#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[54]
+#define __pyx_n_u_Epoll_add __pyx_string_tab[55]
+#define __pyx_n_u_Epoll_close __pyx_string_tab[56]
+#define __pyx_n_u_Epoll_fileno __pyx_string_tab[57]
+#define __pyx_n_u_Epoll_modify __pyx_string_tab[58]
+#define __pyx_n_u_Epoll_remove __pyx_string_tab[59]
+#define __pyx_n_u_Epoll_wait __pyx_string_tab[60]
+#define __pyx_n_u_FdArray __pyx_string_tab[61]
+#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[62]
+#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[63]
+#define __pyx_n_u_FdArray_close __pyx_string_tab[64]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[65]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[66]
+#define __pyx_n_u_Interrupt __pyx_string_tab[67]
+#define __pyx_n_u_Mapping __pyx_string_tab[68]
+#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[69]
+#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[70]
+#define __pyx_n_u_Mapping_close __pyx_string_tab[71]
+#define __pyx_n_u_Mapping_populate __pyx_string_tab[72]
+#define __pyx_n_u_Mapping_resident __pyx_string_tab[73]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[74]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[75]
+#define __pyx_n_u_Timer __pyx_string_tab[76]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[77]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[78]
+#define __pyx_n_u_Timer_close __pyx_string_tab[79]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[80]
+#define __pyx_n_u_Timer_set __pyx_string_tab[81]
+#define __pyx_n_u__4 __pyx_string_tab[82]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[83]
+#define __pyx_n_u_annotate __pyx_string_tab[84]
+#define __pyx_n_u_dict __pyx_string_tab[85]
+#define __pyx_n_u_doc __pyx_string_tab[86]
+#define __pyx_n_u_func __pyx_string_tab[87]
+#define __pyx_n_u_getstate __pyx_string_tab[88]
+#define __pyx_n_u_main __pyx_string_tab[89]
+#define __pyx_n_u_module __pyx_string_tab[90]
+#define __pyx_n_u_name __pyx_string_tab[91]
+#define __pyx_n_u_pyx_state __pyx_string_tab[92]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[93]
+#define __pyx_n_u_qualname __pyx_string_tab[94]
+#define __pyx_n_u_reduce __pyx_string_tab[95]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[96]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[97]
+#define __pyx_n_u_set_name __pyx_string_tab[98]
+#define __pyx_n_u_setstate __pyx_string_tab[99]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[100]
+#define __pyx_n_u_test __pyx_string_tab[101]
+#define __pyx_n_u_add_bell __pyx_string_tab[102]
+#define __pyx_n_u_add_vector __pyx_string_tab[103]
+#define __pyx_n_u_bells __pyx_string_tab[104]
+#define __pyx_n_u_drop_peer __pyx_string_tab[105]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[106]
+#define __pyx_n_u_missing __pyx_string_tab[107]
+#define __pyx_n_u_news __pyx_string_tab[108]
+#define __pyx_n_u_ring_self __pyx_string_tab[109]
+#define __pyx_n_u_set_queued __pyx_string_tab[110]
+#define __pyx_n_u_unwatch __pyx_string_tab[111]
+#define __pyx_n_u_wait_event __pyx_string_tab[112]
+#define __pyx_n_u_watch __pyx_string_tab[113]
+#define __pyx_n_u_add __pyx_string_tab[114]
+#define __pyx_n_u_address __pyx_string_tab[115]
+#define __pyx_n_u_advice __pyx_string_tab[116]
+#define __pyx_n_u_anything __pyx_string_tab[117]
+#define __pyx_n_u_array __pyx_string_tab[118]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[119]
+#define __pyx_n_u_bells_2 __pyx_string_tab[120]
+#define __pyx_n_u_chunks __pyx_string_tab[121]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[122]
+#define __pyx_n_u_close __pyx_string_tab[123]
+#define __pyx_n_u_code __pyx_string_tab[124]
+#define __pyx_n_u_collections __pyx_string_tab[125]
+#define __pyx_n_u_controls __pyx_string_tab[126]
+#define __pyx_n_u_count __pyx_string_tab[127]
+#define __pyx_n_u_data __pyx_string_tab[128]
+#define __pyx_n_u_deadline __pyx_string_tab[129]
+#define __pyx_n_u_end __pyx_string_tab[130]
+#define __pyx_n_u_eof __pyx_string_tab[131]
+#define __pyx_n_u_epfd __pyx_string_tab[132]
+#define __pyx_n_u_errors __pyx_string_tab[133]
+#define __pyx_n_u_eventfds __pyx_string_tab[134]
+#define __pyx_n_u_events __pyx_string_tab[135]
+#define __pyx_n_u_fd __pyx_string_tab[136]
+#define __pyx_n_u_fds __pyx_string_tab[137]
+#define __pyx_n_u_fileno __pyx_string_tab[138]
+#define __pyx_n_u_filled __pyx_string_tab[139]
+#define __pyx_n_u_first __pyx_string_tab[140]
+#define __pyx_n_u_get __pyx_string_tab[141]
+#define __pyx_n_u_grown __pyx_string_tab[142]
+#define __pyx_n_u_i __pyx_string_tab[143]
+#define __pyx_n_u_iov __pyx_string_tab[144]
+#define __pyx_n_u_items __pyx_string_tab[145]
+#define __pyx_n_u_ivshmem __pyx_string_tab[146]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[147]
+#define __pyx_n_u_limit __pyx_string_tab[148]
+#define __pyx_n_u_lost __pyx_string_tab[149]
+#define __pyx_n_u_messages __pyx_string_tab[150]
+#define __pyx_n_u_modify __pyx_string_tab[151]
+#define __pyx_n_u_module_2 __pyx_string_tab[152]
+#define __pyx_n_u_n __pyx_string_tab[153]
+#define __pyx_n_u_namedtuple __pyx_string_tab[154]
+#define __pyx_n_u_one __pyx_string_tab[155]
+#define __pyx_n_u_page __pyx_string_tab[156]
+#define __pyx_n_u_page_size __pyx_string_tab[157]
+#define __pyx_n_u_pages __pyx_string_tab[158]
+#define __pyx_n_u_peer __pyx_string_tab[159]
+#define __pyx_n_u_pop __pyx_string_tab[160]
+#define __pyx_n_u_populate __pyx_string_tab[161]
+#define __pyx_n_u_readonly __pyx_string_tab[162]
+#define __pyx_n_u_receive __pyx_string_tab[163]
+#define __pyx_n_u_remove __pyx_string_tab[164]
+#define __pyx_n_u_resident __pyx_string_tab[165]
+#define __pyx_n_u_rings __pyx_string_tab[166]
+#define __pyx_n_u_run __pyx_string_tab[167]
+#define __pyx_n_u_runs __pyx_string_tab[168]
+#define __pyx_n_u_seconds __pyx_string_tab[169]
+#define __pyx_n_u_seen __pyx_string_tab[170]
+#define __pyx_n_u_self __pyx_string_tab[171]
+#define __pyx_n_u_send_runs __pyx_string_tab[172]
+#define __pyx_n_u_sent __pyx_string_tab[173]
+#define __pyx_n_u_set __pyx_string_tab[174]
+#define __pyx_n_u_setdefault __pyx_string_tab[175]
+#define __pyx_n_u_size __pyx_string_tab[176]
+#define __pyx_n_u_sock __pyx_string_tab[177]
+#define __pyx_n_u_spec __pyx_string_tab[178]
+#define __pyx_n_u_staticmethod __pyx_string_tab[179]
+#define __pyx_n_u_take __pyx_string_tab[180]
+#define __pyx_n_u_timeout __pyx_string_tab[181]
+#define __pyx_n_u_token __pyx_string_tab[182]
+#define __pyx_n_u_total __pyx_string_tab[183]
+#define __pyx_n_u_value __pyx_string_tab[184]
+#define __pyx_n_u_values __pyx_string_tab[185]
+#define __pyx_n_u_vector __pyx_string_tab[186]
+#define __pyx_n_u_wait __pyx_string_tab[187]
+#define __pyx_n_u_want __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[199]
+#define __pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq __pyx_string_tab[200]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[201]
+#define __pyx_kp_b_iso88591_A_F_t6 __pyx_string_tab[202]
+#define __pyx_kp_b_iso88591_A_F_at_q_Kq __pyx_string_tab[203]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[204]
+#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[205]
+#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[206]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[207]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[208]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[209]
+#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[210]
+#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[211]
+#define __pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L __pyx_string_tab[212]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[213]
+#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[214]
+#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[215]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[216]
+#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[217]
+#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[218]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -3631,6 +3702,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_core_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Epoll);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_core_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Timer);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_core_Timer);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Mapping);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_core_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -3640,8 +3713,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<34; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<201; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<40; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<219; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3670,6 +3743,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_core_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Epoll);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_core_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Timer);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_core_Timer);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Mapping);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_core_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -3679,8 +3754,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<34; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<201; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<40; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<219; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -3695,7 +3770,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_core.pyx":64
+/* "ivshmem/_core.pyx":65
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t _now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3707,7 +3782,7 @@ static int64_t __pyx_f_7ivshmem_5_core__now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":66
+  /* "ivshmem/_core.pyx":67
  * cdef int64_t _now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3716,7 +3791,7 @@ static int64_t __pyx_f_7ivshmem_5_core__now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/_core.pyx":67
+  /* "ivshmem/_core.pyx":68
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3729,7 +3804,7 @@ static int64_t __pyx_f_7ivshmem_5_core__now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":64
+  /* "ivshmem/_core.pyx":65
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t _now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3743,7 +3818,7 @@ static int64_t __pyx_f_7ivshmem_5_core__now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":70
+/* "ivshmem/_core.pyx":71
  * 
  * 
  * cdef int64_t _deadline(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -3765,7 +3840,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_deadline", 0);
 
-  /* "ivshmem/_core.pyx":73
+  /* "ivshmem/_core.pyx":74
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -3776,7 +3851,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":74
+    /* "ivshmem/_core.pyx":75
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -3789,7 +3864,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":73
+    /* "ivshmem/_core.pyx":74
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -3798,17 +3873,17 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_core.pyx":75
+  /* "ivshmem/_core.pyx":76
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = timeout             # <<<<<<<<<<<<<<
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
 */
-  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 76, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":76
+  /* "ivshmem/_core.pyx":77
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -3820,7 +3895,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":77
+    /* "ivshmem/_core.pyx":78
  *     seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -3833,14 +3908,14 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 77, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 78, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 77, __pyx_L1_error)
+    __PYX_ERR(0, 78, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":76
+    /* "ivshmem/_core.pyx":77
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -3849,7 +3924,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_core.pyx":78
+  /* "ivshmem/_core.pyx":79
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -3861,7 +3936,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":79
+    /* "ivshmem/_core.pyx":80
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -3874,7 +3949,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":78
+    /* "ivshmem/_core.pyx":79
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -3883,7 +3958,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_core.pyx":80
+  /* "ivshmem/_core.pyx":81
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -3895,7 +3970,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":81
+    /* "ivshmem/_core.pyx":82
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -3908,7 +3983,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":80
+    /* "ivshmem/_core.pyx":81
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -3917,7 +3992,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_core.pyx":82
+  /* "ivshmem/_core.pyx":83
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return _now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -3930,7 +4005,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":70
+  /* "ivshmem/_core.pyx":71
  * 
  * 
  * cdef int64_t _deadline(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -3951,7 +4026,7 @@ static int64_t __pyx_f_7ivshmem_5_core__deadline(PyObject *__pyx_v_timeout) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":85
+/* "ivshmem/_core.pyx":86
  * 
  * 
  * cdef int _fail() except -1:             # <<<<<<<<<<<<<<
@@ -3966,17 +4041,17 @@ static int __pyx_f_7ivshmem_5_core__fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":86
+  /* "ivshmem/_core.pyx":87
  * 
  * cdef int _fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 86, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 87, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":87
+  /* "ivshmem/_core.pyx":88
  * cdef int _fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -3989,7 +4064,7 @@ static int __pyx_f_7ivshmem_5_core__fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":85
+  /* "ivshmem/_core.pyx":86
  * 
  * 
  * cdef int _fail() except -1:             # <<<<<<<<<<<<<<
@@ -4006,7 +4081,7 @@ static int __pyx_f_7ivshmem_5_core__fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":106
+/* "ivshmem/_core.pyx":107
  *     cdef bint closing
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4058,7 +4133,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_5_core_7FdArray___cinit__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":107
+  /* "ivshmem/_core.pyx":108
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -4067,7 +4142,7 @@ static int __pyx_pf_7ivshmem_5_core_7FdArray___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_core.pyx":106
+  /* "ivshmem/_core.pyx":107
  *     cdef bint closing
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4081,7 +4156,7 @@ static int __pyx_pf_7ivshmem_5_core_7FdArray___cinit__(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":109
+/* "ivshmem/_core.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4129,32 +4204,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 109, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 110, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 110, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 109, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 110, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 109, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 110, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 110, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 110, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 111, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 109, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 110, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4204,7 +4279,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_core.pyx":116
+  /* "ivshmem/_core.pyx":117
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -4217,13 +4292,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":118
+  /* "ivshmem/_core.pyx":119
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -4237,7 +4312,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":119
+    /* "ivshmem/_core.pyx":120
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -4246,7 +4321,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_core.pyx":120
+    /* "ivshmem/_core.pyx":121
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4258,7 +4333,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_core.pyx":121
+      /* "ivshmem/_core.pyx":122
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -4267,18 +4342,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":122
+        /* "ivshmem/_core.pyx":123
  *             if fd < 0:
  *                 try:
  *                     _fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 122, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_core.pyx":124
+      /* "ivshmem/_core.pyx":125
  *                     _fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -4294,7 +4369,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -4324,7 +4399,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -4354,7 +4429,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
         __pyx_L10:;
       }
 
-      /* "ivshmem/_core.pyx":120
+      /* "ivshmem/_core.pyx":121
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4363,7 +4438,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
 */
     }
 
-    /* "ivshmem/_core.pyx":125
+    /* "ivshmem/_core.pyx":126
  *                 finally:
  *                     array.close()
  *             array.take(fd)             # <<<<<<<<<<<<<<
@@ -4372,7 +4447,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_array);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 125, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __pyx_t_3 = 0;
     {
@@ -4380,14 +4455,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
 
-  /* "ivshmem/_core.pyx":126
+  /* "ivshmem/_core.pyx":127
  *                     array.close()
  *             array.take(fd)
  *         return array             # <<<<<<<<<<<<<<
@@ -4405,7 +4480,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":109
+  /* "ivshmem/_core.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4429,7 +4504,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":128
+/* "ivshmem/_core.pyx":129
  *         return array
  * 
  *     def take(self, int fd):             # <<<<<<<<<<<<<<
@@ -4477,32 +4552,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 128, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 129, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 129, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 128, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 129, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 128, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 129, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 128, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 129, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4538,7 +4613,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/_core.pyx":131
+  /* "ivshmem/_core.pyx":132
  *         """Append `fd` and own it from now on, also when this call fails."""
  *         cdef int *grown
  *         if self.closing:             # <<<<<<<<<<<<<<
@@ -4547,7 +4622,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_self->closing)) {
 
-    /* "ivshmem/_core.pyx":132
+    /* "ivshmem/_core.pyx":133
  *         cdef int *grown
  *         if self.closing:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -4556,7 +4631,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_core.pyx":133
+    /* "ivshmem/_core.pyx":134
  *         if self.closing:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -4564,7 +4639,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
  *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 133, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -4583,14 +4658,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 134, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 133, __pyx_L1_error)
+    __PYX_ERR(0, 134, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":131
+    /* "ivshmem/_core.pyx":132
  *         """Append `fd` and own it from now on, also when this call fails."""
  *         cdef int *grown
  *         if self.closing:             # <<<<<<<<<<<<<<
@@ -4599,7 +4674,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":134
+  /* "ivshmem/_core.pyx":135
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -4611,7 +4686,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":135
+    /* "ivshmem/_core.pyx":136
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:
  *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -4620,7 +4695,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
     __pyx_v_grown = ((int *)realloc(__pyx_v_self->fds, (((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-    /* "ivshmem/_core.pyx":136
+    /* "ivshmem/_core.pyx":137
  *         if self.count == self.room:
  *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -4632,7 +4707,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/_core.pyx":137
+      /* "ivshmem/_core.pyx":138
  *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -4641,16 +4716,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
       (void)(close(__pyx_v_fd));
 
-      /* "ivshmem/_core.pyx":138
+      /* "ivshmem/_core.pyx":139
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.fds = grown
  *             self.room = self.room * 2 + 1
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 138, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 139, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":136
+      /* "ivshmem/_core.pyx":137
  *         if self.count == self.room:
  *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -4659,7 +4734,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
     }
 
-    /* "ivshmem/_core.pyx":139
+    /* "ivshmem/_core.pyx":140
  *                 c_close(fd)
  *                 raise MemoryError
  *             self.fds = grown             # <<<<<<<<<<<<<<
@@ -4668,7 +4743,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
     __pyx_v_self->fds = __pyx_v_grown;
 
-    /* "ivshmem/_core.pyx":140
+    /* "ivshmem/_core.pyx":141
  *                 raise MemoryError
  *             self.fds = grown
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -4677,7 +4752,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
     __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-    /* "ivshmem/_core.pyx":134
+    /* "ivshmem/_core.pyx":135
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -4686,7 +4761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":142
  *             self.fds = grown
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
@@ -4695,7 +4770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
   (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":142
+  /* "ivshmem/_core.pyx":143
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         self.count += 1             # <<<<<<<<<<<<<<
@@ -4704,7 +4779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->count = (__pyx_v_self->count + 1);
 
-  /* "ivshmem/_core.pyx":128
+  /* "ivshmem/_core.pyx":129
  *         return array
  * 
  *     def take(self, int fd):             # <<<<<<<<<<<<<<
@@ -4728,7 +4803,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":144
+/* "ivshmem/_core.pyx":145
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -4755,7 +4830,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7FdArray_6__len__(struct __pyx_obj_7i
   Py_ssize_t __pyx_r;
   Py_ssize_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":145
+  /* "ivshmem/_core.pyx":146
  * 
  *     def __len__(self):
  *         return 0 if self.closing else self.count             # <<<<<<<<<<<<<<
@@ -4774,7 +4849,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7FdArray_6__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":144
+  /* "ivshmem/_core.pyx":145
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -4788,7 +4863,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7FdArray_6__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":147
+/* "ivshmem/_core.pyx":148
  *         return 0 if self.closing else self.count
  * 
  *     def __getitem__(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -4835,7 +4910,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__getitem__", 0);
 
-  /* "ivshmem/_core.pyx":149
+  /* "ivshmem/_core.pyx":150
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if self.closing or index < 0 or index >= self.count:             # <<<<<<<<<<<<<<
@@ -4867,7 +4942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":150
+    /* "ivshmem/_core.pyx":151
  *         """The descriptor, still owned by the array."""
  *         if self.closing or index < 0 or index >= self.count:
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -4875,10 +4950,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 150, __pyx_L1_error)
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_6, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __pyx_t_6 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_6, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -4891,7 +4966,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_6, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 150, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -4901,14 +4976,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 150, __pyx_L1_error)
+    __PYX_ERR(0, 151, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":149
+    /* "ivshmem/_core.pyx":150
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if self.closing or index < 0 or index >= self.count:             # <<<<<<<<<<<<<<
@@ -4917,14 +4992,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":151
+  /* "ivshmem/_core.pyx":152
  *         if self.closing or index < 0 or index >= self.count:
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept:
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -4937,7 +5012,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":147
+  /* "ivshmem/_core.pyx":148
  *         return 0 if self.closing else self.count
  * 
  *     def __getitem__(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -4960,7 +5035,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":153
+/* "ivshmem/_core.pyx":154
  *         return self.fds[index]
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -4975,7 +5050,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":155
+  /* "ivshmem/_core.pyx":156
  *     cdef void release(self) noexcept:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -4986,7 +5061,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":156
+  /* "ivshmem/_core.pyx":157
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0             # <<<<<<<<<<<<<<
@@ -4995,7 +5070,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->count = 0;
 
-  /* "ivshmem/_core.pyx":157
+  /* "ivshmem/_core.pyx":158
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -5009,7 +5084,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":158
+    /* "ivshmem/_core.pyx":159
  *         self.count = 0
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -5020,7 +5095,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   }
 
 
-  /* "ivshmem/_core.pyx":153
+  /* "ivshmem/_core.pyx":154
  *         return self.fds[index]
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5034,7 +5109,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":160
+/* "ivshmem/_core.pyx":161
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5046,7 +5121,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":163
  *     cdef void done(self) noexcept:
  *         """One user less."""
  *         self.users -= 1             # <<<<<<<<<<<<<<
@@ -5055,7 +5130,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_self->users = (__pyx_v_self->users - 1);
 
-  /* "ivshmem/_core.pyx":163
+  /* "ivshmem/_core.pyx":164
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5077,7 +5152,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":164
+    /* "ivshmem/_core.pyx":165
  *         self.users -= 1
  *         if self.closing and self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5086,7 +5161,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":163
+    /* "ivshmem/_core.pyx":164
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5095,7 +5170,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":160
+  /* "ivshmem/_core.pyx":161
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5107,7 +5182,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 
 }
 
-/* "ivshmem/_core.pyx":166
+/* "ivshmem/_core.pyx":167
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5123,7 +5198,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_10close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10close};
 static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_11close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5163,7 +5239,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":168
  * 
  *     def close(self):
  *         self.closing = True             # <<<<<<<<<<<<<<
@@ -5172,7 +5248,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->closing = 1;
 
-  /* "ivshmem/_core.pyx":168
+  /* "ivshmem/_core.pyx":169
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5184,7 +5260,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":169
+    /* "ivshmem/_core.pyx":170
  *         self.closing = True
  *         if self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5193,7 +5269,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":168
+    /* "ivshmem/_core.pyx":169
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5202,7 +5278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":166
+  /* "ivshmem/_core.pyx":167
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5217,7 +5293,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":171
+/* "ivshmem/_core.pyx":172
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5240,7 +5316,7 @@ static void __pyx_pw_7ivshmem_5_core_7FdArray_13__dealloc__(PyObject *__pyx_v_se
 
 static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
 
-  /* "ivshmem/_core.pyx":172
+  /* "ivshmem/_core.pyx":173
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -5249,7 +5325,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7iv
 */
   __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":174
  *     def __dealloc__(self):
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -5258,7 +5334,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7iv
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":172
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5284,7 +5360,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5365,7 +5442,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5474,7 +5552,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":186
+/* "ivshmem/_core.pyx":187
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5531,7 +5609,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":187
+  /* "ivshmem/_core.pyx":188
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -5540,7 +5618,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":188
+  /* "ivshmem/_core.pyx":189
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -5549,7 +5627,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_core.pyx":189
+  /* "ivshmem/_core.pyx":190
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5561,17 +5639,17 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":190
+    /* "ivshmem/_core.pyx":191
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":189
+    /* "ivshmem/_core.pyx":190
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5580,7 +5658,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":186
+  /* "ivshmem/_core.pyx":187
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5599,7 +5677,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":192
+/* "ivshmem/_core.pyx":193
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5615,7 +5693,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_2fileno, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_2fileno};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_3fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5662,7 +5741,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":193
+  /* "ivshmem/_core.pyx":194
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5674,7 +5753,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":194
+    /* "ivshmem/_core.pyx":195
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -5682,7 +5761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5701,14 +5780,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 194, __pyx_L1_error)
+    __PYX_ERR(0, 195, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":193
+    /* "ivshmem/_core.pyx":194
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5717,14 +5796,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":195
+  /* "ivshmem/_core.pyx":196
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -5737,7 +5816,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":193
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5758,7 +5837,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":197
+/* "ivshmem/_core.pyx":198
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -5780,7 +5859,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_core.pyx":199
+  /* "ivshmem/_core.pyx":200
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -5789,7 +5868,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_core.pyx":200
+  /* "ivshmem/_core.pyx":201
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -5798,7 +5877,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_core.pyx":201
+  /* "ivshmem/_core.pyx":202
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -5807,7 +5886,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_core.pyx":202
+  /* "ivshmem/_core.pyx":203
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -5821,10 +5900,10 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 202, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -5832,17 +5911,17 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":203
+    /* "ivshmem/_core.pyx":204
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":202
+    /* "ivshmem/_core.pyx":203
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -5851,7 +5930,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":204
+  /* "ivshmem/_core.pyx":205
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5864,7 +5943,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":197
+  /* "ivshmem/_core.pyx":198
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -5885,7 +5964,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":206
+/* "ivshmem/_core.pyx":207
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -5935,46 +6014,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 206, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 207, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 206, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 207, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 206, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 206, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 206, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 207, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 206, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 207, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 206, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 206, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 206, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 207, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 206, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 206, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 206, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 206, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 207, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6007,17 +6086,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_core.pyx":208
+  /* "ivshmem/_core.pyx":209
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":206
+  /* "ivshmem/_core.pyx":207
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6037,7 +6116,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":210
+/* "ivshmem/_core.pyx":211
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6053,7 +6132,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_7modify = {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_6modify, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_7modify = {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_6modify};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_7modify(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6086,46 +6166,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 210, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 210, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 210, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 210, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 210, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 211, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 211, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 210, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 210, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 210, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 210, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6158,17 +6238,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":212
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":210
+  /* "ivshmem/_core.pyx":211
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6188,7 +6268,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":213
+/* "ivshmem/_core.pyx":214
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -6204,7 +6284,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_9remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_8remove, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_9remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_8remove};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_9remove(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6235,32 +6316,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 213, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 214, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 214, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 213, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 214, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 213, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 214, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6291,17 +6372,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_core.pyx":214
+  /* "ivshmem/_core.pyx":215
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":213
+  /* "ivshmem/_core.pyx":214
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -6321,7 +6402,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":216
+/* "ivshmem/_core.pyx":217
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6369,24 +6450,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 216, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 216, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6397,7 +6478,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 216, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6441,17 +6522,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":219
+  /* "ivshmem/_core.pyx":220
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 220, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":221
+  /* "ivshmem/_core.pyx":222
  *         cdef int64_t deadline = _deadline(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -6465,14 +6546,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":222
+  /* "ivshmem/_core.pyx":223
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -6481,17 +6562,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":223
+    /* "ivshmem/_core.pyx":224
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 223, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 224, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_core.pyx":224
+    /* "ivshmem/_core.pyx":225
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6503,7 +6584,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_core.pyx":225
+      /* "ivshmem/_core.pyx":226
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -6511,7 +6592,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -6519,20 +6600,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 225, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 226, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 225, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 226, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 225, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 226, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 225, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 226, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 225, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 226, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -6548,7 +6629,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":224
+      /* "ivshmem/_core.pyx":225
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6558,7 +6639,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     }
   }
 
-  /* "ivshmem/_core.pyx":216
+  /* "ivshmem/_core.pyx":217
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6587,7 +6668,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":227
+/* "ivshmem/_core.pyx":228
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6603,7 +6684,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_12close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_12close};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6645,7 +6727,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":228
+  /* "ivshmem/_core.pyx":229
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -6656,7 +6738,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":229
+  /* "ivshmem/_core.pyx":230
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -6665,7 +6747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":230
+  /* "ivshmem/_core.pyx":231
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6677,7 +6759,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":231
+    /* "ivshmem/_core.pyx":232
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -6686,7 +6768,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_core.pyx":230
+    /* "ivshmem/_core.pyx":231
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6695,7 +6777,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":227
+  /* "ivshmem/_core.pyx":228
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6711,7 +6793,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":233
+/* "ivshmem/_core.pyx":234
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6735,7 +6817,7 @@ static void __pyx_pw_7ivshmem_5_core_5Epoll_15__dealloc__(PyObject *__pyx_v_self
 static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":234
+  /* "ivshmem/_core.pyx":235
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6747,7 +6829,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":235
+    /* "ivshmem/_core.pyx":236
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -6756,7 +6838,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_core.pyx":234
+    /* "ivshmem/_core.pyx":235
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6765,7 +6847,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/_core.pyx":233
+  /* "ivshmem/_core.pyx":234
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6791,7 +6873,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_16__reduce_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6872,7 +6955,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Epoll_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_18__setstate_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_5Epoll_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6981,7 +7065,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_18__setstate_cython__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":238
+/* "ivshmem/_core.pyx":239
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -7005,7 +7089,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":242
+  /* "ivshmem/_core.pyx":243
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7017,7 +7101,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":243
+    /* "ivshmem/_core.pyx":244
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -7026,7 +7110,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_core.pyx":242
+    /* "ivshmem/_core.pyx":243
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7036,7 +7120,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":245
+  /* "ivshmem/_core.pyx":246
  *         milliseconds = -1
  *     else:
  *         left = deadline - _now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -7056,7 +7140,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":247
+    /* "ivshmem/_core.pyx":248
  *         left = deadline - _now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -7092,7 +7176,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":248
+  /* "ivshmem/_core.pyx":249
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -7105,7 +7189,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":249
+        /* "ivshmem/_core.pyx":250
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -7114,7 +7198,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_core.pyx":250
+        /* "ivshmem/_core.pyx":251
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -7124,7 +7208,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_core.pyx":248
+      /* "ivshmem/_core.pyx":249
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -7141,7 +7225,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       }
   }
 
-  /* "ivshmem/_core.pyx":251
+  /* "ivshmem/_core.pyx":252
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -7153,7 +7237,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":252
+    /* "ivshmem/_core.pyx":253
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -7166,7 +7250,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":251
+    /* "ivshmem/_core.pyx":252
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -7175,7 +7259,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":254
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7187,17 +7271,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":254
+    /* "ivshmem/_core.pyx":255
  *         return n
  *     if code != EINTR:
  *         _fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":253
+    /* "ivshmem/_core.pyx":254
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7206,17 +7290,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":256
  *     if code != EINTR:
  *         _fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":257
  *         _fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -7229,7 +7313,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":238
+  /* "ivshmem/_core.pyx":239
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -7250,7 +7334,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":259
+/* "ivshmem/_core.pyx":260
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -7273,7 +7357,7 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_fail_with", 0);
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":261
  * 
  * cdef int _fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -7281,15 +7365,15 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 260, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 261, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -7297,14 +7381,14 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 260, __pyx_L1_error)
+  __PYX_ERR(0, 261, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":259
+  /* "ivshmem/_core.pyx":260
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -7325,7 +7409,892 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":265
+/* "ivshmem/_core.pyx":270
+ *     cdef int fd
+ * 
+ *     def __cinit__(self):             # <<<<<<<<<<<<<<
+ *         self.fd = -1
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_5_core_5Timer_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static int __pyx_pw_7ivshmem_5_core_5Timer_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL_TPNEW
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL_TPNEW
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 0, 0, __pyx_nargs); return -1; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return -1;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__cinit__", __pyx_kwds); return -1;}
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer___cinit__(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/_core.pyx":271
+ * 
+ *     def __cinit__(self):
+ *         self.fd = -1             # <<<<<<<<<<<<<<
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+ *         if self.fd < 0:
+*/
+  __pyx_v_self->fd = -1;
+
+  /* "ivshmem/_core.pyx":272
+ *     def __cinit__(self):
+ *         self.fd = -1
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
+ *         if self.fd < 0:
+ *             _fail()
+*/
+  __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
+
+  /* "ivshmem/_core.pyx":273
+ *         self.fd = -1
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+ *         if self.fd < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_self->fd < 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":274
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+ *         if self.fd < 0:
+ *             _fail()             # <<<<<<<<<<<<<<
+ * 
+ *     def fileno(self):
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 274, __pyx_L1_error)
+
+
+    /* "ivshmem/_core.pyx":273
+ *         self.fd = -1
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+ *         if self.fd < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":270
+ *     cdef int fd
+ * 
+ *     def __cinit__(self):             # <<<<<<<<<<<<<<
+ *         self.fd = -1
+ *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._core.Timer.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":276
+ *             _fail()
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         if self.fd < 0:
+ *             raise ClosedError("the timer is closed")
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_3fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Timer_2fileno, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Timer_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_2fileno};
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_3fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fileno (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("fileno", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer_2fileno(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fileno", 0);
+
+  /* "ivshmem/_core.pyx":277
+ * 
+ *     def fileno(self):
+ *         if self.fd < 0:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the timer is closed")
+ *         return self.fd
+*/
+  __pyx_t_1 = (__pyx_v_self->fd < 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_core.pyx":278
+ *     def fileno(self):
+ *         if self.fd < 0:
+ *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
+ *         return self.fd
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_timer_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 278, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 278, __pyx_L1_error)
+
+    /* "ivshmem/_core.pyx":277
+ * 
+ *     def fileno(self):
+ *         if self.fd < 0:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the timer is closed")
+ *         return self.fd
+*/
+  }
+
+  /* "ivshmem/_core.pyx":279
+ *         if self.fd < 0:
+ *             raise ClosedError("the timer is closed")
+ *         return self.fd             # <<<<<<<<<<<<<<
+ * 
+ *     def set(self, double seconds):
+*/
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":276
+ *             _fail()
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         if self.fd < 0:
+ *             raise ClosedError("the timer is closed")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._core.Timer.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":281
+ *         return self.fd
+ * 
+ *     def set(self, double seconds):             # <<<<<<<<<<<<<<
+ *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         cdef itimerspec spec
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_5set(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Timer_4set, "Be readable in so many seconds, from now on, and not before; 0: never.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Timer_5set = {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_4set};
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_5set(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  double __pyx_v_seconds;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("set (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+    }
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer_4set(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self), __pyx_v_seconds);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self, double __pyx_v_seconds) {
+  struct itimerspec __pyx_v_spec;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("set", 0);
+
+  /* "ivshmem/_core.pyx":284
+ *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         cdef itimerspec spec
+ *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
+ *         spec.it_value.tv_sec = <long>seconds
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+*/
+  (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
+
+  /* "ivshmem/_core.pyx":285
+ *         cdef itimerspec spec
+ *         memset(&spec, 0, sizeof(spec))
+ *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+ *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
+*/
+  __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
+
+  /* "ivshmem/_core.pyx":286
+ *         memset(&spec, 0, sizeof(spec))
+ *         spec.it_value.tv_sec = <long>seconds
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
+ *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
+ *             _fail()
+*/
+  __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
+
+  /* "ivshmem/_core.pyx":287
+ *         spec.it_value.tv_sec = <long>seconds
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+ *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
+
+
+  if (__pyx_t_5) {
+
+
+    /* "ivshmem/_core.pyx":288
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+ *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
+ *             _fail()             # <<<<<<<<<<<<<<
+ * 
+ *     def close(self):
+*/
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L1_error)
+
+
+    /* "ivshmem/_core.pyx":287
+ *         spec.it_value.tv_sec = <long>seconds
+ *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+ *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":281
+ *         return self.fd
+ * 
+ *     def set(self, double seconds):             # <<<<<<<<<<<<<<
+ *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         cdef itimerspec spec
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._core.Timer.set", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":290
+ *             _fail()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         cdef int fd = self.fd
+ *         self.fd = -1
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_7close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Timer_6close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Timer_7close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_6close};
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_7close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("close (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer_6close(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
+  int __pyx_v_fd;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  __Pyx_RefNannySetupContext("close", 0);
+
+  /* "ivshmem/_core.pyx":291
+ * 
+ *     def close(self):
+ *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
+ *         self.fd = -1
+ *         if fd >= 0:
+*/
+  __pyx_t_1 = __pyx_v_self->fd;
+
+  __pyx_v_fd = __pyx_t_1;
+
+  /* "ivshmem/_core.pyx":292
+ *     def close(self):
+ *         cdef int fd = self.fd
+ *         self.fd = -1             # <<<<<<<<<<<<<<
+ *         if fd >= 0:
+ *             c_close(fd)
+*/
+  __pyx_v_self->fd = -1;
+
+  /* "ivshmem/_core.pyx":293
+ *         cdef int fd = self.fd
+ *         self.fd = -1
+ *         if fd >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(fd)
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_fd >= 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_core.pyx":294
+ *         self.fd = -1
+ *         if fd >= 0:
+ *             c_close(fd)             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+    (void)(close(__pyx_v_fd));
+
+    /* "ivshmem/_core.pyx":293
+ *         cdef int fd = self.fd
+ *         self.fd = -1
+ *         if fd >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(fd)
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":290
+ *             _fail()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         cdef int fd = self.fd
+ *         self.fd = -1
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":296
+ *             c_close(fd)
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.fd >= 0:
+ *             c_close(self.fd)
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_5_core_5Timer_9__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_5_core_5Timer_9__dealloc__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
+  int __pyx_t_1;
+
+  /* "ivshmem/_core.pyx":297
+ * 
+ *     def __dealloc__(self):
+ *         if self.fd >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.fd)
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_self->fd >= 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":298
+ *     def __dealloc__(self):
+ *         if self.fd >= 0:
+ *             c_close(self.fd)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+    (void)(close(__pyx_v_self->fd));
+
+    /* "ivshmem/_core.pyx":297
+ * 
+ *     def __dealloc__(self):
+ *         if self.fd >= 0:             # <<<<<<<<<<<<<<
+ *             c_close(self.fd)
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":296
+ *             c_close(fd)
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.fd >= 0:
+ *             c_close(self.fd)
+*/
+
+  /* function exit code */
+
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Timer_10__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_10__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_11__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer_10__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._core.Timer.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_5Timer_12__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_12__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_5Timer_13__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_5Timer_12__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Timer *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._core.Timer.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":303
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -7374,39 +8343,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 303, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 265, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 303, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 303, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 265, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L3_error)
     __pyx_v_runs = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7467,7 +8436,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_runs", 0);
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":322
  *     cdef int64_t values[BATCH]
  *     cdef ivshmem_control controls[BATCH]
  *     cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
@@ -7476,7 +8445,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_core.pyx":286
+  /* "ivshmem/_core.pyx":324
  *     cdef Py_ssize_t total = 0
  *     cdef Py_ssize_t first, count, i
  *     cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -7485,7 +8454,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":328
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -7497,9 +8466,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -7507,7 +8476,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -7517,7 +8486,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -7528,13 +8497,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 290, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 328, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -7544,27 +8513,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":291
+    /* "ivshmem/_core.pyx":329
  *     cdef FdArray fds
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
 */
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 291, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
     __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_4));
@@ -7572,7 +8541,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_core.pyx":292
+    /* "ivshmem/_core.pyx":330
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -7607,7 +8576,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/_core.pyx":293
+      /* "ivshmem/_core.pyx":331
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
@@ -7615,11 +8584,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
  *             values[filled] = value
 */
       __pyx_t_6 = NULL;
-      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
       __pyx_t_14[1] = __pyx_t_11;
@@ -7633,7 +8602,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       #endif
       __pyx_t_15 = 0;
       __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
-      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 293, __pyx_L1_error)
+      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_16);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -7644,14 +8613,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 293, __pyx_L1_error)
+      __PYX_ERR(0, 331, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":292
+      /* "ivshmem/_core.pyx":330
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -7660,7 +8629,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
     }
 
-    /* "ivshmem/_core.pyx":294
+    /* "ivshmem/_core.pyx":332
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
@@ -7674,7 +8643,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
       __pyx_v_i = __pyx_t_18;
 
-      /* "ivshmem/_core.pyx":295
+      /* "ivshmem/_core.pyx":333
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
  *             values[filled] = value             # <<<<<<<<<<<<<<
@@ -7683,7 +8652,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
 
-      /* "ivshmem/_core.pyx":296
+      /* "ivshmem/_core.pyx":334
  *         for i in range(first, first + count):
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
@@ -7692,7 +8661,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":297
+      /* "ivshmem/_core.pyx":335
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -7701,7 +8670,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":298
+      /* "ivshmem/_core.pyx":336
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
@@ -7710,7 +8679,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
 
-      /* "ivshmem/_core.pyx":299
+      /* "ivshmem/_core.pyx":337
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
@@ -7719,7 +8688,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":300
+      /* "ivshmem/_core.pyx":338
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -7728,7 +8697,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":301
+      /* "ivshmem/_core.pyx":339
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -7739,7 +8708,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":302
+        /* "ivshmem/_core.pyx":340
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
@@ -7748,7 +8717,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_f_7ivshmem_5_core__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
 
-        /* "ivshmem/_core.pyx":301
+        /* "ivshmem/_core.pyx":339
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -7757,7 +8726,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       }
 
-      /* "ivshmem/_core.pyx":303
+      /* "ivshmem/_core.pyx":341
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1             # <<<<<<<<<<<<<<
@@ -7766,7 +8735,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_core.pyx":304
+      /* "ivshmem/_core.pyx":342
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -7778,17 +8747,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":305
+        /* "ivshmem/_core.pyx":343
  *             filled += 1
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *                 total += sent
  *                 if sent < filled:
 */
-        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
+        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
         __pyx_v_sent = __pyx_t_15;
 
-        /* "ivshmem/_core.pyx":306
+        /* "ivshmem/_core.pyx":344
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent             # <<<<<<<<<<<<<<
@@ -7797,7 +8766,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_core.pyx":307
+        /* "ivshmem/_core.pyx":345
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -7809,14 +8778,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         if (__pyx_t_9) {
 
 
-          /* "ivshmem/_core.pyx":308
+          /* "ivshmem/_core.pyx":346
  *                 total += sent
  *                 if sent < filled:
  *                     return total             # <<<<<<<<<<<<<<
  *                 filled = 0
  *     if filled:
 */
-          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -7830,7 +8799,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":307
+          /* "ivshmem/_core.pyx":345
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -7839,7 +8808,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         }
 
-        /* "ivshmem/_core.pyx":309
+        /* "ivshmem/_core.pyx":347
  *                 if sent < filled:
  *                     return total
  *                 filled = 0             # <<<<<<<<<<<<<<
@@ -7848,7 +8817,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_core.pyx":304
+        /* "ivshmem/_core.pyx":342
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -7859,7 +8828,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     }
 
 
-    /* "ivshmem/_core.pyx":290
+    /* "ivshmem/_core.pyx":328
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -7869,7 +8838,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":310
+  /* "ivshmem/_core.pyx":348
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -7881,18 +8850,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_core.pyx":311
+    /* "ivshmem/_core.pyx":349
  *                 filled = 0
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *     return total
  * 
 */
-    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L1_error)
+    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
     __pyx_v_total = (__pyx_v_total + __pyx_t_15);
 
 
-    /* "ivshmem/_core.pyx":310
+    /* "ivshmem/_core.pyx":348
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -7901,14 +8870,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   }
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":350
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7921,7 +8890,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":265
+  /* "ivshmem/_core.pyx":303
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -7959,7 +8928,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":315
+/* "ivshmem/_core.pyx":353
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -7970,7 +8939,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
   struct cmsghdr *__pyx_v_header;
 
-  /* "ivshmem/_core.pyx":317
+  /* "ivshmem/_core.pyx":355
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -7979,7 +8948,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
 
-  /* "ivshmem/_core.pyx":318
+  /* "ivshmem/_core.pyx":356
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
@@ -7988,7 +8957,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
 
-  /* "ivshmem/_core.pyx":319
+  /* "ivshmem/_core.pyx":357
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -7997,7 +8966,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-  /* "ivshmem/_core.pyx":320
+  /* "ivshmem/_core.pyx":358
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -8006,7 +8975,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":321
+  /* "ivshmem/_core.pyx":359
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -8015,7 +8984,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-  /* "ivshmem/_core.pyx":322
+  /* "ivshmem/_core.pyx":360
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -8024,7 +8993,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-  /* "ivshmem/_core.pyx":323
+  /* "ivshmem/_core.pyx":361
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -8033,7 +9002,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_core.pyx":324
+  /* "ivshmem/_core.pyx":362
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS
  *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
@@ -8042,7 +9011,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
 
-  /* "ivshmem/_core.pyx":315
+  /* "ivshmem/_core.pyx":353
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -8055,7 +9024,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 
 }
 
-/* "ivshmem/_core.pyx":327
+/* "ivshmem/_core.pyx":365
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -8073,7 +9042,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":330
+  /* "ivshmem/_core.pyx":368
  *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
  *     cdef int n
  *     while True:             # <<<<<<<<<<<<<<
@@ -8082,7 +9051,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":331
+    /* "ivshmem/_core.pyx":369
  *     cdef int n
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -8091,7 +9060,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_core.pyx":332
+    /* "ivshmem/_core.pyx":370
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -8103,7 +9072,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":333
+      /* "ivshmem/_core.pyx":371
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:
  *             return n             # <<<<<<<<<<<<<<
@@ -8116,7 +9085,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":332
+      /* "ivshmem/_core.pyx":370
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -8125,7 +9094,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":334
+    /* "ivshmem/_core.pyx":372
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8137,7 +9106,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":335
+      /* "ivshmem/_core.pyx":373
  *             return n
  *         if errno == EINTR:
  *             continue             # <<<<<<<<<<<<<<
@@ -8146,7 +9115,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/_core.pyx":334
+      /* "ivshmem/_core.pyx":372
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8155,7 +9124,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":336
+    /* "ivshmem/_core.pyx":374
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -8181,7 +9150,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":337
+      /* "ivshmem/_core.pyx":375
  *             continue
  *         if errno == EAGAIN or before > 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -8194,7 +9163,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":336
+      /* "ivshmem/_core.pyx":374
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -8203,14 +9172,14 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":338
+    /* "ivshmem/_core.pyx":376
  *         if errno == EAGAIN or before > 0:
  *             return 0
  *         return _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
@@ -8218,7 +9187,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_core.pyx":327
+  /* "ivshmem/_core.pyx":365
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -8238,7 +9207,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":341
+/* "ivshmem/_core.pyx":379
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -8287,39 +9256,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 341, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 379, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 379, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 379, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 379, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 341, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 379, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 379, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 379, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 341, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 379, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8382,19 +9351,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_core.pyx":359
+  /* "ivshmem/_core.pyx":397
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 359, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":360
+  /* "ivshmem/_core.pyx":398
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -8403,7 +9372,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_core.pyx":361
+  /* "ivshmem/_core.pyx":399
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -8412,7 +9381,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_core.pyx":362
+  /* "ivshmem/_core.pyx":400
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -8420,7 +9389,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 400, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -8451,7 +9420,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":363
+    /* "ivshmem/_core.pyx":401
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -8460,7 +9429,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_core.pyx":364
+    /* "ivshmem/_core.pyx":402
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -8474,7 +9443,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_core.pyx":365
+      /* "ivshmem/_core.pyx":403
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -8483,7 +9452,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)]));
 
-      /* "ivshmem/_core.pyx":366
+      /* "ivshmem/_core.pyx":404
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -8492,7 +9461,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":367
+      /* "ivshmem/_core.pyx":405
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -8501,7 +9470,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":368
+      /* "ivshmem/_core.pyx":406
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -8510,7 +9479,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":369
+      /* "ivshmem/_core.pyx":407
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -8519,7 +9488,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":370
+      /* "ivshmem/_core.pyx":408
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -8530,7 +9499,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":371
+    /* "ivshmem/_core.pyx":409
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -8539,7 +9508,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_5_core_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -8556,7 +9525,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_core.pyx":372
+    /* "ivshmem/_core.pyx":410
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -8565,7 +9534,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_core.pyx":373
+    /* "ivshmem/_core.pyx":411
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -8577,7 +9546,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":374
+      /* "ivshmem/_core.pyx":412
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8589,7 +9558,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":375
+        /* "ivshmem/_core.pyx":413
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -8598,7 +9567,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_core.pyx":374
+        /* "ivshmem/_core.pyx":412
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -8607,7 +9576,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":376
+      /* "ivshmem/_core.pyx":414
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -8626,7 +9595,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 376, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 414, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -8637,7 +9606,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":377
+        /* "ivshmem/_core.pyx":415
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -8646,7 +9615,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":376
+        /* "ivshmem/_core.pyx":414
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -8655,17 +9624,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":378
+      /* "ivshmem/_core.pyx":416
  *             if errno == EAGAIN or chunks:
  *                 break
  *             _fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":373
+      /* "ivshmem/_core.pyx":411
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -8674,7 +9643,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_core.pyx":379
+    /* "ivshmem/_core.pyx":417
  *                 break
  *             _fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -8688,19 +9657,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":380
+      /* "ivshmem/_core.pyx":418
  *             _fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 380, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":381
+      /* "ivshmem/_core.pyx":419
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -8721,7 +9690,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":382
+      /* "ivshmem/_core.pyx":420
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -8742,7 +9711,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":383
+      /* "ivshmem/_core.pyx":421
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -8754,36 +9723,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":385
+        /* "ivshmem/_core.pyx":423
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 385, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 385, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 385, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":384
+        /* "ivshmem/_core.pyx":422
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_core.pyx":383
+        /* "ivshmem/_core.pyx":421
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -8794,7 +9763,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":387
+    /* "ivshmem/_core.pyx":425
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8806,7 +9775,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":388
+      /* "ivshmem/_core.pyx":426
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -8815,7 +9784,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_core.pyx":387
+      /* "ivshmem/_core.pyx":425
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -8827,7 +9796,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":389
+  /* "ivshmem/_core.pyx":427
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -8836,7 +9805,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_core.pyx":390
+    /* "ivshmem/_core.pyx":428
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -8849,13 +9818,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 390, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 428, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -8863,7 +9832,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 390, __pyx_L1_error)
+          __PYX_ERR(0, 428, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -8873,22 +9842,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 390, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 428, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 390, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 428, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 390, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 428, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 390, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 428, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 390, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 428, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -8896,7 +9865,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 428, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -8904,7 +9873,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 390, __pyx_L1_error)
+        __PYX_ERR(0, 428, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -8912,7 +9881,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_core.pyx":391
+      /* "ivshmem/_core.pyx":429
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -8924,9 +9893,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 391, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 429, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -8934,7 +9903,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 391, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -8944,7 +9913,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 391, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -8955,13 +9924,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 391, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 429, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 391, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 429, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -8971,18 +9940,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_core.pyx":392
+        /* "ivshmem/_core.pyx":430
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 392, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_core.pyx":391
+        /* "ivshmem/_core.pyx":429
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -8992,7 +9961,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":390
+      /* "ivshmem/_core.pyx":428
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -9002,7 +9971,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_core.pyx":393
+    /* "ivshmem/_core.pyx":431
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -9010,7 +9979,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 393, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9029,14 +9998,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 393, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 431, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 393, __pyx_L1_error)
+    __PYX_ERR(0, 431, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":389
+    /* "ivshmem/_core.pyx":427
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -9045,22 +10014,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_core.pyx":397
+  /* "ivshmem/_core.pyx":435
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 397, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 435, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 397, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 435, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -9073,7 +10042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":341
+  /* "ivshmem/_core.pyx":379
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -9109,7 +10078,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":400
+/* "ivshmem/_core.pyx":438
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -9136,7 +10105,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_core.pyx":401
+  /* "ivshmem/_core.pyx":439
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -9145,19 +10114,19 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":404
+  /* "ivshmem/_core.pyx":442
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":405
+  /* "ivshmem/_core.pyx":443
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -9170,7 +10139,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":406
+    /* "ivshmem/_core.pyx":444
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -9196,7 +10165,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":445
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -9209,7 +10178,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 407, __pyx_L1_error)
+        __PYX_ERR(0, 445, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -9220,7 +10189,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_core.pyx":408
+        /* "ivshmem/_core.pyx":446
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -9229,22 +10198,22 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_core.pyx":409
+        /* "ivshmem/_core.pyx":447
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":444
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -9253,7 +10222,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_core.pyx":410
+    /* "ivshmem/_core.pyx":448
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -9263,14 +10232,14 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_core.pyx":411
+  /* "ivshmem/_core.pyx":449
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9283,7 +10252,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":400
+  /* "ivshmem/_core.pyx":438
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -9306,7 +10275,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":428
+/* "ivshmem/_core.pyx":466
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -9347,45 +10316,45 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_readonly,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 428, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 466, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 428, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 2) ? kwd_pos_args : 2;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 428, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 466, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 428, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 466, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 428, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L3_error)
+      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
     } else {
       __pyx_v_readonly = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 428, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 466, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9432,7 +10401,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":430
+  /* "ivshmem/_core.pyx":468
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
@@ -9448,7 +10417,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":431
+  /* "ivshmem/_core.pyx":469
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -9457,7 +10426,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":432
+  /* "ivshmem/_core.pyx":470
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -9469,7 +10438,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":433
+    /* "ivshmem/_core.pyx":471
  *         self.start = NULL
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
@@ -9477,7 +10446,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_map;
     __pyx_t_6[1] = __pyx_t_5;
@@ -9488,7 +10457,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
     #endif
     __pyx_t_1 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 433, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -9497,14 +10466,14 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 471, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 433, __pyx_L1_error)
+    __PYX_ERR(0, 471, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":432
+    /* "ivshmem/_core.pyx":470
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -9513,7 +10482,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":434
+  /* "ivshmem/_core.pyx":472
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9526,7 +10495,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":435
+        /* "ivshmem/_core.pyx":473
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)             # <<<<<<<<<<<<<<
@@ -9536,7 +10505,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
         __pyx_v_address = mmap(NULL, __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, 0);
       }
 
-      /* "ivshmem/_core.pyx":434
+      /* "ivshmem/_core.pyx":472
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9553,7 +10522,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       }
   }
 
-  /* "ivshmem/_core.pyx":436
+  /* "ivshmem/_core.pyx":474
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -9565,17 +10534,17 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":437
+    /* "ivshmem/_core.pyx":475
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:
  *             _fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":436
+    /* "ivshmem/_core.pyx":474
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -9584,7 +10553,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":476
  *         if address == MAP_FAILED:
  *             _fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -9593,7 +10562,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_core.pyx":439
+  /* "ivshmem/_core.pyx":477
  *             _fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
@@ -9602,7 +10571,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_core.pyx":440
+  /* "ivshmem/_core.pyx":478
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
@@ -9611,7 +10580,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_core.pyx":428
+  /* "ivshmem/_core.pyx":466
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -9637,7 +10606,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":442
+/* "ivshmem/_core.pyx":480
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9669,14 +10638,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":445
+  /* "ivshmem/_core.pyx":483
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9689,7 +10658,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":480
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9708,7 +10677,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":447
+/* "ivshmem/_core.pyx":485
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9740,14 +10709,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":450
+  /* "ivshmem/_core.pyx":488
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9760,7 +10729,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":447
+  /* "ivshmem/_core.pyx":485
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9779,7 +10748,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":452
+/* "ivshmem/_core.pyx":490
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9811,14 +10780,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":455
+  /* "ivshmem/_core.pyx":493
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 493, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9831,7 +10800,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":452
+  /* "ivshmem/_core.pyx":490
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9850,7 +10819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":457
+/* "ivshmem/_core.pyx":495
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9882,14 +10851,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":460
+  /* "ivshmem/_core.pyx":498
  *     def closed(self):
  *         """Whether the memory is no longer mapped here."""
  *         return self.start == NULL             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9902,7 +10871,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":457
+  /* "ivshmem/_core.pyx":495
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9921,7 +10890,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":462
+/* "ivshmem/_core.pyx":500
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9942,7 +10911,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":463
+  /* "ivshmem/_core.pyx":501
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -9954,7 +10923,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":464
+    /* "ivshmem/_core.pyx":502
  *     cdef int check(self) except -1:
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -9962,7 +10931,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 502, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9981,14 +10950,14 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 464, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 502, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 464, __pyx_L1_error)
+    __PYX_ERR(0, 502, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":463
+    /* "ivshmem/_core.pyx":501
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -9997,7 +10966,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":465
+  /* "ivshmem/_core.pyx":503
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -10010,7 +10979,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":462
+  /* "ivshmem/_core.pyx":500
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10031,7 +11000,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":467
+/* "ivshmem/_core.pyx":505
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10079,32 +11048,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 467, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 505, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 467, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 505, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 467, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 505, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 467, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 505, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 467, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 505, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10151,7 +11120,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_core.pyx":473
+  /* "ivshmem/_core.pyx":511
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -10167,7 +11136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":474
+  /* "ivshmem/_core.pyx":512
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -10176,7 +11145,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":477
+  /* "ivshmem/_core.pyx":515
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -10185,17 +11154,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_core.pyx":478
+  /* "ivshmem/_core.pyx":516
  *         cdef char *end
  *         cdef char seen = 0
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.views += 1
  *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":479
+  /* "ivshmem/_core.pyx":517
  *         cdef char seen = 0
  *         self.check()
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -10204,7 +11173,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":480
+  /* "ivshmem/_core.pyx":518
  *         self.check()
  *         self.views += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -10213,7 +11182,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":481
+    /* "ivshmem/_core.pyx":519
  *         self.views += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -10222,7 +11191,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":482
+      /* "ivshmem/_core.pyx":520
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10235,7 +11204,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":483
+            /* "ivshmem/_core.pyx":521
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -10255,7 +11224,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             __pyx_v_code = __pyx_t_2;
           }
 
-          /* "ivshmem/_core.pyx":482
+          /* "ivshmem/_core.pyx":520
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10272,7 +11241,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":484
+      /* "ivshmem/_core.pyx":522
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10291,7 +11260,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":485
+        /* "ivshmem/_core.pyx":523
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -10300,7 +11269,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
         goto __pyx_L7_break;
 
-        /* "ivshmem/_core.pyx":484
+        /* "ivshmem/_core.pyx":522
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10309,19 +11278,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":486
+      /* "ivshmem/_core.pyx":524
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L4_error)
 
     }
     __pyx_L7_break:;
 
-    /* "ivshmem/_core.pyx":487
+    /* "ivshmem/_core.pyx":525
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -10333,7 +11302,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":488
+      /* "ivshmem/_core.pyx":526
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -10344,7 +11313,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
       __pyx_v_page = __pyx_t_4;
 
-      /* "ivshmem/_core.pyx":489
+      /* "ivshmem/_core.pyx":527
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -10353,7 +11322,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_core.pyx":490
+      /* "ivshmem/_core.pyx":528
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10366,7 +11335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":491
+            /* "ivshmem/_core.pyx":529
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -10379,7 +11348,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
               if (!__pyx_t_3) break;
 
-              /* "ivshmem/_core.pyx":492
+              /* "ivshmem/_core.pyx":530
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -10391,7 +11360,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/_core.pyx":493
+                /* "ivshmem/_core.pyx":531
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -10400,7 +11369,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_core.pyx":492
+                /* "ivshmem/_core.pyx":530
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -10410,7 +11379,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
                 goto __pyx_L20;
               }
 
-              /* "ivshmem/_core.pyx":495
+              /* "ivshmem/_core.pyx":533
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -10422,7 +11391,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               }
               __pyx_L20:;
 
-              /* "ivshmem/_core.pyx":496
+              /* "ivshmem/_core.pyx":534
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -10433,7 +11402,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             }
           }
 
-          /* "ivshmem/_core.pyx":490
+          /* "ivshmem/_core.pyx":528
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10450,7 +11419,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":487
+      /* "ivshmem/_core.pyx":525
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -10460,7 +11429,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       goto __pyx_L14;
     }
 
-    /* "ivshmem/_core.pyx":497
+    /* "ivshmem/_core.pyx":535
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -10472,17 +11441,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":498
+      /* "ivshmem/_core.pyx":536
  *                         page += page_size
  *             elif code:
  *                 _fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.views -= 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":497
+      /* "ivshmem/_core.pyx":535
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -10493,7 +11462,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L14:;
   }
 
-  /* "ivshmem/_core.pyx":500
+  /* "ivshmem/_core.pyx":538
  *                 _fail_with(code)
  *         finally:
  *             self.views -= 1             # <<<<<<<<<<<<<<
@@ -10537,7 +11506,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":467
+  /* "ivshmem/_core.pyx":505
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10562,7 +11531,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":502
+/* "ivshmem/_core.pyx":540
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10610,32 +11579,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 502, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 540, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 502, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 502, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 540, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 502, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 540, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 502, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 502, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 540, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 502, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 540, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10683,7 +11652,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_core.pyx":504
+  /* "ivshmem/_core.pyx":542
  *     def resident(self, Py_ssize_t page_size):
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
@@ -10694,16 +11663,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 504, __pyx_L1_error)
+    __PYX_ERR(0, 542, __pyx_L1_error)
   }
   else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
     PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 504, __pyx_L1_error)
+    __PYX_ERR(0, 542, __pyx_L1_error)
   }
   __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
 
-  /* "ivshmem/_core.pyx":506
+  /* "ivshmem/_core.pyx":544
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -10712,17 +11681,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":508
+  /* "ivshmem/_core.pyx":546
  *         cdef Py_ssize_t count = 0
  *         cdef unsigned char *vector
  *         self.check()             # <<<<<<<<<<<<<<
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":509
+  /* "ivshmem/_core.pyx":547
  *         cdef unsigned char *vector
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
@@ -10731,7 +11700,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
 
-  /* "ivshmem/_core.pyx":510
+  /* "ivshmem/_core.pyx":548
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -10743,16 +11712,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":511
+    /* "ivshmem/_core.pyx":549
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 511, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 549, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":510
+    /* "ivshmem/_core.pyx":548
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -10761,7 +11730,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":512
+  /* "ivshmem/_core.pyx":550
  *         if vector == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -10770,7 +11739,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":513
+    /* "ivshmem/_core.pyx":551
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -10782,17 +11751,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":514
+      /* "ivshmem/_core.pyx":552
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             for i in range(pages):
  *                 count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 514, __pyx_L5_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":513
+      /* "ivshmem/_core.pyx":551
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -10801,7 +11770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":515
+    /* "ivshmem/_core.pyx":553
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()
  *             for i in range(pages):             # <<<<<<<<<<<<<<
@@ -10815,7 +11784,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":516
+      /* "ivshmem/_core.pyx":554
  *                 _fail()
  *             for i in range(pages):
  *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -10827,7 +11796,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   }
 
-  /* "ivshmem/_core.pyx":518
+  /* "ivshmem/_core.pyx":556
  *                 count += vector[i] & 1
  *         finally:
  *             free(vector)             # <<<<<<<<<<<<<<
@@ -10871,14 +11840,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":519
+  /* "ivshmem/_core.pyx":557
  *         finally:
  *             free(vector)
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 557, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   {
     PyObject *__pyx_temp;
@@ -10891,7 +11860,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   __pyx_t_14 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":502
+  /* "ivshmem/_core.pyx":540
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -10914,7 +11883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":521
+/* "ivshmem/_core.pyx":559
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -10940,7 +11909,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_5_core_7Mapping_7__len__(PyObject *__pyx_v_s
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":522
+  /* "ivshmem/_core.pyx":560
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -10953,7 +11922,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":521
+  /* "ivshmem/_core.pyx":559
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -10967,7 +11936,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":524
+/* "ivshmem/_core.pyx":562
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -11007,27 +11976,27 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_core.pyx":525
+  /* "ivshmem/_core.pyx":563
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":526
+  /* "ivshmem/_core.pyx":564
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         self.views += 1
  * 
 */
-  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
+  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 564, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":527
+  /* "ivshmem/_core.pyx":565
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -11036,7 +12005,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":524
+  /* "ivshmem/_core.pyx":562
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -11066,7 +12035,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":529
+/* "ivshmem/_core.pyx":567
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -11090,7 +12059,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_5_core_7Mapping_11__releasebuffer__(
 
 static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_core.pyx":530
+  /* "ivshmem/_core.pyx":568
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.views -= 1             # <<<<<<<<<<<<<<
@@ -11099,7 +12068,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 */
   __pyx_v_self->views = (__pyx_v_self->views - 1);
 
-  /* "ivshmem/_core.pyx":529
+  /* "ivshmem/_core.pyx":567
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -11111,7 +12080,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 
 }
 
-/* "ivshmem/_core.pyx":532
+/* "ivshmem/_core.pyx":570
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11181,7 +12150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":539
+  /* "ivshmem/_core.pyx":577
  *                 changed then.
  *         """
  *         cdef char *address = self.start             # <<<<<<<<<<<<<<
@@ -11192,7 +12161,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":540
+  /* "ivshmem/_core.pyx":578
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -11204,7 +12173,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":541
+    /* "ivshmem/_core.pyx":579
  *         cdef char *address = self.start
  *         if address == NULL:
  *             return             # <<<<<<<<<<<<<<
@@ -11221,7 +12190,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":540
+    /* "ivshmem/_core.pyx":578
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -11230,7 +12199,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":542
+  /* "ivshmem/_core.pyx":580
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -11242,7 +12211,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":543
+    /* "ivshmem/_core.pyx":581
  *             return
  *         if self.views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -11251,14 +12220,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
     __pyx_t_4 = NULL;
 
-    /* "ivshmem/_core.pyx":544
+    /* "ivshmem/_core.pyx":582
  *         if self.views:
  *             raise BufferError(
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         self.start = NULL
 */
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 544, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 582, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_6[1] = __pyx_t_5;
@@ -11269,7 +12238,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 544, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 582, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -11278,14 +12247,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 543, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 543, __pyx_L1_error)
+    __PYX_ERR(0, 581, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":542
+    /* "ivshmem/_core.pyx":580
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -11294,7 +12263,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":546
+  /* "ivshmem/_core.pyx":584
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
  *             )
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -11303,7 +12272,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":547
+  /* "ivshmem/_core.pyx":585
  *             )
  *         self.start = NULL
  *         munmap(address, self.length)             # <<<<<<<<<<<<<<
@@ -11312,7 +12281,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   (void)(munmap(__pyx_v_address, __pyx_v_self->length));
 
-  /* "ivshmem/_core.pyx":532
+  /* "ivshmem/_core.pyx":570
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11337,7 +12306,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":549
+/* "ivshmem/_core.pyx":587
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11361,7 +12330,7 @@ static void __pyx_pw_7ivshmem_5_core_7Mapping_15__dealloc__(PyObject *__pyx_v_se
 static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":550
+  /* "ivshmem/_core.pyx":588
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -11373,7 +12342,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":551
+    /* "ivshmem/_core.pyx":589
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -11382,7 +12351,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":550
+    /* "ivshmem/_core.pyx":588
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -11391,7 +12360,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":549
+  /* "ivshmem/_core.pyx":587
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11417,7 +12386,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7Mapping_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_16__reduce_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_7Mapping_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -11498,7 +12468,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7Mapping_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_18__setstate_cython__};
 static PyObject *__pyx_pw_7ivshmem_5_core_7Mapping_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -11607,7 +12578,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_18__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":583
+/* "ivshmem/_core.pyx":623
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -11661,7 +12632,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":584
+  /* "ivshmem/_core.pyx":624
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close             # <<<<<<<<<<<<<<
@@ -11670,21 +12641,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":585
+  /* "ivshmem/_core.pyx":625
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":586
+  /* "ivshmem/_core.pyx":626
  *         self.gone = True  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -11693,7 +12664,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":627
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11702,12 +12673,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":588
+  /* "ivshmem/_core.pyx":628
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
  *         self.epoll = Epoll()
- *         self.wake = FdArray.eventfds(1)
+ *         self.outer = Epoll()
 */
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -11715,7 +12686,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 588, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -11723,12 +12694,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":589
+  /* "ivshmem/_core.pyx":629
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
+ *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
 */
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -11736,7 +12707,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 629, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -11744,12 +12715,33 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":590
+  /* "ivshmem/_core.pyx":630
  *         self.own = FdArray()
  *         self.epoll = Epoll()
+ *         self.outer = Epoll()             # <<<<<<<<<<<<<<
+ *         self.wake = FdArray.eventfds(1)
+ *         self.queued = FdArray.eventfds(1)
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
+    __Pyx_GOTREF((PyObject *)__pyx_t_1);
+  }
+  __Pyx_GIVEREF((PyObject *)__pyx_t_1);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
+  __Pyx_DECREF_SET(__pyx_v_self->outer, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":631
+ *         self.epoll = Epoll()
+ *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
+ *         self.queued = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *         self.gone = False
 */
   __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray);
   __Pyx_INCREF(__pyx_t_2);
@@ -11758,29 +12750,52 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":591
- *         self.epoll = Epoll()
+  /* "ivshmem/_core.pyx":632
+ *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)
+ *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
+ *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 632, __pyx_L1_error)
+  __Pyx_GIVEREF(__pyx_t_1);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
+  __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":633
+ *         self.wake = FdArray.eventfds(1)
+ *         self.queued = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
- *         self.gone = False
- * 
+ *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+ *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 591, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 591, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 591, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_3 = 0;
   {
@@ -11790,21 +12805,71 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 591, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 633, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":592
- *         self.wake = FdArray.eventfds(1)
+  /* "ivshmem/_core.pyx":634
+ *         self.queued = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
+ *         self.gone = False
+*/
+  __pyx_t_6 = ((PyObject *)__pyx_v_self->outer);
+  __Pyx_INCREF(__pyx_t_6);
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[4] = {__pyx_t_6, __pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_4};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 634, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":635
+ *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+ *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *         self.gone = False
+ * 
+*/
+  __pyx_t_4 = ((PyObject *)__pyx_v_self->outer);
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 635, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 635, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_6};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 635, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":636
+ *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+ *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *         self.gone = False             # <<<<<<<<<<<<<<
  * 
  *     # Overridden by subclasses.
 */
   __pyx_v_self->gone = 0;
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":623
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -11829,7 +12894,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":596
+/* "ivshmem/_core.pyx":640
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -11845,7 +12910,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_3_news = {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_2_news, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_3_news = {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2_news};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_3_news(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -11887,7 +12953,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":597
+  /* "ivshmem/_core.pyx":641
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -11895,9 +12961,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 597, __pyx_L1_error)
+  __PYX_ERR(0, 641, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":596
+  /* "ivshmem/_core.pyx":640
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -11914,7 +12980,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":599
+/* "ivshmem/_core.pyx":643
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -11930,7 +12996,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing = {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_4_missing, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing = {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_missing};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -11962,39 +13029,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 599, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 643, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 599, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 643, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 599, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 643, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 599, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 643, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 599, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 643, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 599, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 643, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 599, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 643, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 599, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 643, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12023,7 +13090,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":600
+  /* "ivshmem/_core.pyx":644
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -12031,9 +13098,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 600, __pyx_L1_error)
+  __PYX_ERR(0, 644, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":599
+  /* "ivshmem/_core.pyx":643
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -12050,7 +13117,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":604
+/* "ivshmem/_core.pyx":648
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -12098,32 +13165,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 604, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 648, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 604, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 604, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 648, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 604, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 648, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 604, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 604, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 648, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 604, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 648, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12159,7 +13226,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":650
  *     def _watch(self, int fd):
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12168,11 +13235,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 650, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 650, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 650, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 0;
   {
@@ -12182,12 +13249,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 606, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 650, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":607
+  /* "ivshmem/_core.pyx":651
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -12196,7 +13263,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":604
+  /* "ivshmem/_core.pyx":648
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -12221,7 +13288,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":609
+/* "ivshmem/_core.pyx":653
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -12286,7 +13353,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":612
+  /* "ivshmem/_core.pyx":656
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12322,7 +13389,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":613
+    /* "ivshmem/_core.pyx":657
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -12331,7 +13398,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 613, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -12339,12 +13406,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":612
+    /* "ivshmem/_core.pyx":656
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12353,7 +13420,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":614
+  /* "ivshmem/_core.pyx":658
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -12362,7 +13429,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":609
+  /* "ivshmem/_core.pyx":653
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -12385,7 +13452,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":616
+/* "ivshmem/_core.pyx":660
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -12433,32 +13500,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 616, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 660, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 616, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 616, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 660, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 616, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 660, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 616, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 616, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 660, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 616, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 660, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12494,7 +13561,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":618
+  /* "ivshmem/_core.pyx":662
  *     def _add_vector(self, int fd):
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -12503,7 +13570,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 618, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -12511,12 +13578,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 618, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":619
+  /* "ivshmem/_core.pyx":663
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12525,11 +13592,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_4 = 0;
   {
@@ -12539,12 +13606,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 619, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":616
+  /* "ivshmem/_core.pyx":660
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -12569,7 +13636,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":621
+/* "ivshmem/_core.pyx":665
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -12618,39 +13685,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 621, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 665, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 621, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 621, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 621, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 665, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 621, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 665, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 621, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 621, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 621, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 665, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 621, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 665, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12686,7 +13753,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":667
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -12695,15 +13762,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 623, __pyx_L1_error)
+    __PYX_ERR(0, 667, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 623, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 623, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 667, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":624
+  /* "ivshmem/_core.pyx":668
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -12714,7 +13781,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":625
+    /* "ivshmem/_core.pyx":669
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -12727,19 +13794,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 625, __pyx_L1_error)
+      __PYX_ERR(0, 669, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 625, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 669, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":624
+    /* "ivshmem/_core.pyx":668
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -12748,7 +13815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":626
+  /* "ivshmem/_core.pyx":670
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -12757,7 +13824,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 626, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 670, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -12765,12 +13832,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 670, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":621
+  /* "ivshmem/_core.pyx":665
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -12794,7 +13861,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":628
+/* "ivshmem/_core.pyx":672
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -12842,32 +13909,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 628, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 672, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 628, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 672, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 628, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 672, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 628, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 672, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 628, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 672, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 628, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 672, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12897,7 +13964,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":674
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -12908,12 +13975,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 630, __pyx_L1_error)
+    __PYX_ERR(0, 674, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 630, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 674, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":672
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -12934,7 +14001,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":632
+/* "ivshmem/_core.pyx":676
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -12982,32 +14049,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 632, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 676, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 632, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 632, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 676, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 632, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 676, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 632, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 632, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 676, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13040,7 +14107,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":634
+  /* "ivshmem/_core.pyx":678
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -13049,15 +14116,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 634, __pyx_L1_error)
+    __PYX_ERR(0, 678, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 678, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 678, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":635
+  /* "ivshmem/_core.pyx":679
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -13069,7 +14136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 635, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -13086,7 +14153,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":632
+  /* "ivshmem/_core.pyx":676
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -13107,7 +14174,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":637
+/* "ivshmem/_core.pyx":681
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -13155,32 +14222,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 637, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 681, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 637, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 681, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 637, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 681, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 637, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 681, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13214,7 +14281,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":683
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -13223,15 +14290,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 639, __pyx_L1_error)
+    __PYX_ERR(0, 683, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 639, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 683, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 639, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 683, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":640
+  /* "ivshmem/_core.pyx":684
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -13242,7 +14309,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":641
+    /* "ivshmem/_core.pyx":685
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -13256,12 +14323,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 641, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 685, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":640
+    /* "ivshmem/_core.pyx":684
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -13270,7 +14337,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":637
+  /* "ivshmem/_core.pyx":681
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -13293,7 +14360,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":643
+/* "ivshmem/_core.pyx":687
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13325,14 +14392,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":646
+  /* "ivshmem/_core.pyx":690
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 646, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 690, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13345,7 +14412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":643
+  /* "ivshmem/_core.pyx":687
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13364,7 +14431,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":648
+/* "ivshmem/_core.pyx":692
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13396,14 +14463,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":651
+  /* "ivshmem/_core.pyx":695
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 651, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13416,7 +14483,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":648
+  /* "ivshmem/_core.pyx":692
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13435,7 +14502,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":653
+/* "ivshmem/_core.pyx":697
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -13455,7 +14522,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":654
+  /* "ivshmem/_core.pyx":698
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -13464,7 +14531,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":655
+    /* "ivshmem/_core.pyx":699
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -13472,7 +14539,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 655, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 699, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13491,14 +14558,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 655, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 699, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 655, __pyx_L1_error)
+    __PYX_ERR(0, 699, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":654
+    /* "ivshmem/_core.pyx":698
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -13507,12 +14574,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":656
+  /* "ivshmem/_core.pyx":700
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     def fileno(self):
+ *     def _set_queued(self, bint anything):
 */
   {
 
@@ -13520,7 +14587,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":697
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -13541,25 +14608,261 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":658
+/* "ivshmem/_core.pyx":702
  *         return 0
  * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
- *         self.check()
+ *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20fileno, "A descriptor that is readable while an interrupt or news of a peer is waiting.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20fileno};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_set_queued};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_set_queued(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  int __pyx_v_anything;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_set_queued (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 702, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 702, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 702, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 702, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 702, __pyx_L3_error)
+    }
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 702, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 702, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Doorbells._set_queued", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_anything);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
+  uint64_t __pyx_v_one;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  uint64_t __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_set_queued", 0);
+
+  /* "ivshmem/_core.pyx":704
+ *     def _set_queued(self, bint anything):
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *         if self.gone:
+ *             return
+*/
+  __pyx_v_one = 1;
+
+  /* "ivshmem/_core.pyx":705
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1
+ *         if self.gone:             # <<<<<<<<<<<<<<
+ *             return
+ *         if not anything:
+*/
+  if (__pyx_v_self->gone) {
+
+    /* "ivshmem/_core.pyx":706
+ *         cdef uint64_t one = 1
+ *         if self.gone:
+ *             return             # <<<<<<<<<<<<<<
+ *         if not anything:
+ *             _take(self.queued.fds[0])
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":705
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1
+ *         if self.gone:             # <<<<<<<<<<<<<<
+ *             return
+ *         if not anything:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":707
+ *         if self.gone:
+ *             return
+ *         if not anything:             # <<<<<<<<<<<<<<
+ *             _take(self.queued.fds[0])
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+*/
+  __pyx_t_1 = (!__pyx_v_anything);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":708
+ *             return
+ *         if not anything:
+ *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+ *             _fail()
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 708, __pyx_L1_error)
+
+
+    /* "ivshmem/_core.pyx":707
+ *         if self.gone:
+ *             return
+ *         if not anything:             # <<<<<<<<<<<<<<
+ *             _take(self.queued.fds[0])
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+*/
+    goto __pyx_L4;
+  }
+
+  /* "ivshmem/_core.pyx":709
+ *         if not anything:
+ *             _take(self.queued.fds[0])
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  __pyx_t_1 = (write((__pyx_v_self->queued->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))) < 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":710
+ *             _take(self.queued.fds[0])
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+ *             _fail()             # <<<<<<<<<<<<<<
+ * 
+ *     def fileno(self):
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
+
+
+    /* "ivshmem/_core.pyx":709
+ *         if not anything:
+ *             _take(self.queued.fds[0])
+ *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
+ *             _fail()
+ * 
+*/
+  }
+  __pyx_L4:;
+
+  /* "ivshmem/_core.pyx":702
+ *         return 0
+ * 
+ *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._core.Doorbells._set_queued", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":712
+ *             _fail()
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
+ *         self.check()
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22fileno};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13585,14 +14888,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -13602,24 +14905,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":714
  *     def fileno(self):
- *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()             # <<<<<<<<<<<<<<
- *         return self.epoll.epfd
+ *         return self.outer.epfd
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 714, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":661
- *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
+  /* "ivshmem/_core.pyx":715
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()
- *         return self.epoll.epfd             # <<<<<<<<<<<<<<
+ *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 715, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13632,11 +14935,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":658
- *         return 0
+  /* "ivshmem/_core.pyx":712
+ *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()
 */
 
@@ -13651,8 +14954,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":663
- *         return self.epoll.epfd
+/* "ivshmem/_core.pyx":717
+ *         return self.outer.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self, peer, Py_ssize_t vector=0):
@@ -13660,15 +14963,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20fileno(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23ring(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22ring, "Interrupt `vector` of the peer with id `peer`.\n\n        One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\n        a peer whose counter is full has an interrupt pending already, which is success. (Such a\n        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\n        interpreter, until a signal arrives: Linux has no eventfd write that never waits.)\n\n        Raises:\n            NoSuchPeer: nobody with that id is connected.\n            NoSuchVector: the peer has no such vector.\n            ClosedError: the endpoint is closed.\n        ");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23ring(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\ninterpreter, until a signal arrives: Linux has no eventfd write that never waits.)\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13699,48 +15002,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 663, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 717, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 663, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 717, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 663, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 717, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 663, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 717, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 663, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 717, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 663, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 717, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 663, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 717, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 664, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 718, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 663, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 717, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13751,7 +15054,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13762,7 +15065,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
   struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_v_found;
   int __pyx_v_fd;
@@ -13791,7 +15094,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":680
+  /* "ivshmem/_core.pyx":734
  *         cdef PyObject *found
  *         cdef int fd, code
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -13800,7 +15103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":682
+  /* "ivshmem/_core.pyx":736
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -13809,17 +15112,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":683
+    /* "ivshmem/_core.pyx":737
  *         cdef ssize_t n
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 737, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":684
+    /* "ivshmem/_core.pyx":738
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -13831,7 +15134,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_2, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":685
+    /* "ivshmem/_core.pyx":739
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -13843,7 +15146,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":686
+      /* "ivshmem/_core.pyx":740
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -13855,7 +15158,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":687
+      /* "ivshmem/_core.pyx":741
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -13869,7 +15172,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":688
+        /* "ivshmem/_core.pyx":742
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -13878,7 +15181,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":687
+        /* "ivshmem/_core.pyx":741
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -13887,7 +15190,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":685
+      /* "ivshmem/_core.pyx":739
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -13896,7 +15199,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":689
+    /* "ivshmem/_core.pyx":743
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -13905,7 +15208,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 689, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 743, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -13913,35 +15216,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 689, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 743, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":690
+  /* "ivshmem/_core.pyx":744
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 690, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 744, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":745
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 691, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 691, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 745, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 745, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":746
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -13950,7 +15253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":693
+    /* "ivshmem/_core.pyx":747
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -13959,7 +15262,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":694
+      /* "ivshmem/_core.pyx":748
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13972,7 +15275,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":695
+            /* "ivshmem/_core.pyx":749
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -13981,7 +15284,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":696
+            /* "ivshmem/_core.pyx":750
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -13991,7 +15294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":694
+          /* "ivshmem/_core.pyx":748
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14008,7 +15311,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":697
+      /* "ivshmem/_core.pyx":751
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14034,7 +15337,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":698
+        /* "ivshmem/_core.pyx":752
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -14051,7 +15354,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
         }
         goto __pyx_L7_return;
 
-        /* "ivshmem/_core.pyx":697
+        /* "ivshmem/_core.pyx":751
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14060,7 +15363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":699
+      /* "ivshmem/_core.pyx":753
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14072,17 +15375,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":700
+        /* "ivshmem/_core.pyx":754
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L8_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 754, __pyx_L8_error)
 
 
-        /* "ivshmem/_core.pyx":699
+        /* "ivshmem/_core.pyx":753
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14091,19 +15394,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":701
+      /* "ivshmem/_core.pyx":755
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 701, __pyx_L8_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 755, __pyx_L8_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":757
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -14112,7 +15415,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 703, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L9;
     }
@@ -14134,7 +15437,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_15);
       __pyx_t_1 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 703, __pyx_L22_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L22_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_13);
@@ -14162,7 +15465,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_L7_return: {
       __pyx_t_15 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 703, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_15;
       __pyx_t_15 = 0;
@@ -14171,8 +15474,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
     __pyx_L9:;
   }
 
-  /* "ivshmem/_core.pyx":663
- *         return self.epoll.epfd
+  /* "ivshmem/_core.pyx":717
+ *         return self.outer.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self, peer, Py_ssize_t vector=0):
@@ -14200,7 +15503,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":705
+/* "ivshmem/_core.pyx":759
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14209,15 +15512,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22ring(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25wait(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24wait, "Wait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\n        Args:\n            vector: the one to wait for; None: any.\n\n        Returns:\n            For a given vector: how often it was rung since the last look, 0 when the time is over.\n            For any: an Interrupt(vector, rings), None when the time is over.\n            Rings coalesce in the count: never count messages by interrupts.\n\n        Raises:\n            NoSuchVector: this endpoint has no such vector.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25wait(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26wait, "wait($self, vector=None, timeout=None)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any.\n\nReturns:\n    For a given vector: how often it was rung since the last look, 0 when the time is over.\n    For any: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14248,24 +15551,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 705, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 759, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 705, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 705, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 705, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 759, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":706
+      /* "ivshmem/_core.pyx":760
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -14278,11 +15581,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 705, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 705, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14295,7 +15598,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 705, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 759, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14306,9 +15609,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":759
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14324,7 +15627,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout) {
   int64_t __pyx_v_deadline;
   Py_ssize_t __pyx_v_index;
   uint64_t __pyx_v_count;
@@ -14349,17 +15652,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":724
+  /* "ivshmem/_core.pyx":778
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 724, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 778, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":725
+  /* "ivshmem/_core.pyx":779
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -14370,15 +15673,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":726
+    /* "ivshmem/_core.pyx":780
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 726, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 726, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 780, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 780, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -14392,7 +15695,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":725
+    /* "ivshmem/_core.pyx":779
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -14401,17 +15704,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":727
+  /* "ivshmem/_core.pyx":781
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":728
+  /* "ivshmem/_core.pyx":782
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -14428,7 +15731,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":729
+    /* "ivshmem/_core.pyx":783
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -14436,11 +15739,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 783, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 783, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 783, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -14453,7 +15756,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 729, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 783, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -14475,14 +15778,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 783, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 729, __pyx_L1_error)
+    __PYX_ERR(0, 783, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":728
+    /* "ivshmem/_core.pyx":782
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -14491,17 +15794,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":730
+  /* "ivshmem/_core.pyx":784
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 730, __pyx_L1_error)
+  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 784, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":731
+  /* "ivshmem/_core.pyx":785
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -14513,14 +15816,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":732
+    /* "ivshmem/_core.pyx":786
  *         count = _take(self.own.fds[index])
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 732, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 786, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -14533,7 +15836,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":731
+    /* "ivshmem/_core.pyx":785
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -14542,17 +15845,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":733
+  /* "ivshmem/_core.pyx":787
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 733, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 787, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":734
+  /* "ivshmem/_core.pyx":788
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14564,7 +15867,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":735
+    /* "ivshmem/_core.pyx":789
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -14582,7 +15885,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":734
+    /* "ivshmem/_core.pyx":788
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14591,14 +15894,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":736
+  /* "ivshmem/_core.pyx":790
  *         if deadline == 0:
  *             return 0
  *         return self.wait_one(self.own.fds[index], deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 790, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -14611,7 +15914,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":759
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14638,7 +15941,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":738
+/* "ivshmem/_core.pyx":792
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -14667,19 +15970,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_t_10;
   uint64_t __pyx_t_11;
   int __pyx_t_12;
-  char const *__pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
+  int __pyx_t_13;
+  char const *__pyx_t_14;
   PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
   PyObject *__pyx_t_17 = NULL;
   PyObject *__pyx_t_18 = NULL;
   PyObject *__pyx_t_19 = NULL;
+  PyObject *__pyx_t_20 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":744
+  /* "ivshmem/_core.pyx":798
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = fd             # <<<<<<<<<<<<<<
@@ -14688,7 +15992,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":745
+  /* "ivshmem/_core.pyx":799
  *         cdef int n, code
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -14697,7 +16001,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":746
+  /* "ivshmem/_core.pyx":800
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -14707,7 +16011,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[0]).events = POLLIN;
   (__pyx_v_fds[1]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":747
+  /* "ivshmem/_core.pyx":801
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -14716,7 +16020,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":748
+  /* "ivshmem/_core.pyx":802
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -14725,7 +16029,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":749
+    /* "ivshmem/_core.pyx":803
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -14734,7 +16038,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":750
+      /* "ivshmem/_core.pyx":804
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14746,7 +16050,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":751
+        /* "ivshmem/_core.pyx":805
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -14770,7 +16074,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_4;
 
 
-        /* "ivshmem/_core.pyx":752
+        /* "ivshmem/_core.pyx":806
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -14779,7 +16083,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":753
+        /* "ivshmem/_core.pyx":807
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -14788,7 +16092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":750
+        /* "ivshmem/_core.pyx":804
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14797,7 +16101,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":754
+      /* "ivshmem/_core.pyx":808
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14810,7 +16114,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":755
+            /* "ivshmem/_core.pyx":809
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)             # <<<<<<<<<<<<<<
@@ -14830,7 +16134,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_n = ppoll(__pyx_v_fds, 2, __pyx_t_5, NULL);
 
 
-            /* "ivshmem/_core.pyx":756
+            /* "ivshmem/_core.pyx":810
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14840,7 +16144,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":754
+          /* "ivshmem/_core.pyx":808
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14857,7 +16161,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":757
+      /* "ivshmem/_core.pyx":811
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -14866,7 +16170,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":758
+        /* "ivshmem/_core.pyx":812
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -14874,7 +16178,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 758, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 812, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -14893,14 +16197,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 758, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 812, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_Raise(__pyx_t_6, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 758, __pyx_L4_error)
+        __PYX_ERR(0, 812, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":757
+        /* "ivshmem/_core.pyx":811
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -14909,7 +16213,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":759
+      /* "ivshmem/_core.pyx":813
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14921,7 +16225,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":760
+        /* "ivshmem/_core.pyx":814
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14933,17 +16237,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_core.pyx":761
+          /* "ivshmem/_core.pyx":815
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 761, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 815, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":760
+          /* "ivshmem/_core.pyx":814
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14952,17 +16256,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":762
+        /* "ivshmem/_core.pyx":816
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 762, __pyx_L4_error)
+        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 816, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":763
+        /* "ivshmem/_core.pyx":817
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -14971,7 +16275,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":759
+        /* "ivshmem/_core.pyx":813
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14980,7 +16284,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":764
+      /* "ivshmem/_core.pyx":818
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14992,12 +16296,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":765
+        /* "ivshmem/_core.pyx":819
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
  *                 count = _take(fd)
- *                 if count:  # else another thread, or a peer, took it
+ *                 if count:
 */
         {
           PyObject *__pyx_temp;
@@ -15010,7 +16314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":764
+        /* "ivshmem/_core.pyx":818
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15019,36 +16323,36 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":766
+      /* "ivshmem/_core.pyx":820
  *                 if n == 0:
  *                     return 0
  *                 count = _take(fd)             # <<<<<<<<<<<<<<
- *                 if count:  # else another thread, or a peer, took it
+ *                 if count:
  *                     return count
 */
-      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 766, __pyx_L4_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 820, __pyx_L4_error)
       __pyx_v_count = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":767
+      /* "ivshmem/_core.pyx":821
  *                     return 0
  *                 count = _take(fd)
- *                 if count:  # else another thread, or a peer, took it             # <<<<<<<<<<<<<<
+ *                 if count:             # <<<<<<<<<<<<<<
  *                     return count
- *         finally:
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
 */
       __pyx_t_1 = (__pyx_v_count != 0);
 
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":768
+        /* "ivshmem/_core.pyx":822
  *                 count = _take(fd)
- *                 if count:  # else another thread, or a peer, took it
+ *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
- *         finally:
- *             self.leave()
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
+ *                 PyErr_CheckSignals()
 */
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 768, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 822, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         {
           PyObject *__pyx_temp;
@@ -15061,11 +16365,74 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_6 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":767
+        /* "ivshmem/_core.pyx":821
  *                     return 0
  *                 count = _take(fd)
- *                 if count:  # else another thread, or a peer, took it             # <<<<<<<<<<<<<<
+ *                 if count:             # <<<<<<<<<<<<<<
  *                     return count
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
+*/
+      }
+
+      /* "ivshmem/_core.pyx":824
+ *                     return count
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
+ *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *                 if deadline != INT64_MAX and _now() >= deadline:
+ *                     return 0
+*/
+      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 824, __pyx_L4_error)
+
+
+      /* "ivshmem/_core.pyx":825
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
+ *                 PyErr_CheckSignals()
+ *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
+ *                     return 0
+ *         finally:
+*/
+      __pyx_t_12 = (__pyx_v_deadline != INT64_MAX);
+
+      if (__pyx_t_12) {
+
+      } else {
+
+        __pyx_t_1 = __pyx_t_12;
+
+        goto __pyx_L20_bool_binop_done;
+      }
+      __pyx_t_12 = (__pyx_f_7ivshmem_5_core__now() >= __pyx_v_deadline);
+
+
+      __pyx_t_1 = __pyx_t_12;
+
+      __pyx_L20_bool_binop_done:;
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":826
+ *                 PyErr_CheckSignals()
+ *                 if deadline != INT64_MAX and _now() >= deadline:
+ *                     return 0             # <<<<<<<<<<<<<<
+ *         finally:
+ *             self.leave()
+*/
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
+            __pyx_r = __pyx_mstate_global->__pyx_int_0;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        goto __pyx_L3_return;
+
+        /* "ivshmem/_core.pyx":825
+ *                 # Another thread, or a hostile peer, took it, perhaps again and again.
+ *                 PyErr_CheckSignals()
+ *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
+ *                     return 0
  *         finally:
 */
       }
@@ -15073,8 +16440,8 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":770
- *                     return count
+  /* "ivshmem/_core.pyx":828
+ *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
  * 
@@ -15089,46 +16456,46 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+      __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
-      __Pyx_XGOTREF(__pyx_t_14);
+       __Pyx_ExceptionSwap(&__pyx_t_18, &__pyx_t_19, &__pyx_t_20);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17) < 0)) __Pyx_ErrFetch(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17);
       __Pyx_XGOTREF(__pyx_t_15);
       __Pyx_XGOTREF(__pyx_t_16);
       __Pyx_XGOTREF(__pyx_t_17);
       __Pyx_XGOTREF(__pyx_t_18);
       __Pyx_XGOTREF(__pyx_t_19);
-      __pyx_t_10 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+      __Pyx_XGOTREF(__pyx_t_20);
+      __pyx_t_10 = __pyx_lineno; __pyx_t_13 = __pyx_clineno; __pyx_t_14 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
       }
-      __Pyx_XGIVEREF(__pyx_t_17);
       __Pyx_XGIVEREF(__pyx_t_18);
       __Pyx_XGIVEREF(__pyx_t_19);
-      __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
-      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_20);
+      __Pyx_ExceptionReset(__pyx_t_18, __pyx_t_19, __pyx_t_20);
       __Pyx_XGIVEREF(__pyx_t_15);
       __Pyx_XGIVEREF(__pyx_t_16);
-      __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
-      __pyx_lineno = __pyx_t_10; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_ErrRestore(__pyx_t_15, __pyx_t_16, __pyx_t_17);
+      __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
+      __pyx_lineno = __pyx_t_10; __pyx_clineno = __pyx_t_13; __pyx_filename = __pyx_t_14;
       goto __pyx_L1_error;
     }
     __pyx_L3_return: {
-      __pyx_t_19 = __pyx_r;
+      __pyx_t_20 = __pyx_r;
       __pyx_r = 0;
       ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
-      __pyx_r = __pyx_t_19;
-      __pyx_t_19 = 0;
+      __pyx_r = __pyx_t_20;
+      __pyx_t_20 = 0;
       goto __pyx_L0;
     }
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":738
+  /* "ivshmem/_core.pyx":792
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -15157,7 +16524,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":772
+/* "ivshmem/_core.pyx":830
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15166,16 +16533,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_wait_event(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_wait_event};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_wait_event(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_wait_event};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15205,24 +16572,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 772, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 830, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 830, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 772, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 830, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 772, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 830, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15233,7 +16600,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 772, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 830, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15244,7 +16611,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -15254,7 +16621,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -15265,25 +16632,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":774
+  /* "ivshmem/_core.pyx":832
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 774, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 832, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":775
+  /* "ivshmem/_core.pyx":833
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 775, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 775, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 833, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 833, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -15297,7 +16664,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":772
+  /* "ivshmem/_core.pyx":830
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15316,16 +16683,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":777
+/* "ivshmem/_core.pyx":835
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
  *         cdef epoll_event event
- *         cdef uint64_t count
+ *         cdef int rounds = 0
 */
 
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int64_t __pyx_v_deadline, int __pyx_v_for_news) {
   struct epoll_event __pyx_v_event;
+  int __pyx_v_rounds;
   uint64_t __pyx_v_count;
   int __pyx_v_n;
   PyObject *__pyx_r = NULL;
@@ -15340,19 +16708,30 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   int __pyx_t_10;
-  char const *__pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
   PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":781
+
+  /* "ivshmem/_core.pyx":837
+ *     cdef object wait_any(self, int64_t deadline, bint for_news):
+ *         cdef epoll_event event
+ *         cdef int rounds = 0             # <<<<<<<<<<<<<<
+ *         cdef uint64_t count
+ *         cdef int n
+*/
+  __pyx_v_rounds = 0;
+
+  /* "ivshmem/_core.pyx":840
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -15361,7 +16740,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":782
+  /* "ivshmem/_core.pyx":841
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -15370,7 +16749,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":783
+    /* "ivshmem/_core.pyx":842
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -15379,17 +16758,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":784
+      /* "ivshmem/_core.pyx":843
  *         try:
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 784, __pyx_L4_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 843, __pyx_L4_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":785
+      /* "ivshmem/_core.pyx":844
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -15398,7 +16777,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":786
+        /* "ivshmem/_core.pyx":845
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15406,7 +16785,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 786, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 845, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -15425,14 +16804,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 786, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 845, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_Raise(__pyx_t_2, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __PYX_ERR(0, 786, __pyx_L4_error)
+        __PYX_ERR(0, 845, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":785
+        /* "ivshmem/_core.pyx":844
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -15441,7 +16820,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":787
+      /* "ivshmem/_core.pyx":846
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15453,7 +16832,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":788
+        /* "ivshmem/_core.pyx":847
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -15462,7 +16841,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":787
+        /* "ivshmem/_core.pyx":846
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15471,7 +16850,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":789
+      /* "ivshmem/_core.pyx":848
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15483,7 +16862,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":790
+        /* "ivshmem/_core.pyx":849
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -15500,7 +16879,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":789
+        /* "ivshmem/_core.pyx":848
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15509,7 +16888,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":791
+      /* "ivshmem/_core.pyx":850
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15521,7 +16900,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":792
+        /* "ivshmem/_core.pyx":851
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -15535,12 +16914,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 792, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 851, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":793
+        /* "ivshmem/_core.pyx":852
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -15549,7 +16928,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":794
+          /* "ivshmem/_core.pyx":853
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -15567,7 +16946,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":793
+          /* "ivshmem/_core.pyx":852
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -15576,7 +16955,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":791
+        /* "ivshmem/_core.pyx":850
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15586,7 +16965,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":795
+      /* "ivshmem/_core.pyx":854
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15598,41 +16977,41 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":796
+        /* "ivshmem/_core.pyx":855
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 796, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 855, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":797
+        /* "ivshmem/_core.pyx":856
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
  *                         return Interrupt(event.data.u64, count)
- *         finally:
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
 */
         __pyx_t_6 = (__pyx_v_count != 0);
 
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":798
+          /* "ivshmem/_core.pyx":857
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
- *         finally:
- *             self.leave()
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 798, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 857, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 798, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 857, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 798, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 857, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -15653,7 +17032,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 798, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 857, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -15667,16 +17046,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":797
+          /* "ivshmem/_core.pyx":856
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
  *                         return Interrupt(event.data.u64, count)
- *         finally:
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
 */
         }
 
-        /* "ivshmem/_core.pyx":795
+        /* "ivshmem/_core.pyx":854
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -15685,12 +17064,146 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
       __pyx_L11:;
+
+      /* "ivshmem/_core.pyx":859
+ *                         return Interrupt(event.data.u64, count)
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
+ *                     deadline = 0
+*/
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L4_error)
+
+
+      /* "ivshmem/_core.pyx":860
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *                 PyErr_CheckSignals()
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
+ *                     deadline = 0
+ *                 elif deadline == 0:
+*/
+      __pyx_t_10 = (__pyx_v_deadline != 0);
+
+      if (__pyx_t_10) {
+
+      } else {
+
+        __pyx_t_6 = __pyx_t_10;
+
+        goto __pyx_L15_bool_binop_done;
+      }
+      __pyx_t_10 = (__pyx_v_deadline != INT64_MAX);
+
+      if (__pyx_t_10) {
+
+      } else {
+
+        __pyx_t_6 = __pyx_t_10;
+
+        goto __pyx_L15_bool_binop_done;
+      }
+      __pyx_t_10 = (__pyx_f_7ivshmem_5_core__now() >= __pyx_v_deadline);
+
+
+      __pyx_t_6 = __pyx_t_10;
+
+      __pyx_L15_bool_binop_done:;
+      if (__pyx_t_6) {
+
+
+        /* "ivshmem/_core.pyx":861
+ *                 PyErr_CheckSignals()
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
+ *                     deadline = 0             # <<<<<<<<<<<<<<
+ *                 elif deadline == 0:
+ *                     rounds += 1
+*/
+        __pyx_v_deadline = 0;
+
+        /* "ivshmem/_core.pyx":860
+ *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+ *                 PyErr_CheckSignals()
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
+ *                     deadline = 0
+ *                 elif deadline == 0:
+*/
+        goto __pyx_L14;
+      }
+
+      /* "ivshmem/_core.pyx":862
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
+ *                     deadline = 0
+ *                 elif deadline == 0:             # <<<<<<<<<<<<<<
+ *                     rounds += 1
+ *                     if rounds == BATCH:
+*/
+      __pyx_t_6 = (__pyx_v_deadline == 0);
+
+      if (__pyx_t_6) {
+
+
+        /* "ivshmem/_core.pyx":863
+ *                     deadline = 0
+ *                 elif deadline == 0:
+ *                     rounds += 1             # <<<<<<<<<<<<<<
+ *                     if rounds == BATCH:
+ *                         return None
+*/
+        __pyx_v_rounds = (__pyx_v_rounds + 1);
+
+        /* "ivshmem/_core.pyx":864
+ *                 elif deadline == 0:
+ *                     rounds += 1
+ *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
+ *                         return None
+ *         finally:
+*/
+        __pyx_t_6 = (__pyx_v_rounds == __pyx_e_7ivshmem_5_core_BATCH);
+
+        if (__pyx_t_6) {
+
+
+          /* "ivshmem/_core.pyx":865
+ *                     rounds += 1
+ *                     if rounds == BATCH:
+ *                         return None             # <<<<<<<<<<<<<<
+ *         finally:
+ *             self.leave()
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          goto __pyx_L3_return;
+
+          /* "ivshmem/_core.pyx":864
+ *                 elif deadline == 0:
+ *                     rounds += 1
+ *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
+ *                         return None
+ *         finally:
+*/
+        }
+
+        /* "ivshmem/_core.pyx":862
+ *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
+ *                     deadline = 0
+ *                 elif deadline == 0:             # <<<<<<<<<<<<<<
+ *                     rounds += 1
+ *                     if rounds == BATCH:
+*/
+      }
+      __pyx_L14:;
       __pyx_L6_continue:;
     }
   }
 
-  /* "ivshmem/_core.pyx":800
- *                         return Interrupt(event.data.u64, count)
+  /* "ivshmem/_core.pyx":867
+ *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
  * 
@@ -15705,53 +17218,53 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0;
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_12, &__pyx_t_13, &__pyx_t_14) < 0)) __Pyx_ErrFetch(&__pyx_t_12, &__pyx_t_13, &__pyx_t_14);
-      __Pyx_XGOTREF(__pyx_t_12);
+       __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
       __Pyx_XGOTREF(__pyx_t_13);
       __Pyx_XGOTREF(__pyx_t_14);
       __Pyx_XGOTREF(__pyx_t_15);
       __Pyx_XGOTREF(__pyx_t_16);
       __Pyx_XGOTREF(__pyx_t_17);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
+      __Pyx_XGOTREF(__pyx_t_18);
+      __pyx_t_1 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
       }
-      __Pyx_XGIVEREF(__pyx_t_15);
       __Pyx_XGIVEREF(__pyx_t_16);
       __Pyx_XGIVEREF(__pyx_t_17);
-      __Pyx_ExceptionReset(__pyx_t_15, __pyx_t_16, __pyx_t_17);
-      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_XGIVEREF(__pyx_t_14);
-      __Pyx_ErrRestore(__pyx_t_12, __pyx_t_13, __pyx_t_14);
-      __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_10; __pyx_filename = __pyx_t_11;
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
       goto __pyx_L1_error;
     }
     __pyx_L3_return: {
-      __pyx_t_17 = __pyx_r;
+      __pyx_t_18 = __pyx_r;
       __pyx_r = 0;
       ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
-      __pyx_r = __pyx_t_17;
-      __pyx_t_17 = 0;
+      __pyx_r = __pyx_t_18;
+      __pyx_t_18 = 0;
       goto __pyx_L0;
     }
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":777
+  /* "ivshmem/_core.pyx":835
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
  *         cdef epoll_event event
- *         cdef uint64_t count
+ *         cdef int rounds = 0
 */
 
   /* function exit code */
@@ -15769,12 +17282,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
 
 
+
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":802
+/* "ivshmem/_core.pyx":869
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15786,7 +17301,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":804
+  /* "ivshmem/_core.pyx":871
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -15795,7 +17310,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":805
+  /* "ivshmem/_core.pyx":872
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -15817,7 +17332,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":806
+    /* "ivshmem/_core.pyx":873
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15826,7 +17341,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":805
+    /* "ivshmem/_core.pyx":872
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -15835,7 +17350,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":869
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15847,7 +17362,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":808
+/* "ivshmem/_core.pyx":875
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15865,12 +17380,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":809
+  /* "ivshmem/_core.pyx":876
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
  *         self.wake.close()
- *         self.epoll.close()
+ *         self.queued.close()
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
@@ -15879,17 +17394,17 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 809, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 876, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":810
+  /* "ivshmem/_core.pyx":877
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
- *         self.epoll.close()
- * 
+ *         self.queued.close()
+ *         self.outer.close()
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->wake);
   __Pyx_INCREF(__pyx_t_2);
@@ -15898,14 +17413,52 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 810, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 877, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":878
  *         self.own.close()
  *         self.wake.close()
+ *         self.queued.close()             # <<<<<<<<<<<<<<
+ *         self.outer.close()
+ *         self.epoll.close()
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self->queued);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 878, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":879
+ *         self.wake.close()
+ *         self.queued.close()
+ *         self.outer.close()             # <<<<<<<<<<<<<<
+ *         self.epoll.close()
+ * 
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self->outer);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 879, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":880
+ *         self.queued.close()
+ *         self.outer.close()
  *         self.epoll.close()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
@@ -15917,12 +17470,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 811, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 880, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":808
+  /* "ivshmem/_core.pyx":875
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -15941,7 +17494,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":813
+/* "ivshmem/_core.pyx":882
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15950,16 +17503,16 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28close};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_31close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30close};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15985,14 +17538,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   uint64_t __pyx_v_one;
   PyObject *__pyx_v_bells = NULL;
   PyObject *__pyx_r = NULL;
@@ -16013,7 +17566,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":815
+  /* "ivshmem/_core.pyx":884
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -16022,7 +17575,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":816
+  /* "ivshmem/_core.pyx":885
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -16031,7 +17584,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":817
+    /* "ivshmem/_core.pyx":886
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -16048,7 +17601,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":816
+    /* "ivshmem/_core.pyx":885
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -16057,7 +17610,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":818
+  /* "ivshmem/_core.pyx":887
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -16071,12 +17624,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 818, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 887, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":819
+  /* "ivshmem/_core.pyx":888
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -16085,7 +17638,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":820
+  /* "ivshmem/_core.pyx":889
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -16095,9 +17648,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 820, __pyx_L1_error)
+    __PYX_ERR(0, 889, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 820, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 889, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -16105,12 +17658,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 820, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 889, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":821
+    /* "ivshmem/_core.pyx":890
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -16121,7 +17674,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":822
+      /* "ivshmem/_core.pyx":891
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -16135,12 +17688,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 822, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 891, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":821
+      /* "ivshmem/_core.pyx":890
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -16151,7 +17704,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":823
+  /* "ivshmem/_core.pyx":892
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -16160,12 +17713,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 823, __pyx_L1_error)
+    __PYX_ERR(0, 892, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 823, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":825
+  /* "ivshmem/_core.pyx":894
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -16191,7 +17744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":826
+    /* "ivshmem/_core.pyx":895
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             c_write(self.wake.fds[0], &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -16200,7 +17753,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
     (void)(write((__pyx_v_self->wake->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))));
 
-    /* "ivshmem/_core.pyx":825
+    /* "ivshmem/_core.pyx":894
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -16210,7 +17763,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":828
+  /* "ivshmem/_core.pyx":897
  *             c_write(self.wake.fds[0], &one, sizeof(one))
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -16222,7 +17775,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":813
+  /* "ivshmem/_core.pyx":882
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16254,15 +17807,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28close(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_31__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_33__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16288,14 +17842,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -16335,15 +17889,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30__reduce_cython__(CYTHON_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_33__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_35__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16409,7 +17964,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -16419,7 +17974,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -16451,7 +18006,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":831
+/* "ivshmem/_core.pyx":900
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -16464,13 +18019,19 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   struct iovec __pyx_v_iov;
   Py_ssize_t __pyx_v_n;
   uint64_t __pyx_r;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":837
+  /* "ivshmem/_core.pyx":906
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -16479,7 +18040,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":909
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -16488,7 +18049,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":841
+  /* "ivshmem/_core.pyx":910
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -16497,7 +18058,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":842
+  /* "ivshmem/_core.pyx":911
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -16506,7 +18067,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":843
+    /* "ivshmem/_core.pyx":912
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -16515,24 +18076,24 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":844
+    /* "ivshmem/_core.pyx":913
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
  *             return count
- *         if errno == EAGAIN:
+ *         if n >= 0:
 */
     __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
 
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":845
+      /* "ivshmem/_core.pyx":914
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
- *         if errno == EAGAIN:
- *             return 0
+ *         if n >= 0:
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
 */
       {
 
@@ -16540,18 +18101,62 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":844
+      /* "ivshmem/_core.pyx":913
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
  *             return count
+ *         if n >= 0:
+*/
+    }
+
+    /* "ivshmem/_core.pyx":915
+ *         if n == sizeof(count):
+ *             return count
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (unlikely(__pyx_t_1)) {
+
+
+      /* "ivshmem/_core.pyx":916
+ *             return count
+ *         if n >= 0:
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      __pyx_t_3 = NULL;
+      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 916, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_5 = 1;
+      {
+        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_no_even};
+        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 916, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
+      }
+      __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __PYX_ERR(0, 916, __pyx_L1_error)
+
+      /* "ivshmem/_core.pyx":915
+ *         if n == sizeof(count):
+ *             return count
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
 */
     }
 
-    /* "ivshmem/_core.pyx":846
- *         if n == sizeof(count):
- *             return count
+    /* "ivshmem/_core.pyx":917
+ *         if n >= 0:
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
  *             return 0
  *         if errno != EINTR:
@@ -16561,8 +18166,8 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":847
- *             return count
+      /* "ivshmem/_core.pyx":918
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
  *         if errno != EINTR:
@@ -16574,16 +18179,16 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":846
- *         if n == sizeof(count):
- *             return count
+      /* "ivshmem/_core.pyx":917
+ *         if n >= 0:
+ *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
  *             return 0
  *         if errno != EINTR:
 */
     }
 
-    /* "ivshmem/_core.pyx":848
+    /* "ivshmem/_core.pyx":919
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -16594,15 +18199,15 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":920
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 849, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 920, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":848
+      /* "ivshmem/_core.pyx":919
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -16611,7 +18216,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_core.pyx":831
+  /* "ivshmem/_core.pyx":900
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -16623,6 +18228,9 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core._take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -16630,6 +18238,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 
 
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
@@ -16730,9 +18339,9 @@ static PyObject *__pyx_mp_subscript_7ivshmem_5_core_FdArray(PyObject *o, PyObjec
 static PyMethodDef __pyx_methods_7ivshmem_5_core_FdArray[] = {
   {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_2eventfds},
   {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_4take},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -16942,14 +18551,14 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_Epoll(PyObject *o) {
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_5_core_Epoll[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_2fileno},
   {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_5add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_4add},
-  {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"modify", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_7modify, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_6modify},
+  {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_9remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_8remove},
   {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_11wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_10wait},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_12close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Epoll_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -17050,6 +18659,194 @@ static PyTypeObject __pyx_type_7ivshmem_5_core_Epoll = {
   #endif
 };
 #endif
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Timer(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  {
+    int cinit_result = __pyx_pw_7ivshmem_5_core_5Timer_1__cinit__(
+    #if CYTHON_VECTORCALL_TPNEW
+    o, NULL, 0, NULL);
+    #else
+    o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+    #endif
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_core_Timer(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 1);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_5_core_Timer(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_5_core_Timer(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_5_core_Timer, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_5_core_Timer(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_5_core_Timer((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_5_core_Timer(PyObject *o) {
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_5_core_5Timer_9__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_5_core_Timer[] = {
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_2fileno},
+  {"set", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_5set, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_4set},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_6close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_10__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_5Timer_12__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_5_core_Timer_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_core_Timer},
+  {Py_tp_doc, (void *)PyDoc_STR("A clock as a descriptor that is readable when its time has come (timerfd_create(2)).")},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_core_Timer},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_5_core_Timer},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_5_core_Timer},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_5_core_Timer_spec = {
+  "ivshmem._core.Timer",
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Timer),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
+  __pyx_type_7ivshmem_5_core_Timer_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_5_core_Timer = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._core.""Timer", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Timer), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_5_core_Timer, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
+  PyDoc_STR("A clock as a descriptor that is readable when its time has come (timerfd_create(2))."), /*tp_doc*/
+  0, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_5_core_Timer, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_5_core_Timer, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_5_core_Timer, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping __pyx_vtable_7ivshmem_5_core_Mapping;
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Mapping(PyObject *o, PyObject *a, PyObject *k) {
@@ -17122,8 +18919,8 @@ static PyMethodDef __pyx_methods_7ivshmem_5_core_Mapping[] = {
   {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_2populate},
   {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_4resident},
   {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_12close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7Mapping_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -17275,7 +19072,9 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject
   p->bells = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->own = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)Py_None); Py_INCREF(Py_None);
   p->wake = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)Py_None); Py_INCREF(Py_None);
+  p->queued = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)Py_None); Py_INCREF(Py_None);
   p->epoll = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)Py_None); Py_INCREF(Py_None);
+  p->outer = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)Py_None); Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_5_core_9Doorbells_1__cinit__(o, a, k);
     if (unlikely(cinit_result)) goto bad;
@@ -17306,7 +19105,9 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_Doorbells(PyObject *o) {
   Py_CLEAR(p->bells);
   Py_CLEAR(p->own);
   Py_CLEAR(p->wake);
+  Py_CLEAR(p->queued);
   Py_CLEAR(p->epoll);
+  Py_CLEAR(p->outer);
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
   (*tp->tp_free)(o);
@@ -17337,8 +19138,14 @@ static int __pyx_tp_traverse_7ivshmem_5_core_Doorbells(PyObject *o, visitproc v,
   if (p->wake) {
     e = (*v)(((PyObject *)p->wake), a); if (e) return e;
   }
+  if (p->queued) {
+    e = (*v)(((PyObject *)p->queued), a); if (e) return e;
+  }
   if (p->epoll) {
     e = (*v)(((PyObject *)p->epoll), a); if (e) return e;
+  }
+  if (p->outer) {
+    e = (*v)(((PyObject *)p->outer), a); if (e) return e;
   }
   return 0;
 }
@@ -17355,8 +19162,14 @@ static int __pyx_tp_clear_7ivshmem_5_core_Doorbells(PyObject *o) {
   tmp = ((PyObject*)p->wake);
   p->wake = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->queued);
+  p->queued = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
   tmp = ((PyObject*)p->epoll);
   p->epoll = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->outer);
+  p->outer = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   return 0;
 }
@@ -17370,8 +19183,8 @@ static PyObject *__pyx_getprop_7ivshmem_5_core_9Doorbells_closed(PyObject *o, CY
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_5_core_Doorbells[] = {
-  {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2_news},
+  {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_missing},
   {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_watch},
   {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_unwatch},
   {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector},
@@ -17379,13 +19192,14 @@ static PyMethodDef __pyx_methods_7ivshmem_5_core_Doorbells[] = {
   {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_ring_self},
   {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_bells},
   {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_drop_peer},
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20fileno},
-  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22ring},
-  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24wait},
-  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_wait_event},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, 0},
+  {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_set_queued},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22fileno},
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24ring},
+  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26wait},
+  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_wait_event},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -17505,6 +19319,7 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_FdArray(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -17552,14 +19367,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_FdArray(__pyx_mstatet
   __pyx_vtable_7ivshmem_5_core_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_FdArray *))__pyx_f_7ivshmem_5_core_7FdArray_release;
   __pyx_vtable_7ivshmem_5_core_FdArray.done = (void (*)(struct __pyx_obj_7ivshmem_5_core_FdArray *))__pyx_f_7ivshmem_5_core_7FdArray_done;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray)) __PYX_ERR(0, 93, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray = &__pyx_type_7ivshmem_5_core_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray);
@@ -17571,7 +19386,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_FdArray(__pyx_mstatet
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 92, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 93, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_5_core_7FdArray_8__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_5_core_7FdArray_8__getitem__.doc = __pyx_doc_7ivshmem_5_core_7FdArray_8__getitem__;
@@ -17579,9 +19394,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_FdArray(__pyx_mstatet
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_vtabptr_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_vtabptr_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_FdArray) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17600,14 +19415,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
   __pyx_vtabptr_7ivshmem_5_core_Epoll = &__pyx_vtable_7ivshmem_5_core_Epoll;
   __pyx_vtable_7ivshmem_5_core_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_5_core_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 177, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = &__pyx_type_7ivshmem_5_core_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll);
@@ -17617,9 +19432,44 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_5_core_Timer ---*/
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer)) __PYX_ERR(0, 264, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = &__pyx_type_7ivshmem_5_core_Timer;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17638,7 +19488,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   __pyx_vtabptr_7ivshmem_5_core_Mapping = &__pyx_vtable_7ivshmem_5_core_Mapping;
   __pyx_vtable_7ivshmem_5_core_Mapping.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Mapping *))__pyx_f_7ivshmem_5_core_7Mapping_check;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 454, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -17654,7 +19504,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping);
@@ -17664,9 +19514,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17689,14 +19539,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 604, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -17706,9 +19556,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18045,6 +19895,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   /*--- Type init code ---*/
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_FdArray(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -18053,7 +19904,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_core.pyx":42
+  /* "ivshmem/_core.pyx":43
  * from ._libc cimport POLLIN as _POLLIN
  * 
  * from collections import namedtuple             # <<<<<<<<<<<<<<
@@ -18062,22 +19913,22 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 43, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":44
+  /* "ivshmem/_core.pyx":45
  * from collections import namedtuple
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
@@ -18086,70 +19937,70 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":46
+  /* "ivshmem/_core.pyx":47
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":47
+  /* "ivshmem/_core.pyx":48
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":48
+  /* "ivshmem/_core.pyx":49
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
  * EPOLLHUP = _EPOLLHUP
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":49
+  /* "ivshmem/_core.pyx":50
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":58
+  /* "ivshmem/_core.pyx":59
  *     MESSAGE = 8
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -18157,11 +20008,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 58, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 58, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -18171,13 +20022,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 58, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 58, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 59, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -18188,40 +20039,40 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 58, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 58, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":59
+  /* "ivshmem/_core.pyx":60
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 59, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":109
+  /* "ivshmem/_core.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_8, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_8, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   {
@@ -18229,40 +20080,40 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":128
+  /* "ivshmem/_core.pyx":129
  *         return array
  * 
  *     def take(self, int fd):             # <<<<<<<<<<<<<<
  *         """Append `fd` and own it from now on, also when this call fails."""
  *         cdef int *grown
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":166
+  /* "ivshmem/_core.pyx":167
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         self.closing = True
  *         if self.users == 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18292,95 +20143,95 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":193
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":206
+  /* "ivshmem/_core.pyx":207
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":210
+  /* "ivshmem/_core.pyx":211
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 210, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":213
+  /* "ivshmem/_core.pyx":214
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":216
+  /* "ivshmem/_core.pyx":217
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":227
+  /* "ivshmem/_core.pyx":228
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18410,79 +20261,49 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":265
- * # -- messages with descriptors --------------------------------------------------------------------
+  /* "ivshmem/_core.pyx":276
+ *             _fail()
  * 
- * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
- *     """Send messages without blocking, in batches of sendmmsg.
- * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         if self.fd < 0:
+ *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 265, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":341
+  /* "ivshmem/_core.pyx":281
+ *         return self.fd
  * 
- * 
- * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
- *     """Take up to about `limit` messages off a socket without blocking.
- * 
+ *     def set(self, double seconds):             # <<<<<<<<<<<<<<
+ *         """Be readable in so many seconds, from now on, and not before; 0: never."""
+ *         cdef itimerspec spec
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 341, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":467
- *         return 0
- * 
- *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
- *         """Fault every page in, for writing where that is allowed; contents stay as they are.
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 467, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 467, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":502
- *             self.views -= 1
- * 
- *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 502, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 502, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":532
- *         self.views -= 1
+  /* "ivshmem/_core.pyx":290
+ *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap.
- * 
+ *         cdef int fd = self.fd
+ *         self.fd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 532, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18490,7 +20311,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18504,7 +20325,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18512,185 +20333,79 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":596
- *     # Overridden by subclasses.
+  /* "ivshmem/_core.pyx":303
+ * # -- messages with descriptors --------------------------------------------------------------------
  * 
- *     def _news(self):             # <<<<<<<<<<<<<<
- *         raise NotImplementedError
+ * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
+ *     """Send messages without blocking, in batches of sendmmsg.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 596, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 596, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":599
- *         raise NotImplementedError
+  /* "ivshmem/_core.pyx":379
  * 
- *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
- *         raise NotImplementedError
+ * 
+ * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
+ *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 599, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 599, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":604
- *     # Bookkeeping, called with the GIL held.
- * 
- *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
- *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 604, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":609
- *         self.watched = fd
- * 
- *     def _unwatch(self):             # <<<<<<<<<<<<<<
- *         """Forget the descriptor of `_watch`, before it is closed."""
- *         # A forked child shares the epoll object with its parent, and must leave it as it is.
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 609, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":616
- *         self.watched = -1
- * 
- *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd` as the next vector; takes it."""
- *         self.own.take(fd)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 616, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":621
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
- * 
- *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
- *         """Ring the peer's next vector through `fd`; takes it."""
- *         cdef FdArray bells = self.bells.get(peer)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 621, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":628
- *         bells.take(fd)
- * 
- *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
- *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
- *         self.bells[peer] = self.own
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 628, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 628, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":632
- *         self.bells[peer] = self.own
- * 
- *     def _bells(self, peer):             # <<<<<<<<<<<<<<
- *         """How many doorbells `peer` has; None when it is unknown."""
- *         cdef FdArray bells = self.bells.get(peer)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 632, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 632, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":637
- *         return None if bells is None else bells.count
- * 
- *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
- *         """Close the doorbells of `peer`, if there are any."""
- *         cdef FdArray bells = self.bells.pop(peer, None)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 637, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 637, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":505
  *         return 0
  * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor that is readable while an interrupt or news of a peer is waiting."""
- *         self.check()
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 658, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 658, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":772
- *             self.leave()
+ *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
- *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """Like wait(), but returns True as soon as `_news()` was called."""
- *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 772, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 772, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":813
- *         self.epoll.close()
+  /* "ivshmem/_core.pyx":540
+ *             self.views -= 1
+ * 
+ *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+ *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 540, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":570
+ *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
+ *         """Unmap.
+ * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 813, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 813, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18698,7 +20413,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18712,7 +20427,230 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":640
+ *     # Overridden by subclasses.
+ * 
+ *     def _news(self):             # <<<<<<<<<<<<<<
+ *         raise NotImplementedError
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 640, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":643
+ *         raise NotImplementedError
+ * 
+ *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
+ *         raise NotImplementedError
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 643, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 643, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":648
+ *     # Bookkeeping, called with the GIL held.
+ * 
+ *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
+ *         """Call `_news()` when `fd`, which is borrowed, is readable."""
+ *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":653
+ *         self.watched = fd
+ * 
+ *     def _unwatch(self):             # <<<<<<<<<<<<<<
+ *         """Forget the descriptor of `_watch`, before it is closed."""
+ *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 653, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":660
+ *         self.watched = -1
+ * 
+ *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
+ *         """Listen on `fd` as the next vector; takes it."""
+ *         self.own.take(fd)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":665
+ *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+ * 
+ *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
+ *         """Ring the peer's next vector through `fd`; takes it."""
+ *         cdef FdArray bells = self.bells.get(peer)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":672
+ *         bells.take(fd)
+ * 
+ *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
+ *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
+ *         self.bells[peer] = self.own
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":676
+ *         self.bells[peer] = self.own
+ * 
+ *     def _bells(self, peer):             # <<<<<<<<<<<<<<
+ *         """How many doorbells `peer` has; None when it is unknown."""
+ *         cdef FdArray bells = self.bells.get(peer)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 676, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 676, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":681
+ *         return None if bells is None else bells.count
+ * 
+ *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
+ *         """Close the doorbells of `peer`, if there are any."""
+ *         cdef FdArray bells = self.bells.pop(peer, None)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 681, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":702
+ *         return 0
+ * 
+ *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
+ *         cdef uint64_t one = 1
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":712
+ *             _fail()
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
+ *         self.check()
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 712, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 712, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":830
+ *             self.leave()
+ * 
+ *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """Like wait(), but returns True as soon as `_news()` was called."""
+ *         self.check()
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 830, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":882
+ *         self.epoll.close()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
+ *         cdef uint64_t one = 1
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 882, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 882, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18722,8 +20660,8 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 
   /* "ivshmem/_core.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=False             # <<<<<<<<<<<<<<
+ * # cython: embedsignature=True, embedsignature.format=clinic
  * """The kernel interface at C speed: descriptors, eventfds, epoll, fd passing, mappings.
- * 
 */
   __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -18773,7 +20711,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 110, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -18798,7 +20736,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":58
+  /* "ivshmem/_core.pyx":59
  *     MESSAGE = 8
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -18807,12 +20745,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 58, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":216
+  /* "ivshmem/_core.pyx":217
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18821,7 +20759,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 216, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 217, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -18862,41 +20800,50 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{8},{11},{6},{3},{7},{6},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{4},{4},{9},{4},{10},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{17},{17},{27},{7},{32},{36},{15},{18},{24},{17},{122},{48},{30},{33},{126},{132},{55},{193},{64},{75},{85},{29}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{36},{15},{18},{24},{17},{71},{122},{48},{30},{33},{126},{132},{55},{81},{193},{64},{75},{85},{29}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2234 bytes) */
-static const char cstring[] = "x\332uU\315w\333\306\021\027%\312\246\0349\026m\232Vd\247\005\345\217\304\371PK\311\037\212_\373\372h\311\262\3358\216%\331r\234\327Wx\005,ET @\002\013Rt\372Z\035y\334\343\036\367\210#\216<\352\250\243\2168\362O\360\237\320\231\005ARV\312Grwgvwf~\363\233Ym\267\303\250\257\271UMkQ\203\271\236\257\265,\332\366\037i\036\265)\361\251V\247u\327\353(\241F\034S#\236G:\276V\265<\237}\315<J\265\252G\366\352\324aw\227\226\226\036i\254f\371\032u\314\206k9L\253\021_\373[ep7\2329\255n\203\332\013\234=\355\275g9{\376{\215Yup\307\267\034\203jV\242\267\211\217\023\213QS\253\272\336\022\321L\352\033\236\325\300\033\253\236[\207;\251\346S\257E\275\344\200\353\263\201\037\r\3175\250\357+7\230\353ju\342t4\267A\035\360\337\006C_{\304\362\321\022\234\262\352\026\373\016-h\226\3433\202\036\264-V\323\336\007J\245}\357\274\277k\020\307q\031\\\323\030wb4\3655\323\362\311\256M\251\203\377{\006\334\256f\246\325\362k\000\345\022\365<\3306X\375I7\\\217.5:\007\216\013\267TI`3M\327=j\006\006\325u\315\014(\270\2559\256\363=\363\254\226El\320\032\226c1]\307\240\307\r\023\217j\006\204NM\324\014\021\006\020~G\2120%b\255]\003$\024\276\220\001\265\251\341\332\266\346\356\376\013rv\372xB\205\377\047\263\034-\000,w;*\211n\240\016#ZDs\202\372.\346G\221`M\235}\2028\254\273\256\267Km\333\037N\226\206\321\033\035Vs\035]\037W\371\224Af\330\357*\211i\3528\375D\224\030\035\023~j\317\364\334\206\336\240t|O\335\362\201\202{c\022\007\350?\266D\266\2027vuL\0268m\302\214\332\230\004A\325i\013J\343\224\360\324&\205\344h\211\264t\334\047\257~~\361\342\311\326\226\032\237\275y\245\306\347/\325\360\363\233\327O0C\352\357,\\\251\370\014T\211\002 I&\312n2\035\330T\363\272kZ\325N2\367 \265\255\301\036\014e\303\254`\355\017\206\263\246G\2123\306S\225\262\232.\0242U\323O\327\214\354\323\347\016\203\n\t\032\354\047\322h\000\310\203\341\254\261\221\342\214\261T\245\214\245\213\206\333\010l\330\225\256=\352[&\330\177\351n\007FmG\261\344\225\3472\327pm\305M]\327_u\016\340\267n\031L\177I\017\330\026\255\352\272j\000h\r>&jpt\r\034""\252\201\243\306\275\324!\370\324\211\345\250\3215\003[I\034RW#\024\275>\330\206\323\026\3036\201\212f@\354tS\332\t\316\204?\024\320\003\\\000\006\303\213\3751\363g\260\201\276A}t:-\227\261\"IJcT\020\272\345c\177\202J\266\034\232\326\204\252\204\021\377S\326\217q=a8\\\013_@\331\047f\3132\250z6\210\337q\014\313]\032\336\352+\223F-p\366}\303F3\000\027\363\210Aw\211\261\257\022h\270&\374l\033\\\264\\\3077\\\207y.\234q\003\207\231\204\021\223\022\023OBo\243n\2256\252f\322bSv\251\321\257\2320M\210\016\377\320\217\325\373\005\231\332\363\334\266cYn\013\336\227z\332\227\323f\255\332\263\352\376\370\246\3241\230=\352\0475\222d\324A\324M\0264l\352:\264\001j\374\351\276\365AM|\304\021\250\227\262\317\003g]\307\356x\324\240\026\274W\252\302R*\252\047\020^C\370\372>\304\203\370\302\363a\352\211\000\242\240l\360H\340\375\276k\354cr-\243N!\271&\226\317\240\3632w\037\266\003O\355\026\261\003\252\376\374$\311\230\2476q\330a&\316^\350~\3137\0173\037oML\317\363f\234\275\3127\343l\201WPs\263\273\331\255\361]qN\230\362\2264\303[\241\031\225\342\334\347]\322\375 \256\210\247\262\034\347f\273O\370UN\340\350\354\245n\223O\362\357\004\021L\226\345c\271\033fR\341\267b3\236\205[\371\026?\020\277\205\245p%$as$\372O8\246\377/\350\016\242f/3\024\235\374\261\034\345\343\334\245n\007|\331\225Sp\375\363\360\037\275<\232\177\006[v\304#\271\023\376\2657y\362\350\305q%\316}\326]\356nu\225K-\276-2\361\\>\235\237\027\276,\251u\236\347O\271\177Y\271\336\224\2710\023\202\372\n\277/\246\304\252\212\244\026\356\367.\367\312\270\347\0267\304\274\314\313E\360`;R\001\036\360\246\230\024pi\221\357A\234W\2270\266(\033U\242\255\310\353-\034\255\036\227\217\037\037\357\237\274\373\265?\362\354b\234=\177\330D\007\326\272mN\342\3319~\016\206\271kpY\0061\256\013\260w\361\343\271\211\351\331\356*/C\212\356LL\177)*\375l\221\223\217\271\211\351\231\356y\270\010@\t\370S\360sE\022\311\024\256,Z\211H\304z+=\322k\"\030\367\300\002\025\367\3459H\311dx3\334\211\226\243\235\336ro\373(\203!}#*\342\237a9|\006\036\243x\347h\371h""\007|^;n\216\000j\213*\000Ap\177\211?\302tbf\317\363\177\003@\033\220\320r*\370\r\340U\233\312\374\031\\\374N\032\341\265(\327\313@\266T:\337\212g\362G\300g**G\225\221\350%0\013n`\374!\"\251PP8\337\0358\366\256g\034\025\2166\217\300\203\"\302u\tb2D\036\267vdF\026\345\207h\036L\314}\2012\314\035f\244p\035@T\242\004\354<\377B\224\304\003\271\020\256F\3458\373Y\267|XI\000j\001\315\024\007\200\251\202 \252\214+eB0]\256\207S\341\047\202\\\224I\004?\362!\314\350\022\2442\047\224\n*\005\207y\221\025j\343s(.\330x\237O\36122\254\314+\207\225>(\326\3714\337\204\260`\272\001\024#\234\211{PE\017\303\305p-l&{6\000\323U\020\217\226\211\233\017D>\225$\047\377\"\233\003\257\022\371)\177\373\271\033b\020\263ba\352\225\332\226\254^\213\242hK\222T\314[\261.3q~A\334\001\372\014\034\274#2}uC\007\002\333\2207\345v\230\r+I@\353bZ\274\206\274\335\002:\006\341\323\250\334O\341\350\347\276\004M\021HZ\016\225\007\017\370\025\256\030\260\016UM\304\201l\207`\340b\367\r\222\347\314~\254\263\226\330\226\027\302\333\t\"#\355\006v%\274\357\032\224\016\324u1\211\274$\013\362\227p+\374\000\265\273\002\364\311\367s\232\314\014\261\313\237\344\027\345\035U\354p\370!\277\t0  3\t\271\020\311UyOv\200\274\223=\340$vF\210e\232\277\001\016)Z\025\241[L\311e\271\2111f\270\352P\212H\207\025\250\333\231\331\004c\225\3461j\245D)$=\361\251x(K`\247\r\315\365\016XZ\354=\006_/\037\225\307\272W\322\024\346\024\265\316#O\021R\204~q\320f\025\2052\274\300\177\025*\367\177\347d\344C\007\372\3302\200U\220\257\303\"t\207\007\275+\275\265\036C\013\330t\240gA\177/\341\261\027\230\247\217\263\0233\327O\026\376\014\035\354\0054\010`o\006oZ\020\3718\205N\031PH]\214\257\026\261\314~\220O!\021\353\200U\266\367\374\350\227\343\255\343\366\311\316\333\244\022\247\240\342\n\362\r4\236\315\270p5\236[\224\252\324\003\276\006\241@l\014\321,rS|%/\003\020Mu\345\202\270-<\231\217\347\257\003>7\345f|\343\366\311\355\007\021\355\225{\225\376\215\273a>,\305\363\032R\363r<\267\200\031\301$\\\020%\010\340\363\211\231? \t\021\353U\276\202\355""\342\342\220\362*\017\361\3347\320\263\356\205\315~\312\177|\324\220\316\225\364\374[\251\212g\370<$\275cE\330P\223\025\364\337\347\213\220WHJ\001\032L\277\240\350\200\333\222\375@\205\346I\026\372\017bW\2223\350p_u\002\365l\316 \366\263\320\037w\344j\3700\351}\236\252\007\000\304S\314\232\224\267e\013zu9z\034Y\220\256\373\307\323\307\233\307\344$\013\370\235j\000?\2506K\240\003\346\377\007\276\2073~";
-    PyObject *data = __Pyx_DecompressString(cstring, 2234, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2395 bytes) */
+static const char cstring[] = "BZh91AY&SY\r\225\302\002\000\0012\377\377\377\377\377\377\377\377\377\366\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\010\375\327[3\013h\312\212\024*\245@C\250\003\214D\364H\212\017Q\232\2006P\001\211\372\231\244\332\233&\223\323!F\217H\332\236L\240\r=&\217H44\364\232\014M\006\207\242\tD\001\000\021\241\244\323\024\325=\252~\244\375)\352hh\320\323F@\030L\010\000\311\220d\362j\003\310\230z\206D\003SL\321(\246i\352\233$yM\033S#@\320\000\003@\000\000\000\000\000\000\000\000\017H%4A)\232\010G\250\364\232e6zE=A\210h\000\032z\200h\032\000\3654h\003\023F\207\242\007\251\351=M\000\203\000L&\004\302a4\3011\030\002`\010\320\311\200L\000\000\000\214\004\300\000\002\014\0010\230\023\t\204\323\004\304`\t\200#C&\0010\000\000\0020\023\000\000\026V\355\207\0148\307\334\000\340\354\244vE\374p\037\317\003\304\273QX\212;LIP\250\341b\036D\310\202\177\322\225\353\301\344\035\334S\004\n\301\357e\t,\226T\026\306SI\216\006\300\231\204\200I!$\311&\022d\231\206@I\252Z\326\265\3603uz\222\262NcQ\002\232DB\225AUU\021\023\220\233\300\t9\231\"Dp\244\003\2412I\t\231\022a\207\030E\271\370\254&\315G\26414\031\253-\211\323\0242+\226\010\317i\253H\005!\2063\000\341(!\357\205I\"\007\0250R1\245)\212B\210!\327\223\255x\371\204\302\316q\342=\343\2504I\034_\022\245Y\030b\347c^-\267\302dl\321aj\243\212\277\267\301\324\275_\355\275\336\363\036w{\332\032\305\017\177\340\354D\257\276\302\201*~\361\350^\235o\314w;N\223\310\223Y\020\321\n\366\047\245_\335U[\362\226\202\237\350\251\207\241\177nXh\213V(\343\345\273\\\023\034h\326\314\331\247IC\262\034.\224\212\241\307\307\304 \210\032X`\322\310P\024.z\272\250\334\273\223|,\256\025\241r\264R\253\371\310:\010\271\303\343\213\231\333\272\n\231\231\231\245\212\200\t\231\241-\214\354\356Q\363\223\232\225\310\215\325\212\220[A+ LK}la\352\304\313\352g\207E\020ZN\202\260Y\303\020\356\356\360\"\003\201##\"\257&\205\n\243\205Ff\021\014\031\244\315\014\326p\256b\022+\245{\241\230j\024L\302\013p4c\221\337\227\220\362r\020\263\341\350\3559\325\014AD`=\244i\246S{""\365]\3305\354j\346\316\233\373:Wtm-4b\227\362\367=\256\337k\014J\254R\324\375\014\370\000\030\017j\311\000T*\252\343`\202\t\3002\004\206\rX\2118\266\300c\223\270\n\331\375-\226\023+\3555\224d\024\177\177d3\211\205\213\200a\315\312\344\251G\250\257QU\247%\026L\210\221\306{\\\224Q\014\255\266\323\031\266d\321&v\365X\367sol]aqn\210$?\304]7\021\201\335Y\272\364\004\321\340b c\331\001\212(\003\232\267\207\222aM\307\224\363lMm\014MM\\\371\210\313\037\034f\316\006w\260\202\222x{\274r\311\010iW:\204[6,\302\370gV\223\351+\332-~\270\311\256\362\222\232\305\275[B\212\245Y;\205Y\375\025\360\t\003\253\277\340\033h-\372\355\225\025\257\270$5-\360\005\206\317\241\2430\213F\022\312h\001vT\310\r6\326m@\355\256\332\245\025)\004B&\367AvE \nn\325\321\344\206\242UR\217\333\222\233\2209gd2\036\245vKl\242\376\010w\356\022\252\240\244(H\260F\217\025\001\300\232\357B\355)d\016\360\213\202\250\3261/\316\360-\271\326\022\203\220Yy\221\034\3319`\023\264\2226QDI0\215\206\222\323)\241\305\325\013\334\211@\221\227RT\231\254\264\226E7)\246\224(\035$\222I%\\\016L\250tU\222r\363w\341Pt\252S\013\025^1\n\350\020mn\241<:\207\327\030\"\374\324\020\232#\nf\374\025v\004\320dl\245C\006E\254\203\314-\3716\322\371*\024\252\326\321\224u\235uu\266UE\013\213,[\333\010\343B\020u\355j\24297\027\332\343y`\377\027w?\003\035*\245\332\351a\246\025\243\254j\271B\\m8o\256\360K8\205\222c\034\230\331\370\254Z8\033(1\202a\245\233_P\227\347\243RC\227\356\344\rV\360\206Y\032\313\266\322\347\252\346\203Ux\024(\353\347\2301\271\275\n\310\004EE\246\332\347\301 \255\271R\375,s\331\256\247N\340\331\326\252X-m\333\341;$B\013g\003J\321s\306#\\\032\225\350\3302\233f\200\325U\203\021\002\207\242{\212\204u\324\210\022\240\212[\275\324&\371\221\210l\006\247Z\301\n\253\314jQ\307U].\023\212\302\324AT^\323HcF8G\nV\301\257I\222\251G\031\270\351\345:\034\255\030\004^)I9V\034\037\303v$\211E\343\010\217\306M9\326;8h\216\\\r\212D\262|\201\030\260Af:@\215\205\026\305\227\000X^\274\322mt\311I%\210\002\240\355\002\300\334Ff\302B\224\3600X\0256""\371\217K\262\025\255\254Lo\006\370\250\023\344\205\002K\t\324\203L\353\223\030kj\354\2725XA\r\005\322\221\311\361v+\265:M3\244\244\343\245c\315\355\016\022\022BL\222\022\026\226\237K \023\000\341\252]\237\240\230FvJp\252\226Z\233u\334\202\346\266\300\260>\315\047E>X\227\234\243Q\350n/\337\307\n\242D3\317n\367\327\321&`\016\2249\306\302\363\310\234\261;\252\\\314\331\310Y)\021\303\214\342\311\362\264^\030\272\227\364D\222\242.\202O\330\354\267r\304\300c\020\\0r\366B\322S!\3179@\301qT\266\225\264\276\213\340\371\224(\233\341\010Gnte\nI\344\333\335\005b\261\214f\366t\306\245\204\021\250\3755\352\302\231*\2108!\026\"\022\025\271\353bB\020\3213J\232\311\252A\200\2249\256/%j\320\352\362c\360EAE,\263\254\316\302\321S\r,\002\273\036\375Bo\rg\\:\347\036\203\344\241\003\251k,p\270\216:6\026\363q\354*m\326mn\327\006F\213\255t H^H\010\355p[\267E\316\tR&\315\225\360y\"\233X\0309U\2056\005\"SII\237M\261TX\221H\301\225\225xy!\323\251\202\351\311\257\207\020IK4\254)\277Q\016a\226$\214\233\375f>\023\037$\325=E\047S\206\234K\251N\211\317\371\017\224\r\304\302L$ \003\253\367\237\027G\350G\341\240\360cMo\231\370\2114\002C$\3075\335\010SN\376\367\227\220\335x!\010Ld\016&\277^\350\2274\024\221\354\364\371\311\007u\330r&\356\0354/\312\343_\252\013{\355\224\346\316M-\223\250\306\342\023$\363\353\255\270\230\357\365\324\275qX\347\217\234M\221\0050l\204\005\277Y\032\266\343\021_\266\r2&k3|\363QI\035d\220\361\276\374\275\326\366\372\323\345\234\305E\314\250\355U \211\235c\353\357Is\335n\333\036\0079\n,st\216\274y\377=Z&\006\221\276\205\244\200R\255J;>\361\340{,0I\242\357\321\342\017\233\353;\213<\266P\330K\307\362\257\265\026\316\2711\261\3715V2\250\255=s\204$B\246\325n\002\252\240V\301AQ@\010jY\210\240\375\237\332\232\330a\203H\224\355?K\342\235 \270aM\306\251\322\204\001\006\251\304\311\252\232>\365\217\366}\264\266\214\231\263\013\010\354\030 \200\202\\\3036`y\335>\r\302\366(B\207\tQ\357<(e\224\001\313[\017=\374Q\242-{\224\035S\244\373\313$\\\3734\024\364\360I\263\347\311\311!jnOjijO\237i""\303\317f{d\340\301%\302@\345\254\251\244\336P2\320\0057t`\272\342\035\371\305\274\333c\267w\315:\353e8NY\335\230M\212\345\203\271a\313\270\202wZg\334\3465\323\352\264x\345\213T\244\027a*\326\005\322\315\350\305\014\276d\271b\035\323=\350{\273|\336\025\231\\\341\243bQJ7\245J=\tr\312V \025\371su\257dvk\202\302,9\"\034\356\035\047\273\355G\221\311-\010\243q\270\230\330\334|\315&\250\364&b\373\2436\324\234)\022#-\220\010\310\022\326\030L\310\345\006\223UH\006n!(\224Xti\304\331I!D\341\322j\245\025\321\322\355gY\230\204\014\324\245\022\224\231!\335\250\254\220\2240\317G\224\031\262\262\241V\n\360B1\346\255\020;\275!\321.\370+\300C\266\256\224\277$\316\277R\223\001\2471\0139\024T\276DX\232\262\266\032\017\374]\311\024\341B@6W\010\010";
+    PyObject *data = __Pyx_DecompressString(cstring, 2395, 2);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2997 bytes) */
-static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u\376\026\002 -n`)ca/nnotD\000py\t\206\007\377s disabl7een\002\001gc[\000\005\002\337divsh\310 .e\363rr\342 \007\004/_co\377re.pyxno\376\323\000fault _\377_reduce_\377_ due to\377 non-tri\357vial\033\000cin\177it__the\376\010\375s\225@e clos\003ed\026\001\370&\212@\003\020\364!\047\003\277 while\346 i\371t\377 6\002poll \027obj\215` 2\n\205c\000\021\336$\001in u\255`by\316\300Bout9\001\252!a \317numb\234A\335a C\372\240\002E\204!Doorb\257ells\000\006.\365\006c\177ython__\017\twset\227@te_\n\020\017add_H\001@\010\017\001\320\204\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t\276\252\204\001_self\256\010u\277nwatch\300\010w}a\246@event\010\n\350\030\n\256B\365\007f\212@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\236A\000\002\235/\017\005\232.\200*\003\243 3\003\246b>\003m\004\363A.\277modifyV\003r\237emoveb\003\307\001F\003dA\370\206\001\000\004\230O\017\007\227N,\005\270\234\204\0029\005\225\"fdsI\005t\377akeInter\377ruptMapp\007ing\000\004\205o\017\007\204n,\005\374\211\205\0029\005popula\373teI\005resid\377entNoSuc\373hV\367\210\002Proto\367col\227\204\002___P\373yx\001\000Dict_\377NextRef_1_\374\206\002E\000\034\000_d\026\001%\000wdoc\013\001fun\003\002yg\236\204\005@\000main\047\001\356\325 ule1\001nam\322\003\002pZ\000\307\204\003_\007\001vt<\263\207\001R\001qual\035\005\202\207\005\354\205\205\016\234\207\006ex\206\001set\345_Q\005st\010\240\205\016__t\047est\331\000\247\205\005_\233\205\007\272\205\002\273s_\210\205\006_is\234\210\001o\277utine_\215\205\004_\252\206\205\001_\367\204\006_\357\204""\004_\342\204\007_~\202\205\002addadd\343 \177sadvice\262\213\002\377asyncio.\327corP\003s\371\206\002ch?unksclc\001\254 \377tracebac\275k\312\210\002code\221@l\377ectionsc\277ontrol\005\000u\377ntdatade\373ad6\001endeo\037fepfd\335\211\003\326e\373\205\002\347sfd\346`\327\205\003fil\347led\273\214\002\247@gro\377wniiovit\207ems\237\212\004\245\212\005\232\212\002\224\213\002l\377ostmessa\247ges\236\205\003\314Cn\313Ad\377tupleoneyp\034\000\000\001_siz\010\002\321s\325\207\001\370`\366er\252\000on\377lyreceiv\361e\334\205\003\203\204\005\376\214\002runr\177unsseen\334\207\001\337send_\013\003nt\237setde\240\213\002\\\001s\367ock\212\211\001icme\317thod\273\205\001\273\215\001ou\377ttokento\377talvalue\362\000\002s\332\216\003\220\210\001want\377\200\001\330\004\n\210+\220\377Q\200\001\360$\000\005\030\377\220q\330\004\025\220Q\330\357\004\024\220A\026\001#\210Q\377\210h\220b\230\006\230d\377\240$\240d\250$\250d\377\260!\330\010\016\210a\210\377z\230\023\230G\2401\330\377\010\014\210E\220\025\220a\3768\000\014\017\210q\220\002\220\377,\230a\230t\2401\240\277B\240b\250\001\330\016\004+\357\230Q\330\014S\000\220R\220\377x\230{\250!\2503\250\267a\250q\t\007~\250\025\010\177\276\031\000x\260q\270\001*\006\320\377\0371\260\021\330\010\017\210\335y\211\000b\240\003\\\000I\250\373\\\270\020\000\014\210H\220A\377\220V\230:\240V\250=\377\270\002\320:L\310A\330\177\010\013\2102\210R\210]\000\377\017\210v\220S\230\001\330\363\020\021\206\001\010\001\007\230s\240]!\013\002\021\220\021\262\n\022\266\002\277q\240\010\250\001\250,\000\023\277\2205\230\003\2308\305\002h\377\250k\270\022\2701\330\014\377\022\220$\220c\230\030\240\377\021\240\"\240I\250S\260~\334\002x\220q\230\002\230R\000\267\026\220g\345\000\025.\330\001\260\377\004\260A\260R\260r\270\377\032\3008\3101\310B\310\337k\320YZ\340\220\007\r\330\357\004\007\200q\274!C\210w\177\220a\330\014\020\220\006\004\000k\020\027J\000\001\340!m\230m\000\377\r\360\006\000\005\014\2108\373\2201\240@&\000\005\035\230\377A\340\004\026""\220a\360\010\237\000\005\t\210\007\340\000\222 u\373\220G\245\0003\240a\240t\376\323\"t\2603\260a\260t\337\2703\270a\270_\000\013\210}4_\000e\2305\240\006\220@\377\002\250#\250V\2602\260\277V\2702\270S\300\236@\022\377\220*\230A\230^\2501\363\250H\257\000\023\001V\3002\300\335V\261\000C\310q\326Gw\230\371f\320@\245\000\022\220!\220:\\\313A\353A\007\220|\350@F\316@\2351\345C\007\220{\334 \245 !\357\2201\220HV\000Y\240c?\250\027\260\010\270\001\253@\375B\377W\230H\240K\250q\260\277\003\2601\260A\330\n\006N\034\327`\277`t\2207\306!\201\"\343\"\375)\222\004Y\270c\300\024\300\243Q\300\247 \375\000\324aw\207@\021\375\330\256 y\240\001\240\026\240wz\260\030\216`\020\031\230\021\000\214\270A\216A\024\033\302 \016\002\347#\021\377\220\031\230!\2306\240\032\377\2508\2601\330\004\013\210\2531\200\251b4\244`R\277\204\001\022\277\220+\230Q\230a\347at\371\220\030\002\333c_\240D\250\003\335\250\002\014\010\260\001;\001\014\210\313K\220\336&c|\000\310@\010\230\356\026\002\016\210a]\001\030\230\004\273\230A\247\205\001I\220Q\231\204\0015\327\220\003\220\312`\023\240 A\200\377A\340\010\014\210D\220\005{\220Q\203`\010\014\210F\340`\377a\220t\2304\230t\240\1777\250\"\250C\250q\036\003\305F\366 8\024\000\005\007\241\0036\230m\021\031\005$\2206\001<\240\323b\340\223\000W\003\236\205\001\275\001\253\002\340\010\034=\230\355\004q\330\014\r\215\006\304\205\002\376\236\003T\230\026\230w\240a\376\254\205\003W\230D\240\001\330\021\307\032\230&\274`\226 \235\001&\230\335\001\306\204\0014\210y\326\000F\240?#\240S\250\004\250\311@\315\001\377D\230\005\230T\240\021\240\377$\240a\240u\250G\260\2731\340\207%\340\010\035\027\000\026\363\240t\350`\237\206\0026\220\023\220\376\375BD\230\006\230a\230xw\240w\250\367 \r\210U\337`\374\226@!\014\017\210x\220v\230\237S\240\n\250%\214#D\007F\376\222\210\001\013\2106\220\027\230\001\277\330\014\021\220\026\220\256\"!\377\240\024\240X\250R\250z\357\270\022\2703\274`\021\340\010\363 \240\267\000\340!!\330\010\021\337\320\021\"\240&\350\206\002\010\013\277\2107""\220#\220Q\214\"\t\374\327c\200A8\2404\240y\260\177\010\270\002\270!\330\020\226\211\001k\014\020\246@U\301`1\330\347`\377\026\230q\240\003\2402\240\325Q\340\001\001\313\207\001\017\303c\200A\177\360\006\000\t\014\2104\200\210\001p\342B\267\207\001\324d\212\206\003c\230\024\216\211\003\337G\2307\240!e\000w\250\367d\260&g\000\"\270B\270\337c\300\022\3001\252\210\005\001\330\334\216\207\004\301\210\001\020\220\007\347\211\001\020\220\345\010\366\"\"\340\211\004\276b\001\220\024w\220Z\230\317\207\002J\220az\007\337y\230\003\2302\222@\024\240\377T\250\026\250t\2606\270\237\023\270C\270t^\001\361\207\001g\277\230Q\230d\240!\307\212\001L\376\263\204\001\360\014\000\t\033\320\032\3770\260\004\260L\300\001\330o\010\030\230\001\312\001\032\230\352\211\002\263F\220%\002^\000\330\010\247 \r\377\330\025\026\330\024\033\2309\377\240G\2501\250D\260\010\377\270\004\270I\300X\310R\177\310w\320VW\330\020\300\211\003\3756\207@U\250#\250Q\330\337\024\025\330\020\"\236\207\001\017\210_u\220C\220q\274\206\001t\241\206\001\177\026\220d\230\047\240\022\356 \375qN\002\032\230%\230r\240\357\021\330\030\033\235 #\240Q\377\330\034%\320%6\260e\377\2701\270A\340\034)\250\337\021\250!\330\030\314@\330\021\317\022\330\020\032\216A\345a\n\230=!\371 \016\000\t\036\201\204\001\205\213\001\0278\2203\332\211\001\r\221\213\001\212B\336\206\002\377\330\020*\250!\2504\250\241q\371\205\001\221\206\002\321\214\001\313\204\001A8\005W\361\240\225\206\002\325\214\006\266\207\0033\230l\250\375\"\350\204\001\017\210s\220\"\220}A\326\213\001\024\031\230\021\340\002\000\370\214`\372a\210\215\003\010\017\210q\320\357\004\033\2301\206a!\240\t\312\255\001\340\311 \004\261\215\003\342`\020\220\377\014\230A\230V\2408\250\3657\366\210\003r\213\205\002\020\027\220r\375\230\326a\002\240%\240v\250\177V\2601\260B\260i\254@\3775\310\005\310Q\310a\320\361\004\275 \260\207\001\205B\017\210t\220}9\342\211\002a\240z\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2997, 4043);
+    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2400 bytes) */
+static const char cstring[] = "x\332uVKW\033\311\025F l\341\301cdc\314\340\231L\203\0373\236\007\211\300\017\306\0479sd0\330\031\307c\036\306c\047\047r\321]\202\016R\267\324\335\222\220\047\047\361R\313Z\326\262\226\275\354\245\226,Y\262\324R?\301?!\337\255V#a\034\216\244\252\272\267\252\356\275\337\375\356-\214\235f\300}\303-\032F\235\233\201\353\371F\335\346\r\377\241\341\361\022g>7\312\274\354zM-4\230c\031\314\363X\3237\212\266\347\007\337\006\036\347F\321c\273e\356\004w\346\347\347\037\032\301\236\355\033\334\261*\256\355\004\306\036\363\215\237\363\275\273\311\314iu\003j\257\346\354\032o=\333\331\365\337\032\201]\206;\276\355\230\334\260c}\211\3714\261\003n\031E\327\233g\206\305}\323\263+tc\321s\313\270\223\033>\367\352\334\213\017\270~\320\363\243\342\271&\367}\355F\340\272F\2319M\303\255p\007\376\227`\350[\217\331>Y\302)\273l\007?\220\005\303v\374\200\221\007\r;\3303\336\326\264\312\370\321y{\207\365\"\371\306\037t\002\206\034\327\340u`P\264L\3468n\000K\225\301-\375)N\332>\333)q\356\320\357\256\t\007\364\314\262\353\376\036\320\236\347\236\207m\275\325\037\013\246\353\361\371J\363\000&,^d\265R`\024\n\036\267j&/\024\014\253\306\021\031\354;?\006\236]\267Y\tZ\323v\354\240P \\\006\r3\217\033&\320\341\026iN\222\000\367?!%$c\261\321\330\003X:\005H\222\336TqK%\303\335\371\027\3008}<f\313\377\223\331\216Q\003\334;M\2352\312\2657\260\025K\267\026\304h\006\0063\234Zy\207\262\252\251\263\254\367<&hV\\\327\333\341\245\222\1772\231?\001\304l\006{\256S(\014\252|\036 \237\301\047\225\314\262\n4\375H\024\033\035\020~l\317\362\334J\241\302\371\340\236\262\355\203\270\273\003\022\007E3\260$\216\303\233Rq@\006\347\n\325\032\257qk@Xs\032,0\367\006$\004~A3\354\224\360\324&\rc\177I\014w\334\307/~}\366\354\361\306\206\036\237\274|\241\307\247\317\365\360\353\313\255\307\224I\375s\026\303D|\006\277X\001\234\342\211\266\033O{6\365\274\354Zv\261\031\317=P\240\336\333C\241\254Zyj#\275\341\254\351\276\342\214\361D\245\255&\213^\355\371\311:`\373\374\251\023\240\222j\225\340o\254R\001\362\275\341\254\261\276\342\214""\261D\245\215%\213\212[\251\225\260+Y{\334\267-\330\177\356n\326\314\275mM\235\027\236\033\270\246[\322\204\335\"\242\353\237\263\306\023\361\031\323\261B\033\216\2471\266\361\234XS(\274h\036\340\273b\233A\3419?\0106x\261P\320\335\207\356\301\237E\032\032]\223\206b\315\321\343nb\n\177ef;zt\255ZIK\034V\326#:N\241\267\215\246\365\200z\024)\2525VJ6%m\350LX\047\002~@\013\36279\343\017\230?\0235\232\026\367\311\351\2440\007\3121.\302~\351\025l\237\232#z\206\355\360\244\372t\315\365+m\240\276\222\252\032\250\245\270\202`\001\037d\321gV\33569\336\010<\036\316\256~\351\230\337tL\333\235?1\344k/\314\275\232\263\357\233%\262\014\004\003\217\231|\207\231\373:_\246k\341[*\301k\333u|\323u\002\317\305\031\267\346\004\026\013\230\305\231E\047\321k\271[\344\225\242\025\267\374\204\305z\364\213\026\246q\322\361\213\367A?\271H\336\256\3476\034\333v\353x\022\313\311;\221<\036\372\271\320\017\026=\203e\nj\227\373q-\306Iv(\021VP\253\224\270\353\360\n\324\364-\370\366;=\361\tZP<a\271\007g]\247\324\364\270\311m<\261\272\222\023\312\353W\033\0178>>\305\355X\030\270C\310\343U\263\n\261\034\301p\372\364\236/\262\344\273\346>,\231\224}\333,sd\337\242\242\355=\002\201\273\217S r\251\316J5\256\177\374\230\005\224\275\006s\202\367\251N\372B\353{\261\376>\365\341\346\320\350\264\250v\322W\305z\047=)\362\244\271\321Zo\355\211\035yNZ\352\246\262\302\233\241\025\315v2\237\267X\353\235\274\"\327T\256\223\031o=\026W\005\303\321\361K\255\252\030\026?H&\003\225S\217\324N\230J\204\337\313\365\3168n\025\033\342@\376\036\316\206\213!\013\253}\321\177\302\001\375\177\241;\210\252\355\324\211\350\370\353\\\224\355d.\265\232\360eG\215\340\372\247\341?\332Y2\377\004[\266\345C\265\035\376\245=|\374\360\331Q\276\223\371\254\265\320\332hi\227\352bS\246:\023\331d~^\372jV\257\263\"{\312\375\313\332\365\252\312\204\251\020\352+\342\236\034\221K:\222\275p\277}\271\235\243=7\205)\247UV\315\301\203\315H\007x \252rX\342\322)\261\2138\257\316SlQ:\312G\033\221\327\2369\\:\312\035=:\332?~\375\246\333\367\354b\047}\376}""\225\034Xn5\004\353\214O\210s\030&\256\341\262\024a\\\226\260w\361\303\271\241\321\361\326\222\310!E\267\207F\277\222\371nzJ\260\017\231\241\321\261\326y\\\004Pjb\r~.*\246\002\215k\020-F,\n\332\213m\326\256\022\030wa\201\313{\352\034R2\034\336\010\267\243\205h\273\275\320\336<LQH\337\311\274\374g\230\013\237\300c\022o\037.\034n\303\347\345\243j\037\240\206,\002\010F\373g\305CJ\047e\366\274\3707\000ZEBs\211\340w\300\2537\345\304\023\\\374Z\231\341\265(\323N![:\235\257\344\023\365\013\360\031\211rQ\276/z\016f\341\206@< $5\n\032\347;=\307^\267\315\303\311\303\365Cx0Ep]BL\246\314\322\326\246J\251)\365.\232\206\211\211/HF\271\243\214L^\007\210Z\024\203\235\025_\310Yy_\315\204KQ\256\223\376\254\225{\237\217\001\n\304\002\210\017\277\301T\311\010\325@\234(\353\340`\365S\312\230}\005\265\022\216\204\037\t2Q*\026\374\"Nr@\376\"\317\031\251U(#\032\246\204\005O\261qM\344h\343b\313\024\232~9\221\047\375\264LK}\321S8\010\375=1\202\215\211\276\013\305\212\030\025\353\300\004\323U\360\223\211@\336E\t>\010\347\302\345\260\032\357YEB\226 \356/\3430\356\313l\"\211O\376YU{^\307\362S\361t3_\312\036&\232\302\311\014\245\204\343\273r\013\t\233\355\\\244\234n\311k*\255\362j+\314\206\267\302FTl?j3\275\363\023\327\364\202\323\326\342\325\226\234\222\r\305\342\252}%WT\252\223\235\221\267A\341^\234\267e\252\253oh\002\237UuCm\206\3510\037\343\262\"G\265+7Q\022\265p-\312u\023\324\273\231\257\240\231B\241\344B\355\301}qEh\026\256\240\2630y\240\032!\014\\l\275$\002\237\331O\265^\227\233\352\002B\252\236\326\256Rg\244\373\256\241|\021\346T\014\340\254\232T\277\205\033\341;\364\217EP8\333\315\030*u\222\202\354qvN\335\326\r\007\207\037\210\033DB\0002\026\023\234\022\262\244\356\252&\nh\270\215\272\240\356\214XF\305K\360XS{\n\035kD-\250u\2121%t\227\324|}\237G\357\030\033\2171\326l\031`p\302\307\311\270/\257\311\007j\026v\032h\360\267ai\016\3112\017/\037\346\006:h\334\230&4\203\317S9\020\244\004\375\\\257\325k&\246\304\244x#5\205\376*X\337\207&z\351\002\300\232\004!\246\320\241\356\267\257\264\227""\333\001Y\240\306\207\276\2117F\227\3013\312\023\035\273\204g\246\n\235\t&\245bV\274\221u\265\036O\377\216>\235\211\206\341\356\230v\024!\375\014L\356\2025\026Z\334zX\214V\021G\276G\271\017\343Cc\327\217g\376\204\266\374\014]\017U\225\"\03332\333Ir\241=\326\320_\354\\\235\242\336\361\223ZCfW\000~\272\375\364\360\267\243\215\243\306\361\366\253\270\275\214\240\215L\252\227d\2523y\26531\247t\377\252\211e`\003\260\002J\017\325\3667\3522\220\255\352+g\344-\351\251lg\372:\000\277\201P\276\274u|\353~\304\333\271v\276\373\345\035\224\312lg\332 \256_\356L\314P\212)\253\027\344,\002\370|h\354\017\304j\212tI,R\017\354\027\240Nlg\342;4\342\273a\265\233\024\024\275\324T\037\371\344\374+\245\213\372\344\315\213\033\342\242,\241W\344\311\177_\314\201(\310\362$\272fwR\363\213\266\305\373\301\255\352q\032M\225\260\233Uc\344pWw(\375\277\300\030%s\034M\177[-\205\017\342\206\356\351\002\003 \236\246\352\260\272\245\352x\200r\321\243\310F\376\357\035\215\036\255\037\261\3434\360;\325\230~\322o\007C[\317\376\0177h\321\272";
+    PyObject *data = __Pyx_DecompressString(cstring, 2400, 1);
+    #define __Pyx_DecompressString_LZSS_UNUSED
+    if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
+    const char* const bytes = __Pyx_PyBytes_AsString(data);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
+    #endif
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3241 bytes) */
+static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u~\026\002 -n`)a\237$\363\047sy\t\356\000no e\375v\201 fdcann\213otg\000p\234\t\251\0077\000i\177sableen\002\001\363gc~\000\005\002divs=h\353 .err\205@\007\004\377/_core.p\373yx`\000defau\377lt __red\377uce__ du\377e to non\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\255@\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021$\001in Mu\320`by\256B\350Ar4\010\316\370@outL\001\275!a \317numb\322A\223\204\001 C\372\263\002E\227!Doorb\257ells\000\006.\210&c\177ython__\017\twset\315@te_\n\020\017add_H\001@\010\017\001\206\205\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t>\340\204\001_self\256\010\232\000\177_queued\303\010\177unwatch\325\010\003wa\316@\335b\010\n\030\n\326B\212\047\375f\262@noEPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\000\306A\000\002\262/\017\005\257.*\003\270 3\003\360\316b>\003m\004\233a.mod\367ifyV\003remosveb\003\307\001FdA\303\207\001\000\000\004\255O\017\007\254N,\005\304\204\0029\005\365\205\004\375sI\005takeIn\377terruptM?apping\000\004\232o\340\017\007\231n,\005\261\205\0029\005pop\337ulateI\005re\377sidentNo\337SuchV\302\211\002Pr\277otocol\254\204\002T\017imer\000\002\227\204\017\017\005\224\204\016\300*\003\252\206\0025\003\312CA\003\262a__\367Pyx\001\000Dict\377_NextRef\363__\371\207\002\232\000____\331d\026\001\004\001oc\013\001fu\345n\003\002g\210\205\005!\000mai\271n\047\001\252@ule1\001nKam\003\002pZ\000\261\205\003_\007\001\363vt\260\210\001R\001qual0\035\005\377\207\005\357\205\016\231\210\006ex\206\001\342\204\001""\362Q\005st\010\212\206\016__te\223st\272\000\221\206\005_\205\206\007\244\206\002s\335_\362\205\006_is\231\211\001ou_tine_\367\205\004_\360\205\001U_\341\205\006_\326\205\007_\317\205\004_\302\205\007\375_\342\205\002addadd\376\303@sadvice\377anything\376\345\214\002asyncio\257.corc\003s\366\207\002c\177hunksclv\001\376\277 traceba{ck\332\211\002code\371@\377lections\177control\005\000\377untdatad\367ead6\001ende?ofepfd\355\212\003\276\204\005~\305\213\002sfdfds\277\206\003?filled\356\215\002\272@\377growniio?vitems\257\213\004\265\213\005\374\252\213\002\307\214\002lostme?ssages\206\206\003\337C\375n\336Adtuple\317onep\034\000\000\001_s\353iz\010\002s\322\210\001pop\372\336\204\005r\252\000onlyr?eceive\304\206\003\353\204\005\376\261\216\002runrunsms\361\000nd\004\000en\340\210\001\337send_\022\003nt\346\377\211\001et\270\214\004f\001soc\365kg\000c\225\212\001icme\257thod\261\206\001t\377\212\003t\377okentota\277lvalue\000\002s\374\233\220\003\206\211\001want\200\001\377\330\004\n\210+\220Q\200\377\001\360$\000\005\030\220q\377\330\004\025\220Q\330\004\024\373\220A\026\001#\210Q\210h\377\220b\230\006\230d\240$\377\240d\250$\250d\260!\377\330\010\016\210a\210z\230\377\023\230G\2401\330\010\014\277\210E\220\025\220a8\000\014\377\017\210q\220\002\220,\230\377a\230t\2401\240B\240\357b\250\001\330\016\004+\230Q\373\330\014S\000\220R\220x\230\377{\250!\2503\250a\250\255q\t\007~\250\025\010\177\031\000x\357\260q\270\001*\006\320\0371\177\260\021\330\010\017\210y\211\000\367b\240\003\\\000I\250\\\270\376\020\000\014\210H\220A\220V\377\230:\240V\250=\270\002\377\320:L\310A\330\010\013\337\2102\210R\210]\000\017\210\377v\220S\230\001\330\020\021|\206\001\010\001\007\230s\240!\013\002\327\021\220\021\262\n\022\266\002q\240\357\010\250\001\250,\000\023\2205\357\230\003\2308\305\002h\250k\377\270\022\2701\330\014\022\220\377$\220c\230\030\240\021\240\277\"\240I\250S\260\334\002x\337\220q\230\002\230R\000\026\220\355g\345\000\025.\330\001\260\004\260\377A\260R\260r\270\032\300""\3778\3101\310B\310k\320\367YZ\340\220\007\r\330\004\007\373\200q\274!C\210w\220a\337\330\014\020\220\006\004\000\020\027\332J\000\001\340!m\230m\000\r\360\377\006\000\005\014\2108\2201\376\240@&\000\005\035\230A\340\377\004\026\220a\360\010\000\005\347\t\210\007\340\000\222 u\220G\276\245\0003\240a\240t\323\"t\377\2603\260a\260t\2703w\270a\270_\000\013\2104_\000\337e\2305\240\006\220@\002\250\377#\250V\2602\260V\270\3572\270S\300\236@\022\220*\377\230A\230^\2501\250H|\257\000\023\001V\3002\300V\261\000wC\310q\326Gw\230f\320@>\245\000\022\220!\220:\313A\353AW\007\220|\350@F\316@1\345C\347\007\220{\334 \245 !\2201\373\220HV\000Y\240c\250\027\317\260\010\270\001\253@\375BW\230\377H\240K\250q\260\003\260/1\260A\330\n\006N\327`\277`Gt\2207\306!\201\"\343\")\222\004\377Y\270c\300\024\300Q\300h\247 \375\000\324aw\207@\021\330\256 \377y\240\001\240\026\240z\260\035\030\216`\020\031\230\021\000\270A\216A\343\024\033\302 \016\002\347#\021\220\031\377\230!\2306\240\032\2508\377\2601\330\004\013\2101\200\376\251b4\210t\2202\220Q\276\334A+\230Q\230a\347at\335\220\024\006v\220R\334\204\001\022\220\374\r\r\370c_\240D\250\003\250\334F\002\007\007\010\260\001X\001\014\210\313K\220\373&c\231\000\345@\010\230\356\026\002\016\210az\001\026\220d~\271`\010\014\210G\2201\266\204\001\3573\210c\220\372b1\220A\276\232\001\030\230\004\230A\344\205\001I\273\220Q\326\204\0015\220\003&\000\014\373\023\220\033\002\340\010\014\210D\357\220\005\220Q\300`\010\014\210\377F\220$\220a\220t\230\3774\230t\2407\250\"\250_C\250q\200A \001F\263@q8\024\000\005\007\336\0036\230\021\031\005\0064\003<\240\220\204\002\263\0003\003\333\205\001\335\001\336\313\002\340\010\034\230\252$q\330\353\014\r\345\205\0014\343\205\001\021\220\021\377\220$\220g\230T\240\021\357\240!\330\r\345\206\001T\230\027\377\240\004\240A\240T\250\021\377\250%\250w\260f\270B?\270a\330\014\021\220k\0028\014\343\014\210\330\002\310\206\002\345\003T\230\026\357\230w\240a\260\206\003W\230D\377\240\001\330\021\032\230&\240\271\006\021\000""\343\002&\230\001\312\205\0014\373\210y\235 F\240#\240S\347\250\004\250\315`\224!D\230\005\376\206\002$\240a\240u\250Gw\2601\340\356%\340\010\035\242\000\277\026\240t\2501\250\243\207\0026\367\220\023\220\201\204\002D\230\006\230\277a\230x\240w\250\373@\r\317\210U\220!\374A!\014\017\210\177x\220v\230S\240\n\320\000\364\324\"D\007F\226\211\001\013\2106\220\267\027\230\001\343\001\026\220\365\"!\377\240\024\240X\250R\250z\377\270\022\2703\270c\300\021\337\340\010 \240\001\213D\330\010\277\021\320\021\"\240&\354\207\002\010\237\013\2107\220#\201\204\001\325 \t\374\333\204\003\307A8\2404\240y\260\177\010\270\002\270!\330\020\232\212\001\273\014\020\355@U\230!\325\204\003\026\377\230q\240\003\2402\240Q\322\340\001\001\317\210\001\360\210\001Rz\001\360\006\017\000\t\014\210\234B\251b\324\204\010\216\207\003\367c\230\024\222\212\003G\2307\240}!e\000w\250d\260&g\000}\"\252@c\300\022\3001\256\211\005s\001\330\222\210\004\305\211\001\020\220\007\353\212\001\227\020\220\010\366\"\"\344\212\004\205\204\002\001\337\220\024\220Z\230\323\210\002J\220\367a\200A|\005y\230\003\230\3652\235`\024\216`\026\250t\260\1776\270\023\270C\270t^\001\376\365\210\001g\230Q\230d\240!\362\313\213\001L\232\205\001\267\001\017\210a\210_q\220\006\220c\307`\001\373\204\003\337Z\230v\240Q\206\205\003[\240_\010\250\010\260\002\254\000\t\244\002\377\010\013\210?\230!\2304\376\263`d\250#\250Q\250f\277\260F\270\"\270A\354d\360\377\014\000\t\033\320\0320\260\377\004\260L\300\001\330\010\030\333\230\001\233!\032\230\277\213\002F\220\354v\002\257\000\330\010\370 \r\330\025\377\026\330\024\033\2309\240G\377\2501\250D\260\010\270\004\377\270I\300X\310R\310w_\320VW\330\020\225\213\0036\330@\375Ug\001\330\024\025\330\020\"\376\363\210\001\017\210u\220C\220qr\221\210\001t\366\207\001\330\206\001\047\240\022\277@\375qN\002\032\230%\230r\240\257\021\330\030\033\356 #\310\000\034\377%\320%6\260e\2701\377\270A\340\034)\250\021\250\367!\330\030\235`\330\021\022\330s\020\032\337A\266\204\001\n\230!\306 \317\016\000\t""\036\335\205\001\332\214\0018\220\3613\257\213\001\367\205\007\226\210\002\330\020*\250\037!\2504\250q\221\207\001\251\207\002\246\216\001\032\234\205\001A8\005W\240\211\207\002\252\216\006\213\211\003\3373\230l\250\"\271\205\001\017\210\337s\220\"\220A\253\215\001\024\031\207\230\021\340\002\000\335`\262\206\001\335\216\003\010\377\017\210q\320\004\033\2301\256\327a!\240\t\255\001\340\311 \004\372\206\217\003\t\302\214\001\014\230A\230V\257\2408\2507\313\212\003r\334\205\002\020\357\027\220r\230\247\204\001\002\240%\377\240v\250V\2601\260B\373\260i\375@5\310\005\310Q\317\310a\320\004\275 \215\205\006\017\210\367t\2209\267\213\002a\240z\260\001\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3241, 4449);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4043 bytes) */
-static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)cannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by timeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolError___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_unwatch_wait_event_watchaddaddressadvicearrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunsseenselfsend_runssentsetdefaultsizesockstaticmethodtaket""imeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330""\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021""\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030""\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
+    #else /* compression: none (4449 bytes) */
+static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniiovitemsivshmemivsh""mem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220""\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010""\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205""\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 175; i++) {
+    for (int i = 0; i < 189; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -18904,8 +20851,8 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 175; i < 201; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-175].length;
+    for (int i = 189; i < 219; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-189].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -18915,15 +20862,15 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 201; i++) {
+    for (Py_ssize_t i = 0; i < 219; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 175;
-      for (Py_ssize_t i=0; i<26; ++i) {
+      PyObject **table = stringtab + 189;
+      for (Py_ssize_t i=0; i<30; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -19009,17 +20956,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 109};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 110};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 128};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 129};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -19034,32 +20981,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 192};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 206};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 207};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 210};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 213};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 214};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 216};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 227};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 228};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
@@ -19074,109 +21021,139 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 341};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 379};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 467};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_advice, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_page, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_seen};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 502};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 540};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_pages, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 532};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 570};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_address};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 596};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 640};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 599};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 643};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 604};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 648};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 609};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 653};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 616};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 660};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 621};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 628};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 672};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 632};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 676};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 637};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 681};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 658};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 702};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything, __pyx_mstate->__pyx_n_u_one};
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 712};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 772};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 830};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 813};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 882};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -26851,6 +28828,85 @@ static CYTHON_INLINE size_t __Pyx_PyLong_As_size_t(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_size_t(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_size_t(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int64_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int64_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int64_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int64_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int64_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int64_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 

@@ -1,4 +1,5 @@
 # cython: language_level=3, binding=True, freethreading_compatible=False
+# cython: embedsignature=True, embedsignature.format=clinic
 """The kernel interface at C speed: descriptors, eventfds, epoll, fd passing, mappings.
 
 Knows: system calls, and how to wait, retry and clean up around them.
@@ -31,7 +32,7 @@ from ._libc cimport (
     SCM_RIGHTS, SOL_SOCKET, c_close, c_eventfd, c_write, clock_gettime, cmsghdr,
     epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, getpid, iovec, ivshmem_control,
     ivshmem_touch, madvise, mincore, mmap, mmsghdr, munmap, pollfd, ppoll, preadv2, recvmmsg,
-    sendmmsg, timespec,
+    TFD_CLOEXEC, TFD_NONBLOCK, itimerspec, sendmmsg, timerfd_create, timerfd_settime, timespec,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
 from ._libc cimport EPOLLHUP as _EPOLLHUP
@@ -258,6 +259,43 @@ cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline
 
 cdef int _fail_with(int code) except -1:
     raise OSError(code, strerror(code).decode())
+
+
+@cython.final
+cdef class Timer:
+    """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
+
+    cdef int fd
+
+    def __cinit__(self):
+        self.fd = -1
+        self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+        if self.fd < 0:
+            _fail()
+
+    def fileno(self):
+        if self.fd < 0:
+            raise ClosedError("the timer is closed")
+        return self.fd
+
+    def set(self, double seconds):
+        """Be readable in so many seconds, from now on, and not before; 0: never."""
+        cdef itimerspec spec
+        memset(&spec, 0, sizeof(spec))
+        spec.it_value.tv_sec = <long>seconds
+        spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+        if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
+            _fail()
+
+    def close(self):
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            c_close(fd)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            c_close(self.fd)
 
 
 # -- messages with descriptors --------------------------------------------------------------------
@@ -574,7 +612,9 @@ cdef class Doorbells:
     cdef dict bells  # peer -> FdArray
     cdef FdArray own
     cdef FdArray wake  # one eventfd, written by close() to send the waiters home
-    cdef Epoll epoll
+    cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
+    cdef Epoll epoll  # what wait() sleeps on: vectors, news, wake
+    cdef Epoll outer  # what others may sleep on: that, and queued
     cdef int waiters
     cdef bint gone
     cdef int watched
@@ -587,8 +627,12 @@ cdef class Doorbells:
         self.pid = getpid()
         self.own = FdArray()
         self.epoll = Epoll()
+        self.outer = Epoll()
         self.wake = FdArray.eventfds(1)
+        self.queued = FdArray.eventfds(1)
         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+        self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+        self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
         self.gone = False
 
     # Overridden by subclasses.
@@ -655,10 +699,20 @@ cdef class Doorbells:
             raise ClosedError("the endpoint is closed")
         return 0
 
+    def _set_queued(self, bint anything):
+        """Say whether there are events that were taken in and that nobody has asked for yet."""
+        cdef uint64_t one = 1
+        if self.gone:
+            return
+        if not anything:
+            _take(self.queued.fds[0])
+        elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+            _fail()
+
     def fileno(self):
-        """A descriptor that is readable while an interrupt or news of a peer is waiting."""
+        """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
         self.check()
-        return self.epoll.epfd
+        return self.outer.epfd
 
     @cython.binding(False)
     def ring(self, peer, Py_ssize_t vector=0):
@@ -764,8 +818,12 @@ cdef class Doorbells:
                 if n == 0:
                     return 0
                 count = _take(fd)
-                if count:  # else another thread, or a peer, took it
+                if count:
                     return count
+                # Another thread, or a hostile peer, took it, perhaps again and again.
+                PyErr_CheckSignals()
+                if deadline != INT64_MAX and _now() >= deadline:
+                    return 0
         finally:
             self.leave()
 
@@ -776,6 +834,7 @@ cdef class Doorbells:
 
     cdef object wait_any(self, int64_t deadline, bint for_news):
         cdef epoll_event event
+        cdef int rounds = 0
         cdef uint64_t count
         cdef int n
         self.waiters += 1
@@ -796,6 +855,14 @@ cdef class Doorbells:
                     count = _take(self.own.fds[event.data.u64])
                     if count:
                         return Interrupt(event.data.u64, count)
+                # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+                PyErr_CheckSignals()
+                if deadline and deadline != INT64_MAX and _now() >= deadline:
+                    deadline = 0
+                elif deadline == 0:
+                    rounds += 1
+                    if rounds == BATCH:
+                        return None
         finally:
             self.leave()
 
@@ -808,6 +875,8 @@ cdef class Doorbells:
     cdef void release(self) noexcept:
         self.own.close()
         self.wake.close()
+        self.queued.close()
+        self.outer.close()
         self.epoll.close()
 
     def close(self):
@@ -843,6 +912,8 @@ cdef uint64_t _take(int fd) except? 0:
         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
         if n == sizeof(count):
             return count
+        if n >= 0:
+            raise OSError(EINVAL, "a vector's descriptor is no eventfd")
         if errno == EAGAIN:
             return 0
         if errno != EINTR:

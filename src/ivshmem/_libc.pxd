@@ -29,6 +29,15 @@ cdef extern from "<sys/eventfd.h>" nogil:
     enum: EFD_CLOEXEC, EFD_NONBLOCK
 
 
+cdef extern from "<sys/timerfd.h>" nogil:
+    struct itimerspec:
+        timespec it_interval
+        timespec it_value
+    int timerfd_create(int clock, int flags)
+    int timerfd_settime(int fd, int flags, const itimerspec *new, itimerspec *old)
+    enum: TFD_CLOEXEC, TFD_NONBLOCK
+
+
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd
@@ -99,8 +108,8 @@ cdef extern from *:
     #include <sys/socket.h>
 
     /* One message carries one descriptor: this is its control buffer. On 64-bit
-       CMSG_SPACE(sizeof(int)) admits a second one, so a receiver must look at cmsg_len and not
-    assume. */ typedef union {
+       CMSG_SPACE(sizeof(int)) admits a second one: a receiver must look at cmsg_len. */
+    typedef union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
     } ivshmem_control;

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from . import _core, sockets
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
-from .protocol import Framer, GotLeave, GotMemory, GotVector, Message, Session, State
+from .protocol import Framer, GotLeave, GotMemory, GotVector, Session, State
 from .region import Region
 
 # How long a server must be silent after the memory before an only client takes its set-up to be
@@ -31,7 +31,6 @@ SETTLE = 0.1
 # Messages taken from the socket at once, and how often in a row: a server that floods its clients
 # does not keep a call from returning in time.
 _BATCH, _BATCHES = 512, 16
-_PATIENCE = 0.1  # seconds for another thread to take in news
 _FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between looks for the end of set-up
 
 
@@ -91,7 +90,8 @@ class Client(Endpoint):
         self._pid = os.getpid()
         self._session = Session(vectors)
         self._framer = Framer()
-        self._lock = threading.Lock()  # one thread at a time reads the socket
+        self._lock = threading.Lock()  # one thread at a time reads the socket,
+        self._reader = 0  # this one
         self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
         self.id = -1
         try:
@@ -181,8 +181,16 @@ class Client(Endpoint):
 
     def _news(self) -> None:
         """Take in what the server has sent; its failures become a ServerLost event."""
-        if not self._lock.acquire(timeout=_PATIENCE):
+        if self._reader == threading.get_ident():
             return  # a signal handler that interrupted this very method
+        with self._lock:
+            self._reader = threading.get_ident()
+            try:
+                self._take_news()
+            finally:
+                self._reader = 0
+
+    def _take_news(self) -> None:
         try:
             if self.connected:
                 self._receive()
@@ -190,8 +198,6 @@ class Client(Endpoint):
             pass  # lost already
         except (ProtocolError, OSError) as error:
             self._lose(str(error))
-        finally:
-            self._lock.release()
 
     def _receive(self) -> bool:
         """Take in what is in the socket, or a good deal of it; whether there was anything.
@@ -216,9 +222,7 @@ class Client(Endpoint):
 
     def _take_in(self, chunks: list[tuple[bytes, tuple[int, ...]]]) -> None:
         """Hand chunks through framing and session to where their descriptors belong."""
-        messages: list[Message] = []
-        for data, fds in chunks:
-            messages += self._framer.feed(data, fds)
+        messages = [m for data, fds in chunks for m in self._framer.feed(data, fds)]
         done = 0
         try:
             for message in messages:
@@ -239,16 +243,22 @@ class Client(Endpoint):
                 return
             self._add_bell(event.peer, event.fd)
             if event.whole and self._session.state is State.READY:
-                self._queue[PeerJoined, event.peer] = PeerJoined(event.peer)
+                self._tell(PeerJoined, event.peer, PeerJoined(event.peer))
         elif isinstance(event, GotLeave):
             self._drop_peer(event.peer)
             unread = self._queue.pop((PeerJoined, event.peer), None)
+            if unread is not None and not self._queue:
+                self._set_queued(False)
             if event.whole and unread is None:
-                self._queue[PeerLeft, event.peer] = PeerLeft(event.peer)
+                self._tell(PeerLeft, event.peer, PeerLeft(event.peer))
+
+    def _tell(self, kind: type[Event], peer: int, event: Event) -> None:
+        self._queue[kind, peer] = event
+        self._set_queued(True)
 
     def _lose(self, reason: str) -> None:
         """The connection is over; what it brought stays."""
-        self._queue[ServerLost, -1] = ServerLost(reason)
+        self._tell(ServerLost, -1, ServerLost(reason))
         self._unwatch()
         self._hang_up()
 
@@ -262,8 +272,17 @@ class Client(Endpoint):
         self._framer = Framer()
 
     def _next_news(self) -> Event | None:
-        with self._lock:
-            return self._queue.pop(next(iter(self._queue))) if self._queue else None
+        # Without the lock: a signal handler may be here, in the middle of _news. Each operation on
+        # the dictionary is whole by itself.
+        while self._queue:
+            with contextlib.suppress(RuntimeError, StopIteration, KeyError):
+                event = self._queue.pop(next(iter(self._queue)))
+                if not self._queue:
+                    self._set_queued(False)
+                    if self._queue:  # something came in just then
+                        self._set_queued(True)
+                return event
+        return None
 
     def _missing(self, peer: int, vector: int) -> None:
         """Somebody unknown is rung: perhaps the news of it are still in the socket."""
@@ -281,14 +300,12 @@ class Client(Endpoint):
         """Leave: the server tells the others. May be called twice.
 
         Raises:
-            BufferError: a view of the memory is alive; nothing has changed.
+            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
+                another close() unmaps it. All else is closed.
         """
-        region = getattr(self, "region", None)  # missing while set-up has not come to it
-        if region is not None:
-            region.close()
         self._unwatch()
         self._hang_up()
-        _core.Doorbells.close(self)
+        super().close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"id {self.id}, {self.vectors} vectors"

@@ -100,10 +100,13 @@ class Endpoint(_core.Doorbells):
         """Let go of the doorbells and the memory; may be called twice.
 
         Raises:
-            BufferError: a view of the memory is alive; nothing has changed.
+            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
+                another close() unmaps it. All else is closed.
         """
-        self.region.close()
         super().close()
+        region = getattr(self, "region", None)  # a constructor that failed did not come to it
+        if region is not None:
+            region.close()
 
     def __enter__(self: _E) -> _E:
         return self

@@ -1,8 +1,8 @@
 """The exceptions of this package, and whose fault each one is.
 
     IvshmemError
-     +-- ProtocolError                what the other end of the socket sent is not protocol version
-     0 +-- ServerGone (ConnectionError) the server ended the connection before set-up was complete
+     +-- ProtocolError                what the other end sent is not protocol version 0
+     +-- ServerGone (ConnectionError) the server ended the connection before set-up was complete
      +-- RegionError (ValueError)     a size or a source that cannot be shared memory
      +-- NoSuchPeer (LookupError)     nobody with that id is connected
      +-- NoSuchVector (LookupError)   that peer, or this endpoint, has no such vector

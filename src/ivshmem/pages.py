@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import SupportsIndex
 
 from .errors import RegionError
 from .sizes import format_size, parse_size, roughly
@@ -52,13 +53,13 @@ def huge_page_sizes() -> list[int]:
     )
 
 
-def huge_page_size(wanted: bool | int | str) -> int:
+def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
     """The bytes of the huge pages that are meant: False none (0), True the default, else a size.
 
     Raises:
         RegionError: this machine has no huge pages of that size.
     """
-    if wanted is False:
+    if wanted is not True and not wanted:
         return 0
     size = _meminfo()["Hugepagesize"] if wanted is True else parse_size(wanted)
     offered = huge_page_sizes()

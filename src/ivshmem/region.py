@@ -20,7 +20,7 @@ import os
 import stat
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from . import _core, pages
 from .errors import ClosedError, RegionError
@@ -47,9 +47,11 @@ class RegionInfo:
         source: how this process came by it.
         name: the path, POSIX name or directory; None for an anonymous region or a descriptor.
         resident: bytes that are in memory, whoever touched them.
-        huge: of these, bytes in huge pages; transparent ones as far as this process has mapped
-        them. readonly: this process may only read.
-        sealed: nobody can shrink or grow the file, so no peer can cause a SIGBUS.
+        huge: of these, bytes in huge pages; transparent ones as far as this process mapped them.
+        readonly: this process may only read.
+        sealed: nobody can shrink or grow the file. (A peer that can write can still punch holes:
+            they read as zeros, as if it had written them. Of hugetlbfs a hole gives the huge page
+            back, and when somebody else takes it the next access is a SIGBUS: no seal forbids it.)
     """
 
     size: int
@@ -93,12 +95,12 @@ class Region(_core.Mapping):
     @classmethod
     def create(
         cls,
-        size: int | str,
+        size: SupportsIndex | str,
         *,
         name: str | None = None,
         path: str | os.PathLike[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
-        hugepages: bool | int | str = False,
+        hugepages: bool | SupportsIndex | str = False,
         prealloc: bool = False,
         replace: bool = False,
         mode: int = 0o600,
@@ -114,9 +116,9 @@ class Region(_core.Mapping):
             hugepages: True (the default huge page size), "2M" or "1G": an anonymous region in huge
                 pages. A name, path or directory is in huge pages if its file system is hugetlbfs.
             prealloc: take all pages now, as QEMU's `prealloc=on`.
-            replace: make a new one even where something of that name exists. Who has the old one
-                keeps it.
-            mode: permissions of a new name or path.
+            replace: make a new one even where a file of that name exists, which goes only when the
+                new one is ready. Who has the old one keeps it.
+            mode: permissions of a new name or path, less the umask.
 
         Raises:
             RegionError: a size that is no power of two of at least one (huge) page.
@@ -149,15 +151,27 @@ class Region(_core.Mapping):
         if source == "directory":
             fd = _open_unlinked(target, mode)
             return cls._furnish(fd, size, page, source, target, None, prealloc)
-        if replace:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(target)
-        fd = _open_new(target, mode)
+        if os.path.lexists(target) and not (replace and os.path.isfile(target)):
+            raise _exists(target, replace)
+        # Made under another name, and published when it is whole: nobody finds it half made, and
+        # what is there is replaced only by what works.
+        draft, fd = _open_draft(target, mode)
         try:
-            return cls._furnish(fd, size, page, source, name or target, target, prealloc)
-        except BaseException:
-            os.unlink(target)
-            raise
+            region = cls._furnish(fd, size, page, source, name or target, target, prealloc)
+            try:
+                if replace:
+                    os.rename(draft, target)
+                else:
+                    os.link(draft, target)
+            except BaseException as error:
+                region.close()
+                if isinstance(error, FileExistsError):
+                    raise _exists(target, replace) from None
+                raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+        return region
 
     @classmethod
     def attach(
@@ -165,14 +179,15 @@ class Region(_core.Mapping):
         *,
         name: str | None = None,
         path: str | os.PathLike[str] | None = None,
-        size: int | str | None = None,
+        size: SupportsIndex | str | None = None,
         readonly: bool = False,
         prealloc: bool = False,
     ) -> Region:
         """Map what exists under a POSIX name or path; its contents stay as they are.
 
         Args:
-            size: what it must be; None: whatever it is.
+            size: what it must be; None: whatever it is. Space that the file lacks, if it is
+                sparse, is not reserved: `prealloc` does that.
             readonly: open and map for reading only.
 
         Raises:
@@ -211,7 +226,7 @@ class Region(_core.Mapping):
     @classmethod
     def open(
         cls,
-        size: int | str,
+        size: SupportsIndex | str,
         *,
         name: str | None = None,
         path: str | os.PathLike[str] | None = None,
@@ -415,13 +430,22 @@ def posix_path(name: str) -> str:
     return f"{SHM}/{bare}"
 
 
-def _open_new(target: str, mode: int) -> int:
+def _exists(target: str, replace: bool) -> FileExistsError:
+    what = (
+        "is no regular file"
+        if replace
+        else "exists already: attach to it, or ask for it to be replaced"
+    )
+    return FileExistsError(errno.EEXIST, what, target)
+
+
+def _open_draft(target: str, mode: int) -> tuple[str, int]:
+    """A new file beside `target`, under a name that nobody uses."""
+    draft = f"{os.path.dirname(target)}/.ivshmem-{os.getpid()}-{os.urandom(8).hex()}"
     try:
-        return os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    except FileExistsError:
-        raise FileExistsError(
-            errno.EEXIST, "exists already: attach to it, or ask for it to be replaced", target
-        ) from None
+        return draft, os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from None
 
 
 def _open_unlinked(directory: str, mode: int) -> int:
@@ -432,7 +456,6 @@ def _open_unlinked(directory: str, mode: int) -> int:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
     # hugetlbfs knows O_TMPFILE since Linux 5.2, some network file systems never
-    path = f"{directory}/.ivshmem-{os.getpid()}-{os.urandom(8).hex()}"
-    fd = _open_new(path, mode)
-    os.unlink(path)
+    draft, fd = _open_draft(f"{directory}/", mode)
+    os.unlink(draft)
     return fd

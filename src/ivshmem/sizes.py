@@ -5,8 +5,10 @@ Knows: suffixes, fractions, hexadecimal; powers of two. Does not know: pages, fi
 
 from __future__ import annotations
 
+import operator
 import re
 from fractions import Fraction
+from typing import SupportsIndex
 
 from .errors import RegionError
 
@@ -19,26 +21,29 @@ _SIZE = re.compile(
 )
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: SupportsIndex | str) -> int:
     """Bytes from a number or from a text such as "4M", "1.5G", "64 KiB", "0x100000".
 
     Suffixes are powers of 1024, as QEMU reads them; a bare number is bytes.
 
     Raises:
         RegionError: it is no size, negative, or no whole number of bytes.
+        TypeError: it is neither a whole number nor a text.
     """
-    if isinstance(size, int):
-        if size < 0:
-            raise RegionError(f"a size cannot be negative: {size}")
-        return size
-    match = _SIZE.fullmatch(size.strip())
+    if not isinstance(size, str):
+        number = operator.index(size)
+        if number < 0:
+            raise RegionError(f"a size cannot be negative: {number}")
+        return number
+    match = _SIZE.fullmatch(size.strip()) if len(size) < 100 else None
     if match is None:
         raise RegionError(
-            f"{size!r} is no size: give bytes, or a number with one of B K M G T P E, such as 4M"
+            f"{size[:100]!r} is no size: give bytes, or a number with one of B K M G T P E,"
+            " such as 4M"
         )
     hexadecimal, decimal, unit = match.groups()
-    number = Fraction(int(hexadecimal, 16)) if hexadecimal else Fraction(decimal.rstrip("."))
-    value = number * 1024 ** _UNITS.index((unit or "B").upper())
+    count = Fraction(int(hexadecimal, 16)) if hexadecimal else Fraction(decimal.rstrip("."))
+    value = count * 1024 ** _UNITS.index((unit or "B").upper())
     if value.denominator != 1:
         raise RegionError(f"{size!r} is no whole number of bytes")
     return int(value)
@@ -47,9 +52,10 @@ def parse_size(size: int | str) -> int:
 def format_size(size: int) -> str:
     """Exactly this size, in the largest unit that needs no more than three decimals."""
     for power in range(len(_UNITS) - 1, 0, -1):
-        value = Fraction(size, 1024**power)
-        if value >= 1 and (value * 1000).denominator == 1:
-            return format(float(value), ".3f").rstrip("0").rstrip(".") + _UNITS[power]
+        thousandths = Fraction(size * 1000, 1024**power)
+        if thousandths >= 1000 and thousandths.denominator == 1:
+            whole, rest = divmod(int(thousandths), 1000)
+            return f"{whole}.{rest:03}".rstrip("0").rstrip(".") + _UNITS[power]
     return f"{size} bytes"
 
 

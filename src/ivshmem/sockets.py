@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import socket
 import stat
@@ -21,9 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .errors import ServerGone
+
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 
-_LOCK_SECONDS = 5.0  # how long another process may hold a directory's lock while it binds
+# The abstract address, unix(7), of somebody who connects only to ask; random bytes follow. QEMU and
+# clients of the protocol have no address at all.
+ASK = b"\0ivshmem-ask-"
+
+_LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
+_LONGEST = 1e9  # seconds: more is for ever
 _UCRED = struct.Struct("iII")
 _TIMEVAL = struct.Struct("ll")
 
@@ -151,7 +159,8 @@ def _directory_locked(path: str) -> Iterator[None]:
     """Keep two servers from replacing the same stale socket: the later would remove a live one.
 
     The lock is on the directory, so that no lock file is left behind. A directory that may not be
-    read cannot be locked; the worst is then the race of two servers that start at once.
+    read cannot be locked, and one that somebody keeps locked is not waited for: the worst is then
+    the race of two servers that start at once.
     """
     try:
         directory = os.open(
@@ -168,35 +177,67 @@ def _directory_locked(path: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:
-                    raise OSError(
-                        errno.EAGAIN,
-                        "another process keeps the directory locked: try again, or choose another",
-                        os.path.dirname(path) or ".",
-                    ) from None
+                    break
                 time.sleep(0.01)
         yield
     finally:
         os.close(directory)
 
 
-def connect(path: str | os.PathLike[str], timeout: float | None) -> socket.socket:
-    """A stream socket connected to `path`.
+def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
+    """What a server of this package serves, without becoming its peer.
+
+    Who connects from an abstract address that begins with ASK is told, in JSON, and not announced.
+
+    Returns:
+        protocol, vectors, size, page_size (bytes) and peers.
+
+    Raises:
+        ServerGone: this server does not answer questions. (It may have taken us for a peer.)
+        TimeoutError, OSError: as of `connect`.
+    """
+    with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
+        sock.settimeout(timeout)
+        data = b""
+        try:
+            while len(data) < 4096 and (more := sock.recv(4096)):
+                data += more
+        except TimeoutError:
+            pass
+    with contextlib.suppress(ValueError):
+        answer = json.loads(data)
+        if isinstance(answer, dict) and all(isinstance(v, int) for v in answer.values()):
+            return answer
+    raise ServerGone(f"{os.fspath(path)}: this server does not answer questions")
+
+
+def only_asks(address: object) -> bool:
+    """Whether an accepted connection comes from `ask`."""
+    return isinstance(address, bytes) and address.startswith(ASK)
+
+
+def connect(
+    path: str | os.PathLike[str], timeout: float | None, *, address: bytes | None = None
+) -> socket.socket:
+    """A stream socket connected to `path`, from `address` if one is given.
 
     Raises:
         TimeoutError: the server did not make room in its backlog for `timeout` seconds.
         OSError: as of connect(2), with what to do where that is known.
     """
     text = check_path(path)
+    deadline = None if timeout is None else time.monotonic() + min(timeout, _LONGEST)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if timeout is not None:
-            # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails at
-            # once with EAGAIN, and poll cannot wait for it. Zero would mean for ever.
-            microseconds = max(int(timeout * 1e6), 1)
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*divmod(microseconds, 10**6))
-            )
+        if address is not None:
+            sock.bind(address)
         while True:
+            if deadline is not None:
+                # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails
+                # at once with EAGAIN, and poll cannot wait for it. Zero would mean for ever.
+                microseconds = max(int((deadline - time.monotonic()) * 1e6), 1)
+                limit = _TIMEVAL.pack(*divmod(microseconds, 10**6))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             try:
                 sock.connect(text)
                 # Python takes a connect that a signal interrupted for one under way, which a Unix
@@ -206,6 +247,8 @@ def connect(path: str | os.PathLike[str], timeout: float | None) -> socket.socke
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise BlockingIOError from None
     except BlockingIOError:
         sock.close()
         raise TimeoutError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import selectors
 import signal
 import threading
@@ -345,6 +346,25 @@ def test_client_in_an_event_loop(server: MakeServer, connect: Connect) -> None:
     assert asyncio.run(run()) == [PeerJoined(1), Interrupt(1, 1), PeerLeft(1)]
 
 
+def test_news_that_were_taken_in_by_other_calls(server: MakeServer, connect: Connect) -> None:
+    """An event loop sees them, although nothing is left in the socket."""
+    server()
+    client = connect()
+    poll = select.poll()
+    poll.register(client.fileno(), select.POLLIN)
+    assert poll.poll(0) == []
+    other = connect()
+    until(lambda: client.peers == [other.id])
+    assert poll.poll(0)
+    assert list(client.events(timeout=0)) == [PeerJoined(other.id)]
+    assert poll.poll(0) == []
+    other.close()
+    until(lambda: client.peers == [])
+    assert poll.poll(0)
+    assert client.news() == [PeerLeft(other.id)]
+    assert poll.poll(0) == []
+
+
 def test_many_threads_on_one_client(server: MakeServer, connect: Connect) -> None:
     """Three threads share the interrupts that two others send, while peers come and go."""
     server()
@@ -476,10 +496,24 @@ def test_foreground(server: MakeServer, connect: Connect) -> None:
     assert len(serving.peers) == 1
 
 
-def test_foreground_ends_by_a_signal_handler(server: MakeServer, connect: Connect) -> None:
+def test_closed_by_another_thread_in_the_foreground(
+    server: MakeServer, connect: Connect, socket_path: str
+) -> None:
+    serving = server(start=False)
+    running = Background(serving.serve_forever)
+    client = connect()
+    serving.close()
+    assert not os.path.lexists(socket_path)
+    running.result()
+    assert isinstance(client.next_event(PATIENCE), ServerLost)
+
+
+@pytest.mark.parametrize("call", ["stop", "close"])
+def test_foreground_ends_by_a_signal_handler(server: MakeServer, call: str) -> None:
     """As a program does it that wants to end by SIGTERM."""
     serving = server(start=False)
-    before = signal.signal(signal.SIGTERM, lambda *_: serving.stop())
+    how = serving.stop if call == "stop" else serving.close
+    before = signal.signal(signal.SIGTERM, lambda *_: how())
     target = threading.get_ident()
     try:
         with once_asleep(lambda: signal.pthread_kill(target, signal.SIGTERM)):
@@ -677,19 +711,20 @@ def test_closed_client(server: MakeServer, connect: Connect) -> None:
 
 
 def test_close_with_a_view(server: MakeServer, connect: Connect) -> None:
-    """BufferError, and nothing has changed."""
+    """BufferError, and the memory stays; the client has left all the same."""
     server()
     client = connect()
     other = connect()
     view = memoryview(client.region)
     with pytest.raises(BufferError, match="the memory is in use by 1 views"):
         client.close()
-    assert not client.closed
-    assert client.connected
-    other.ring(0)
-    assert client.wait(0, PATIENCE) == 1
+    assert client.closed
+    assert other.next_event(PATIENCE) == PeerLeft(client.id)
+    view[0] = 7
+    assert memoryview(other.region)[0] == 7
     view.release()
     client.close()
+    assert client.region.closed
 
 
 def test_forgotten_client(server: MakeServer, socket_path: str) -> None:

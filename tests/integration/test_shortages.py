@@ -18,7 +18,7 @@ import ivshmem
 from ivshmem import protocol
 
 SERVE = """
-    import logging, resource, sys, ivshmem
+    import logging, resource, selectors, sys, ivshmem
     path, vectors, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(format="%(message)s")
     with ivshmem.Server(path, 4096, vectors) as server:
@@ -30,6 +30,28 @@ SERVE = """
             print([peer.id for peer in server.peers], server.paused)
 """
 
+# The same in a loop of one's own, which steps only when the server asks for it.
+EMBED = (
+    SERVE[: SERVE.index("server.start()")]
+    + """
+        loop = selectors.DefaultSelector()
+        loop.register(server, selectors.EVENT_READ)
+        loop.register(sys.stdin, selectors.EVENT_READ)
+        print("READY")
+        going = True
+        while going:
+            for key, _ in loop.select():
+                if key.fileobj is server:
+                    server.step(0)
+                elif sys.stdin.readline():
+                    print([peer.id for peer in server.peers], server.paused)
+                else:
+                    going = False
+        loop.close()
+"""
+)
+each_way = pytest.mark.parametrize("program", [SERVE, EMBED], ids=["thread", "embedded"])
+
 VECTORS = 4
 LIMIT = 64
 
@@ -39,9 +61,10 @@ def ask(child: Child) -> str:
     return child.line()
 
 
-def test_newcomers_wait_for_descriptors(socket_path: str) -> None:
+@each_way
+def test_newcomers_wait_for_descriptors(socket_path: str, program: str) -> None:
     """Not one is accepted and let down; each leave lets the next in; waiting costs nothing."""
-    with python(SERVE, socket_path, str(VECTORS), str(LIMIT)) as child, ExitStack() as stack:
+    with python(program, socket_path, str(VECTORS), str(LIMIT)) as child, ExitStack() as stack:
         child.expect("READY")
         inside: list[RawPeer] = []
         # Each takes a socket and its eventfds.
@@ -65,9 +88,10 @@ def test_newcomers_wait_for_descriptors(socket_path: str) -> None:
         assert "newcomers have to wait: Too many open files" in end(child)
 
 
-def test_descriptors_that_others_give_back(socket_path: str) -> None:
+@each_way
+def test_descriptors_that_others_give_back(socket_path: str, program: str) -> None:
     """No leave says that there are some again: it looks from time to time."""
-    with python(SERVE, socket_path, str(VECTORS), "20") as child, ExitStack() as stack:
+    with python(program, socket_path, str(VECTORS), "20") as child, ExitStack() as stack:
         child.expect("READY")
         for _ in range(4):
             stack.enter_context(RawPeer(socket_path))
@@ -87,12 +111,13 @@ def end(child: Child) -> str:
     return child.finish()
 
 
+@each_way
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
-def test_too_many_descriptors_in_flight(socket_path: str) -> None:
+def test_too_many_descriptors_in_flight(socket_path: str, program: str) -> None:
     """Without privileges only so many may be in flight as may be open; later the rest is sent."""
     vectors, count = 8, 25
     with (
-        python(SERVE, socket_path, str(vectors), "256", user=NOBODY) as child,
+        python(program, socket_path, str(vectors), "256", user=NOBODY) as child,
         ExitStack() as stack,
     ):
         child.expect("READY")
@@ -102,6 +127,7 @@ def test_too_many_descriptors_in_flight(socket_path: str) -> None:
         until(lambda: ask(child) == everyone)
 
         begin = child.cpu_seconds()
+        assert peers[0].readable(0)
         threading.Event().wait(1.0)
         assert child.cpu_seconds() - begin < 0.5, "it waits by trying all the time"
 

@@ -17,7 +17,7 @@ from .waiting import PATIENCE
 NOBODY = 65534
 
 _BECOME = """\
-import logging, os, resource, signal, socket, struct, sys, threading, traceback
+import logging, os, resource, selectors, signal, socket, struct, sys, threading, traceback
 import ivshmem
 os.setgroups([])
 os.setresgid({user}, {user}, {user})

@@ -6,6 +6,7 @@ the flags of a shared eventfd.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
@@ -44,7 +45,9 @@ class Bells(Doorbells):
         self.theirs = FdArray.eventfds(3)
         for i in range(2):
             self._add_vector(os.dup(self.listened[i]))
-        for i in range(3):
+        self.first_bell = os.dup(self.theirs[0])
+        self._add_bell(OTHER, self.first_bell)
+        for i in (1, 2):
             self._add_bell(OTHER, os.dup(self.theirs[i]))
         self._ring_self(ME)
         self._watch(self.reader)
@@ -168,6 +171,22 @@ def test_full_counter_of_a_hostile_peer_holds_only_that_call(bells: Bells) -> No
     ringing.result()
     os.set_blocking(fd, False)
     assert bells.rung(0) == 1
+
+
+@pytest.mark.parametrize("end", ["drop", "close"])
+def test_a_doorbell_in_use_is_closed_by_its_last_user(bells: Bells, end: str) -> None:
+    """Else the ring that waits would go to whatever file gets the number next."""
+    bell = bells.first_bell
+    fd = bells.theirs[0]
+    os.eventfd_write(fd, (1 << 64) - 2)
+    os.set_blocking(fd, True)
+    ringing = Background(lambda: bells.ring(OTHER))
+    ringing.wait_until_writing()
+    bells._drop_peer(OTHER) if end == "drop" else bells.close()
+    assert bell in open_fds()
+    os.eventfd_read(fd)
+    ringing.result()
+    assert bell not in open_fds()
 
 
 def test_full_counter_of_a_hostile_peer_and_ctrl_c(bells: Bells) -> None:
@@ -312,6 +331,38 @@ def test_interrupt_stolen_by_a_peer(bells: Bells, wait: Wait, one: object, nothi
     thief.result()
 
 
+def test_a_vector_that_is_no_eventfd(bells: Bells) -> None:
+    """Always readable, never a count: an error, not an endless loop."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    bells._add_vector(reader)
+    for call in (lambda: bells.wait(2, 0), lambda: bells.wait(timeout=PATIENCE)):
+        with pytest.raises(OSError, match="a vector's descriptor is no eventfd"):
+            call()
+
+
+@each_wait
+def test_a_thief_does_not_defeat_the_deadline(
+    bells: Bells, wait: Wait, one: object, nothing: object
+) -> None:
+    """A peer rings and takes the count itself, as fast as it can."""
+    stop = threading.Event()
+
+    def steal() -> None:
+        while not stop.is_set():
+            os.eventfd_write(bells.listened[1], 1)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(bells.listened[1])
+
+    thief = Background(steal)
+    begin = time.monotonic()
+    results = [wait(bells, 0.05) for _ in range(3)]
+    stop.set()
+    thief.result()
+    assert time.monotonic() - begin < PATIENCE
+    assert {repr(result) for result in results} <= {repr(one), repr(nothing)}
+
+
 def test_fileno_in_another_loop(bells: Bells) -> None:
     poll = select.poll()
     poll.register(bells.fileno(), select.POLLIN)
@@ -326,9 +377,23 @@ def test_fileno_in_another_loop(bells: Bells) -> None:
     assert bells.news == 1
 
 
+def test_fileno_while_something_is_queued(bells: Bells) -> None:
+    """What the subclass has taken in, and nobody asked for, is to be seen by event loops."""
+    poll = select.poll()
+    poll.register(bells.fileno(), select.POLLIN)
+    bells._set_queued(False)
+    assert poll.poll(0) == []
+    bells._set_queued(True)
+    bells._set_queued(True)
+    assert poll.poll(0)
+    assert bells.wait(timeout=0) is None
+    bells._set_queued(False)
+    assert poll.poll(0) == []
+
+
 def test_news_end_only_the_wait_for_events(bells: Bells) -> None:
     os.write(bells.writer, b"!")
-    assert bells._wait_event(PATIENCE) is None
+    assert bells._wait_event(PATIENCE) is True
     assert bells.news == 1
     os.write(bells.writer, b"!")
     bells_waiting = Background(lambda: bells.wait(timeout=PATIENCE))
@@ -353,12 +418,12 @@ def test_an_error_in_news_comes_out(bells: Bells) -> None:
 
 
 def test_closed() -> None:
-    bells = Bells()
     count = len(open_fds())
+    bells = Bells()
     bells.close()
     bells.close()
     assert bells.closed
-    assert len(open_fds()) == count - 3 - 2 - 2  # doorbells, vectors, epoll and its wake-up
+    assert len(open_fds()) == count + 2 + 3 + 2  # what the test holds: eventfds and a pipe
     calls: list[Callable[[], object]] = [
         lambda: bells.ring(OTHER),
         lambda: bells.ring(ABSENT),
@@ -448,7 +513,7 @@ def test_forked_child_may_forget(bells: Bells) -> None:
 
     in_child(forget)
     os.write(bells.writer, b"!")
-    assert bells._wait_event(0) is None
+    assert bells._wait_event(0) is True
     assert bells.news == 1
 
 

@@ -20,7 +20,7 @@ from support.peer import Eventfds, memory_fd
 from support.waiting import PATIENCE, interrupt_when_asleep, signals
 
 from ivshmem import ClosedError
-from ivshmem._core import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Mapping
+from ivshmem._core import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Mapping, Timer
 
 # -- FdArray --------------------------------------------------------------------------------------
 
@@ -207,6 +207,35 @@ def test_closed_epoll() -> None:
 def test_epoll_without_descriptors() -> None:
     with free_fds(0), pytest.raises(OSError, match="Too many open files"):
         Epoll()
+
+
+# -- Timer ----------------------------------------------------------------------------------------
+
+
+def test_timer() -> None:
+    timer = Timer()
+    assert not os.get_inheritable(timer.fileno())
+    poll = select.poll()
+    poll.register(timer.fileno(), select.POLLIN)
+    assert poll.poll(0) == []
+    begin = time.monotonic()
+    timer.set(0.05)
+    assert poll.poll(PATIENCE * 1000)
+    assert time.monotonic() - begin >= 0.05
+    assert poll.poll(0), "until it is set again"
+    timer.set(PATIENCE * 4)
+    assert poll.poll(0) == []
+    timer.set(1e-9)
+    assert poll.poll(PATIENCE * 1000)
+    timer.set(0)
+    assert poll.poll(0) == []
+    fd = timer.fileno()
+    timer.close()
+    timer.close()
+    assert fd not in open_fds()
+    for call in (timer.fileno, lambda: timer.set(1)):
+        with pytest.raises(ClosedError):
+            call()
 
 
 # -- Mapping --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ FLOORS: list[list[str]] = [
     ["protocol"],
     ["region"],
     ["endpoint", "sockets"],
+    ["engine"],
     ["server", "client", "guest"],
     ["channel", "aio", "qemu"],
     ["cli"],

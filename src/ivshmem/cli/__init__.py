@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    open_standard_streams()
     parser = Parser(
         prog="ivshmem",
         description="Shared memory and doorbells between virtual machines and host processes.",
@@ -40,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_to(subparsers)
     options = parser.parse_args(arguments)
     return guarded(options.run, options)
+
+
+def open_standard_streams() -> None:
+    """Give descriptors 0, 1 and 2 to /dev/null where they are closed, before a file gets them."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def guarded(run: object, *arguments: object) -> int:
@@ -57,7 +68,7 @@ def guarded(run: object, *arguments: object) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (IvshmemError, OSError, ValueError) as error:
+    except (IvshmemError, OSError, ValueError, OverflowError) as error:
         return fail(error)
     return int(status or 0)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from .. import pages
 from ..region import Region, posix_path
 from ..sizes import parse_size, round_up
-from . import Parser, daemon, guarded
+from . import Parser, daemon, guarded, open_standard_streams
 from .serve import (
     DEFAULT_PID_FILE,
     DEFAULT_SIZE,
@@ -52,17 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dest="socket",
         help="the socket to listen on (default: %(default)s)",
     )
-    memory = parser.add_mutually_exclusive_group()
-    memory.add_argument(
+    # Of -M and -m the last one counts.
+    parser.add_argument(
         "-M",
         metavar="SHM_NAME",
-        dest="name",
+        dest="place",
+        type=lambda text: ("name", text),
+        default=("name", DEFAULT_NAME),
         help=f"POSIX shared memory name (default: {DEFAULT_NAME})",
     )
-    memory.add_argument(
+    parser.add_argument(
         "-m",
         metavar="DIR",
-        dest="directory",
+        dest="place",
+        type=lambda text: ("name" if is_name(text) else "directory", text),
+        default=argparse.SUPPRESS,
         help="a directory for the memory's file, for instance a hugetlbfs mount; or a POSIX name",
     )
     parser.add_argument(
@@ -80,24 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dest="vectors",
         help="interrupts of each peer (default: %(default)s)",
     )
+    open_standard_streams()
     return guarded(_run, parser.parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> int:
-    def work(ready: Callable[[], None]) -> int:
+    work = partial(
+        serve,
+        options.socket,
+        _Memory(options.size, **{options.place[0]: options.place[1]}),
+        options.vectors,
         # The example server writes its pid only as a daemon.
-        with daemon.pid_file(None if options.foreground else options.pid_file):
-            return serve(
-                options.socket,
-                _Memory(options.size, options.name, directory=options.directory),
-                options.vectors,
-                quiet=not options.verbose,
-                ready=ready,
-            )
-
+        pid_file=None if options.foreground else options.pid_file,
+        quiet=not options.verbose,
+    )
     if options.foreground:
         return work(lambda: None)
-    return daemon.in_background(lambda ready: guarded(work, ready), silent=not options.verbose)
+    return daemon.in_background(partial(guarded, work), silent=not options.verbose)
 
 
 class _Memory(Memory):
@@ -105,15 +109,11 @@ class _Memory(Memory):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Region]:
-        directory, name = self.directory, self.name
-        if directory is not None and is_name(directory):
-            directory, name = None, directory
-        page = pages.PAGE if directory is None else pages.page_size_of(directory)
+        page = pages.PAGE if self.directory is None else pages.page_size_of(self.directory)
         size = max(round_up(parse_size(self.size or DEFAULT_SIZE)), page)
-        if directory is None:
-            name = name or DEFAULT_NAME
-            size = _at_least(posix_path(name), size)
-        with Memory(size, name, directory=directory).open() as region:
+        if self.name is not None:
+            size = _at_least(posix_path(self.name), size)
+        with Memory(size, self.name, directory=self.directory).open() as region:
             yield region
 
 

@@ -9,8 +9,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+
+# SIGHUP: the terminal is closed.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -59,6 +63,30 @@ def _leads_to(path: str, fd: int) -> bool:
     return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let the signals that end a server wait while the block runs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """Inside `signals_held`: let them come, and call `stop`, while the block runs."""
+    for number in _ENDING:
+        signal.signal(number, lambda *_: stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)  # the end has begun
+
+
 def in_background(run: Callable[[Callable[[], None]], int], *, silent: bool) -> int:
     """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
 
@@ -66,8 +94,6 @@ def in_background(run: Callable[[Callable[[], None]], int], *, silent: bool) -> 
     has no terminal, and with `silent` nothing to print to.
     """
     reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
     child = os.fork()
     if child:
         os.close(writer)

@@ -7,9 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from .. import pages, qemu
-from ..client import connect
-from ..errors import RegionError
+from .. import pages, qemu, sockets
+from ..errors import RegionError, ServerGone
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size
 from .serve import DEFAULT_SIZE, DEFAULT_SOCKET, vectors
@@ -23,8 +22,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="print the arguments for a guest",
         description="Print the arguments that give a QEMU guest the device: ivshmem-doorbell,"
         " connected to a server (the default), or ivshmem-plain over a file.",
-        epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  Without --vectors, this joins and"
-        " leaves the server for a moment to learn their number, which the other peers notice.",
+        epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  The number of vectors is asked"
+        " of the server; one of another kind cannot be asked: give --vectors then.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -77,8 +76,13 @@ def run(options: argparse.Namespace) -> int:
 def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
     number = options.vectors
     if number is None:
-        with connect(options.socket, timeout=_SECONDS) as client:
-            number = client.vectors
+        try:
+            number = sockets.ask(options.socket, _SECONDS)["vectors"]
+        except (ServerGone, KeyError):
+            raise ServerGone(
+                f"{options.socket}: this server does not say how many vectors it has:"
+                " give --vectors"
+            ) from None
     path = os.path.abspath(options.socket)
     return (
         qemu.doorbell(path, number, master=options.master),

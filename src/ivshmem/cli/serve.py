@@ -7,19 +7,20 @@ import contextlib
 import logging
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import qemu, sockets
+from .. import pages, qemu, sockets
+from ..engine import Peer
 from ..errors import RegionError
 from ..protocol import MAX_VECTORS
 from ..region import Region
-from ..server import Peer, Server
+from ..server import Server
 from ..sizes import format_size
 from . import daemon
+from .news import News
 
 # The example server's, so that what is written for it finds this one.
 DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
@@ -116,28 +117,41 @@ def vectors(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
     memory = Memory.from_options(options)
-
-    def work(ready: Callable[[], None]) -> int:
-        with daemon.pid_file(options.pid_file):
-            return serve(options.socket, memory, options.vectors, quiet=options.quiet, ready=ready)
-
-    logging.basicConfig(
-        format="ivshmem: %(message)s", level=logging.DEBUG if options.verbose else logging.INFO
+    level = logging.DEBUG if options.verbose else logging.INFO
+    work = partial(
+        serve,
+        options.socket,
+        memory,
+        options.vectors,
+        pid_file=options.pid_file,
+        quiet=options.quiet,
+        level=level,
     )
     if options.daemon and not options.foreground:
         from . import guarded  # here, for the package imports this module
 
-        return daemon.in_background(lambda ready: guarded(work, ready), silent=not options.verbose)
+        return daemon.in_background(partial(guarded, work), silent=not options.verbose)
     return work(lambda: None)
 
 
 def serve(
-    socket: str, memory: Memory, vectors: int, *, quiet: bool, ready: Callable[[], None]
+    socket: str,
+    memory: Memory,
+    vectors: int,
+    ready: Callable[[], None],
+    *,
+    pid_file: str | None,
+    quiet: bool,
+    level: int = logging.INFO,
 ) -> int:
-    """Open the memory, serve it until SIGTERM or SIGINT, and leave nothing behind."""
+    """Open the memory, serve it until a signal says to end, and leave nothing behind."""
     _raise_fd_limit()
-    _on_signals(lambda: sys.exit(0))  # until there is something to stop: just clean up
+    # Signals wait until there is something to stop, and again from the end on: what was made is
+    # removed, whenever they come.
     with (
+        daemon.signals_held(),
+        daemon.pid_file(pid_file),
+        News(sys.stderr, level) as news,
         # The socket first: what a second server would do to the first one's memory comes after it.
         sockets.Listener(socket) as listener,
         memory.open() as region,
@@ -145,14 +159,14 @@ def serve(
             listener,
             region,
             vectors,
-            on_join=None if quiet else partial(_tell, "joined"),
-            on_leave=None if quiet else partial(_tell, "left"),
+            on_join=None if quiet else partial(_tell, news, "joined"),
+            on_leave=None if quiet else partial(_tell, news, "left"),
         ) as server,
     ):
-        _on_signals(server.stop)
         print(banner(server), flush=True)
         ready()
-        server.serve_forever()
+        with daemon.ended_by_signals(server.stop):
+            server.serve_forever()
     return 0
 
 
@@ -171,9 +185,9 @@ def banner(server: Server) -> str:
     )
 
 
-def _tell(verb: str, peer: Peer) -> None:
+def _tell(news: News, verb: str, peer: Peer) -> None:
     who = f"{peer.process} (pid {peer.pid}), {count(peer.vectors)}"
-    print(f"peer {peer.id} {verb}: {who}", file=sys.stderr, flush=True)
+    news.tell(f"peer {peer.id} {verb}: {who}")
 
 
 def count(vectors: int) -> str:
@@ -247,27 +261,25 @@ class Memory:
         return region, True
 
     def _attach(self) -> Region:
-        return Region.attach(
+        region = Region.attach(
             name=self.name,
             path=self.path,
             size=self.size,
             readonly=self.readonly,
             prealloc=self.prealloc,
         )
+        if self.hugepages and region.page_size == pages.PAGE:
+            region.close()
+            raise RegionError(f"{region.name} is not in huge pages: leave --hugepages away")
+        return region
 
 
 def is_name(text: str) -> bool:
     """Whether -m, which takes a directory, was given a POSIX name, as in QEMU's manual."""
-    return not os.path.isdir(text) and "/" not in text.removeprefix("/")
+    return not os.path.isdir(text) and "/" not in text
 
 
 # -- the process ----------------------------------------------------------------------------------
-
-
-def _on_signals(act: Callable[[], object]) -> None:
-    """Let SIGTERM and Ctrl-C do this from now on."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: act())
 
 
 def _raise_fd_limit() -> None:

@@ -50,26 +50,26 @@ class Shell(cmd.Cmd):
     def talk(self) -> None:
         """Read commands from a terminal until told to leave; errors are shown, not raised."""
         print(self.intro)
-        while True:
-            for event in self.client.news():
-                self._show_event(event)
+        leave = False
+        while not leave:
             try:
-                line = input(self.prompt)
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print()
-                continue
-            try:
-                if self.run_line(line):
-                    return
+                leave = self._ask()
             except KeyboardInterrupt:
                 print()
             except ClosedError:
                 raise
-            except (IvshmemError, OSError, ValueError) as error:
+            except (IvshmemError, OSError, ValueError, OverflowError) as error:
                 print(error, file=sys.stderr)
+
+    def _ask(self) -> bool:
+        for event in self.client.news():
+            self._show_event(event)
+        try:
+            line = input(self.prompt)
+        except EOFError:
+            print()
+            return True
+        return self.run_line(line)
 
     def emptyline(self) -> bool:
         return False  # and not the last command once more, which may have been `int all`
@@ -264,9 +264,12 @@ def _split(line: str) -> Iterator[str]:
     """The commands of a line, between semicolons that are not quoted; # begins a comment."""
     lexer = shlex.shlex(line, posix=False, punctuation_chars=";")
     lexer.whitespace_split = True
+    lexer.commenters = ""  # they would begin in the middle of a word
     command: list[str] = []
     try:
         for word in lexer:
+            if word.startswith("#"):
+                break
             if word.strip(";"):
                 command.append(word)
             elif command:
