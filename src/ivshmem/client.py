@@ -30,7 +30,7 @@ SETTLE = 0.1
 
 # Messages taken from the socket at once, and how often in a row: a server that floods its clients
 # does not keep a call from returning in time.
-_BATCH, _BATCHES = 512, 16
+_BATCH, _BATCHES = 512, 4
 _FIRST_LOOK, _LAST_LOOK = 0.0002, 0.01  # seconds between looks for the end of set-up
 
 
@@ -90,8 +90,8 @@ class Client(Endpoint):
         self._pid = os.getpid()
         self._session = Session(vectors)
         self._framer = Framer()
-        self._lock = threading.Lock()  # one thread at a time reads the socket,
-        self._reader = 0  # this one
+        self._lock = threading.RLock()  # one thread at a time reads the socket
+        self._reading = False
         self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
         self.id = -1
         try:
@@ -181,14 +181,14 @@ class Client(Endpoint):
 
     def _news(self) -> None:
         """Take in what the server has sent; its failures become a ServerLost event."""
-        if self._reader == threading.get_ident():
-            return  # a signal handler that interrupted this very method
         with self._lock:
-            self._reader = threading.get_ident()
+            if self._reading:
+                return  # a signal handler that interrupted the reader
+            self._reading = True
             try:
                 self._take_news()
             finally:
-                self._reader = 0
+                self._reading = False
 
     def _take_news(self) -> None:
         try:

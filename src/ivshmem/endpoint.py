@@ -44,6 +44,8 @@ class ServerLost:
 Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost
 
 
+_LOOKS = 8  # at news that bring no event, when no time is left
+
 _E = TypeVar("_E", bound="Endpoint")  # typing.Self comes with Python 3.11
 
 
@@ -81,6 +83,7 @@ class Endpoint(_core.Doorbells):
     def next_event(self, timeout: float | None = None) -> Event | None:
         """The next of `events`; None when nothing happens for `timeout` seconds, or if closed."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        looks = 0
         while not self.closed:
             if (event := self._next_news()) is not None:
                 return event
@@ -91,6 +94,9 @@ class Endpoint(_core.Doorbells):
                 break
             if found is not True:
                 return found
+            # News without an event; a server that sends nothing else does not defeat the limit.
+            if left == 0 and (looks := looks + 1) == _LOOKS:
+                break
         return None
 
     def __iter__(self) -> Iterator[Event]:

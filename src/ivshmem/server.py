@@ -71,7 +71,8 @@ class Server:
             raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._turn = _Turn()
+        self._turn = threading.RLock()  # held during a step
+        self._in_step = False
         self._close_wanted = False
         with contextlib.ExitStack() as undo:
             if isinstance(memory, Region):
@@ -113,10 +114,14 @@ class Server:
         """
         self._check()
         with self._turn:
+            if self._in_step:
+                raise RuntimeError("a callback of a step cannot begin another")
+            self._in_step = True
             try:
                 if not self._closed:
                     self._engine.step(timeout)
             finally:
+                self._in_step = False
                 if self._close_wanted:
                     self._close()
 
@@ -206,10 +211,10 @@ class Server:
             self._close()
             return
         self.stop()
-        if self._turn.mine():
-            self._close_wanted = True
-            return
         with self._turn:
+            if self._in_step:
+                self._close_wanted = True
+                return
             self._close()
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
@@ -250,24 +255,3 @@ class Server:
         if not self._closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             self.close()
-
-
-class _Turn:
-    """A lock that one thread holds during a step, and that it can find itself to hold."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder = 0
-
-    def mine(self) -> bool:
-        return self._holder == threading.get_ident()
-
-    def __enter__(self) -> None:
-        if self.mine():
-            raise RuntimeError("a step of the server is under way: a callback cannot begin another")
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    def __exit__(self, *error: object) -> None:
-        self._holder = 0
-        self._lock.release()

@@ -32,20 +32,20 @@ class Child:
         self.process = process
         self.pid = process.pid
         self._buffer = b""
+        self._log = ""
 
     def line(self) -> str:
         """The next line that it prints; "" when it has ended."""
         assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([fd], [], [], PATIENCE)
-            assert ready, "the child printed nothing"
-            data = os.read(fd, 4096)
-            if not data:
-                return ""
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode()
+        line, self._buffer = _line(self.process.stdout.fileno(), self._buffer)
+        return line
+
+    def log_line(self) -> str:
+        """The next line that it writes to standard error, which finish() returns once more."""
+        assert self.process.stderr is not None
+        line, rest = _line(self.process.stderr.fileno(), b"")
+        self._log += line + "\n" + rest.decode()
+        return line
 
     def expect(self, text: str) -> None:
         """The next line is this; otherwise the child's standard error is shown."""
@@ -72,12 +72,25 @@ class Child:
         """Wait for its end, which must be a good one; returns what it wrote to standard error."""
         _, errors = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == 0, errors.decode()
-        return errors.decode()
+        return self._log + errors.decode()
 
     def cpu_seconds(self) -> float:
         """Processor time used so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _line(fd: int, begun: bytes) -> tuple[str, bytes]:
+    """The next line from a pipe, and what was read beyond it."""
+    while b"\n" not in begun:
+        ready, _, _ = select.select([fd], [], [], PATIENCE)
+        assert ready, "the child printed nothing"
+        data = os.read(fd, 4096)
+        if not data:
+            return "", b""
+        begun += data
+    line, _, rest = begun.partition(b"\n")
+    return line.decode(), rest
 
 
 @contextlib.contextmanager

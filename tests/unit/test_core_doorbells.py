@@ -522,6 +522,7 @@ def test_forked_child_does_not_wake_the_parents_waiters(bells: Bells) -> None:
     waiter.wait_until_asleep()
     in_child(bells.close)
     assert waiter.running
+    assert not select.select([bells.fileno()], [], [], 0)[0], "the waiter would spin from now on"
     bells.ring(ME, 1)
     assert waiter.result() == 1
 
