@@ -75,6 +75,8 @@ class Client(Endpoint):
     says ServerLost once.
     """
 
+    id = -1  # until set-up has come to it
+
     def __init__(
         self,
         sock: socket.socket,
@@ -93,7 +95,6 @@ class Client(Endpoint):
         self._lock = threading.RLock()  # one thread at a time reads the socket
         self._reading = False
         self._queue: dict[tuple[type[Event], int], Event] = {}  # in the order of happening
-        self.id = -1
         try:
             sock.setblocking(False)
             self._set_up(deadline)

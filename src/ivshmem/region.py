@@ -72,6 +72,10 @@ class Region(_core.Mapping):
     the region until `unlink()`.
     """
 
+    # What __del__ and __repr__ find where __init__ was interrupted.
+    source: Source = "descriptor"
+    name: str | None = None
+
     def __init__(
         self,
         fd: int,
@@ -83,9 +87,9 @@ class Region(_core.Mapping):
         path: str | None = None,
         page_size: int,
     ) -> None:
-        self._fd = _core.FdArray()
+        self._fd = _core.FdArray()  # closes what it has when it goes, whatever happens
         self._fd.take(fd)
-        self.source: Source = source
+        self.source = source
         self.name = name
         self.page_size = page_size
         self._path = path
@@ -414,7 +418,6 @@ class Region(_core.Mapping):
     def __del__(self, _warn: Any = warnings.warn) -> None:
         if not self.closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
-            self._fd.close()
 
 
 # -- places ---------------------------------------------------------------------------------------

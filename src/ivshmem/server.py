@@ -205,10 +205,8 @@ class Server:
         Raises:
             BufferError: the server made the region, and a view of it is alive; all else is closed.
         """
-        if self._closed:
-            return
         if os.getpid() != self._pid:
-            self._close()
+            self._close()  # without the lock, which a thread of the parent may have held
             return
         self.stop()
         with self._turn:

@@ -1,10 +1,12 @@
 """`serve`, `connect`, `qemu` and `ivshmem-server` as a person or a script runs them."""
 
+import fcntl
 import json
 import os
 import pty
 import resource
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import ivshmem
+from ivshmem import sockets
 
 TIMEOUT = 30.0
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -220,6 +223,62 @@ class TestServe:
             wait_until(lambda: not file.exists())
         assert not os.path.exists(path)
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_signals_at_any_moment_leave_nothing(
+        self, path: str, name: str, tmp_path: Path, number: signal.Signals
+    ) -> None:
+        """From the moment that there is something to leave behind."""
+        file = tmp_path / "pid"
+        command = [*IVSHMEM, "serve", "-S", path, "-M", name, "-l", "4K", "-p", str(file)]
+        for after in range(8):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            with process:
+                wait_until(file.exists)
+                for _ in range(after * 2000):
+                    pass
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=TIMEOUT)
+            assert (process.returncode, errors) == (0, b"")
+            assert not file.exists()
+            assert not os.path.exists(path)
+            assert not Path("/dev/shm", name).exists()
+
+    def test_news_that_nobody_reads_delay_nobody(self, path: str) -> None:
+        read, write = os.pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        with open(read, "rb") as news, open(write, "wb") as end:
+            process = subprocess.Popen(
+                [*IVSHMEM, "serve", "-S", path], stdout=subprocess.PIPE, stderr=end
+            )
+            end.close()
+            with process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                for _ in range(1000):  # about 100 KB of news, then more than are kept
+                    ivshmem.connect(path, timeout=TIMEOUT).close()
+                process.terminate()
+                process.wait(TIMEOUT)
+                assert process.returncode == 0
+                assert news.readline().startswith(b"peer 0 joined")
+
+    @pytest.mark.parametrize("closed", [0, 1, 2])
+    def test_closed_standard_streams(self, path: str, tmp_path: Path, closed: int) -> None:
+        """The pid file does not get their number, or its lock would be lost with them."""
+        file = tmp_path / "pid"
+        redirect = f"{closed}{'<' if closed == 0 else '>'}&-"
+        command = shlex.join([*IVSHMEM_SERVER, "-S", path, "-p", str(file), "-l", "4K"])
+        command += f" -M ivshmem-cli-{os.getpid()} {redirect}"
+        try:
+            first = subprocess.run(["sh", "-c", command], timeout=TIMEOUT, check=False)
+            assert first.returncode == 0
+            second = subprocess.run(
+                ["sh", "-c", command.replace(path, path + "2")], timeout=TIMEOUT, check=False
+            )
+            assert second.returncode == 1
+        finally:
+            os.kill(int(file.read_text()), signal.SIGTERM)
+            wait_until(lambda: not file.exists())
+
     def test_stdout_that_nobody_reads(self, path: str) -> None:
         read, write = os.pipe()
         os.close(read)
@@ -243,6 +302,8 @@ BAD = {
     "no number of vectors": (["-n", "x"], None),
     "a socket path too long": (["-S", "/tmp/" + "x" * 200], "at most 107 bytes"),
     "a directory that is missing": (["-m", "/no/such/dir"], "/no/such/dir: no such file"),
+    "a mount point that is missing": (["-m", "/no-such-mount"], "/no-such-mount: no such file"),
+    "a size of 400 digits": (["-l", "9" * 400], "is no size"),
     "a socket's directory that is missing": (["-S", "/no/such/dir/s"], "no such file"),
     "no name": (["-M", "a/b"], "no POSIX shared memory name"),
     "no huge pages of that size": (["--hugepages", "3M"], "no huge pages of 3M; it offers"),
@@ -338,6 +399,11 @@ class TestConnect:
             ]
             assert (peer.wait(0, 0), peer.wait(1, 0)) == (2, 3)
 
+    def test_what_is_written_is_all_written(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--size", "4K")
+        result = run("connect", "-S", path, "-c", "write 0 text a#b; read 0 3  # a comment; fly")
+        assert result.stdout.splitlines() == ["wrote 3 bytes at 0x0", "61 23 62"]
+
     def test_memory(self, serve: Serve, path: str) -> None:
         serve("--quiet", "--size", "4K")
         result = run(
@@ -382,6 +448,8 @@ class TestConnect:
         [
             ("wait 0 0.01", "no interrupt within 0.01 seconds"),
             ("wait 7", "vector 7: this endpoint has 1 vectors"),
+            ("wait 99999999999999999999 1", "too large"),
+            ("int 0 99999999999999999999", "too large"),
             ("int 9 0", "peer 9 is not connected"),
             ("int 0", "which vector?"),
             ("int", "usage: int PEER VECTOR"),
@@ -494,6 +562,36 @@ class TestQemu:
         assert json.loads(run("qemu", "-S", path, "--json").stdout) == expected.split()
         assert "<msi vectors='5'" in run("qemu", "-S", path, "--libvirt").stdout
         assert "vectors=9" in run("qemu", "-S", "/not/there", "-n", "9").stdout
+
+    def test_asking_joins_nothing(self, serve: Serve, path: str) -> None:
+        """A leave that a QEMU guest is told of arms a crash of QEMU at its next device_del."""
+        server = serve("--vectors", "3", "--size", "1M")
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert sockets.ask(path, TIMEOUT) == {
+                "protocol": 0,
+                "vectors": 3,
+                "size": 1 << 20,
+                "page_size": 4096,
+                "peers": 1,
+            }
+            assert "vectors=3" in run("qemu", "-S", path).stdout
+            assert client.news() == []
+        assert server.news().startswith("peer 0 joined")
+        assert server.news().startswith("peer 0 left")
+        assert server.end() == (0, "")
+
+    def test_a_server_that_cannot_be_asked(self, path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            process = subprocess.Popen(
+                [*IVSHMEM, "qemu", "-S", path], stderr=subprocess.PIPE, text=True
+            )
+            with listener.accept()[0] as peer:
+                peer.send(bytes(8))
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 1
+            assert "does not say how many vectors it has: give --vectors" in errors
 
     def test_from_a_file(self, tmp_path: Path, name: str) -> None:
         file = tmp_path / "a,b c"

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.mounts import huge_pages, mounted
 
 import ivshmem
 
 from .harness import MakeGuest
-from .hugepages import mounted, reserved
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -94,8 +94,8 @@ def test_server_and_doorbell_device(guest: MakeGuest, name: str, tmp_path: Path)
     assert not path.exists()
 
 
-def test_hugepages_for_a_plain_device(guest: MakeGuest, tmp_path: Path) -> None:
-    with reserved(512, 2 << 20), mounted(tmp_path / "hugepages", 2 << 20) as mount:
+def test_hugepages_for_a_plain_device(guest: MakeGuest) -> None:
+    with huge_pages(2 << 20, 512), mounted("hugetlbfs", "pagesize=2M") as mount:
         a = guest(
             SHOW,
             args=shlex.split(
@@ -114,7 +114,7 @@ def test_hugepages_for_a_plain_device(guest: MakeGuest, tmp_path: Path) -> None:
 
 def test_server_with_a_hugepages_mount_point(guest: MakeGuest, tmp_path: Path) -> None:
     pidfile, path = tmp_path / "pid", tmp_path / "socket"
-    with reserved(8, 2 << 20), mounted(tmp_path / "hugepages", 2 << 20) as mount:
+    with huge_pages(2 << 20, 8), mounted("hugetlbfs", "pagesize=2M") as mount:
         run_server(f"ivshmem-server -p {pidfile} -S {path} -m {mount} -l 16M -n 1")
         try:
             a = guest(

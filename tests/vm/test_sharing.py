@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.mounts import huge_pages as reserve
+from support.mounts import mounted
 
 import ivshmem
 from ivshmem import qemu
 
 from .harness import MakeGuest
-from .hugepages import mounted, reserved
 
 TIMEOUT = 60.0  # for what takes milliseconds, on a machine that may be busy with other things
 
@@ -74,14 +75,15 @@ def until(client: ivshmem.Client, wanted: ivshmem.Event) -> list[ivshmem.Event]:
 
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
-    """Eight free huge pages of 2 MiB."""
-    with reserved(8, 2 << 20):
+    """Eight more huge pages of 2 MiB."""
+    with reserve(2 << 20, 8) as got:
+        assert got == 8, "memory is short"
         yield
 
 
 @pytest.fixture
-def hugetlbfs(huge_pages: None, tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path / "hugepages", 2 << 20) as path:
+def hugetlbfs(huge_pages: None) -> Iterator[Path]:
+    with mounted("hugetlbfs", "pagesize=2M") as path:
         yield path
 
 
