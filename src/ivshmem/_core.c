@@ -1776,7 +1776,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_MESSAGE = 8
 };
 
-/* "ivshmem/_core.pyx":598
+/* "ivshmem/_core.pyx":608
  * # -- doorbells ------------------------------------------------------------------------------------
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1785,7 +1785,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":601
+  /* "ivshmem/_core.pyx":611
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
  *     TOKEN_WAKE = 1 << 30
  *     TOKEN_NEWS = 1 << 29             # <<<<<<<<<<<<<<
@@ -1814,7 +1814,7 @@ struct __pyx_obj_7ivshmem_5_core_FdArray {
 };
 
 
-/* "ivshmem/_core.pyx":177
+/* "ivshmem/_core.pyx":187
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1828,7 +1828,7 @@ struct __pyx_obj_7ivshmem_5_core_Epoll {
 };
 
 
-/* "ivshmem/_core.pyx":264
+/* "ivshmem/_core.pyx":274
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1841,7 +1841,7 @@ struct __pyx_obj_7ivshmem_5_core_Timer {
 };
 
 
-/* "ivshmem/_core.pyx":454
+/* "ivshmem/_core.pyx":464
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1858,7 +1858,7 @@ struct __pyx_obj_7ivshmem_5_core_Mapping {
 };
 
 
-/* "ivshmem/_core.pyx":604
+/* "ivshmem/_core.pyx":614
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -1899,7 +1899,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_core_FdArray *);
 
 
-/* "ivshmem/_core.pyx":177
+/* "ivshmem/_core.pyx":187
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1914,7 +1914,7 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Epoll *__pyx_vtabptr_7ivshmem_5_c
 static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t);
 
 
-/* "ivshmem/_core.pyx":454
+/* "ivshmem/_core.pyx":464
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1928,7 +1928,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *__pyx_vtabptr_7ivshmem_5_core_Mapping;
 
 
-/* "ivshmem/_core.pyx":604
+/* "ivshmem/_core.pyx":614
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -3242,10 +3242,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_2eventfds(Py_ssize_t __pyx_v_
 static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto */
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7FdArray_6__len__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10signal(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_token, unsigned int __pyx_v_events); /* proto */
@@ -3411,8 +3412,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[40];
-    PyObject *__pyx_string_tab[219];
+    PyObject *__pyx_codeobj_tab[41];
+    PyObject *__pyx_string_tab[223];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3528,159 +3529,163 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[63]
 #define __pyx_n_u_FdArray_close __pyx_string_tab[64]
 #define __pyx_n_u_FdArray_eventfds __pyx_string_tab[65]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[66]
-#define __pyx_n_u_Interrupt __pyx_string_tab[67]
-#define __pyx_n_u_Mapping __pyx_string_tab[68]
-#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[69]
-#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[70]
-#define __pyx_n_u_Mapping_close __pyx_string_tab[71]
-#define __pyx_n_u_Mapping_populate __pyx_string_tab[72]
-#define __pyx_n_u_Mapping_resident __pyx_string_tab[73]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[74]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[75]
-#define __pyx_n_u_Timer __pyx_string_tab[76]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[77]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[78]
-#define __pyx_n_u_Timer_close __pyx_string_tab[79]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[80]
-#define __pyx_n_u_Timer_set __pyx_string_tab[81]
-#define __pyx_n_u__4 __pyx_string_tab[82]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[83]
-#define __pyx_n_u_annotate __pyx_string_tab[84]
-#define __pyx_n_u_dict __pyx_string_tab[85]
-#define __pyx_n_u_doc __pyx_string_tab[86]
-#define __pyx_n_u_func __pyx_string_tab[87]
-#define __pyx_n_u_getstate __pyx_string_tab[88]
-#define __pyx_n_u_main __pyx_string_tab[89]
-#define __pyx_n_u_module __pyx_string_tab[90]
-#define __pyx_n_u_name __pyx_string_tab[91]
-#define __pyx_n_u_pyx_state __pyx_string_tab[92]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[93]
-#define __pyx_n_u_qualname __pyx_string_tab[94]
-#define __pyx_n_u_reduce __pyx_string_tab[95]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[96]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[97]
-#define __pyx_n_u_set_name __pyx_string_tab[98]
-#define __pyx_n_u_setstate __pyx_string_tab[99]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[100]
-#define __pyx_n_u_test __pyx_string_tab[101]
-#define __pyx_n_u_add_bell __pyx_string_tab[102]
-#define __pyx_n_u_add_vector __pyx_string_tab[103]
-#define __pyx_n_u_bells __pyx_string_tab[104]
-#define __pyx_n_u_drop_peer __pyx_string_tab[105]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[106]
-#define __pyx_n_u_missing __pyx_string_tab[107]
-#define __pyx_n_u_news __pyx_string_tab[108]
-#define __pyx_n_u_ring_self __pyx_string_tab[109]
-#define __pyx_n_u_set_queued __pyx_string_tab[110]
-#define __pyx_n_u_unwatch __pyx_string_tab[111]
-#define __pyx_n_u_wait_event __pyx_string_tab[112]
-#define __pyx_n_u_watch __pyx_string_tab[113]
-#define __pyx_n_u_add __pyx_string_tab[114]
-#define __pyx_n_u_address __pyx_string_tab[115]
-#define __pyx_n_u_advice __pyx_string_tab[116]
-#define __pyx_n_u_anything __pyx_string_tab[117]
-#define __pyx_n_u_array __pyx_string_tab[118]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[119]
-#define __pyx_n_u_bells_2 __pyx_string_tab[120]
-#define __pyx_n_u_chunks __pyx_string_tab[121]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[122]
-#define __pyx_n_u_close __pyx_string_tab[123]
-#define __pyx_n_u_code __pyx_string_tab[124]
-#define __pyx_n_u_collections __pyx_string_tab[125]
-#define __pyx_n_u_controls __pyx_string_tab[126]
-#define __pyx_n_u_count __pyx_string_tab[127]
-#define __pyx_n_u_data __pyx_string_tab[128]
-#define __pyx_n_u_deadline __pyx_string_tab[129]
-#define __pyx_n_u_end __pyx_string_tab[130]
-#define __pyx_n_u_eof __pyx_string_tab[131]
-#define __pyx_n_u_epfd __pyx_string_tab[132]
-#define __pyx_n_u_errors __pyx_string_tab[133]
-#define __pyx_n_u_eventfds __pyx_string_tab[134]
-#define __pyx_n_u_events __pyx_string_tab[135]
-#define __pyx_n_u_fd __pyx_string_tab[136]
-#define __pyx_n_u_fds __pyx_string_tab[137]
-#define __pyx_n_u_fileno __pyx_string_tab[138]
-#define __pyx_n_u_filled __pyx_string_tab[139]
-#define __pyx_n_u_first __pyx_string_tab[140]
-#define __pyx_n_u_get __pyx_string_tab[141]
-#define __pyx_n_u_grown __pyx_string_tab[142]
-#define __pyx_n_u_i __pyx_string_tab[143]
-#define __pyx_n_u_iov __pyx_string_tab[144]
-#define __pyx_n_u_items __pyx_string_tab[145]
-#define __pyx_n_u_ivshmem __pyx_string_tab[146]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[147]
-#define __pyx_n_u_limit __pyx_string_tab[148]
-#define __pyx_n_u_lost __pyx_string_tab[149]
-#define __pyx_n_u_messages __pyx_string_tab[150]
-#define __pyx_n_u_modify __pyx_string_tab[151]
-#define __pyx_n_u_module_2 __pyx_string_tab[152]
-#define __pyx_n_u_n __pyx_string_tab[153]
-#define __pyx_n_u_namedtuple __pyx_string_tab[154]
-#define __pyx_n_u_one __pyx_string_tab[155]
-#define __pyx_n_u_page __pyx_string_tab[156]
-#define __pyx_n_u_page_size __pyx_string_tab[157]
-#define __pyx_n_u_pages __pyx_string_tab[158]
-#define __pyx_n_u_peer __pyx_string_tab[159]
-#define __pyx_n_u_pop __pyx_string_tab[160]
-#define __pyx_n_u_populate __pyx_string_tab[161]
-#define __pyx_n_u_readonly __pyx_string_tab[162]
-#define __pyx_n_u_receive __pyx_string_tab[163]
-#define __pyx_n_u_remove __pyx_string_tab[164]
-#define __pyx_n_u_resident __pyx_string_tab[165]
-#define __pyx_n_u_rings __pyx_string_tab[166]
-#define __pyx_n_u_run __pyx_string_tab[167]
-#define __pyx_n_u_runs __pyx_string_tab[168]
-#define __pyx_n_u_seconds __pyx_string_tab[169]
-#define __pyx_n_u_seen __pyx_string_tab[170]
-#define __pyx_n_u_self __pyx_string_tab[171]
-#define __pyx_n_u_send_runs __pyx_string_tab[172]
-#define __pyx_n_u_sent __pyx_string_tab[173]
-#define __pyx_n_u_set __pyx_string_tab[174]
-#define __pyx_n_u_setdefault __pyx_string_tab[175]
-#define __pyx_n_u_size __pyx_string_tab[176]
-#define __pyx_n_u_sock __pyx_string_tab[177]
-#define __pyx_n_u_spec __pyx_string_tab[178]
-#define __pyx_n_u_staticmethod __pyx_string_tab[179]
-#define __pyx_n_u_take __pyx_string_tab[180]
-#define __pyx_n_u_timeout __pyx_string_tab[181]
-#define __pyx_n_u_token __pyx_string_tab[182]
-#define __pyx_n_u_total __pyx_string_tab[183]
-#define __pyx_n_u_value __pyx_string_tab[184]
-#define __pyx_n_u_values __pyx_string_tab[185]
-#define __pyx_n_u_vector __pyx_string_tab[186]
-#define __pyx_n_u_wait __pyx_string_tab[187]
-#define __pyx_n_u_want __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[195]
-#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[196]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[197]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[198]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[199]
-#define __pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq __pyx_string_tab[200]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[201]
-#define __pyx_kp_b_iso88591_A_F_t6 __pyx_string_tab[202]
-#define __pyx_kp_b_iso88591_A_F_at_q_Kq __pyx_string_tab[203]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[204]
-#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[205]
-#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[206]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[207]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[208]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[209]
-#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[210]
-#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[211]
-#define __pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L __pyx_string_tab[212]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[213]
-#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[214]
-#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[215]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[216]
-#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[217]
-#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[218]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[66]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[67]
+#define __pyx_n_u_Interrupt __pyx_string_tab[68]
+#define __pyx_n_u_Mapping __pyx_string_tab[69]
+#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[70]
+#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[71]
+#define __pyx_n_u_Mapping_close __pyx_string_tab[72]
+#define __pyx_n_u_Mapping_populate __pyx_string_tab[73]
+#define __pyx_n_u_Mapping_resident __pyx_string_tab[74]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[75]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[76]
+#define __pyx_n_u_Timer __pyx_string_tab[77]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[78]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[79]
+#define __pyx_n_u_Timer_close __pyx_string_tab[80]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[81]
+#define __pyx_n_u_Timer_set __pyx_string_tab[82]
+#define __pyx_n_u__4 __pyx_string_tab[83]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[84]
+#define __pyx_n_u_annotate __pyx_string_tab[85]
+#define __pyx_n_u_dict __pyx_string_tab[86]
+#define __pyx_n_u_doc __pyx_string_tab[87]
+#define __pyx_n_u_func __pyx_string_tab[88]
+#define __pyx_n_u_getstate __pyx_string_tab[89]
+#define __pyx_n_u_main __pyx_string_tab[90]
+#define __pyx_n_u_module __pyx_string_tab[91]
+#define __pyx_n_u_name __pyx_string_tab[92]
+#define __pyx_n_u_pyx_state __pyx_string_tab[93]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[94]
+#define __pyx_n_u_qualname __pyx_string_tab[95]
+#define __pyx_n_u_reduce __pyx_string_tab[96]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[97]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[98]
+#define __pyx_n_u_set_name __pyx_string_tab[99]
+#define __pyx_n_u_setstate __pyx_string_tab[100]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[101]
+#define __pyx_n_u_test __pyx_string_tab[102]
+#define __pyx_n_u_add_bell __pyx_string_tab[103]
+#define __pyx_n_u_add_vector __pyx_string_tab[104]
+#define __pyx_n_u_bells __pyx_string_tab[105]
+#define __pyx_n_u_drop_peer __pyx_string_tab[106]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[107]
+#define __pyx_n_u_missing __pyx_string_tab[108]
+#define __pyx_n_u_news __pyx_string_tab[109]
+#define __pyx_n_u_ring_self __pyx_string_tab[110]
+#define __pyx_n_u_set_queued __pyx_string_tab[111]
+#define __pyx_n_u_unwatch __pyx_string_tab[112]
+#define __pyx_n_u_wait_event __pyx_string_tab[113]
+#define __pyx_n_u_watch __pyx_string_tab[114]
+#define __pyx_n_u_add __pyx_string_tab[115]
+#define __pyx_n_u_address __pyx_string_tab[116]
+#define __pyx_n_u_advice __pyx_string_tab[117]
+#define __pyx_n_u_anything __pyx_string_tab[118]
+#define __pyx_n_u_array __pyx_string_tab[119]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[120]
+#define __pyx_n_u_bells_2 __pyx_string_tab[121]
+#define __pyx_n_u_chunks __pyx_string_tab[122]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[123]
+#define __pyx_n_u_close __pyx_string_tab[124]
+#define __pyx_n_u_code __pyx_string_tab[125]
+#define __pyx_n_u_collections __pyx_string_tab[126]
+#define __pyx_n_u_controls __pyx_string_tab[127]
+#define __pyx_n_u_count __pyx_string_tab[128]
+#define __pyx_n_u_data __pyx_string_tab[129]
+#define __pyx_n_u_deadline __pyx_string_tab[130]
+#define __pyx_n_u_end __pyx_string_tab[131]
+#define __pyx_n_u_eof __pyx_string_tab[132]
+#define __pyx_n_u_epfd __pyx_string_tab[133]
+#define __pyx_n_u_errors __pyx_string_tab[134]
+#define __pyx_n_u_eventfds __pyx_string_tab[135]
+#define __pyx_n_u_events __pyx_string_tab[136]
+#define __pyx_n_u_fd __pyx_string_tab[137]
+#define __pyx_n_u_fds __pyx_string_tab[138]
+#define __pyx_n_u_fileno __pyx_string_tab[139]
+#define __pyx_n_u_filled __pyx_string_tab[140]
+#define __pyx_n_u_first __pyx_string_tab[141]
+#define __pyx_n_u_get __pyx_string_tab[142]
+#define __pyx_n_u_grown __pyx_string_tab[143]
+#define __pyx_n_u_i __pyx_string_tab[144]
+#define __pyx_n_u_index __pyx_string_tab[145]
+#define __pyx_n_u_iov __pyx_string_tab[146]
+#define __pyx_n_u_items __pyx_string_tab[147]
+#define __pyx_n_u_ivshmem __pyx_string_tab[148]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[149]
+#define __pyx_n_u_limit __pyx_string_tab[150]
+#define __pyx_n_u_lost __pyx_string_tab[151]
+#define __pyx_n_u_messages __pyx_string_tab[152]
+#define __pyx_n_u_modify __pyx_string_tab[153]
+#define __pyx_n_u_module_2 __pyx_string_tab[154]
+#define __pyx_n_u_n __pyx_string_tab[155]
+#define __pyx_n_u_namedtuple __pyx_string_tab[156]
+#define __pyx_n_u_one __pyx_string_tab[157]
+#define __pyx_n_u_page __pyx_string_tab[158]
+#define __pyx_n_u_page_size __pyx_string_tab[159]
+#define __pyx_n_u_pages __pyx_string_tab[160]
+#define __pyx_n_u_peer __pyx_string_tab[161]
+#define __pyx_n_u_pop __pyx_string_tab[162]
+#define __pyx_n_u_populate __pyx_string_tab[163]
+#define __pyx_n_u_readonly __pyx_string_tab[164]
+#define __pyx_n_u_receive __pyx_string_tab[165]
+#define __pyx_n_u_remove __pyx_string_tab[166]
+#define __pyx_n_u_resident __pyx_string_tab[167]
+#define __pyx_n_u_rings __pyx_string_tab[168]
+#define __pyx_n_u_run __pyx_string_tab[169]
+#define __pyx_n_u_runs __pyx_string_tab[170]
+#define __pyx_n_u_seconds __pyx_string_tab[171]
+#define __pyx_n_u_seen __pyx_string_tab[172]
+#define __pyx_n_u_self __pyx_string_tab[173]
+#define __pyx_n_u_send_runs __pyx_string_tab[174]
+#define __pyx_n_u_sent __pyx_string_tab[175]
+#define __pyx_n_u_set __pyx_string_tab[176]
+#define __pyx_n_u_setdefault __pyx_string_tab[177]
+#define __pyx_n_u_signal __pyx_string_tab[178]
+#define __pyx_n_u_size __pyx_string_tab[179]
+#define __pyx_n_u_sock __pyx_string_tab[180]
+#define __pyx_n_u_spec __pyx_string_tab[181]
+#define __pyx_n_u_staticmethod __pyx_string_tab[182]
+#define __pyx_n_u_take __pyx_string_tab[183]
+#define __pyx_n_u_timeout __pyx_string_tab[184]
+#define __pyx_n_u_token __pyx_string_tab[185]
+#define __pyx_n_u_total __pyx_string_tab[186]
+#define __pyx_n_u_value __pyx_string_tab[187]
+#define __pyx_n_u_values __pyx_string_tab[188]
+#define __pyx_n_u_vector __pyx_string_tab[189]
+#define __pyx_n_u_wait __pyx_string_tab[190]
+#define __pyx_n_u_want __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[199]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[200]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[201]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[202]
+#define __pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq __pyx_string_tab[203]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[204]
+#define __pyx_kp_b_iso88591_A_F_t6 __pyx_string_tab[205]
+#define __pyx_kp_b_iso88591_A_F_at_q_Kq __pyx_string_tab[206]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[207]
+#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[208]
+#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[209]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[210]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[211]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[212]
+#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[213]
+#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[214]
+#define __pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L __pyx_string_tab[215]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[216]
+#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q __pyx_string_tab[217]
+#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[218]
+#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[219]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[220]
+#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[221]
+#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[222]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -3713,8 +3718,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<40; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<219; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<41; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<223; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3754,8 +3759,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<40; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<219; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<41; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<223; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4997,7 +5002,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
- *     cdef void release(self) noexcept:
+ *     def signal(self, Py_ssize_t index):
 */
   __pyx_t_3 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -5038,6 +5043,214 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj
 /* "ivshmem/_core.pyx":154
  *         return self.fds[index]
  * 
+ *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_11signal(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_10signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.\n\n        Checked and written under the GIL, so that no other thread can close it in between.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_11signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10signal};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_11signal(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  Py_ssize_t __pyx_v_index;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("signal (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 154, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 154, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 154, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+    }
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 154, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 154, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_10signal(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v_index);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10signal(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+  uint64_t __pyx_v_one;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  Py_ssize_t __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("signal", 0);
+
+  /* "ivshmem/_core.pyx":159
+ *         Checked and written under the GIL, so that no other thread can close it in between.
+ *         """
+ *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters
+*/
+  __pyx_v_one = 1;
+
+  /* "ivshmem/_core.pyx":160
+ *         """
+ *         cdef uint64_t one = 1
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters
+ *                 _fail()
+*/
+  __pyx_t_2 = (0 <= __pyx_v_index);
+  if (__pyx_t_2) {
+    __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_2 = (__pyx_v_index < __pyx_t_3);
+
+  }
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (write((__pyx_v_self->fds[__pyx_v_index]), (&__pyx_v_one), (sizeof(__pyx_v_one))) < 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":161
+ *         cdef uint64_t one = 1
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters             # <<<<<<<<<<<<<<
+ *                 _fail()
+ * 
+*/
+    __pyx_t_1 = (errno != EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_core.pyx":162
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters
+ *                 _fail()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void release(self) noexcept:
+*/
+      __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
+
+
+      /* "ivshmem/_core.pyx":161
+ *         cdef uint64_t one = 1
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters             # <<<<<<<<<<<<<<
+ *                 _fail()
+ * 
+*/
+    }
+
+    /* "ivshmem/_core.pyx":160
+ *         """
+ *         cdef uint64_t one = 1
+ *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
+ *             if errno != EAGAIN:  # full: it is readable, and that is what matters
+ *                 _fail()
+*/
+  }
+
+  /* "ivshmem/_core.pyx":154
+ *         return self.fds[index]
+ * 
+ *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._core.FdArray.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":164
+ *                 _fail()
+ * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
@@ -5050,7 +5263,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":156
+  /* "ivshmem/_core.pyx":166
  *     cdef void release(self) noexcept:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -5061,7 +5274,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":157
+  /* "ivshmem/_core.pyx":167
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0             # <<<<<<<<<<<<<<
@@ -5070,7 +5283,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->count = 0;
 
-  /* "ivshmem/_core.pyx":158
+  /* "ivshmem/_core.pyx":168
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -5084,7 +5297,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":159
+    /* "ivshmem/_core.pyx":169
  *         self.count = 0
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -5095,8 +5308,8 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   }
 
 
-  /* "ivshmem/_core.pyx":154
- *         return self.fds[index]
+  /* "ivshmem/_core.pyx":164
+ *                 _fail()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
@@ -5109,7 +5322,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":161
+/* "ivshmem/_core.pyx":171
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5121,7 +5334,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":163
+  /* "ivshmem/_core.pyx":173
  *     cdef void done(self) noexcept:
  *         """One user less."""
  *         self.users -= 1             # <<<<<<<<<<<<<<
@@ -5130,7 +5343,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_self->users = (__pyx_v_self->users - 1);
 
-  /* "ivshmem/_core.pyx":164
+  /* "ivshmem/_core.pyx":174
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5152,7 +5365,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":165
+    /* "ivshmem/_core.pyx":175
  *         self.users -= 1
  *         if self.closing and self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5161,7 +5374,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":164
+    /* "ivshmem/_core.pyx":174
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5170,7 +5383,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":161
+  /* "ivshmem/_core.pyx":171
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5182,7 +5395,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 
 }
 
-/* "ivshmem/_core.pyx":167
+/* "ivshmem/_core.pyx":177
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5191,16 +5404,16 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_11close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_10close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10close};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_11close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_12close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12close};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5226,20 +5439,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_10close(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_12close(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":168
+  /* "ivshmem/_core.pyx":178
  * 
  *     def close(self):
  *         self.closing = True             # <<<<<<<<<<<<<<
@@ -5248,7 +5461,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->closing = 1;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":179
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5260,7 +5473,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":170
+    /* "ivshmem/_core.pyx":180
  *         self.closing = True
  *         if self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5269,7 +5482,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":169
+    /* "ivshmem/_core.pyx":179
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5278,7 +5491,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":177
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5293,7 +5506,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":172
+/* "ivshmem/_core.pyx":182
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5302,21 +5515,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10close(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_5_core_7FdArray_13__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_5_core_7FdArray_13__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":183
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -5325,7 +5538,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7iv
 */
   __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":174
+  /* "ivshmem/_core.pyx":184
  *     def __dealloc__(self):
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -5334,7 +5547,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7iv
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_core.pyx":172
+  /* "ivshmem/_core.pyx":182
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5353,16 +5566,16 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_12__dealloc__(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5388,14 +5601,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_14__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -5435,16 +5648,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_14__reduce_cython__(CYTHON_UN
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5510,7 +5723,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_16__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5520,7 +5733,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -5552,7 +5765,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":187
+/* "ivshmem/_core.pyx":197
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5609,7 +5822,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":188
+  /* "ivshmem/_core.pyx":198
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -5618,7 +5831,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":189
+  /* "ivshmem/_core.pyx":199
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -5627,7 +5840,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_core.pyx":190
+  /* "ivshmem/_core.pyx":200
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5639,17 +5852,17 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":191
+    /* "ivshmem/_core.pyx":201
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 201, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":190
+    /* "ivshmem/_core.pyx":200
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5658,7 +5871,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":187
+  /* "ivshmem/_core.pyx":197
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5677,7 +5890,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":193
+/* "ivshmem/_core.pyx":203
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5741,7 +5954,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":194
+  /* "ivshmem/_core.pyx":204
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5753,7 +5966,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":195
+    /* "ivshmem/_core.pyx":205
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -5761,7 +5974,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5780,14 +5993,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 195, __pyx_L1_error)
+    __PYX_ERR(0, 205, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":194
+    /* "ivshmem/_core.pyx":204
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -5796,14 +6009,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":196
+  /* "ivshmem/_core.pyx":206
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -5816,7 +6029,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":193
+  /* "ivshmem/_core.pyx":203
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5837,7 +6050,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":198
+/* "ivshmem/_core.pyx":208
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -5859,7 +6072,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_core.pyx":200
+  /* "ivshmem/_core.pyx":210
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -5868,7 +6081,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_core.pyx":201
+  /* "ivshmem/_core.pyx":211
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -5877,7 +6090,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_core.pyx":202
+  /* "ivshmem/_core.pyx":212
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -5886,7 +6099,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_core.pyx":203
+  /* "ivshmem/_core.pyx":213
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -5900,10 +6113,10 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -5911,17 +6124,17 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":204
+    /* "ivshmem/_core.pyx":214
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":203
+    /* "ivshmem/_core.pyx":213
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -5930,7 +6143,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":205
+  /* "ivshmem/_core.pyx":215
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5943,7 +6156,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":198
+  /* "ivshmem/_core.pyx":208
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -5964,7 +6177,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":207
+/* "ivshmem/_core.pyx":217
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6014,46 +6227,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 207, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 207, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 207, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 207, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 217, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 207, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 217, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 207, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6086,17 +6299,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_core.pyx":209
+  /* "ivshmem/_core.pyx":219
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":207
+  /* "ivshmem/_core.pyx":217
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6116,7 +6329,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":211
+/* "ivshmem/_core.pyx":221
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6166,46 +6379,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 211, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 221, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 211, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 221, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6238,17 +6451,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_core.pyx":212
+  /* "ivshmem/_core.pyx":222
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":221
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -6268,7 +6481,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":214
+/* "ivshmem/_core.pyx":224
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -6316,32 +6529,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 214, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 224, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 214, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 224, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 214, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 224, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 214, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 224, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6372,17 +6585,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_core.pyx":215
+  /* "ivshmem/_core.pyx":225
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":214
+  /* "ivshmem/_core.pyx":224
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -6402,7 +6615,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":217
+/* "ivshmem/_core.pyx":227
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6450,24 +6663,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 227, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 227, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 227, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 227, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6478,7 +6691,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 227, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6522,17 +6735,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":220
+  /* "ivshmem/_core.pyx":230
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 230, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":222
+  /* "ivshmem/_core.pyx":232
  *         cdef int64_t deadline = _deadline(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -6546,14 +6759,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":223
+  /* "ivshmem/_core.pyx":233
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -6562,17 +6775,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":224
+    /* "ivshmem/_core.pyx":234
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 224, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 234, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_core.pyx":225
+    /* "ivshmem/_core.pyx":235
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6584,7 +6797,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_core.pyx":226
+      /* "ivshmem/_core.pyx":236
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -6592,7 +6805,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -6600,20 +6813,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 226, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 236, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 226, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 236, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 226, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 236, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 226, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 236, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 226, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 236, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -6629,7 +6842,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":225
+      /* "ivshmem/_core.pyx":235
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -6639,7 +6852,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     }
   }
 
-  /* "ivshmem/_core.pyx":217
+  /* "ivshmem/_core.pyx":227
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6668,7 +6881,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":228
+/* "ivshmem/_core.pyx":238
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6727,7 +6940,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":229
+  /* "ivshmem/_core.pyx":239
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -6738,7 +6951,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":230
+  /* "ivshmem/_core.pyx":240
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -6747,7 +6960,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":231
+  /* "ivshmem/_core.pyx":241
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6759,7 +6972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":232
+    /* "ivshmem/_core.pyx":242
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -6768,7 +6981,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_core.pyx":231
+    /* "ivshmem/_core.pyx":241
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6777,7 +6990,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":228
+  /* "ivshmem/_core.pyx":238
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6793,7 +7006,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":234
+/* "ivshmem/_core.pyx":244
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6817,7 +7030,7 @@ static void __pyx_pw_7ivshmem_5_core_5Epoll_15__dealloc__(PyObject *__pyx_v_self
 static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":235
+  /* "ivshmem/_core.pyx":245
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6829,7 +7042,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":236
+    /* "ivshmem/_core.pyx":246
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -6838,7 +7051,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_core.pyx":235
+    /* "ivshmem/_core.pyx":245
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -6847,7 +7060,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/_core.pyx":234
+  /* "ivshmem/_core.pyx":244
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7065,7 +7278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_18__setstate_cython__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":239
+/* "ivshmem/_core.pyx":249
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -7089,7 +7302,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":243
+  /* "ivshmem/_core.pyx":253
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7101,7 +7314,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":244
+    /* "ivshmem/_core.pyx":254
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -7110,7 +7323,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_core.pyx":243
+    /* "ivshmem/_core.pyx":253
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7120,7 +7333,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":246
+  /* "ivshmem/_core.pyx":256
  *         milliseconds = -1
  *     else:
  *         left = deadline - _now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -7140,7 +7353,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":248
+    /* "ivshmem/_core.pyx":258
  *         left = deadline - _now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -7176,7 +7389,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":249
+  /* "ivshmem/_core.pyx":259
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -7189,7 +7402,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":250
+        /* "ivshmem/_core.pyx":260
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -7198,7 +7411,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_core.pyx":251
+        /* "ivshmem/_core.pyx":261
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -7208,7 +7421,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_core.pyx":249
+      /* "ivshmem/_core.pyx":259
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -7225,7 +7438,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       }
   }
 
-  /* "ivshmem/_core.pyx":252
+  /* "ivshmem/_core.pyx":262
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -7237,7 +7450,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":253
+    /* "ivshmem/_core.pyx":263
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -7250,7 +7463,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":252
+    /* "ivshmem/_core.pyx":262
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -7259,7 +7472,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":254
+  /* "ivshmem/_core.pyx":264
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7271,17 +7484,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":255
+    /* "ivshmem/_core.pyx":265
  *         return n
  *     if code != EINTR:
  *         _fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":254
+    /* "ivshmem/_core.pyx":264
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7290,17 +7503,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":266
  *     if code != EINTR:
  *         _fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":257
+  /* "ivshmem/_core.pyx":267
  *         _fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -7313,7 +7526,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":239
+  /* "ivshmem/_core.pyx":249
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -7334,7 +7547,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":260
+/* "ivshmem/_core.pyx":270
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -7357,7 +7570,7 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_fail_with", 0);
 
-  /* "ivshmem/_core.pyx":261
+  /* "ivshmem/_core.pyx":271
  * 
  * cdef int _fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -7365,15 +7578,15 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 261, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 271, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -7381,14 +7594,14 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 261, __pyx_L1_error)
+  __PYX_ERR(0, 271, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":270
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -7409,7 +7622,7 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":270
+/* "ivshmem/_core.pyx":280
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7466,7 +7679,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":271
+  /* "ivshmem/_core.pyx":281
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -7475,7 +7688,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_core.pyx":272
+  /* "ivshmem/_core.pyx":282
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -7484,7 +7697,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_core.pyx":273
+  /* "ivshmem/_core.pyx":283
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -7496,17 +7709,17 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":274
+    /* "ivshmem/_core.pyx":284
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 274, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":273
+    /* "ivshmem/_core.pyx":283
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -7515,7 +7728,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":270
+  /* "ivshmem/_core.pyx":280
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7534,7 +7747,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":276
+/* "ivshmem/_core.pyx":286
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -7598,7 +7811,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":287
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -7610,7 +7823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":278
+    /* "ivshmem/_core.pyx":288
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -7618,7 +7831,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7637,14 +7850,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 278, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 288, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 278, __pyx_L1_error)
+    __PYX_ERR(0, 288, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":277
+    /* "ivshmem/_core.pyx":287
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -7653,14 +7866,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":289
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -7673,7 +7886,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":276
+  /* "ivshmem/_core.pyx":286
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -7694,7 +7907,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":281
+/* "ivshmem/_core.pyx":291
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -7742,32 +7955,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 291, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 291, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 291, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 291, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 291, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 291, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7803,7 +8016,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":294
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -7812,7 +8025,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_core.pyx":285
+  /* "ivshmem/_core.pyx":295
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -7821,7 +8034,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_core.pyx":286
+  /* "ivshmem/_core.pyx":296
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -7830,7 +8043,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_core.pyx":287
+  /* "ivshmem/_core.pyx":297
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -7844,10 +8057,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -7855,17 +8068,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":288
+    /* "ivshmem/_core.pyx":298
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":287
+    /* "ivshmem/_core.pyx":297
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -7874,7 +8087,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":291
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -7897,7 +8110,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":290
+/* "ivshmem/_core.pyx":300
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7956,7 +8169,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":291
+  /* "ivshmem/_core.pyx":301
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -7967,7 +8180,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":292
+  /* "ivshmem/_core.pyx":302
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -7976,7 +8189,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_core.pyx":293
+  /* "ivshmem/_core.pyx":303
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -7988,7 +8201,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":294
+    /* "ivshmem/_core.pyx":304
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -7997,7 +8210,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_core.pyx":293
+    /* "ivshmem/_core.pyx":303
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -8006,7 +8219,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":300
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8022,7 +8235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":296
+/* "ivshmem/_core.pyx":306
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8046,7 +8259,7 @@ static void __pyx_pw_7ivshmem_5_core_5Timer_9__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":297
+  /* "ivshmem/_core.pyx":307
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -8058,7 +8271,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":298
+    /* "ivshmem/_core.pyx":308
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -8067,7 +8280,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_core.pyx":297
+    /* "ivshmem/_core.pyx":307
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -8076,7 +8289,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":306
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8294,7 +8507,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_12__setstate_cython__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":303
+/* "ivshmem/_core.pyx":313
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -8343,39 +8556,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 313, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 303, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 313, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 313, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 303, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 313, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 313, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 313, __pyx_L3_error)
     __pyx_v_runs = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 313, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8436,7 +8649,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_runs", 0);
 
-  /* "ivshmem/_core.pyx":322
+  /* "ivshmem/_core.pyx":332
  *     cdef int64_t values[BATCH]
  *     cdef ivshmem_control controls[BATCH]
  *     cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
@@ -8445,7 +8658,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_core.pyx":324
+  /* "ivshmem/_core.pyx":334
  *     cdef Py_ssize_t total = 0
  *     cdef Py_ssize_t first, count, i
  *     cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -8454,7 +8667,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_core.pyx":328
+  /* "ivshmem/_core.pyx":338
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -8466,9 +8679,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -8476,7 +8689,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 338, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8486,7 +8699,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 338, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8497,13 +8710,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 328, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 338, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -8513,27 +8726,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":329
+    /* "ivshmem/_core.pyx":339
  *     cdef FdArray fds
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
 */
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 329, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 339, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
     __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_4));
@@ -8541,7 +8754,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_core.pyx":330
+    /* "ivshmem/_core.pyx":340
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -8576,7 +8789,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/_core.pyx":331
+      /* "ivshmem/_core.pyx":341
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
@@ -8584,11 +8797,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
  *             values[filled] = value
 */
       __pyx_t_6 = NULL;
-      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 341, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 341, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 341, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
       __pyx_t_14[1] = __pyx_t_11;
@@ -8602,7 +8815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       #endif
       __pyx_t_15 = 0;
       __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
-      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L1_error)
+      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 341, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_16);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -8613,14 +8826,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 341, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 331, __pyx_L1_error)
+      __PYX_ERR(0, 341, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":330
+      /* "ivshmem/_core.pyx":340
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -8629,7 +8842,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
     }
 
-    /* "ivshmem/_core.pyx":332
+    /* "ivshmem/_core.pyx":342
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
@@ -8643,7 +8856,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
       __pyx_v_i = __pyx_t_18;
 
-      /* "ivshmem/_core.pyx":333
+      /* "ivshmem/_core.pyx":343
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
  *             values[filled] = value             # <<<<<<<<<<<<<<
@@ -8652,7 +8865,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
 
-      /* "ivshmem/_core.pyx":334
+      /* "ivshmem/_core.pyx":344
  *         for i in range(first, first + count):
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
@@ -8661,7 +8874,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":335
+      /* "ivshmem/_core.pyx":345
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -8670,7 +8883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":336
+      /* "ivshmem/_core.pyx":346
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
@@ -8679,7 +8892,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
 
-      /* "ivshmem/_core.pyx":337
+      /* "ivshmem/_core.pyx":347
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
@@ -8688,7 +8901,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":338
+      /* "ivshmem/_core.pyx":348
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -8697,7 +8910,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":339
+      /* "ivshmem/_core.pyx":349
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -8708,7 +8921,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":340
+        /* "ivshmem/_core.pyx":350
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
@@ -8717,7 +8930,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_f_7ivshmem_5_core__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
 
-        /* "ivshmem/_core.pyx":339
+        /* "ivshmem/_core.pyx":349
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -8726,7 +8939,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       }
 
-      /* "ivshmem/_core.pyx":341
+      /* "ivshmem/_core.pyx":351
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1             # <<<<<<<<<<<<<<
@@ -8735,7 +8948,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_core.pyx":342
+      /* "ivshmem/_core.pyx":352
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -8747,17 +8960,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":343
+        /* "ivshmem/_core.pyx":353
  *             filled += 1
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *                 total += sent
  *                 if sent < filled:
 */
-        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
         __pyx_v_sent = __pyx_t_15;
 
-        /* "ivshmem/_core.pyx":344
+        /* "ivshmem/_core.pyx":354
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent             # <<<<<<<<<<<<<<
@@ -8766,7 +8979,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_core.pyx":345
+        /* "ivshmem/_core.pyx":355
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -8778,14 +8991,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         if (__pyx_t_9) {
 
 
-          /* "ivshmem/_core.pyx":346
+          /* "ivshmem/_core.pyx":356
  *                 total += sent
  *                 if sent < filled:
  *                     return total             # <<<<<<<<<<<<<<
  *                 filled = 0
  *     if filled:
 */
-          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -8799,7 +9012,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":345
+          /* "ivshmem/_core.pyx":355
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -8808,7 +9021,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         }
 
-        /* "ivshmem/_core.pyx":347
+        /* "ivshmem/_core.pyx":357
  *                 if sent < filled:
  *                     return total
  *                 filled = 0             # <<<<<<<<<<<<<<
@@ -8817,7 +9030,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_core.pyx":342
+        /* "ivshmem/_core.pyx":352
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -8828,7 +9041,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     }
 
 
-    /* "ivshmem/_core.pyx":328
+    /* "ivshmem/_core.pyx":338
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -8838,7 +9051,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":348
+  /* "ivshmem/_core.pyx":358
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -8850,18 +9063,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_core.pyx":349
+    /* "ivshmem/_core.pyx":359
  *                 filled = 0
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *     return total
  * 
 */
-    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
     __pyx_v_total = (__pyx_v_total + __pyx_t_15);
 
 
-    /* "ivshmem/_core.pyx":348
+    /* "ivshmem/_core.pyx":358
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -8870,14 +9083,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   }
 
-  /* "ivshmem/_core.pyx":350
+  /* "ivshmem/_core.pyx":360
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8890,7 +9103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":303
+  /* "ivshmem/_core.pyx":313
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -8928,7 +9141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":353
+/* "ivshmem/_core.pyx":363
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -8939,7 +9152,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
   struct cmsghdr *__pyx_v_header;
 
-  /* "ivshmem/_core.pyx":355
+  /* "ivshmem/_core.pyx":365
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -8948,7 +9161,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
 
-  /* "ivshmem/_core.pyx":356
+  /* "ivshmem/_core.pyx":366
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
@@ -8957,7 +9170,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
 
-  /* "ivshmem/_core.pyx":357
+  /* "ivshmem/_core.pyx":367
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -8966,7 +9179,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-  /* "ivshmem/_core.pyx":358
+  /* "ivshmem/_core.pyx":368
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -8975,7 +9188,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":359
+  /* "ivshmem/_core.pyx":369
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -8984,7 +9197,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-  /* "ivshmem/_core.pyx":360
+  /* "ivshmem/_core.pyx":370
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -8993,7 +9206,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-  /* "ivshmem/_core.pyx":361
+  /* "ivshmem/_core.pyx":371
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -9002,7 +9215,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_core.pyx":362
+  /* "ivshmem/_core.pyx":372
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS
  *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
@@ -9011,7 +9224,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
 
-  /* "ivshmem/_core.pyx":353
+  /* "ivshmem/_core.pyx":363
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -9024,7 +9237,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 
 }
 
-/* "ivshmem/_core.pyx":365
+/* "ivshmem/_core.pyx":375
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -9042,7 +9255,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":368
+  /* "ivshmem/_core.pyx":378
  *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
  *     cdef int n
  *     while True:             # <<<<<<<<<<<<<<
@@ -9051,7 +9264,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":369
+    /* "ivshmem/_core.pyx":379
  *     cdef int n
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -9060,7 +9273,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_core.pyx":370
+    /* "ivshmem/_core.pyx":380
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -9072,7 +9285,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":371
+      /* "ivshmem/_core.pyx":381
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:
  *             return n             # <<<<<<<<<<<<<<
@@ -9085,7 +9298,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":370
+      /* "ivshmem/_core.pyx":380
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -9094,7 +9307,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":372
+    /* "ivshmem/_core.pyx":382
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -9106,7 +9319,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":373
+      /* "ivshmem/_core.pyx":383
  *             return n
  *         if errno == EINTR:
  *             continue             # <<<<<<<<<<<<<<
@@ -9115,7 +9328,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/_core.pyx":372
+      /* "ivshmem/_core.pyx":382
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -9124,7 +9337,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":374
+    /* "ivshmem/_core.pyx":384
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -9150,7 +9363,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":375
+      /* "ivshmem/_core.pyx":385
  *             continue
  *         if errno == EAGAIN or before > 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -9163,7 +9376,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":374
+      /* "ivshmem/_core.pyx":384
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -9172,14 +9385,14 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":376
+    /* "ivshmem/_core.pyx":386
  *         if errno == EAGAIN or before > 0:
  *             return 0
  *         return _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
@@ -9187,7 +9400,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_core.pyx":365
+  /* "ivshmem/_core.pyx":375
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -9207,7 +9420,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":379
+/* "ivshmem/_core.pyx":389
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -9256,39 +9469,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 379, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 389, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 379, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 379, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 379, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 389, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 379, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 389, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 379, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 379, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 379, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 389, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9351,19 +9564,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_core.pyx":397
+  /* "ivshmem/_core.pyx":407
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 407, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":398
+  /* "ivshmem/_core.pyx":408
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -9372,7 +9585,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_core.pyx":399
+  /* "ivshmem/_core.pyx":409
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -9381,7 +9594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_core.pyx":400
+  /* "ivshmem/_core.pyx":410
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -9389,7 +9602,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 400, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -9420,7 +9633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":401
+    /* "ivshmem/_core.pyx":411
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -9429,7 +9642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_core.pyx":402
+    /* "ivshmem/_core.pyx":412
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -9443,7 +9656,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_core.pyx":403
+      /* "ivshmem/_core.pyx":413
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -9452,7 +9665,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)]));
 
-      /* "ivshmem/_core.pyx":404
+      /* "ivshmem/_core.pyx":414
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -9461,7 +9674,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":405
+      /* "ivshmem/_core.pyx":415
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -9470,7 +9683,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":416
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -9479,7 +9692,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":407
+      /* "ivshmem/_core.pyx":417
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -9488,7 +9701,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":408
+      /* "ivshmem/_core.pyx":418
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -9499,7 +9712,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":409
+    /* "ivshmem/_core.pyx":419
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -9508,7 +9721,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_5_core_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 419, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -9525,7 +9738,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_core.pyx":410
+    /* "ivshmem/_core.pyx":420
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -9534,7 +9747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_core.pyx":411
+    /* "ivshmem/_core.pyx":421
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -9546,7 +9759,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":412
+      /* "ivshmem/_core.pyx":422
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -9558,7 +9771,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":413
+        /* "ivshmem/_core.pyx":423
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9567,7 +9780,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_core.pyx":412
+        /* "ivshmem/_core.pyx":422
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -9576,7 +9789,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":414
+      /* "ivshmem/_core.pyx":424
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -9595,7 +9808,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 414, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 424, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -9606,7 +9819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":415
+        /* "ivshmem/_core.pyx":425
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -9615,7 +9828,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":414
+        /* "ivshmem/_core.pyx":424
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -9624,17 +9837,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":416
+      /* "ivshmem/_core.pyx":426
  *             if errno == EAGAIN or chunks:
  *                 break
  *             _fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 426, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":411
+      /* "ivshmem/_core.pyx":421
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -9643,7 +9856,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_core.pyx":417
+    /* "ivshmem/_core.pyx":427
  *                 break
  *             _fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -9657,19 +9870,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":418
+      /* "ivshmem/_core.pyx":428
  *             _fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":419
+      /* "ivshmem/_core.pyx":429
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -9690,7 +9903,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":420
+      /* "ivshmem/_core.pyx":430
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -9711,7 +9924,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":421
+      /* "ivshmem/_core.pyx":431
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -9723,36 +9936,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":423
+        /* "ivshmem/_core.pyx":433
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 433, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 433, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 433, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 433, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":422
+        /* "ivshmem/_core.pyx":432
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_core.pyx":421
+        /* "ivshmem/_core.pyx":431
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -9763,7 +9976,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":425
+    /* "ivshmem/_core.pyx":435
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -9775,7 +9988,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":426
+      /* "ivshmem/_core.pyx":436
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -9784,7 +9997,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_core.pyx":425
+      /* "ivshmem/_core.pyx":435
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -9796,7 +10009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":427
+  /* "ivshmem/_core.pyx":437
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -9805,7 +10018,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_core.pyx":428
+    /* "ivshmem/_core.pyx":438
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -9818,13 +10031,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 428, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 438, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -9832,7 +10045,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 428, __pyx_L1_error)
+          __PYX_ERR(0, 438, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -9842,22 +10055,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 428, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 438, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 428, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 438, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 428, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 438, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 428, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 438, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 428, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 438, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -9865,7 +10078,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 428, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -9873,7 +10086,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 428, __pyx_L1_error)
+        __PYX_ERR(0, 438, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -9881,7 +10094,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_core.pyx":429
+      /* "ivshmem/_core.pyx":439
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -9893,9 +10106,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 439, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 429, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 439, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -9903,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 439, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -9913,7 +10126,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 439, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -9924,13 +10137,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 429, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 439, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 429, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 439, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -9940,18 +10153,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_core.pyx":430
+        /* "ivshmem/_core.pyx":440
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_core.pyx":429
+        /* "ivshmem/_core.pyx":439
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -9961,7 +10174,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":428
+      /* "ivshmem/_core.pyx":438
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -9971,7 +10184,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_core.pyx":431
+    /* "ivshmem/_core.pyx":441
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -9979,7 +10192,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 431, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 441, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9998,14 +10211,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 431, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 441, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 431, __pyx_L1_error)
+    __PYX_ERR(0, 441, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":427
+    /* "ivshmem/_core.pyx":437
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -10014,22 +10227,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_core.pyx":435
+  /* "ivshmem/_core.pyx":445
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 435, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 445, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 435, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 445, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -10042,7 +10255,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":379
+  /* "ivshmem/_core.pyx":389
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -10078,7 +10291,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":438
+/* "ivshmem/_core.pyx":448
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -10105,7 +10318,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_core.pyx":439
+  /* "ivshmem/_core.pyx":449
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -10114,19 +10327,19 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":452
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":443
+  /* "ivshmem/_core.pyx":453
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -10139,7 +10352,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":444
+    /* "ivshmem/_core.pyx":454
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -10165,7 +10378,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":445
+      /* "ivshmem/_core.pyx":455
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -10178,7 +10391,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 445, __pyx_L1_error)
+        __PYX_ERR(0, 455, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -10189,7 +10402,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_core.pyx":446
+        /* "ivshmem/_core.pyx":456
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -10198,22 +10411,22 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_core.pyx":447
+        /* "ivshmem/_core.pyx":457
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 457, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 457, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_core.pyx":444
+      /* "ivshmem/_core.pyx":454
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -10222,7 +10435,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_core.pyx":448
+    /* "ivshmem/_core.pyx":458
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -10232,14 +10445,14 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_core.pyx":449
+  /* "ivshmem/_core.pyx":459
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10252,7 +10465,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":448
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -10275,7 +10488,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":466
+/* "ivshmem/_core.pyx":476
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -10316,45 +10529,45 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_readonly,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 466, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 476, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 2) ? kwd_pos_args : 2;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 476, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 466, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 476, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 466, __pyx_L3_error)
+      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L3_error)
     } else {
       __pyx_v_readonly = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 466, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 476, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10401,7 +10614,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":478
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
@@ -10417,7 +10630,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":479
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -10426,7 +10639,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":470
+  /* "ivshmem/_core.pyx":480
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -10438,7 +10651,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":471
+    /* "ivshmem/_core.pyx":481
  *         self.start = NULL
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
@@ -10446,7 +10659,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 481, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_map;
     __pyx_t_6[1] = __pyx_t_5;
@@ -10457,7 +10670,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
     #endif
     __pyx_t_1 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 481, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -10466,14 +10679,14 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 471, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 481, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 471, __pyx_L1_error)
+    __PYX_ERR(0, 481, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":470
+    /* "ivshmem/_core.pyx":480
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -10482,7 +10695,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":472
+  /* "ivshmem/_core.pyx":482
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -10495,7 +10708,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":473
+        /* "ivshmem/_core.pyx":483
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)             # <<<<<<<<<<<<<<
@@ -10505,7 +10718,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
         __pyx_v_address = mmap(NULL, __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, 0);
       }
 
-      /* "ivshmem/_core.pyx":472
+      /* "ivshmem/_core.pyx":482
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -10522,7 +10735,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       }
   }
 
-  /* "ivshmem/_core.pyx":474
+  /* "ivshmem/_core.pyx":484
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10534,17 +10747,17 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":475
+    /* "ivshmem/_core.pyx":485
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:
  *             _fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":474
+    /* "ivshmem/_core.pyx":484
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10553,7 +10766,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":476
+  /* "ivshmem/_core.pyx":486
  *         if address == MAP_FAILED:
  *             _fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -10562,7 +10775,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_core.pyx":477
+  /* "ivshmem/_core.pyx":487
  *             _fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
@@ -10571,7 +10784,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_core.pyx":478
+  /* "ivshmem/_core.pyx":488
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
@@ -10580,7 +10793,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_core.pyx":466
+  /* "ivshmem/_core.pyx":476
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):             # <<<<<<<<<<<<<<
@@ -10606,7 +10819,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":480
+/* "ivshmem/_core.pyx":490
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10638,14 +10851,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":483
+  /* "ivshmem/_core.pyx":493
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 493, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10658,7 +10871,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":480
+  /* "ivshmem/_core.pyx":490
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10677,7 +10890,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":485
+/* "ivshmem/_core.pyx":495
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10709,14 +10922,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":498
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10729,7 +10942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":485
+  /* "ivshmem/_core.pyx":495
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10748,7 +10961,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":490
+/* "ivshmem/_core.pyx":500
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10780,14 +10993,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":493
+  /* "ivshmem/_core.pyx":503
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 493, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10800,7 +11013,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":500
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10819,7 +11032,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":495
+/* "ivshmem/_core.pyx":505
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10851,14 +11064,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":498
+  /* "ivshmem/_core.pyx":508
  *     def closed(self):
  *         """Whether the memory is no longer mapped here."""
  *         return self.start == NULL             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10871,7 +11084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":495
+  /* "ivshmem/_core.pyx":505
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10890,7 +11103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":500
+/* "ivshmem/_core.pyx":510
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10911,7 +11124,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":501
+  /* "ivshmem/_core.pyx":511
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -10923,7 +11136,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":502
+    /* "ivshmem/_core.pyx":512
  *     cdef int check(self) except -1:
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -10931,7 +11144,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 502, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 512, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10950,14 +11163,14 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 502, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 502, __pyx_L1_error)
+    __PYX_ERR(0, 512, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":501
+    /* "ivshmem/_core.pyx":511
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -10966,7 +11179,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":503
+  /* "ivshmem/_core.pyx":513
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -10979,7 +11192,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":500
+  /* "ivshmem/_core.pyx":510
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -11000,7 +11213,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":505
+/* "ivshmem/_core.pyx":515
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -11048,32 +11261,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 505, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 515, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 505, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 515, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 505, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 515, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 515, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 505, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 515, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 505, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 515, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11120,7 +11333,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_core.pyx":511
+  /* "ivshmem/_core.pyx":521
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -11136,7 +11349,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":512
+  /* "ivshmem/_core.pyx":522
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -11145,7 +11358,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":515
+  /* "ivshmem/_core.pyx":525
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -11154,17 +11367,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_core.pyx":516
+  /* "ivshmem/_core.pyx":526
  *         cdef char *end
  *         cdef char seen = 0
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.views += 1
  *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":517
+  /* "ivshmem/_core.pyx":527
  *         cdef char seen = 0
  *         self.check()
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -11173,7 +11386,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":518
+  /* "ivshmem/_core.pyx":528
  *         self.check()
  *         self.views += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -11182,7 +11395,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":519
+    /* "ivshmem/_core.pyx":529
  *         self.views += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -11191,7 +11404,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":520
+      /* "ivshmem/_core.pyx":530
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11204,7 +11417,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":521
+            /* "ivshmem/_core.pyx":531
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -11224,7 +11437,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             __pyx_v_code = __pyx_t_2;
           }
 
-          /* "ivshmem/_core.pyx":520
+          /* "ivshmem/_core.pyx":530
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11241,7 +11454,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":522
+      /* "ivshmem/_core.pyx":532
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -11260,7 +11473,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":523
+        /* "ivshmem/_core.pyx":533
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -11269,7 +11482,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
         goto __pyx_L7_break;
 
-        /* "ivshmem/_core.pyx":522
+        /* "ivshmem/_core.pyx":532
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -11278,19 +11491,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":534
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L4_error)
 
     }
     __pyx_L7_break:;
 
-    /* "ivshmem/_core.pyx":525
+    /* "ivshmem/_core.pyx":535
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -11302,7 +11515,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":526
+      /* "ivshmem/_core.pyx":536
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -11313,7 +11526,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
       __pyx_v_page = __pyx_t_4;
 
-      /* "ivshmem/_core.pyx":527
+      /* "ivshmem/_core.pyx":537
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -11322,7 +11535,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_core.pyx":528
+      /* "ivshmem/_core.pyx":538
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11335,7 +11548,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":529
+            /* "ivshmem/_core.pyx":539
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -11348,7 +11561,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
               if (!__pyx_t_3) break;
 
-              /* "ivshmem/_core.pyx":530
+              /* "ivshmem/_core.pyx":540
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -11360,7 +11573,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/_core.pyx":531
+                /* "ivshmem/_core.pyx":541
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -11369,7 +11582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_core.pyx":530
+                /* "ivshmem/_core.pyx":540
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -11379,7 +11592,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
                 goto __pyx_L20;
               }
 
-              /* "ivshmem/_core.pyx":533
+              /* "ivshmem/_core.pyx":543
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -11391,7 +11604,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               }
               __pyx_L20:;
 
-              /* "ivshmem/_core.pyx":534
+              /* "ivshmem/_core.pyx":544
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -11402,7 +11615,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             }
           }
 
-          /* "ivshmem/_core.pyx":528
+          /* "ivshmem/_core.pyx":538
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11419,7 +11632,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":525
+      /* "ivshmem/_core.pyx":535
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -11429,7 +11642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       goto __pyx_L14;
     }
 
-    /* "ivshmem/_core.pyx":535
+    /* "ivshmem/_core.pyx":545
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -11441,17 +11654,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":536
+      /* "ivshmem/_core.pyx":546
  *                         page += page_size
  *             elif code:
  *                 _fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.views -= 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":535
+      /* "ivshmem/_core.pyx":545
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -11462,7 +11675,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L14:;
   }
 
-  /* "ivshmem/_core.pyx":538
+  /* "ivshmem/_core.pyx":548
  *                 _fail_with(code)
  *         finally:
  *             self.views -= 1             # <<<<<<<<<<<<<<
@@ -11506,7 +11719,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":505
+  /* "ivshmem/_core.pyx":515
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -11531,7 +11744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":540
+/* "ivshmem/_core.pyx":550
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -11579,32 +11792,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 540, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 550, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 540, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 550, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 540, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 550, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 540, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 540, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 540, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 550, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11652,7 +11865,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_core.pyx":542
+  /* "ivshmem/_core.pyx":552
  *     def resident(self, Py_ssize_t page_size):
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
@@ -11663,16 +11876,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 542, __pyx_L1_error)
+    __PYX_ERR(0, 552, __pyx_L1_error)
   }
   else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
     PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 542, __pyx_L1_error)
+    __PYX_ERR(0, 552, __pyx_L1_error)
   }
   __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
 
-  /* "ivshmem/_core.pyx":544
+  /* "ivshmem/_core.pyx":554
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -11681,17 +11894,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":546
+  /* "ivshmem/_core.pyx":556
  *         cdef Py_ssize_t count = 0
  *         cdef unsigned char *vector
  *         self.check()             # <<<<<<<<<<<<<<
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":547
+  /* "ivshmem/_core.pyx":557
  *         cdef unsigned char *vector
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
@@ -11700,7 +11913,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
 
-  /* "ivshmem/_core.pyx":548
+  /* "ivshmem/_core.pyx":558
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -11712,16 +11925,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":549
+    /* "ivshmem/_core.pyx":559
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 549, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 559, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":548
+    /* "ivshmem/_core.pyx":558
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -11730,7 +11943,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":550
+  /* "ivshmem/_core.pyx":560
  *         if vector == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -11739,7 +11952,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":551
+    /* "ivshmem/_core.pyx":561
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -11751,17 +11964,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":552
+      /* "ivshmem/_core.pyx":562
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             for i in range(pages):
  *                 count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L5_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 562, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":551
+      /* "ivshmem/_core.pyx":561
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -11770,7 +11983,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":553
+    /* "ivshmem/_core.pyx":563
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()
  *             for i in range(pages):             # <<<<<<<<<<<<<<
@@ -11784,7 +11997,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":554
+      /* "ivshmem/_core.pyx":564
  *                 _fail()
  *             for i in range(pages):
  *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -11796,7 +12009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   }
 
-  /* "ivshmem/_core.pyx":556
+  /* "ivshmem/_core.pyx":566
  *                 count += vector[i] & 1
  *         finally:
  *             free(vector)             # <<<<<<<<<<<<<<
@@ -11840,14 +12053,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":557
+  /* "ivshmem/_core.pyx":567
  *         finally:
  *             free(vector)
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 567, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   {
     PyObject *__pyx_temp;
@@ -11860,7 +12073,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   __pyx_t_14 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":540
+  /* "ivshmem/_core.pyx":550
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -11883,7 +12096,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":559
+/* "ivshmem/_core.pyx":569
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -11909,7 +12122,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_5_core_7Mapping_7__len__(PyObject *__pyx_v_s
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":570
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -11922,7 +12135,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":559
+  /* "ivshmem/_core.pyx":569
  *         return count * page_size
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -11936,7 +12149,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_6__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":562
+/* "ivshmem/_core.pyx":572
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -11976,27 +12189,27 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_core.pyx":563
+  /* "ivshmem/_core.pyx":573
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 573, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":564
+  /* "ivshmem/_core.pyx":574
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         self.views += 1
  * 
 */
-  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 564, __pyx_L1_error)
+  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 574, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":565
+  /* "ivshmem/_core.pyx":575
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -12005,7 +12218,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":562
+  /* "ivshmem/_core.pyx":572
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -12035,7 +12248,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_8__getbuffer__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":567
+/* "ivshmem/_core.pyx":577
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -12059,7 +12272,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_5_core_7Mapping_11__releasebuffer__(
 
 static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_core.pyx":568
+  /* "ivshmem/_core.pyx":578
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.views -= 1             # <<<<<<<<<<<<<<
@@ -12068,7 +12281,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 */
   __pyx_v_self->views = (__pyx_v_self->views - 1);
 
-  /* "ivshmem/_core.pyx":567
+  /* "ivshmem/_core.pyx":577
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -12080,7 +12293,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_10__releasebuffer__(struct __pyx_o
 
 }
 
-/* "ivshmem/_core.pyx":570
+/* "ivshmem/_core.pyx":580
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12150,7 +12363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":577
+  /* "ivshmem/_core.pyx":587
  *                 changed then.
  *         """
  *         cdef char *address = self.start             # <<<<<<<<<<<<<<
@@ -12161,7 +12374,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":578
+  /* "ivshmem/_core.pyx":588
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -12173,7 +12386,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":579
+    /* "ivshmem/_core.pyx":589
  *         cdef char *address = self.start
  *         if address == NULL:
  *             return             # <<<<<<<<<<<<<<
@@ -12190,7 +12403,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":578
+    /* "ivshmem/_core.pyx":588
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -12199,7 +12412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":580
+  /* "ivshmem/_core.pyx":590
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -12211,7 +12424,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":581
+    /* "ivshmem/_core.pyx":591
  *             return
  *         if self.views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -12220,14 +12433,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
     __pyx_t_4 = NULL;
 
-    /* "ivshmem/_core.pyx":582
+    /* "ivshmem/_core.pyx":592
  *         if self.views:
  *             raise BufferError(
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         self.start = NULL
 */
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_6[1] = __pyx_t_5;
@@ -12238,7 +12451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 582, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -12247,14 +12460,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 591, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 581, __pyx_L1_error)
+    __PYX_ERR(0, 591, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":580
+    /* "ivshmem/_core.pyx":590
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -12263,7 +12476,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":584
+  /* "ivshmem/_core.pyx":594
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
  *             )
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -12272,7 +12485,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":585
+  /* "ivshmem/_core.pyx":595
  *             )
  *         self.start = NULL
  *         munmap(address, self.length)             # <<<<<<<<<<<<<<
@@ -12281,7 +12494,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
 */
   (void)(munmap(__pyx_v_address, __pyx_v_self->length));
 
-  /* "ivshmem/_core.pyx":570
+  /* "ivshmem/_core.pyx":580
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12306,7 +12519,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_12close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":587
+/* "ivshmem/_core.pyx":597
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12330,7 +12543,7 @@ static void __pyx_pw_7ivshmem_5_core_7Mapping_15__dealloc__(PyObject *__pyx_v_se
 static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":588
+  /* "ivshmem/_core.pyx":598
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -12342,7 +12555,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":589
+    /* "ivshmem/_core.pyx":599
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -12351,7 +12564,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":588
+    /* "ivshmem/_core.pyx":598
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -12360,7 +12573,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_14__dealloc__(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":597
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12578,7 +12791,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_18__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":623
+/* "ivshmem/_core.pyx":633
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -12632,7 +12845,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":624
+  /* "ivshmem/_core.pyx":634
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close             # <<<<<<<<<<<<<<
@@ -12641,21 +12854,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":625
+  /* "ivshmem/_core.pyx":635
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 635, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":626
+  /* "ivshmem/_core.pyx":636
  *         self.gone = True  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -12664,7 +12877,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":627
+  /* "ivshmem/_core.pyx":637
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -12673,7 +12886,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":638
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -12686,7 +12899,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 638, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -12694,7 +12907,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":629
+  /* "ivshmem/_core.pyx":639
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -12707,7 +12920,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 629, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 639, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -12715,7 +12928,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":630
+  /* "ivshmem/_core.pyx":640
  *         self.own = FdArray()
  *         self.epoll = Epoll()
  *         self.outer = Epoll()             # <<<<<<<<<<<<<<
@@ -12728,7 +12941,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 640, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -12736,7 +12949,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->outer, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":631
+  /* "ivshmem/_core.pyx":641
  *         self.epoll = Epoll()
  *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -12750,16 +12963,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 641, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 641, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":632
+  /* "ivshmem/_core.pyx":642
  *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -12773,16 +12986,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 642, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 632, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 642, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":633
+  /* "ivshmem/_core.pyx":643
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12791,11 +13004,11 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 643, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 643, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 643, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_3 = 0;
   {
@@ -12805,12 +13018,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 633, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 643, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":634
+  /* "ivshmem/_core.pyx":644
  *         self.queued = FdArray.eventfds(1)
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12819,9 +13032,9 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_t_6 = ((PyObject *)__pyx_v_self->outer);
   __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_3 = 0;
   {
@@ -12830,12 +13043,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 634, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 644, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":635
+  /* "ivshmem/_core.pyx":645
  *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
  *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -12844,9 +13057,9 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->outer);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 635, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 645, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 635, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 645, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_3 = 0;
   {
@@ -12855,12 +13068,12 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 635, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 645, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":636
+  /* "ivshmem/_core.pyx":646
  *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
  *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *         self.gone = False             # <<<<<<<<<<<<<<
@@ -12869,7 +13082,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 0;
 
-  /* "ivshmem/_core.pyx":623
+  /* "ivshmem/_core.pyx":633
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -12894,7 +13107,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":640
+/* "ivshmem/_core.pyx":650
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -12953,7 +13166,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":641
+  /* "ivshmem/_core.pyx":651
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -12961,9 +13174,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 641, __pyx_L1_error)
+  __PYX_ERR(0, 651, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":640
+  /* "ivshmem/_core.pyx":650
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -12980,7 +13193,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":643
+/* "ivshmem/_core.pyx":653
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -13029,39 +13242,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 643, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 653, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 643, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 653, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 643, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 643, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 653, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 643, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 653, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 643, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 643, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 653, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 643, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 653, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13090,7 +13303,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":644
+  /* "ivshmem/_core.pyx":654
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -13098,9 +13311,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 644, __pyx_L1_error)
+  __PYX_ERR(0, 654, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":643
+  /* "ivshmem/_core.pyx":653
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -13117,7 +13330,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":648
+/* "ivshmem/_core.pyx":658
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -13165,32 +13378,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 648, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 658, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 658, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 648, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 658, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 648, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 658, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 658, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 648, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 658, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 648, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 658, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13226,7 +13439,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":660
  *     def _watch(self, int fd):
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -13235,11 +13448,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 660, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 660, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 660, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 0;
   {
@@ -13249,12 +13462,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 650, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 660, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":651
+  /* "ivshmem/_core.pyx":661
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -13263,7 +13476,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":648
+  /* "ivshmem/_core.pyx":658
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
@@ -13288,7 +13501,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":653
+/* "ivshmem/_core.pyx":663
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -13353,7 +13566,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":656
+  /* "ivshmem/_core.pyx":666
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -13389,7 +13602,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":657
+    /* "ivshmem/_core.pyx":667
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -13398,7 +13611,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 667, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -13406,12 +13619,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 667, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":656
+    /* "ivshmem/_core.pyx":666
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -13420,7 +13633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":668
  *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
  *             self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -13429,7 +13642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":663
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -13452,7 +13665,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":660
+/* "ivshmem/_core.pyx":670
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -13500,32 +13713,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 660, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 670, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 670, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 660, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 670, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 660, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 670, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 660, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 670, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 660, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 670, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 660, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 670, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13561,7 +13774,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":662
+  /* "ivshmem/_core.pyx":672
  *     def _add_vector(self, int fd):
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -13570,7 +13783,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 672, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -13578,12 +13791,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 672, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":663
+  /* "ivshmem/_core.pyx":673
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -13592,11 +13805,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_4 = 0;
   {
@@ -13606,12 +13819,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":670
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -13636,7 +13849,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":665
+/* "ivshmem/_core.pyx":675
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -13685,39 +13898,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 665, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 675, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 675, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 675, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 675, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 665, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 675, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 675, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 675, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 665, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 675, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 665, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 675, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13753,7 +13966,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":667
+  /* "ivshmem/_core.pyx":677
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -13762,15 +13975,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 667, __pyx_L1_error)
+    __PYX_ERR(0, 677, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 677, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 667, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 677, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":668
+  /* "ivshmem/_core.pyx":678
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -13781,7 +13994,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":669
+    /* "ivshmem/_core.pyx":679
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -13794,19 +14007,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 679, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 669, __pyx_L1_error)
+      __PYX_ERR(0, 679, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 669, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":668
+    /* "ivshmem/_core.pyx":678
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -13815,7 +14028,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":680
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -13824,7 +14037,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 670, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 680, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -13832,12 +14045,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 670, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 680, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":665
+  /* "ivshmem/_core.pyx":675
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -13861,7 +14074,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":672
+/* "ivshmem/_core.pyx":682
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -13909,32 +14122,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 672, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 682, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 672, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 682, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 672, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 682, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 672, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 682, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 672, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 682, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 672, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 682, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13964,7 +14177,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":674
+  /* "ivshmem/_core.pyx":684
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -13975,12 +14188,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 674, __pyx_L1_error)
+    __PYX_ERR(0, 684, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 674, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":672
+  /* "ivshmem/_core.pyx":682
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -14001,7 +14214,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":676
+/* "ivshmem/_core.pyx":686
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -14049,32 +14262,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 676, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 686, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 676, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 686, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 676, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 686, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 676, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 686, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14107,7 +14320,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":688
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -14116,15 +14329,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 678, __pyx_L1_error)
+    __PYX_ERR(0, 688, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 678, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 688, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 678, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 688, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":679
+  /* "ivshmem/_core.pyx":689
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -14136,7 +14349,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 689, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -14153,7 +14366,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":676
+  /* "ivshmem/_core.pyx":686
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -14174,7 +14387,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":681
+/* "ivshmem/_core.pyx":691
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -14222,32 +14435,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 681, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 691, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 691, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 691, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 681, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 691, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 691, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 681, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 691, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14281,7 +14494,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":683
+  /* "ivshmem/_core.pyx":693
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -14290,15 +14503,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 683, __pyx_L1_error)
+    __PYX_ERR(0, 693, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 683, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 683, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 693, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":684
+  /* "ivshmem/_core.pyx":694
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -14309,7 +14522,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":685
+    /* "ivshmem/_core.pyx":695
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -14323,12 +14536,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 685, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":684
+    /* "ivshmem/_core.pyx":694
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -14337,7 +14550,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":691
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -14360,7 +14573,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":687
+/* "ivshmem/_core.pyx":697
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14392,14 +14605,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":690
+  /* "ivshmem/_core.pyx":700
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 690, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -14412,7 +14625,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":687
+  /* "ivshmem/_core.pyx":697
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14431,7 +14644,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":692
+/* "ivshmem/_core.pyx":702
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14463,14 +14676,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":695
+  /* "ivshmem/_core.pyx":705
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 705, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -14483,7 +14696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":702
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14502,7 +14715,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":697
+/* "ivshmem/_core.pyx":707
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -14522,7 +14735,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":698
+  /* "ivshmem/_core.pyx":708
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14531,7 +14744,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":699
+    /* "ivshmem/_core.pyx":709
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -14539,7 +14752,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 699, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14558,14 +14771,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 699, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 709, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 699, __pyx_L1_error)
+    __PYX_ERR(0, 709, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":698
+    /* "ivshmem/_core.pyx":708
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14574,7 +14787,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":700
+  /* "ivshmem/_core.pyx":710
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14587,7 +14800,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":697
+  /* "ivshmem/_core.pyx":707
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -14608,7 +14821,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":702
+/* "ivshmem/_core.pyx":712
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -14656,32 +14869,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 702, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 712, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 702, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 702, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 712, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 702, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 712, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 702, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 702, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 712, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 702, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 712, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14715,7 +14928,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":704
+  /* "ivshmem/_core.pyx":714
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -14724,7 +14937,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":715
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14733,7 +14946,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":706
+    /* "ivshmem/_core.pyx":716
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -14750,7 +14963,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":705
+    /* "ivshmem/_core.pyx":715
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14759,7 +14972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":717
  *         if self.gone:
  *             return
  *         if not anything:             # <<<<<<<<<<<<<<
@@ -14771,17 +14984,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":718
  *             return
  *         if not anything:
  *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
  *             _fail()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 708, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 718, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":707
+    /* "ivshmem/_core.pyx":717
  *         if self.gone:
  *             return
  *         if not anything:             # <<<<<<<<<<<<<<
@@ -14791,7 +15004,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":709
+  /* "ivshmem/_core.pyx":719
  *         if not anything:
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
@@ -14803,17 +15016,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":710
+    /* "ivshmem/_core.pyx":720
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 720, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":709
+    /* "ivshmem/_core.pyx":719
  *         if not anything:
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
@@ -14823,7 +15036,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":702
+  /* "ivshmem/_core.pyx":712
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -14844,7 +15057,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":712
+/* "ivshmem/_core.pyx":722
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14905,24 +15118,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":714
+  /* "ivshmem/_core.pyx":724
  *     def fileno(self):
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.outer.epfd
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 714, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 724, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":725
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()
  *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 715, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14935,7 +15148,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":722
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14954,7 +15167,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":717
+/* "ivshmem/_core.pyx":727
  *         return self.outer.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15002,48 +15215,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 717, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 727, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 717, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 727, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 717, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 717, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 727, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 717, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 727, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 717, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 727, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 717, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 718, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 728, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 717, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 727, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15094,7 +15307,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":734
+  /* "ivshmem/_core.pyx":744
  *         cdef PyObject *found
  *         cdef int fd, code
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -15103,7 +15316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":736
+  /* "ivshmem/_core.pyx":746
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -15112,17 +15325,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":747
  *         cdef ssize_t n
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 737, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 747, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":738
+    /* "ivshmem/_core.pyx":748
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -15134,7 +15347,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_2, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":739
+    /* "ivshmem/_core.pyx":749
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15146,7 +15359,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":740
+      /* "ivshmem/_core.pyx":750
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -15158,7 +15371,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":741
+      /* "ivshmem/_core.pyx":751
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15172,7 +15385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":742
+        /* "ivshmem/_core.pyx":752
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -15181,7 +15394,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":741
+        /* "ivshmem/_core.pyx":751
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15190,7 +15403,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":739
+      /* "ivshmem/_core.pyx":749
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15199,7 +15412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":743
+    /* "ivshmem/_core.pyx":753
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -15208,7 +15421,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 743, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 753, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -15216,35 +15429,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 743, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 753, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":744
+  /* "ivshmem/_core.pyx":754
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 744, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 754, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":745
+  /* "ivshmem/_core.pyx":755
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 745, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 745, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 755, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 755, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":746
+  /* "ivshmem/_core.pyx":756
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -15253,7 +15466,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":747
+    /* "ivshmem/_core.pyx":757
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -15262,7 +15475,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":748
+      /* "ivshmem/_core.pyx":758
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15275,7 +15488,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":749
+            /* "ivshmem/_core.pyx":759
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -15284,7 +15497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":750
+            /* "ivshmem/_core.pyx":760
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -15294,7 +15507,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":748
+          /* "ivshmem/_core.pyx":758
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15311,7 +15524,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":751
+      /* "ivshmem/_core.pyx":761
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15337,7 +15550,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":752
+        /* "ivshmem/_core.pyx":762
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -15354,7 +15567,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
         }
         goto __pyx_L7_return;
 
-        /* "ivshmem/_core.pyx":751
+        /* "ivshmem/_core.pyx":761
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15363,7 +15576,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":753
+      /* "ivshmem/_core.pyx":763
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15375,17 +15588,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":754
+        /* "ivshmem/_core.pyx":764
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 754, __pyx_L8_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 764, __pyx_L8_error)
 
 
-        /* "ivshmem/_core.pyx":753
+        /* "ivshmem/_core.pyx":763
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15394,19 +15607,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":755
+      /* "ivshmem/_core.pyx":765
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 755, __pyx_L8_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L8_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":757
+  /* "ivshmem/_core.pyx":767
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -15415,7 +15628,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L9;
     }
@@ -15437,7 +15650,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_15);
       __pyx_t_1 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L22_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L22_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_13);
@@ -15465,7 +15678,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L7_return: {
       __pyx_t_15 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 757, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_15;
       __pyx_t_15 = 0;
@@ -15474,7 +15687,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L9:;
   }
 
-  /* "ivshmem/_core.pyx":717
+  /* "ivshmem/_core.pyx":727
  *         return self.outer.epfd
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15503,7 +15716,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":759
+/* "ivshmem/_core.pyx":769
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15551,24 +15764,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 759, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 769, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 769, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 769, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 759, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 769, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":760
+      /* "ivshmem/_core.pyx":770
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -15581,11 +15794,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 769, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 769, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15598,7 +15811,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 759, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 769, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15611,7 +15824,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":759
+  /* "ivshmem/_core.pyx":769
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15652,17 +15865,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":778
+  /* "ivshmem/_core.pyx":788
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 778, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":789
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -15673,15 +15886,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":780
+    /* "ivshmem/_core.pyx":790
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 780, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 780, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 790, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 790, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -15695,7 +15908,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":779
+    /* "ivshmem/_core.pyx":789
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -15704,17 +15917,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":781
+  /* "ivshmem/_core.pyx":791
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 791, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":782
+  /* "ivshmem/_core.pyx":792
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -15731,7 +15944,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":783
+    /* "ivshmem/_core.pyx":793
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -15739,11 +15952,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 783, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 793, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 783, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 793, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 783, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 793, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -15756,7 +15969,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 783, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 793, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -15778,14 +15991,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 783, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 793, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 783, __pyx_L1_error)
+    __PYX_ERR(0, 793, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":782
+    /* "ivshmem/_core.pyx":792
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -15794,17 +16007,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":784
+  /* "ivshmem/_core.pyx":794
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 784, __pyx_L1_error)
+  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 794, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":785
+  /* "ivshmem/_core.pyx":795
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -15816,14 +16029,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":786
+    /* "ivshmem/_core.pyx":796
  *         count = _take(self.own.fds[index])
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 786, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 796, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -15836,7 +16049,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":785
+    /* "ivshmem/_core.pyx":795
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -15845,17 +16058,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":787
+  /* "ivshmem/_core.pyx":797
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 787, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 797, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":788
+  /* "ivshmem/_core.pyx":798
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15867,7 +16080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":789
+    /* "ivshmem/_core.pyx":799
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15885,7 +16098,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":788
+    /* "ivshmem/_core.pyx":798
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15894,14 +16107,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":790
+  /* "ivshmem/_core.pyx":800
  *         if deadline == 0:
  *             return 0
  *         return self.wait_one(self.own.fds[index], deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 790, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 800, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -15914,7 +16127,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":759
+  /* "ivshmem/_core.pyx":769
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15941,7 +16154,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":792
+/* "ivshmem/_core.pyx":802
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -15983,7 +16196,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":798
+  /* "ivshmem/_core.pyx":808
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = fd             # <<<<<<<<<<<<<<
@@ -15992,7 +16205,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":799
+  /* "ivshmem/_core.pyx":809
  *         cdef int n, code
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16001,7 +16214,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":800
+  /* "ivshmem/_core.pyx":810
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16011,7 +16224,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[0]).events = POLLIN;
   (__pyx_v_fds[1]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":801
+  /* "ivshmem/_core.pyx":811
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -16020,7 +16233,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":812
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -16029,7 +16242,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":803
+    /* "ivshmem/_core.pyx":813
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -16038,7 +16251,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":804
+      /* "ivshmem/_core.pyx":814
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16050,7 +16263,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":805
+        /* "ivshmem/_core.pyx":815
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -16074,7 +16287,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_4;
 
 
-        /* "ivshmem/_core.pyx":806
+        /* "ivshmem/_core.pyx":816
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -16083,7 +16296,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":807
+        /* "ivshmem/_core.pyx":817
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -16092,7 +16305,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":804
+        /* "ivshmem/_core.pyx":814
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16101,7 +16314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":808
+      /* "ivshmem/_core.pyx":818
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16114,7 +16327,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":809
+            /* "ivshmem/_core.pyx":819
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)             # <<<<<<<<<<<<<<
@@ -16134,7 +16347,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_n = ppoll(__pyx_v_fds, 2, __pyx_t_5, NULL);
 
 
-            /* "ivshmem/_core.pyx":810
+            /* "ivshmem/_core.pyx":820
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -16144,7 +16357,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":808
+          /* "ivshmem/_core.pyx":818
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16161,7 +16374,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":811
+      /* "ivshmem/_core.pyx":821
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16170,7 +16383,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":812
+        /* "ivshmem/_core.pyx":822
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -16178,7 +16391,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 812, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 822, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -16197,14 +16410,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 812, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 822, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_Raise(__pyx_t_6, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 812, __pyx_L4_error)
+        __PYX_ERR(0, 822, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":811
+        /* "ivshmem/_core.pyx":821
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16213,7 +16426,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":813
+      /* "ivshmem/_core.pyx":823
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16225,7 +16438,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":814
+        /* "ivshmem/_core.pyx":824
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16237,17 +16450,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_core.pyx":815
+          /* "ivshmem/_core.pyx":825
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 815, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 825, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":814
+          /* "ivshmem/_core.pyx":824
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16256,17 +16469,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":816
+        /* "ivshmem/_core.pyx":826
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 816, __pyx_L4_error)
+        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 826, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":817
+        /* "ivshmem/_core.pyx":827
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -16275,7 +16488,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":813
+        /* "ivshmem/_core.pyx":823
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16284,7 +16497,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":818
+      /* "ivshmem/_core.pyx":828
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16296,7 +16509,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":819
+        /* "ivshmem/_core.pyx":829
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -16314,7 +16527,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":818
+        /* "ivshmem/_core.pyx":828
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16323,17 +16536,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":820
+      /* "ivshmem/_core.pyx":830
  *                 if n == 0:
  *                     return 0
  *                 count = _take(fd)             # <<<<<<<<<<<<<<
  *                 if count:
  *                     return count
 */
-      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 820, __pyx_L4_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 830, __pyx_L4_error)
       __pyx_v_count = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":821
+      /* "ivshmem/_core.pyx":831
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16345,14 +16558,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":822
+        /* "ivshmem/_core.pyx":832
  *                 count = _take(fd)
  *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
 */
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 822, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 832, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         {
           PyObject *__pyx_temp;
@@ -16365,7 +16578,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_6 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":821
+        /* "ivshmem/_core.pyx":831
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16374,17 +16587,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":824
+      /* "ivshmem/_core.pyx":834
  *                     return count
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0
 */
-      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 824, __pyx_L4_error)
+      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 834, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":825
+      /* "ivshmem/_core.pyx":835
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16410,7 +16623,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":826
+        /* "ivshmem/_core.pyx":836
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -16428,7 +16641,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":825
+        /* "ivshmem/_core.pyx":835
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16440,7 +16653,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":828
+  /* "ivshmem/_core.pyx":838
  *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -16495,7 +16708,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":792
+  /* "ivshmem/_core.pyx":802
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -16524,7 +16737,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":830
+/* "ivshmem/_core.pyx":840
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16572,24 +16785,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 830, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 840, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 830, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 840, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 830, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 840, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 830, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 840, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16600,7 +16813,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 830, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 840, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16632,25 +16845,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":832
+  /* "ivshmem/_core.pyx":842
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 832, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 842, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":833
+  /* "ivshmem/_core.pyx":843
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 833, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 833, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 843, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 843, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -16664,7 +16877,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":840
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16683,7 +16896,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":835
+/* "ivshmem/_core.pyx":845
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -16722,7 +16935,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __Pyx_RefNannySetupContext("wait_any", 0);
 
 
-  /* "ivshmem/_core.pyx":837
+  /* "ivshmem/_core.pyx":847
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
  *         cdef epoll_event event
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -16731,7 +16944,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":850
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -16740,7 +16953,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":841
+  /* "ivshmem/_core.pyx":851
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -16749,7 +16962,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":842
+    /* "ivshmem/_core.pyx":852
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -16758,17 +16971,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":843
+      /* "ivshmem/_core.pyx":853
  *         try:
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 843, __pyx_L4_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 853, __pyx_L4_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":844
+      /* "ivshmem/_core.pyx":854
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16777,7 +16990,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":845
+        /* "ivshmem/_core.pyx":855
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -16785,7 +16998,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 845, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 855, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -16804,14 +17017,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 845, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_Raise(__pyx_t_2, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __PYX_ERR(0, 845, __pyx_L4_error)
+        __PYX_ERR(0, 855, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":844
+        /* "ivshmem/_core.pyx":854
  *             while True:
  *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16820,7 +17033,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":846
+      /* "ivshmem/_core.pyx":856
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16832,7 +17045,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":847
+        /* "ivshmem/_core.pyx":857
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -16841,7 +17054,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":846
+        /* "ivshmem/_core.pyx":856
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16850,7 +17063,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":848
+      /* "ivshmem/_core.pyx":858
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16862,7 +17075,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":849
+        /* "ivshmem/_core.pyx":859
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16879,7 +17092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":848
+        /* "ivshmem/_core.pyx":858
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16888,7 +17101,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":850
+      /* "ivshmem/_core.pyx":860
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16900,7 +17113,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":851
+        /* "ivshmem/_core.pyx":861
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -16914,12 +17127,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 851, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 861, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":852
+        /* "ivshmem/_core.pyx":862
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -16928,7 +17141,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":853
+          /* "ivshmem/_core.pyx":863
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -16946,7 +17159,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":852
+          /* "ivshmem/_core.pyx":862
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -16955,7 +17168,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":850
+        /* "ivshmem/_core.pyx":860
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16965,7 +17178,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":854
+      /* "ivshmem/_core.pyx":864
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16977,17 +17190,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":855
+        /* "ivshmem/_core.pyx":865
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 855, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 865, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":856
+        /* "ivshmem/_core.pyx":866
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -16999,7 +17212,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":857
+          /* "ivshmem/_core.pyx":867
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -17007,11 +17220,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 857, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 867, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 857, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 867, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 857, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 867, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -17032,7 +17245,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 857, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 867, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -17046,7 +17259,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":856
+          /* "ivshmem/_core.pyx":866
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -17055,7 +17268,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":854
+        /* "ivshmem/_core.pyx":864
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17065,17 +17278,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":859
+      /* "ivshmem/_core.pyx":869
  *                         return Interrupt(event.data.u64, count)
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L4_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 869, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":860
+      /* "ivshmem/_core.pyx":870
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17111,7 +17324,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":861
+        /* "ivshmem/_core.pyx":871
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0             # <<<<<<<<<<<<<<
@@ -17120,7 +17333,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_deadline = 0;
 
-        /* "ivshmem/_core.pyx":860
+        /* "ivshmem/_core.pyx":870
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17130,7 +17343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":862
+      /* "ivshmem/_core.pyx":872
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17142,7 +17355,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":863
+        /* "ivshmem/_core.pyx":873
  *                     deadline = 0
  *                 elif deadline == 0:
  *                     rounds += 1             # <<<<<<<<<<<<<<
@@ -17151,7 +17364,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-        /* "ivshmem/_core.pyx":864
+        /* "ivshmem/_core.pyx":874
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17163,7 +17376,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":865
+          /* "ivshmem/_core.pyx":875
  *                     rounds += 1
  *                     if rounds == BATCH:
  *                         return None             # <<<<<<<<<<<<<<
@@ -17180,7 +17393,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":864
+          /* "ivshmem/_core.pyx":874
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17189,7 +17402,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":862
+        /* "ivshmem/_core.pyx":872
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17202,7 +17415,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":867
+  /* "ivshmem/_core.pyx":877
  *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17259,7 +17472,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":835
+  /* "ivshmem/_core.pyx":845
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -17289,7 +17502,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":869
+/* "ivshmem/_core.pyx":879
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17301,7 +17514,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":871
+  /* "ivshmem/_core.pyx":881
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -17310,7 +17523,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":872
+  /* "ivshmem/_core.pyx":882
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17332,7 +17545,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":873
+    /* "ivshmem/_core.pyx":883
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -17341,7 +17554,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":872
+    /* "ivshmem/_core.pyx":882
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17350,7 +17563,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":869
+  /* "ivshmem/_core.pyx":879
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17362,7 +17575,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":875
+/* "ivshmem/_core.pyx":885
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17380,7 +17593,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":876
+  /* "ivshmem/_core.pyx":886
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -17394,12 +17607,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 876, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 886, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":877
+  /* "ivshmem/_core.pyx":887
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -17413,12 +17626,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 877, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 887, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":878
+  /* "ivshmem/_core.pyx":888
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -17432,12 +17645,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 878, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 888, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":879
+  /* "ivshmem/_core.pyx":889
  *         self.wake.close()
  *         self.queued.close()
  *         self.outer.close()             # <<<<<<<<<<<<<<
@@ -17451,12 +17664,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 879, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 889, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":890
  *         self.queued.close()
  *         self.outer.close()
  *         self.epoll.close()             # <<<<<<<<<<<<<<
@@ -17470,12 +17683,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 880, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 890, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":885
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17494,7 +17707,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":882
+/* "ivshmem/_core.pyx":892
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -17566,7 +17779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":884
+  /* "ivshmem/_core.pyx":894
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -17575,7 +17788,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":885
+  /* "ivshmem/_core.pyx":895
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -17584,7 +17797,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":886
+    /* "ivshmem/_core.pyx":896
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -17601,7 +17814,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":885
+    /* "ivshmem/_core.pyx":895
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -17610,7 +17823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":887
+  /* "ivshmem/_core.pyx":897
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -17624,12 +17837,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 887, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 897, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":888
+  /* "ivshmem/_core.pyx":898
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -17638,7 +17851,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":889
+  /* "ivshmem/_core.pyx":899
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -17648,9 +17861,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 889, __pyx_L1_error)
+    __PYX_ERR(0, 899, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 889, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 899, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -17658,12 +17871,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 889, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 899, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":890
+    /* "ivshmem/_core.pyx":900
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -17674,7 +17887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":891
+      /* "ivshmem/_core.pyx":901
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -17688,12 +17901,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 891, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 901, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":890
+      /* "ivshmem/_core.pyx":900
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -17704,7 +17917,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":892
+  /* "ivshmem/_core.pyx":902
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -17713,12 +17926,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 892, __pyx_L1_error)
+    __PYX_ERR(0, 902, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":894
+  /* "ivshmem/_core.pyx":904
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17744,7 +17957,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":895
+    /* "ivshmem/_core.pyx":905
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             c_write(self.wake.fds[0], &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -17753,7 +17966,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
     (void)(write((__pyx_v_self->wake->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))));
 
-    /* "ivshmem/_core.pyx":894
+    /* "ivshmem/_core.pyx":904
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17763,7 +17976,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":897
+  /* "ivshmem/_core.pyx":907
  *             c_write(self.wake.fds[0], &one, sizeof(one))
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -17775,7 +17988,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":882
+  /* "ivshmem/_core.pyx":892
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -18006,7 +18219,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":900
+/* "ivshmem/_core.pyx":910
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18031,7 +18244,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":906
+  /* "ivshmem/_core.pyx":916
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -18040,7 +18253,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":909
+  /* "ivshmem/_core.pyx":919
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -18049,7 +18262,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":910
+  /* "ivshmem/_core.pyx":920
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -18058,7 +18271,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":921
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -18067,7 +18280,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":912
+    /* "ivshmem/_core.pyx":922
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -18076,7 +18289,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":913
+    /* "ivshmem/_core.pyx":923
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18088,7 +18301,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":914
+      /* "ivshmem/_core.pyx":924
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
@@ -18101,7 +18314,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":913
+      /* "ivshmem/_core.pyx":923
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18110,7 +18323,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":915
+    /* "ivshmem/_core.pyx":925
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18122,7 +18335,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_core.pyx":916
+      /* "ivshmem/_core.pyx":926
  *             return count
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -18130,7 +18343,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
  *             return 0
 */
       __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 916, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 926, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_5 = 1;
       {
@@ -18138,14 +18351,14 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 916, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 926, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 916, __pyx_L1_error)
+      __PYX_ERR(0, 926, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":915
+      /* "ivshmem/_core.pyx":925
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18154,7 +18367,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":917
+    /* "ivshmem/_core.pyx":927
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18166,7 +18379,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":918
+      /* "ivshmem/_core.pyx":928
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -18179,7 +18392,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":917
+      /* "ivshmem/_core.pyx":927
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18188,7 +18401,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":919
+    /* "ivshmem/_core.pyx":929
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -18199,15 +18412,15 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":920
+      /* "ivshmem/_core.pyx":930
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 920, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 930, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":919
+      /* "ivshmem/_core.pyx":929
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -18216,7 +18429,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_core.pyx":900
+  /* "ivshmem/_core.pyx":910
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18309,7 +18522,7 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_FdArray(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_5_core_7FdArray_13__dealloc__(o);
+    __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -18339,9 +18552,10 @@ static PyObject *__pyx_mp_subscript_7ivshmem_5_core_FdArray(PyObject *o, PyObjec
 static PyMethodDef __pyx_methods_7ivshmem_5_core_FdArray[] = {
   {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_2eventfds},
   {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_4take},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__setstate_cython__},
+  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10signal},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -19415,14 +19629,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
   __pyx_vtabptr_7ivshmem_5_core_Epoll = &__pyx_vtable_7ivshmem_5_core_Epoll;
   __pyx_vtable_7ivshmem_5_core_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_5_core_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 187, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = &__pyx_type_7ivshmem_5_core_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll);
@@ -19432,9 +19646,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19451,14 +19665,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetyp
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_5_core_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer)) __PYX_ERR(0, 264, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer)) __PYX_ERR(0, 274, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = &__pyx_type_7ivshmem_5_core_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer);
@@ -19468,8 +19682,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetyp
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19488,7 +19702,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   __pyx_vtabptr_7ivshmem_5_core_Mapping = &__pyx_vtable_7ivshmem_5_core_Mapping;
   __pyx_vtable_7ivshmem_5_core_Mapping.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Mapping *))__pyx_f_7ivshmem_5_core_7Mapping_check;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 464, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -19504,7 +19718,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping);
@@ -19514,9 +19728,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19539,14 +19753,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 614, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -19556,9 +19770,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -20101,19 +20315,34 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":154
+ *         return self.fds[index]
+ * 
+ *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_11signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":177
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         self.closing = True
  *         if self.users == 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20121,7 +20350,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20135,7 +20364,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20143,95 +20372,95 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":193
+  /* "ivshmem/_core.pyx":203
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":207
+  /* "ivshmem/_core.pyx":217
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":221
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":214
+  /* "ivshmem/_core.pyx":224
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 214, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":217
+  /* "ivshmem/_core.pyx":227
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":228
+  /* "ivshmem/_core.pyx":238
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 228, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20239,7 +20468,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20253,7 +20482,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20261,49 +20490,49 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":276
+  /* "ivshmem/_core.pyx":286
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":291
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":300
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20311,7 +20540,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20325,7 +20554,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20333,79 +20562,79 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":303
+  /* "ivshmem/_core.pyx":313
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
  *     """Send messages without blocking, in batches of sendmmsg.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":379
+  /* "ivshmem/_core.pyx":389
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 379, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":505
+  /* "ivshmem/_core.pyx":515
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":540
+  /* "ivshmem/_core.pyx":550
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 550, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 540, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 550, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":570
+  /* "ivshmem/_core.pyx":580
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Unmap.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 580, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 580, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20413,7 +20642,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20427,7 +20656,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20435,200 +20664,200 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":640
+  /* "ivshmem/_core.pyx":650
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 640, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 650, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 650, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":643
+  /* "ivshmem/_core.pyx":653
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 643, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 643, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 653, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":648
+  /* "ivshmem/_core.pyx":658
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
  *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":663
  *         self.watched = fd
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 653, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":670
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it."""
  *         self.own.take(fd)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 660, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 670, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":665
+  /* "ivshmem/_core.pyx":675
  *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 675, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 675, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":672
+  /* "ivshmem/_core.pyx":682
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 682, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 672, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":676
+  /* "ivshmem/_core.pyx":686
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 676, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 676, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":691
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 681, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 691, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":702
+  /* "ivshmem/_core.pyx":712
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 712, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 712, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":722
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 712, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 722, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 712, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 722, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":840
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 830, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 840, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":882
+  /* "ivshmem/_core.pyx":892
  *         self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 882, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 892, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 882, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 892, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20636,7 +20865,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20650,7 +20879,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[40])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20750,7 +20979,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":217
+  /* "ivshmem/_core.pyx":227
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -20759,7 +20988,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 217, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -20800,47 +21029,47 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{36},{15},{18},{24},{17},{71},{122},{48},{30},{33},{126},{132},{55},{81},{193},{64},{75},{85},{29}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{14},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{36},{15},{18},{24},{17},{71},{122},{48},{30},{33},{126},{132},{55},{81},{66},{193},{64},{75},{85},{29}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2395 bytes) */
-static const char cstring[] = "BZh91AY&SY\r\225\302\002\000\0012\377\377\377\377\377\377\377\377\377\366\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\010\375\327[3\013h\312\212\024*\245@C\250\003\214D\364H\212\017Q\232\2006P\001\211\372\231\244\332\233&\223\323!F\217H\332\236L\240\r=&\217H44\364\232\014M\006\207\242\tD\001\000\021\241\244\323\024\325=\252~\244\375)\352hh\320\323F@\030L\010\000\311\220d\362j\003\310\230z\206D\003SL\321(\246i\352\233$yM\033S#@\320\000\003@\000\000\000\000\000\000\000\000\017H%4A)\232\010G\250\364\232e6zE=A\210h\000\032z\200h\032\000\3654h\003\023F\207\242\007\251\351=M\000\203\000L&\004\302a4\3011\030\002`\010\320\311\200L\000\000\000\214\004\300\000\002\014\0010\230\023\t\204\323\004\304`\t\200#C&\0010\000\000\0020\023\000\000\026V\355\207\0148\307\334\000\340\354\244vE\374p\037\317\003\304\273QX\212;LIP\250\341b\036D\310\202\177\322\225\353\301\344\035\334S\004\n\301\357e\t,\226T\026\306SI\216\006\300\231\204\200I!$\311&\022d\231\206@I\252Z\326\265\3603uz\222\262NcQ\002\232DB\225AUU\021\023\220\233\300\t9\231\"Dp\244\003\2412I\t\231\022a\207\030E\271\370\254&\315G\26414\031\253-\211\323\0242+\226\010\317i\253H\005!\2063\000\341(!\357\205I\"\007\0250R1\245)\212B\210!\327\223\255x\371\204\302\316q\342=\343\2504I\034_\022\245Y\030b\347c^-\267\302dl\321aj\243\212\277\267\301\324\275_\355\275\336\363\036w{\332\032\305\017\177\340\354D\257\276\302\201*~\361\350^\235o\314w;N\223\310\223Y\020\321\n\366\047\245_\335U[\362\226\202\237\350\251\207\241\177nXh\213V(\343\345\273\\\023\034h\326\314\331\247IC\262\034.\224\212\241\307\307\304 \210\032X`\322\310P\024.z\272\250\334\273\223|,\256\025\241r\264R\253\371\310:\010\271\303\343\213\231\333\272\n\231\231\231\245\212\200\t\231\241-\214\354\356Q\363\223\232\225\310\215\325\212\220[A+ LK}la\352\304\313\352g\207E\020ZN\202\260Y\303\020\356\356\360\"\003\201##\"\257&\205\n\243\205Ff\021\014\031\244\315\014\326p\256b\022+\245{\241\230j\024L\302\013p4c\221\337\227\220\362r\020\263\341\350\3559\325\014AD`=\244i\246S{""\365]\3305\354j\346\316\233\373:Wtm-4b\227\362\367=\256\337k\014J\254R\324\375\014\370\000\030\017j\311\000T*\252\343`\202\t\3002\004\206\rX\2118\266\300c\223\270\n\331\375-\226\023+\3555\224d\024\177\177d3\211\205\213\200a\315\312\344\251G\250\257QU\247%\026L\210\221\306{\\\224Q\014\255\266\323\031\266d\321&v\365X\367sol]aqn\210$?\304]7\021\201\335Y\272\364\004\321\340b c\331\001\212(\003\232\267\207\222aM\307\224\363lMm\014MM\\\371\210\313\037\034f\316\006w\260\202\222x{\274r\311\010iW:\204[6,\302\370gV\223\351+\332-~\270\311\256\362\222\232\305\275[B\212\245Y;\205Y\375\025\360\t\003\253\277\340\033h-\372\355\225\025\257\270$5-\360\005\206\317\241\2430\213F\022\312h\001vT\310\r6\326m@\355\256\332\245\025)\004B&\367AvE \nn\325\321\344\206\242UR\217\333\222\233\2209gd2\036\245vKl\242\376\010w\356\022\252\240\244(H\260F\217\025\001\300\232\357B\355)d\016\360\213\202\250\3261/\316\360-\271\326\022\203\220Yy\221\034\3319`\023\264\2226QDI0\215\206\222\323)\241\305\325\013\334\211@\221\227RT\231\254\264\226E7)\246\224(\035$\222I%\\\016L\250tU\222r\363w\341Pt\252S\013\025^1\n\350\020mn\241<:\207\327\030\"\374\324\020\232#\nf\374\025v\004\320dl\245C\006E\254\203\314-\3716\322\371*\024\252\326\321\224u\235uu\266UE\013\213,[\333\010\343B\020u\355j\24297\027\332\343y`\377\027w?\003\035*\245\332\351a\246\025\243\254j\271B\\m8o\256\360K8\205\222c\034\230\331\370\254Z8\033(1\202a\245\233_P\227\347\243RC\227\356\344\rV\360\206Y\032\313\266\322\347\252\346\203Ux\024(\353\347\2301\271\275\n\310\004EE\246\332\347\301 \255\271R\375,s\331\256\247N\340\331\326\252X-m\333\341;$B\013g\003J\321s\306#\\\032\225\350\3302\233f\200\325U\203\021\002\207\242{\212\204u\324\210\022\240\212[\275\324&\371\221\210l\006\247Z\301\n\253\314jQ\307U].\023\212\302\324AT^\323HcF8G\nV\301\257I\222\251G\031\270\351\345:\034\255\030\004^)I9V\034\037\303v$\211E\343\010\217\306M9\326;8h\216\\\r\212D\262|\201\030\260Af:@\215\205\026\305\227\000X^\274\322mt\311I%\210\002\240\355\002\300\334Ff\302B\224\3600X\0256""\371\217K\262\025\255\254Lo\006\370\250\023\344\205\002K\t\324\203L\353\223\030kj\354\2725XA\r\005\322\221\311\361v+\265:M3\244\244\343\245c\315\355\016\022\022BL\222\022\026\226\237K \023\000\341\252]\237\240\230FvJp\252\226Z\233u\334\202\346\266\300\260>\315\047E>X\227\234\243Q\350n/\337\307\n\242D3\317n\367\327\321&`\016\2249\306\302\363\310\234\261;\252\\\314\331\310Y)\021\303\214\342\311\362\264^\030\272\227\364D\222\242.\202O\330\354\267r\304\300c\020\\0r\366B\322S!\3179@\301qT\266\225\264\276\213\340\371\224(\233\341\010Gnte\nI\344\333\335\005b\261\214f\366t\306\245\204\021\250\3755\352\302\231*\2108!\026\"\022\025\271\353bB\020\3213J\232\311\252A\200\2249\256/%j\320\352\362c\360EAE,\263\254\316\302\321S\r,\002\273\036\375Bo\rg\\:\347\036\203\344\241\003\251k,p\270\216:6\026\363q\354*m\326mn\327\006F\213\255t H^H\010\355p[\267E\316\tR&\315\225\360y\"\233X\0309U\2056\005\"SII\237M\261TX\221H\301\225\225xy!\323\251\202\351\311\257\207\020IK4\254)\277Q\016a\226$\214\233\375f>\023\037$\325=E\047S\206\234K\251N\211\317\371\017\224\r\304\302L$ \003\253\367\237\027G\350G\341\240\360cMo\231\370\2114\002C$\3075\335\010SN\376\367\227\220\335x!\010Ld\016&\277^\350\2274\024\221\354\364\371\311\007u\330r&\356\0354/\312\343_\252\013{\355\224\346\316M-\223\250\306\342\023$\363\353\255\270\230\357\365\324\275qX\347\217\234M\221\0050l\204\005\277Y\032\266\343\021_\266\r2&k3|\363QI\035d\220\361\276\374\275\326\366\372\323\345\234\305E\314\250\355U \211\235c\353\357Is\335n\333\036\0079\n,st\216\274y\377=Z&\006\221\276\205\244\200R\255J;>\361\340{,0I\242\357\321\342\017\233\353;\213<\266P\330K\307\362\257\265\026\316\2711\261\3715V2\250\255=s\204$B\246\325n\002\252\240V\301AQ@\010jY\210\240\375\237\332\232\330a\203H\224\355?K\342\235 \270aM\306\251\322\204\001\006\251\304\311\252\232>\365\217\366}\264\266\214\231\263\013\010\354\030 \200\202\\\3036`y\335>\r\302\366(B\207\tQ\357<(e\224\001\313[\017=\374Q\242-{\224\035S\244\373\313$\\\3734\024\364\360I\263\347\311\311!jnOjijO\237i""\303\317f{d\340\301%\302@\345\254\251\244\336P2\320\0057t`\272\342\035\371\305\274\333c\267w\315:\353e8NY\335\230M\212\345\203\271a\313\270\202wZg\334\3465\323\352\264x\345\213T\244\027a*\326\005\322\315\350\305\014\276d\271b\035\323=\350{\273|\336\025\231\\\341\243bQJ7\245J=\tr\312V \025\371su\257dvk\202\302,9\"\034\356\035\047\273\355G\221\311-\010\243q\270\230\330\334|\315&\250\364&b\373\2436\324\234)\022#-\220\010\310\022\326\030L\310\345\006\223UH\006n!(\224Xti\304\331I!D\341\322j\245\025\321\322\355gY\230\204\014\324\245\022\224\231!\335\250\254\220\2240\317G\224\031\262\262\241V\n\360B1\346\255\020;\275!\321.\370+\300C\266\256\224\277$\316\277R\223\001\2471\0139\024T\276DX\232\262\266\032\017\374]\311\024\341B@6W\010\010";
-    PyObject *data = __Pyx_DecompressString(cstring, 2395, 2);
+    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2431 bytes) */
+static const char cstring[] = "BZh91AY&SYX\303G\036\000\0019\377\377\377\377\377\377\377\377\377\366\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\t\035\327\326\336\355\315nS\226\251\266*[6\224\305a\340\007\333\3445=\022$\206\200\000l\240h\r3O\020h)\370\204\203\004\315\004\003OI\243 \320\302d14\032\036\220%\020\010\320hI\243#M\032\246\231\017I\243@\320\000\000\000\000\000\003L\206\203 \032\000\003D\332\024\325\010h\365\003\324\003j4\000\001\240\323@\000\000\000\000\000\032\001\240\000\017H%4M\n\232i\246\251\342z$\304h\336\232\243M\036\243@\0006\240\000\000\017S\320@\0314\323Cj\007\244\323\323P\006SL\032&\002a4\364\000\004f\210\304\300\000\000F&\206\002i\246F\004`\0024`\020$\220\021\251\204!\204\365\n~S5&\206G\250\000\000\000\000\0004\000\000\r\007\250\032\000\027\266\\\316\030\2641\221\264\001\275\326H\353\013\371\336:\373\317\024\337\213DU\302D\225K\n\006\231\204w\001\303\277\371\022\355\321\010\" Yh\n\210\275\273\216\020\241J\213c\036\215I\304\330\2202@$\220\222d\223\t2L\303 (\0264\032\325b\014!v\205KJ\342\350\002!\211$bd33$\226\371\\@\n\250\372\254\326\034+\000\350L\222B\001\024\031\207\030F\035-\033\222\315Z_\001\222Fz1l\215,\300\005Z\034\2051h\325\000g\004\\ @[\004\305\361\215\224C[\031X\234\361,ST\233I\033*\205\361#XV\027r\310\2121!C4\221\306\021,U\221\216NvV\344\333\372\266F\354\327\r\275\210\302\316\207\351\323^\237\340\336\217I\217:;\232\220\3507z\273\221L\367\314\240J\275X\364pM\263\344w7\335\047\241F\274CD,\027\272Sw\242\323n\214!\225\243\3704\256\347\342\357\241t\230\261\257~\376\236.\020d`\376V\305\2622\203\350\212(\006\210\243\262\276\016\016y\303\211\032\231 \246\241\200dk\315\r\351#w2\357\"\323e\262\242\335f\313\374\205\020B\211\267\305\344\213z\014\376\216\374\222IL\005\000Q\350\256\346\344\030\211U\342;\304\221\310\266\316,h\326Cd\324\010\033\317\3268]\350\363n\361\357x-4j\242\250\324\222\342\"\"$L\210\001\035\035\035\241\014\260f\034K\t\"d\202R\020\234!\265\271\247\2021\047\273N~\304\244I\222\030,\265?\034\027^Q\207A\303\330l\215d\030\217|TB\n\210\300{H\316r\251""\357\333\247$\334\320\325\322\316,9[K\2527\227\231\262L7\376\217\237\237\316\307\"\227K3:\016\205\340\370\220\314\374\240\005\022\224\321\266\374\210\020\205\036\204b@\206(\212F\207\003\240\276pg\323\254\335\306V]\362=\324\316\024\372\276 \302fR\345\3041:\214\316K\024z\212\365\025ZoW\262\372\311\t,\325\357=\3419\307n\223\245\014\323meh\225\224\347\356]\007\352\263[\252}\014L6\240\220g\327\026T\3420:+S\262@l\233\356\314\034\r\200\035\010\002\220\267G\242aK\217I\327\315+\2161*W\031\363\021\302\216df\316\006w\271\005h\360\372\376Az\010j[:\244a\226/\211\361M\221\314\322\265\344\223\215\007\257.\016z\337\371\306\300\256\311ZUAV\256Z\377\"@\351\333\374/\3629\300\3314_U-nAK;d\2204\264\361\355D\037`\206m&T\0334\262`7\223bo\207\001\306\342\204\026\020h\326\250\366q\232S90\0055m\365\235\360m\222\262h\37431\276\203\202\273\245\230\213\026\335V\025N:\221\374c\025\226I\211QM\302y\021\2208\023s\004)\264\227@\351\".*\243X\304\303N\000_G\\J\016A\214\227\223\021\355\223\226\001U\344\221\262\212\"I\204n6\213\315\t\216\346\260\257\205\315\025M\033\356\203\315\213\261Y\024\271^\032P\240t\222I$\222\3228y0R\311\357E\306\353\327\010r\023b\225\314\321\034\213h!\366\302\213\252\260\215\263\222n\225\010\255\047\030\253\216Vm!Z\031\033\246\241\213\"\326A\3467\377[\263|\225\t\252\332\321\225\354u-\265\262\262(P\272\345\301\260\216U\241\007`\326\252#\223Q\205\3565\227\017\273\231\253\217\300e\264\252a\271c\n\241j:\346\253\224%\303y\301\256\334\001.\341\013\244\311\rzQ8[\241\013F\001\310P\300\031\n\033%\300C\223jd\007\0161qk\024\327\030\2332\273&\025\345\214\231\267Q\006mD\324v5\351\0067\255z\027\020\010\212\213e.\253\205 \255\301S\034\354s\331\242\307U@\335\341\262\254\255k\367\272xfH\223\235v\263CS\034G\047\30044S\344\354W\321\003\331\232NH)\024\271\031\023\323bAT\2502\277T(\265VNa\244\036\270n\021e\272F\245{6\354\344\270M\213\013\321\005Qy\315,#\224\362\306X\330\265\rP\233\021V%\\f\342\047\244\324\342\351\300#\001Z\321\3130\340\376#\261D^\3229bv\352y\313i\351\325\271<\372\215,L\272\275\340""\234\334!\253!P\047\312\226>\256 \n\212QAp\262f\2033^\0010rx\326\254\351+\207\264#k\206\221c\362V=)\234V\266\3212\300\033\314@\253T+\022X\325b\r4\333&0\331\257\220\3058\020A\r\006]\211\221\374l\326\343\315e3\244\250\343\245w\227\302\032\210I\t2U\025E\323\275\315\316\200\360\r\245\207\033\014U\005*\317\014\321U\321\023\301\216\244\027J\337\002\340\356fr\047\344\"`o\215G\241\250\303_\0166D\210i\323\273\255\366\365Re\241\315k\r\334O9\023\227N\352\271Y\2339\013%b8\021\234^{\2757\2062\327?Lk\246e\250I\372\035\237V\374LF1\005\307\027/(/\"\351TG\217^\0221\\\225)j\320\306\274`\373\211\250\232\341\010GwMwBeY\333\203\240\254V1\214\326\316(\330\260\2025\037\236\334\370\316L\302 \022\233\222*\031\373\272\034\245)m\326n1\240\255\224\234\n\220|\014\205W\265!ngG*d0\305\327r\235\315jX\343q\300[tc\234] h6\006\303_0\376\250\203\242\326\227@m\242\0073I\177\016\276k,4\030?\010\006co\035\360\224\212\206\336\220\216\334\202\323T\\\340\224\3214h\267\201\344\211\336\300\305\312\254\047pLI\314\231\247\212\371\260\314\323&\247,\037qo\036qu\032\0346l\357\214\265\202\252\254\025\301\213.\201\3564i\215#W\370\373\330\3331\354\034S\326Tu0\323\024\257B\334\343\333\333>V\r\244\302L$ \003\243\323n_7\350G\341\240\360cM\207\314\374D\232\001!\222\033e\335\010R\235\376\036VC\362x!\010G~\233T5\262\3655\342\233 \250\217s\237\352\244\035\326\343\221.\341\317B\374\365\314\275\020[\277u&Y\311K\267:\014m!2O=E\346\304\216\377OV\211\312e\342^b\207\200 8\216\225#z\320\214\333\224\006\246IE\276\233\252\356\242b+\026\341\241U\027\356\217k3/M\307\204\362\351\237(#%\026\200\256\r1\354\2006\004#Z\345hJ\305@Z\250\224B`\334A\257\245I\t\316Jj3\224\232\226*\\;\360>(j\227\002\303\233\017\316\220-JmL\266\245WU\034\\\364\371`\355I\263\261\256\035O\302\n\306\302\212\354\320\326I\n\3265\366\260.YaK6\004U\330I\222\276=a\027\351>\261\265\307\034E\254\310c\317\250c\252[$\213\271{\035Y\t1i%gQ\221\255J]\377\356FJ\344\253\250\216\244\2166\030\255\305\020+\225\303Gb\206\216\205\3151\356a\215R1K.\023B\250\355\031\326v!\207\366\304Uhn""\345\n,\242)\302\320\255\203\036\203!\200\205\331\364>\3706o\237\357M\0320Afrd;\005\370\234m\361\047\0053\254\317\232/\347\224\031\204a\337\356\233v\247\252j\276?\317=\210\206\327\235\373O\007\313\355KSC\307\010[\305\306\237j\350\277\331\233\366A6\367\251\326\275K\301\327\2607\343\270\2660\010\273\351a\335\326\222g8L\230d\335D\377I\217\267\317\340Y\227\3209\270\322\304\264\245.ZfL\230%\363I\302\272\tm\372\301\237\205\020@\005\200\345.!\327iZM\232L\014q0\200\226\013\260y\214t\2275\n\247;Ti;\226\364[\034\2703\032Z:6\245D\207\021J)\217J\345\246\357\020\254K\324\262\272\274Z\252\217g\244;\270aI\205\2433\253B\302\334\2545\036eA\343\275kU\255h\356&\rX\254\255^LY\t/B\305\225\330\206\211p\245\363$\330\242\032,\230U\271\342\274\220\263\312\300\257\212f_\006\335\334(\356Z\035\212\252\347\221\027Mja\200\203\377\027rE8P\220X\303G\036";
+    PyObject *data = __Pyx_DecompressString(cstring, 2431, 2);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2400 bytes) */
-static const char cstring[] = "x\332uVKW\033\311\025F l\341\301cdc\314\340\231L\203\0373\236\007\211\300\017\306\0479sd0\330\031\307c\036\306c\047\047r\321]\202\016R\267\324\335\222\220\047\047\361R\313Z\326\262\226\275\354\245\226,Y\262\324R?\301?!\337\255V#a\034\216\244\252\272\267\252\356\275\337\375\356-\214\235f\300}\303-\032F\235\233\201\353\371F\335\346\r\377\241\341\361\022g>7\312\274\354zM-4\230c\031\314\363X\3237\212\266\347\007\337\006\036\347F\321c\273e\356\004w\346\347\347\037\032\301\236\355\033\334\261*\256\355\004\306\036\363\215\237\363\275\273\311\314iu\003j\257\346\354\032o=\333\331\365\337\032\201]\206;\276\355\230\334\260c}\211\3714\261\003n\031E\327\233g\206\305}\323\263+tc\321s\313\270\223\033>\367\352\334\213\017\270~\320\363\243\342\271&\367}\355F\340\272F\2319M\303\255p\007\376\227`\350[\217\331>Y\302)\273l\007?\220\005\303v\374\200\221\007\r;\3303\336\326\264\312\370\321y{\207\365\"\371\306\037t\002\206\034\327\340u`P\264L\3468n\000K\225\301-\375)N\332>\333)q\356\320\357\256\t\007\364\314\262\353\376\036\320\236\347\236\207m\275\325\037\013\246\353\361\371J\363\000&,^d\265R`\024\n\036\267j&/\024\014\253\306\021\031\354;?\006\236]\267Y\tZ\323v\354\240P \\\006\r3\217\033&\320\341\026iN\222\000\367?!%$c\261\321\330\003X:\005H\222\336TqK%\303\335\371\027\3008}<f\313\377\223\331\216Q\003\334;M\2352\312\2657\260\025K\267\026\304h\006\0063\234Zy\207\262\252\251\263\254\367<&hV\\\327\333\341\245\222\1772\231?\001\304l\006{\256S(\014\252|\036 \237\301\047\225\314\262\n4\375H\024\033\035\020~l\317\362\334J\241\302\371\340\236\262\355\203\270\273\003\022\007E3\260$\216\303\233Rq@\006\347\n\325\032\257qk@Xs\032,0\367\006$\004~A3\354\224\360\324&\rc\177I\014w\334\307/~}\366\354\361\306\206\036\237\274|\241\307\247\317\365\360\353\313\255\307\224I\375s\026\303D|\006\277X\001\234\342\211\266\033O{6\365\274\354Zv\261\031\317=P\240\336\333C\241\254Zyj#\275\341\254\351\276\342\214\361D\245\255&\213^\355\371\311:`\373\374\251\023\240\222j\225\340o\254R\001\362\275\341\254\261\276\342\214""\261D\245\215%\213\212[\251\225\260+Y{\334\267-\330\177\356n\326\314\275mM\235\027\236\033\270\246[\322\204\335\"\242\353\237\263\306\023\361\031\323\261B\033\216\2471\266\361\234XS(\274h\036\340\273b\233A\3419?\0106x\261P\320\335\207\356\301\237E\032\032]\223\206b\315\321\343nb\n\177ef;zt\255ZIK\034V\326#:N\241\267\215\246\365\200z\024)\2525VJ6%m\350LX\047\002~@\013\36279\343\017\230?\0235\232\026\367\311\351\2440\007\3121.\302~\351\025l\237\232#z\206\355\360\244\372t\315\365+m\240\276\222\252\032\250\245\270\202`\001\037d\321gV\33569\336\010<\036\316\256~\351\230\337tL\333\235?1\344k/\314\275\232\263\357\233%\262\014\004\003\217\231|\207\231\373:_\246k\341[*\301k\333u|\323u\002\317\305\031\267\346\004\026\013\230\305\231E\047\321k\271[\344\225\242\025\267\374\204\305z\364\213\026\246q\322\361\213\367A?\271H\336\256\3476\034\333v\353x\022\313\311;\221<\036\372\271\320\017\026=\203e\nj\227\373q-\306Iv(\021VP\253\224\270\353\360\n\324\364-\370\366;=\361\tZP<a\271\007g]\247\324\364\270\311m<\261\272\222\023\312\353W\033\0178>>\305\355X\030\270C\310\343U\263\n\261\034\301p\372\364\236/\262\344\273\346>,\231\224}\333,sd\337\242\242\355=\002\201\273\217S r\251\316J5\256\177\374\230\005\224\275\006s\202\367\251N\372B\353{\261\376>\365\341\346\320\350\264\250v\322W\305z\047=)\362\244\271\321Zo\355\211\035yNZ\352\246\262\302\233\241\025\315v2\237\267X\353\235\274\"\327T\256\223\031o=\026W\005\303\321\361K\255\252\030\026?H&\003\225S\217\324N\230J\204\337\313\365\3168n\025\033\342@\376\036\316\206\213!\013\253}\321\177\302\001\375\177\241;\210\252\355\324\211\350\370\353\\\224\355d.\265\232\360eG\215\340\372\247\341?\332Y2\377\004[\266\345C\265\035\376\245=|\374\360\331Q\276\223\371\254\265\320\332hi\227\352bS\246:\023\331d~^\372jV\257\263\"{\312\375\313\332\365\252\312\204\251\020\352+\342\236\034\221K:\222\275p\277}\271\235\243=7\205)\247UV\315\301\203\315H\007x \252rX\342\322)\261\2138\257\316SlQ:\312G\033\221\327\2369\\:\312\035=:\332?~\375\246\333\367\354b\047}\376}""\225\034Xn5\004\353\214O\210s\030&\256\341\262\024a\\\226\260w\361\303\271\241\321\361\326\222\310!E\267\207F\277\222\371nzJ\260\017\231\241\321\261\326y\\\004Pjb\r~.*\246\002\215k\020-F,\n\332\213m\326\256\022\030wa\201\313{\352\034R2\034\336\010\267\243\205h\273\275\320\336<LQH\337\311\274\374g\230\013\237\300c\022o\037.\034n\303\347\345\243j\037\240\206,\002\010F\373g\305CJ\047e\366\274\3707\000ZEBs\211\340w\300\2537\345\304\023\\\374Z\231\341\265(\323N![:\235\257\344\023\365\013\360\031\211rQ\276/z\016f\341\206@< $5\n\032\347;=\307^\267\315\303\311\303\365Cx0Ep]BL\246\314\322\326\246J\251)\365.\232\206\211\211/HF\271\243\214L^\007\210Z\024\203\235\025_\310Yy_\315\204KQ\256\223\376\254\225{\237\217\001\n\304\002\210\017\277\301T\311\010\325@\234(\353\340`\365S\312\230}\005\265\022\216\204\037\t2Q*\026\374\"Nr@\376\"\317\031\251U(#\032\246\204\005O\261qM\344h\343b\313\024\232~9\221\047\375\264LK}\321S8\010\375=1\202\215\211\276\013\305\212\030\025\353\300\004\323U\360\223\211@\336E\t>\010\347\302\345\260\032\357YEB\226 \356/\3430\356\313l\"\211O\376YU{^\307\362S\361t3_\312\036&\232\302\311\014\245\204\343\273r\013\t\233\355\\\244\234n\311k*\255\362j+\314\206\267\302FTl?j3\275\363\023\327\364\202\323\326\342\325\226\234\222\r\305\342\252}%WT\252\223\235\221\267A\341^\234\267e\252\253oh\002\237UuCm\206\3510\037\343\262\"G\265+7Q\022\265p-\312u\023\324\273\231\257\240\231B\241\344B\355\301}qEh\026\256\240\2630y\240\032!\014\\l\275$\002\237\331O\265^\227\233\352\002B\252\236\326\256Rg\244\373\256\241|\021\346T\014\340\254\232T\277\205\033\341;\364\217EP8\333\315\030*u\222\202\354qvN\335\326\r\007\207\037\210\033DB\0002\026\023\234\022\262\244\356\252&\nh\270\215\272\240\356\214XF\305K\360XS{\n\035kD-\250u\2121%t\227\324|}\237G\357\030\033\2171\326l\031`p\302\307\311\270/\257\311\007j\026v\032h\360\267ai\016\3112\017/\037\346\006:h\334\230&4\203\317S9\020\244\004\375\\\257\325k&\246\304\244x#5\205\376*X\337\207&z\351\002\300\232\004!\246\320\241\356\267\257\264\227""\333\001Y\240\306\207\276\2117F\227\3013\312\023\035\273\204g\246\n\235\t&\245bV\274\221u\265\036O\377\216>\235\211\206\341\356\230v\024!\375\014L\356\2025\026Z\334zX\214V\021G\276G\271\017\343Cc\327\217g\376\204\266\374\014]\017U\225\"\03332\333Ir\241=\326\320_\354\\\235\242\336\361\223ZCfW\000~\272\375\364\360\267\243\215\243\306\361\366\253\270\275\214\240\215L\252\227d\2523y\26531\247t\377\252\211e`\003\260\002J\017\325\3667\3522\220\255\352+g\344-\351\251lg\372:\000\277\201P\276\274u|\353~\304\333\271v\276\373\345\035\224\312lg\332 \256_\356L\314P\212)\253\027\344,\002\370|h\354\017\304j\212tI,R\017\354\027\240Nlg\342;4\342\273a\265\233\024\024\275\324T\037\371\344\374+\245\213\372\344\315\213\033\342\242,\241W\344\311\177_\314\201(\310\362$\272fwR\363\213\266\305\373\301\255\352q\032M\225\260\233Uc\344pWw(\375\277\300\030%s\034M\177[-\205\017\342\206\356\351\002\003 \236\246\352\260\272\245\352x\200r\321\243\310F\376\357\035\215\036\255\037\261\3434\360;\325\230~\322o\007C[\317\376\0177h\321\272";
-    PyObject *data = __Pyx_DecompressString(cstring, 2400, 1);
+    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2457 bytes) */
+static const char cstring[] = "x\332uV\315w\023\311\021\267l\031d\326,\026\030\303\032\310\216\215a\227\375p\"\233\017//y\373\204\215\201,a\361\007f!y\021\355\231\226<\2614#\315\214$\213\315K8\352\330\307>\366q\216s\324\321G\037}\324\321\177\002\177B~\325\243\261dL\374$uwUwW\365\257~Uec\273\025p\337p\213\206\321\340f\340z\276\321\260y\323\177hx\274\314\231\317\215\n\257\270^K\013\r\346X\006\363<\326\362\215\242\355\371\301\267\201\307\271Q\364X\251\302\235\340\316\374\374\374C#\330\261}\203;V\325\265\235\300\330a\276\361s\276w7\2319\251nB\355\325\235\222\361\316\263\235\222\377\316\010\354\n\334\361m\307\344\206\035\353\313\314\247\211\035p\313(\272\336<3,\356\233\236]\245\033\213\236[\301\235\334\360\271\327\340^|\300\365\203\236\037U\3175\271\357k7\002\3275*\314i\031n\225;\360\277\014C\337z\314\366\311\022N\331\025;\370\201,\030\266\343\007\214<h\332\301\216\361\256\256U\306\217\316\273;\254\367\222o\374A\047`\310q\r\336\000\006E\313d\216\343\006\260T\035\334\322\237\342\244\355\263\3552\347\016\375\226L8\240g\226\335\360w\200\366<\367<l\353\255\376X0]\217\317W[{0a\361\"\253\227\003\243P\360\270U7y\241`Xu\216\227\301\276\363c\340\331\r\233\225\2415m\307\016\n\005\302e\3200\363\270a\002\035n\221\3468\010p\3773RB2\026\033\315\035\200\245C\200 \351MU\267\\6\334\355\177\001\214\223\307c\266\374?\231\355\030u\300\275\335\322!\243X{\003[\261t\353A\214f`0\303\251W\266)\252\232:\313z\317c\202f\305u\275m^.\373\307\223\371c@\314V\260\343:\205\302\240\312\347\001\342\031|V\311,\253@\323OD\261\321\001\341\247\366,\317\255\026\252\234\017\356\251\330>\210[\032\2208H\232\201%q\034\336\224\213\00328W\250\325y\235[\003\302\272\323d\201\2713 !\360\013\232a\047\204\0476i\030\373Kb\270\343>~\371\353\363\347\217\327\327\365\370\364\325K=>{\241\207__m>\246H\352\237\323\030&\342S\370\305\n\340\024O\264\335x\332\263\251\347\025\327\262\213\255x\356\201\002\215\336\036z\312\252\225\2472\322\033N\233\356+N\031OT\332j\262\350\345\236\237\254}\273\344\260r\262\n\330.\177\346\004\310\253z5\370\033\253V\021\207\336p\332t_q""\312t\242\322\246\223E\325\255\326\313\330\225\254=\356\333\026\274y\341n\324\315\235-M\244\227\236\033\270\246[\326\364\335$\332\353\237\323\306\023\361)\323\261B\033\216\2471\322\361\2348T(\274l\355\341\273b\233A\341\005\337\013\326y\261P\320\265\210\356\301\237E\032\032]\223\206b\335\321c)1\205\277\n\263\035=\272V\275\254%\016\253\350\021\365\247\320\333F\323F@\025\213\024\265:+\047\233\222\242t\352Y\307\002\276G\013\36279\343\017\230?\365j\2240\356\223\323I\232\016$g\234\222\375D,\330>\225JT\020\333\341I.\352\014\354\347\335@\266%96\220Yq>\301\002>\210\242\317\254\206mrt\014\264\022\247\244\373\036\363[\216i\273\363\307\206|\355\205\271Swv}\263L\226\201`\3401\223o3sW\307\313t-|\313exm\273\216o\272N\340\2718\343\326\235\300b\001\2638\263\350$*/w\213\274Z\264\342\006\220pZ\217~\321\3024\016:~\321-t\003F\360J\236\333tl\033\207\367l\267\201.YIZG\322Ot\007\321=\214:c\205^V\342~\234\236q\244\035\212\206\025\324\253e\356:\274\n5}\013\276\375^O|\302\027<O\250\356\301c\327)\267<nr\033]W\047w\302{\335\310\321\323\361\361\351\361\216\205\201;\004?\032\235U\210\345x\021\247O\257\243\305\371J\366|\327\334\205=\223\210`\233\025\016\"X\224\277\275\356\020\270\2738\013N\227\033\254\\\347\372\307\217\tA\201l2\047\370\220\352\246\317\265\277\027k\037R\037\347\206F\257\212Z7}Y\254u\323\223\"O\232\233\355\265\366\216\330\226g\244\245\346\224\025\316\205V4\323\315|\331f\355\367\362\222|\242r\335\314x\373\261\270,\030\216\216_h\327\304\260\370A2\031\250\234z\244\266\303T\"\374^\256u\307q\253X\027{\362\367p&\\\014YX\353\213\376\023\016\350\377\013\335^T\353\244\216E\207_\347\242l7s\241\335\202/\333j\004\327?\013\377\321\311\222\371\247\330\262%\037\252\255\360/\235\341\303\207\317\017\362\335\314\027\355\205\366z[\273\324\020\0332\325\235\310&\363\263\322W3z\235\025\331\023\356_\324\256\327T&L\205P_\022\367\344\210\\\322/\331\tw;\027;9\3323\047LyUe\325,<\330\210\364\003\367DM\016K\\:%Jx\347\345yz[\224\216\362\321z\344u\246\367\227\016r\007\217\016v\017\337\274=\352{v\276\233>\373\241F""\016,\267\233\202u\307\047\304\031\014\023WpY\2120\256H\330;\377\361\314\320\350x{I\344\020\242\333C\2437d\376(=%\330\307\314\320\350X\373,.\002(u\361\004~.*\246\002\215k\020-F,\n:\213\035\326\251\021\030wa\201\313{\352\014B2\034\336\014\267\242\205h\253\263\320\331\330O\321\223\276\223y\371\3170\027>\205\307$\336\332_\330\337\202\317\313\007\265>@MY\004\020\214\366\317\210\207\024N\212\354Y\361o\000\264\212\200\346\022\301\357\200Wo\312\211\247\270\370\2152\303+Q\246\223B\264t8_\313\247\352\027\3403\022\345\242|_\364\002\314\302\r\201x@Hj\0244\316wz\216\275\351\230\373\223\373k\373\360`\212\340\272\2007\2312K[[*\245\246\324\373\350*LL|E2\212\035Ed\362\032@\324\242\030\354\254\370J\316\310\373j:\\\212r\335\364\027\355\334\207|\014P \026@|\370\r\246JF\250\006\342X\331\000\007k\237S\306\354+\250\225p$\374D\220\211R\261\340\027q\034\003\362\027q\316H\255B\032\3210%,x\212\215OD\2166.\266M\241\351\227\023y\322_\225i\251/z\006\007\241\277\047F\2601\321\037A\261\"F\305\0320\301t\025\374d\"\220w\221\202\017\302\331p9\254\305{V\021\220%\210\373\313\370\031\367e6\221\304\047\377\254j=\257c\371\211\367\034e\256\313\036&\232\302\311\014\251\204\343%\271\211\200\315t\317SL7\345\025\225Vy\265\031f\303[a3*v\036u\230\336\371\231kz\217\323\326\342\325\246\234\222M\305\342\254}-WT\252\233\235\226\267A\341\336;o\313\324\221\276\241\005|V\325M\265\021\246\303|\214\313\212\034\325\256\314!%\352\341\223(w\224\240~\224\271\001\315\024\022%\027j\017\356\213KB\263p\005\225\205\311=\325\014a\340|\373\025\021\370\324~\312\365\206\334P\347\360\244\332I\355*UF\272\357\n\322\027\317\234\212\001\234Q\223\352\267p=|\217\372\261\010\ng\2172\206J\035\207 {\230\235U\267u\301\301\341\007\342&\221\020\200\214\305\004\247\200,\251\273\252\205\004\032\356 /\250:\343-\243\342\025x\254\251=\205\2125\242\026\324\032\2751%t\225\324|\375\220G\355\030\033\2171\326l\031`p\302\307\311\270.?\221\017\324\014\3544Q\340o\303\322,\202e\356_\334\317\rT\320\2700Mh\006\237\245t H\t\372\331^\251\327LL\211I\361Vj\n\375U""\260\276\017-\324\322\005\2005\tBL\241B\335\357\\\352,w\002\262@\205\017u\023=F\247\301s\212\023\035\273\2006S\203\316\004\223R1+\336\312\206Z\213\247\177G\235\316D\303pwL;\212\047\375\014L\356\2025\026J\334ZX\214V\361\216|\217r\037\317\r\215\335\220\275\326\260\001\317Gd\016\276\317\251\022\266Z\321\034\n\346^\247\266?\272\377\372`\365p}\363p\363\325\300\323\201:n\030\037\032\273v8\375\047\024\366\347\250\233\310\313\024y9-\263\335$\232\372\315:x\347\273\227\247\250\372\374\244\236\200\033+\010_\272\363l\377\267\203\365\203\346\341\326\353\270@\215\240\020M\252W\344lw\362rwbV\351\nX\027\313@\027p\007\024`\252\016\337\250\213\210MM_9-oIOe\273W\257!d7\001\306\365[\207\267\356G\274\223\353\344\217\256\337A\262\315t\257\032\224-\027\273\023\323D\022\342\30599\203\007|94\366\007\312\013\002aI,R\025\355\247\260\246Fw\342;\224\362\273a\355(II\352\365\224a\371\344\374k\245\313\302q\327\214K\352\242,\243\332\344\311\177_\314\202j\340\311$\352\356\321\244f(m\213\367\203\235\265\3034\3122a7\243\306\310\341#]\343\364\177\023cD\207q\264\215-\265\024>\210[\202\247S\024\200x\232\354\303\352\226j\240\205\345\242G\221\r\006\335;\030=X;`\207i\340w\242\264\375\244\273\017Cc\310\376\017E\242\366\343";
+    PyObject *data = __Pyx_DecompressString(cstring, 2457, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3241 bytes) */
-static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u~\026\002 -n`)a\237$\363\047sy\t\356\000no e\375v\201 fdcann\213otg\000p\234\t\251\0077\000i\177sableen\002\001\363gc~\000\005\002divs=h\353 .err\205@\007\004\377/_core.p\373yx`\000defau\377lt __red\377uce__ du\377e to non\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\255@\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021$\001in Mu\320`by\256B\350Ar4\010\316\370@outL\001\275!a \317numb\322A\223\204\001 C\372\263\002E\227!Doorb\257ells\000\006.\210&c\177ython__\017\twset\315@te_\n\020\017add_H\001@\010\017\001\206\205\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t>\340\204\001_self\256\010\232\000\177_queued\303\010\177unwatch\325\010\003wa\316@\335b\010\n\030\n\326B\212\047\375f\262@noEPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\000\306A\000\002\262/\017\005\257.*\003\270 3\003\360\316b>\003m\004\233a.mod\367ifyV\003remosveb\003\307\001FdA\303\207\001\000\000\004\255O\017\007\254N,\005\304\204\0029\005\365\205\004\375sI\005takeIn\377terruptM?apping\000\004\232o\340\017\007\231n,\005\261\205\0029\005pop\337ulateI\005re\377sidentNo\337SuchV\302\211\002Pr\277otocol\254\204\002T\017imer\000\002\227\204\017\017\005\224\204\016\300*\003\252\206\0025\003\312CA\003\262a__\367Pyx\001\000Dict\377_NextRef\363__\371\207\002\232\000____\331d\026\001\004\001oc\013\001fu\345n\003\002g\210\205\005!\000mai\271n\047\001\252@ule1\001nKam\003\002pZ\000\261\205\003_\007\001\363vt\260\210\001R\001qual0\035\005\377\207\005\357\205\016\231\210\006ex\206\001\342\204\001""\362Q\005st\010\212\206\016__te\223st\272\000\221\206\005_\205\206\007\244\206\002s\335_\362\205\006_is\231\211\001ou_tine_\367\205\004_\360\205\001U_\341\205\006_\326\205\007_\317\205\004_\302\205\007\375_\342\205\002addadd\376\303@sadvice\377anything\376\345\214\002asyncio\257.corc\003s\366\207\002c\177hunksclv\001\376\277 traceba{ck\332\211\002code\371@\377lections\177control\005\000\377untdatad\367ead6\001ende?ofepfd\355\212\003\276\204\005~\305\213\002sfdfds\277\206\003?filled\356\215\002\272@\377growniio?vitems\257\213\004\265\213\005\374\252\213\002\307\214\002lostme?ssages\206\206\003\337C\375n\336Adtuple\317onep\034\000\000\001_s\353iz\010\002s\322\210\001pop\372\336\204\005r\252\000onlyr?eceive\304\206\003\353\204\005\376\261\216\002runrunsms\361\000nd\004\000en\340\210\001\337send_\022\003nt\346\377\211\001et\270\214\004f\001soc\365kg\000c\225\212\001icme\257thod\261\206\001t\377\212\003t\377okentota\277lvalue\000\002s\374\233\220\003\206\211\001want\200\001\377\330\004\n\210+\220Q\200\377\001\360$\000\005\030\220q\377\330\004\025\220Q\330\004\024\373\220A\026\001#\210Q\210h\377\220b\230\006\230d\240$\377\240d\250$\250d\260!\377\330\010\016\210a\210z\230\377\023\230G\2401\330\010\014\277\210E\220\025\220a8\000\014\377\017\210q\220\002\220,\230\377a\230t\2401\240B\240\357b\250\001\330\016\004+\230Q\373\330\014S\000\220R\220x\230\377{\250!\2503\250a\250\255q\t\007~\250\025\010\177\031\000x\357\260q\270\001*\006\320\0371\177\260\021\330\010\017\210y\211\000\367b\240\003\\\000I\250\\\270\376\020\000\014\210H\220A\220V\377\230:\240V\250=\270\002\377\320:L\310A\330\010\013\337\2102\210R\210]\000\017\210\377v\220S\230\001\330\020\021|\206\001\010\001\007\230s\240!\013\002\327\021\220\021\262\n\022\266\002q\240\357\010\250\001\250,\000\023\2205\357\230\003\2308\305\002h\250k\377\270\022\2701\330\014\022\220\377$\220c\230\030\240\021\240\277\"\240I\250S\260\334\002x\337\220q\230\002\230R\000\026\220\355g\345\000\025.\330\001\260\004\260\377A\260R\260r\270\032\300""\3778\3101\310B\310k\320\367YZ\340\220\007\r\330\004\007\373\200q\274!C\210w\220a\337\330\014\020\220\006\004\000\020\027\332J\000\001\340!m\230m\000\r\360\377\006\000\005\014\2108\2201\376\240@&\000\005\035\230A\340\377\004\026\220a\360\010\000\005\347\t\210\007\340\000\222 u\220G\276\245\0003\240a\240t\323\"t\377\2603\260a\260t\2703w\270a\270_\000\013\2104_\000\337e\2305\240\006\220@\002\250\377#\250V\2602\260V\270\3572\270S\300\236@\022\220*\377\230A\230^\2501\250H|\257\000\023\001V\3002\300V\261\000wC\310q\326Gw\230f\320@>\245\000\022\220!\220:\313A\353AW\007\220|\350@F\316@1\345C\347\007\220{\334 \245 !\2201\373\220HV\000Y\240c\250\027\317\260\010\270\001\253@\375BW\230\377H\240K\250q\260\003\260/1\260A\330\n\006N\327`\277`Gt\2207\306!\201\"\343\")\222\004\377Y\270c\300\024\300Q\300h\247 \375\000\324aw\207@\021\330\256 \377y\240\001\240\026\240z\260\035\030\216`\020\031\230\021\000\270A\216A\343\024\033\302 \016\002\347#\021\220\031\377\230!\2306\240\032\2508\377\2601\330\004\013\2101\200\376\251b4\210t\2202\220Q\276\334A+\230Q\230a\347at\335\220\024\006v\220R\334\204\001\022\220\374\r\r\370c_\240D\250\003\250\334F\002\007\007\010\260\001X\001\014\210\313K\220\373&c\231\000\345@\010\230\356\026\002\016\210az\001\026\220d~\271`\010\014\210G\2201\266\204\001\3573\210c\220\372b1\220A\276\232\001\030\230\004\230A\344\205\001I\273\220Q\326\204\0015\220\003&\000\014\373\023\220\033\002\340\010\014\210D\357\220\005\220Q\300`\010\014\210\377F\220$\220a\220t\230\3774\230t\2407\250\"\250_C\250q\200A \001F\263@q8\024\000\005\007\336\0036\230\021\031\005\0064\003<\240\220\204\002\263\0003\003\333\205\001\335\001\336\313\002\340\010\034\230\252$q\330\353\014\r\345\205\0014\343\205\001\021\220\021\377\220$\220g\230T\240\021\357\240!\330\r\345\206\001T\230\027\377\240\004\240A\240T\250\021\377\250%\250w\260f\270B?\270a\330\014\021\220k\0028\014\343\014\210\330\002\310\206\002\345\003T\230\026\357\230w\240a\260\206\003W\230D\377\240\001\330\021\032\230&\240\271\006\021\000""\343\002&\230\001\312\205\0014\373\210y\235 F\240#\240S\347\250\004\250\315`\224!D\230\005\376\206\002$\240a\240u\250Gw\2601\340\356%\340\010\035\242\000\277\026\240t\2501\250\243\207\0026\367\220\023\220\201\204\002D\230\006\230\277a\230x\240w\250\373@\r\317\210U\220!\374A!\014\017\210\177x\220v\230S\240\n\320\000\364\324\"D\007F\226\211\001\013\2106\220\267\027\230\001\343\001\026\220\365\"!\377\240\024\240X\250R\250z\377\270\022\2703\270c\300\021\337\340\010 \240\001\213D\330\010\277\021\320\021\"\240&\354\207\002\010\237\013\2107\220#\201\204\001\325 \t\374\333\204\003\307A8\2404\240y\260\177\010\270\002\270!\330\020\232\212\001\273\014\020\355@U\230!\325\204\003\026\377\230q\240\003\2402\240Q\322\340\001\001\317\210\001\360\210\001Rz\001\360\006\017\000\t\014\210\234B\251b\324\204\010\216\207\003\367c\230\024\222\212\003G\2307\240}!e\000w\250d\260&g\000}\"\252@c\300\022\3001\256\211\005s\001\330\222\210\004\305\211\001\020\220\007\353\212\001\227\020\220\010\366\"\"\344\212\004\205\204\002\001\337\220\024\220Z\230\323\210\002J\220\367a\200A|\005y\230\003\230\3652\235`\024\216`\026\250t\260\1776\270\023\270C\270t^\001\376\365\210\001g\230Q\230d\240!\362\313\213\001L\232\205\001\267\001\017\210a\210_q\220\006\220c\307`\001\373\204\003\337Z\230v\240Q\206\205\003[\240_\010\250\010\260\002\254\000\t\244\002\377\010\013\210?\230!\2304\376\263`d\250#\250Q\250f\277\260F\270\"\270A\354d\360\377\014\000\t\033\320\0320\260\377\004\260L\300\001\330\010\030\333\230\001\233!\032\230\277\213\002F\220\354v\002\257\000\330\010\370 \r\330\025\377\026\330\024\033\2309\240G\377\2501\250D\260\010\270\004\377\270I\300X\310R\310w_\320VW\330\020\225\213\0036\330@\375Ug\001\330\024\025\330\020\"\376\363\210\001\017\210u\220C\220qr\221\210\001t\366\207\001\330\206\001\047\240\022\277@\375qN\002\032\230%\230r\240\257\021\330\030\033\356 #\310\000\034\377%\320%6\260e\2701\377\270A\340\034)\250\021\250\367!\330\030\235`\330\021\022\330s\020\032\337A\266\204\001\n\230!\306 \317\016\000\t""\036\335\205\001\332\214\0018\220\3613\257\213\001\367\205\007\226\210\002\330\020*\250\037!\2504\250q\221\207\001\251\207\002\246\216\001\032\234\205\001A8\005W\240\211\207\002\252\216\006\213\211\003\3373\230l\250\"\271\205\001\017\210\337s\220\"\220A\253\215\001\024\031\207\230\021\340\002\000\335`\262\206\001\335\216\003\010\377\017\210q\320\004\033\2301\256\327a!\240\t\255\001\340\311 \004\372\206\217\003\t\302\214\001\014\230A\230V\257\2408\2507\313\212\003r\334\205\002\020\357\027\220r\230\247\204\001\002\240%\377\240v\250V\2601\260B\373\260i\375@5\310\005\310Q\317\310a\320\004\275 \215\205\006\017\210\367t\2209\267\213\002a\240z\260\001\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3241, 4449);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3315 bytes) */
+static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u~\026\002 -n`)a\237$\363\047sy\t\356\000no e\375v\201 fdcann\213otg\000p\234\t\251\0077\000i\177sableen\002\001\363gc~\000\005\002divs=h\353 .err\205@\007\004\377/_core.p\373yx`\000defau\377lt __red\377uce__ du\377e to non\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\255@\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021$\001in Mu\320`by\256B\350Ar4\010\316\370@outL\001\275!a \317numb\322A\223\204\001 C\372\263\002E\227!Doorb\257ells\000\006.\210&c\177ython__\017\twset\315@te_\n\020\017add_H\001@\010\017\001\206\205\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t>\340\204\001_self\256\010\232\000\177_queued\303\010\177unwatch\325\010\003wa\316@\335b\010\n\030\n\326B\212\047\375f\262@noEPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\000\306A\000\002\262/\017\005\257.*\003\270 3\003\360\316b>\003m\004\233a.mod\367ifyV\003remosveb\003\307\001FdA\303\207\001\000\000\004\255O\017\007\254N,\005\304\204\0029\005\365\205\004\375sI\005signal\376W\005takeInt\377erruptMa\037pping\000\004\250o\017\007\360\247n,\005\277\205\0029\005popu\357lateI\005res\377identNoS\357uchV\320\211\002Pro\337tocol\272\204\002Ti\007mer\000\002\245\204\017\017\005\242\204\016*\003\340\270\206\0025\003\330CA\003\300a__P\373yx\001\000Dict_\377NextRef_\371_\207\210\002\232\000____d\354\026\001\004\001oc\013\001fun\362\003\002g\226\205\005!\000main\334\047\001\270@ule1\001na\245m\003\002pZ\000\277\205\003_\007\001vyt\276\210\001R\001qual\035\005\030\215\210\005\375\205\016\247\210\006ex""\206\001\360\204\001Q\005\371st\010\230\206\016__tes\311t\272\000\237\206\005_\223\206\007\262\206\002s_\356\200\206\006_is\247\211\001out\257ine_\205\206\004_\376\205\001_\252\357\205\006_\344\205\007_\335\205\004_\320\205\007_~\360\205\002addadd\303@\377sadvicea\177nything\363\214\002\377asyncio.\327corc\003s\204\210\002ch?unksclv\001\277 \377tracebac\275k\350\211\002code\371@l\377ectionsc\277ontrol\005\000u\377ntdatade\373ad6\001endeo\037fepfd\373\212\003\314\204\005\323\213\002\277sfdfds\315\206\003f\237illed\374\215\002\272@g\277rownii:\000x\377iovitems\360\302\213\004\310\213\005\275\213\002\332\214\002lost\377messages\364\231\206\003\344Cn\343Adtup?leonep\034\000\000\001\257_siz\010\002s\345\210\001p\353op\343\204\005r\257\000onl\377yreceive\370\327\206\003\360\204\005\304\216\002runru\267nss\366\000nd\004\000e}n\363\210\001send_\022\003\033nt\222\212\001et\313\214\004\252\206\003l\001\257sockm\000c\256\212\001i\177cmethod\274\206\001\375t\230\213\003tokent\377otalvalu\345e\000\002s\264\220\003\237\211\001wan\377t\200\001\330\004\n\210+\377\220Q\200\001\360$\000\005\377\030\220q\330\004\025\220Q\337\330\004\024\220A\026\001#\210\377Q\210h\220b\230\006\230\377d\240$\240d\250$\250\377d\260!\330\010\016\210a\377\210z\230\023\230G\2401\377\330\010\014\210E\220\025\220\375a8\000\014\017\210q\220\002\377\220,\230a\230t\2401\177\240B\240b\250\001\330\016\004\337+\230Q\330\014S\000\220R\377\220x\230{\250!\2503o\250a\250q\t\007~\250\025\010}\177\031\000x\260q\270\001*\006\377\320\0371\260\021\330\010\017\273\210y\211\000b\240\003\\\000I\367\250\\\270\020\000\014\210H\220\377A\220V\230:\240V\250\377=\270\002\320:L\310A\377\330\010\013\2102\210R\210\376]\000\017\210v\220S\230\001\347\330\020\021\206\001\010\001\007\230s\273\240!\013\002\021\220\021\262\n\022~\266\002q\240\010\250\001\250,\000\177\023\2205\230\003\2308\305\002\377h\250k\270\022\2701\330\377\014\022\220$\220c\230\030\377\240\021\240\"\240I\250S\375\260\334\002x\220q\230\002\230nR\000\026\220g\345\000\025.""\330\001\377\260\004\260A\260R\260r\377\270\032\3008\3101\310B\277\310k\320YZ\340\220\007\r\337\330\004\007\200q\274!C\210\377w\220a\330\014\020\220\006\326\004\000\020\027J\000\001\340!m\230\376m\000\r\360\006\000\005\014\210\3678\2201\240@&\000\005\035\377\230A\340\004\026\220a\360?\010\000\005\t\210\007\340\000\222 \367u\220G\245\0003\240a\240\375t\323\"t\2603\260a\260\277t\2703\270a\270_\000\013\373\2104_\000e\2305\240\006\376\220@\002\250#\250V\2602\177\260V\2702\270S\300\236@\377\022\220*\230A\230^\250\3471\250H\257\000\023\001V\3002\273\300V\261\000C\310q\326Gw\363\230f\320@\245\000\022\220!\220\271:\313A\353A\007\220|\350@F:\316@1\345C\007\220{\334 \245 \337!\2201\220HV\000Y\240\177c\250\027\260\010\270\001\253@\376\375BW\230H\240K\250q\177\260\003\2601\260A\330\n\0069N\327`\277`t\2207\306!\201\"\372\343\")\222\004Y\270c\300\024G\300Q\300\247 \375\000\324aw\207@\373\021\330\256 y\240\001\240\026\357\240z\260\030\216`\020\031\230\030\021\000\270A\216A\024\033\302 \016\002\347#\377\021\220\031\230!\2306\240\377\032\2508\2601\330\004\013\367\2101\200\251b4\210t\220\3672\220Q\334A+\230Q\230\355a\347at\220\024\006v\220R\346\334\204\001\022\220\r\r\370c_\240D\347\250\003\250F\002\007\007\010\260\001^X\001\014\210K\220\373&c\231\000v\345@\010\230\026\002\016\210az\001\367\026\220d\271`\010\014\210G{\2201\266\204\0013\210c\220\372b\3671\220A\232\001\030\230\004\230\335A\344\205\001I\220Q\326\204\0015\220\335\003&\000\014\023\220\033\002\340\010\177\014\210D\220\005\220Q\300`\377\010\014\210F\220$\220a\377\220t\2304\230t\2407\377\250\"\250C\250q\200A\212 \001F\263@8\024\000\005\007\336\00363\230\021\031\0054\003<\240\220\204\002\263\000\3603\003\333\205\001\335\001\313\002\340\010\034\230^\252$q\330\014\r\345\205\0014\343\205\001\377\021\220\021\220$\220g\230\177T\240\021\240!\330\r\345\206\001\377T\230\027\240\004\240A\240\377T\250\021\250%\250w\260\377f\270B\270a\330\014\021\031\220k\0028\014\014\210\330\002\310\206\002\345\003\177T\230\026\230w\240a\260\206\003""\377W\230D\240\001\330\021\032\317\230&\240\006\021\000\343\002&\230\335\001\312\205\0014\210y\235 F\240?#\240S\250\004\250\315`\224!\367D\230\005\206\002$\240a\240\277u\250G\2601\340\356%\340\373\010\035\242\000\026\240t\2501\275\250\243\207\0026\220\023\220\201\204\002D\377\230\006\230a\230x\240w}\250\373@\r\210U\220!\374A\376!\014\017\210x\220v\230S\243\240\n\320\000\324\"D\007F\226\211\001\013\277\2106\220\027\230\001\343\001\026\375\220\365\"!\240\024\240X\250\377R\250z\270\022\2703\270\377c\300\021\340\010 \240\001\376\213D\330\010\021\320\021\"\240\375&\354\207\002\010\013\2107\220#\344\201\204\001\325 \t\333\204\003\307A8\2404\377\240y\260\010\270\002\270!\333\330\020\232\212\001\014\020\355@U\230\375!\325\204\003\026\230q\240\003\240\2272\240Q\340\001\001\317\210\001\360\210\001R~z\001\360\006\000\t\014\210\234B\270\251b\324\204\010\216\207\003c\230\024\222\212\003G\357\2307\240!e\000w\250d\353\260&g\000\"\252@c\300\022\233\3001\256\211\005\001\330\222\210\004\305\211\001\020\273\220\007\353\212\001\020\220\010\366\"\"\374\344\212\004\205\204\002\001\220\024\220Z\230\276\323\210\002J\220a\200A|\005y\257\230\003\2302\235`\024\216`\026\377\250t\2606\270\023\270C\363\270t^\001\365\210\001g\230Q\230\227d\240!\313\213\001L\232\205\001\267\001\017\377\210a\210q\220\006\220c\372\307`\001\373\204\003Z\230v\240Q\376\206\205\003[\240\010\250\010\260\002\372\254\000\t\244\002\010\013\210?\230\367!\2304\263`d\250#\250\377Q\250f\260F\270\"\270}A\354d\360\n\000\t\035\266\204\003\3672\210S\267\000\003\2301\230\337F\240$\240g(\000d\260\377$\260a\260x\270q\300\377\005\300W\310F\320RTw\320TU\360\010\025\220Q\307\000\377\014\000\t\033\320\0320\260\377\004\260L\300\001\330\010\030\333\230\001\335!\032\230\201\214\002F\220\354\270\002\361\000\330\010\272@\r\330\025\377\026\330\024\033\2309\240G\377\2501\250D\260\010\270\004\377\270I\300X\310R\310w_\320VW\330\020\327\213\0036\232`\375U\251\001\330\024\025\330\020\"\376\265\211\001\017\210u\220C\220qr\323\210\001t\270\210\001""\232\207\001\047\240\022\201`\375qN\002\032\230%\230r\240\257\021\330\030\033\260@#\212 \034\377%\320%6\260e\2701\377\270A\340\034)\250\021\250\367!\330\030\337`\330\021\022\330s\020\032\241a\370\204\001\n\230!\210@\317\016\000\t\036\237\206\001\234\215\0018\220\3613\361\213\001\271\206\007\330\210\002\330\020*\250\037!\2504\250q\323\207\001\353\207\002\350\216\001\032\336\205\001A8\005W\240\313\207\002\354\216\006\315\211\003\3373\230l\250\"\373\205\001\017\210\337s\220\"\220A\355\215\001\024\031\327\230\021\340\002\000\026\214`\014\021\376\236\217\004\010\017\210q\320\004\033\273\2301\231\204\001!\240\t\255\001\340\352\311 \004\310\217\003\t\204\215\001\014\230A\277\230V\2408\2507\215\213\003r\276\236\206\002\020\027\220r\230\351\204\001\002\377\240%\240v\250V\2601\357\260B\260i\277`5\310\005?\310Q\310a\320\004\275 \317\205\006\337\017\210t\2209\371\213\002a\240\007z\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3315, 4540);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4449 bytes) */
-static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniiovitemsivshmemivsh""mem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220""\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010""\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205""\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
+    #else /* compression: none (4540 bytes) */
+static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniindex""iovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:""\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014""\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\033\320\0320\260\004\260L""\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 189; i++) {
+    for (int i = 0; i < 192; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -20851,8 +21080,8 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 189; i < 219; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-189].length;
+    for (int i = 192; i < 223; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-192].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -20862,15 +21091,15 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 219; i++) {
+    for (Py_ssize_t i = 0; i < 223; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 189;
-      for (Py_ssize_t i=0; i<30; ++i) {
+      PyObject **table = stringtab + 192;
+      for (Py_ssize_t i=0; i<31; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -20966,194 +21195,199 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 154};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_one};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 177};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 203};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 207};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 221};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 214};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 224};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 227};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 228};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 238};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 291};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 379};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 389};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 515};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_advice, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_page, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_seen};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 540};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 550};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_pages, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 570};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 580};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_address};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 640};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 650};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 643};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 653};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 648};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 658};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 653};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 663};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 660};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 670};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 675};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 672};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 682};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 676};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 686};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 681};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 691};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 702};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 712};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 712};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 722};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 830};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 840};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 882};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 892};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[40] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[40])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -151,6 +151,16 @@ cdef class FdArray:
             raise IndexError(f"descriptor {index} of {len(self)}")
         return self.fds[index]
 
+    def signal(self, Py_ssize_t index):
+        """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
+
+        Checked and written under the GIL, so that no other thread can close it in between.
+        """
+        cdef uint64_t one = 1
+        if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+            if errno != EAGAIN:  # full: it is readable, and that is what matters
+                _fail()
+
     cdef void release(self) noexcept:
         cdef Py_ssize_t i
         cdef Py_ssize_t count = self.count

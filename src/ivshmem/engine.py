@@ -141,7 +141,7 @@ class Engine:
 
     def wake(self) -> None:
         """Let a step that waits return; from any thread or a signal handler."""
-        os.eventfd_write(self._wake[0], 1)
+        self._wake.signal(0)
 
     def watch(self, sock: socket.socket, act: Callable[[], object]) -> None:
         """Let a step return when `sock` is readable, and do this before; one at a time."""
