@@ -131,13 +131,15 @@ class Client(Endpoint):
         quiet_since = time.monotonic()
         while True:
             told_all = self._told_all()  # asked first: what was sent before is then in the socket
+            empty = False
             with contextlib.suppress(ConnectionError):  # connected is False then
-                if self._receive():
+                anything, empty = self._receive()
+                if anything:
                     quiet_since = time.monotonic()
                     pause = _FIRST_LOOK
             state = self._session.state
             if state is State.SETUP and self.connected:
-                if told_all:
+                if told_all and empty:
                     self._session.end_setup()
                 elif self._guess and time.monotonic() - quiet_since > SETTLE:
                     self._session.end_setup(guessed=True)
@@ -200,8 +202,11 @@ class Client(Endpoint):
         except (ProtocolError, OSError) as error:
             self._lose(str(error))
 
-    def _receive(self) -> bool:
-        """Take in what is in the socket, or a good deal of it; whether there was anything.
+    def _receive(self) -> tuple[bool, bool]:
+        """Take in what is in the socket, or a good deal of it.
+
+        Returns:
+            Whether there was anything, and whether nothing is left.
 
         Raises:
             ProtocolError, OSError: the connection is of no further use.
@@ -216,10 +221,11 @@ class Client(Endpoint):
             anything = anything or bool(chunks)
             self._take_in(chunks)
             if eof:
-                self._lose("the server ended the connection")
+                cut = " in the middle of a message" if self._framer.partial else ""
+                self._lose(f"the server ended the connection{cut}")
             if eof or len(chunks) < _BATCH:
-                break
-        return anything
+                return anything, True
+        return anything, False
 
     def _take_in(self, chunks: list[tuple[bytes, tuple[int, ...]]]) -> None:
         """Hand chunks through framing and session to where their descriptors belong."""
