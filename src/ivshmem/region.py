@@ -162,20 +162,24 @@ class Region(_core.Mapping):
         draft, fd = _open_draft(target, mode)
         try:
             region = cls._furnish(fd, size, page, source, name or target, target, prealloc)
-            try:
-                if replace:
-                    os.rename(draft, target)
-                else:
-                    os.link(draft, target)
-            except BaseException as error:
-                region.close()
-                if isinstance(error, FileExistsError):
-                    raise _exists(target, replace) from None
-                raise
+            region._publish(draft, target, replace)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(draft)
         return region
+
+    def _publish(self, draft: str, target: str, replace: bool) -> None:
+        """Give the file the name it is meant to have; closes the region if that fails."""
+        try:
+            if replace:
+                os.rename(draft, target)
+            else:
+                os.link(draft, target)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, FileExistsError):
+                raise _exists(target, replace) from None
+            raise
 
     @classmethod
     def attach(
