@@ -1938,6 +1938,7 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *__pyx_vtabptr_7ivshmem_5
 
 struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
   int (*check)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  struct __pyx_obj_7ivshmem_5_core_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   PyObject *(*wait_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, int64_t);
   PyObject *(*wait_any)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t, int);
   void (*leave)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
@@ -3178,6 +3179,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
 static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
+static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_anything(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_deadline); /* proto*/
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int64_t __pyx_v_deadline, int __pyx_v_for_news); /* proto*/
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
@@ -3225,6 +3227,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *, ivshmem_control *,
 static int __pyx_f_7ivshmem_5_core__sendmmsg(int, struct mmsghdr *, int, Py_ssize_t); /*proto*/
 static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *); /*proto*/
 static uint64_t __pyx_f_7ivshmem_5_core__take(int); /*proto*/
+static int __pyx_f_7ivshmem_5_core__counts(int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem._core"
@@ -3413,7 +3416,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
     PyObject *__pyx_codeobj_tab[41];
-    PyObject *__pyx_string_tab[223];
+    PyObject *__pyx_string_tab[226];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3464,228 +3467,231 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #endif
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u_bytes __pyx_string_tab[0]
-#define __pyx_kp_u_of __pyx_string_tab[1]
-#define __pyx_kp_u_vectors __pyx_string_tab[2]
-#define __pyx_kp_u_views_release_memoryviews_and_a __pyx_string_tab[3]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[4]
-#define __pyx_kp_u__3 __pyx_string_tab[5]
-#define __pyx_kp_u__2 __pyx_string_tab[6]
-#define __pyx_kp_u_this_endpoint_has __pyx_string_tab[7]
-#define __pyx_kp_u_ __pyx_string_tab[8]
-#define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[9]
-#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[10]
-#define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[11]
-#define __pyx_kp_u_cannot_map __pyx_string_tab[12]
-#define __pyx_kp_u_descriptor __pyx_string_tab[13]
-#define __pyx_kp_u_descriptors __pyx_string_tab[14]
-#define __pyx_kp_u_disable __pyx_string_tab[15]
-#define __pyx_kp_u_enable __pyx_string_tab[16]
-#define __pyx_kp_u_gc __pyx_string_tab[17]
-#define __pyx_kp_u_isenabled __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[19]
-#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[20]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[21]
-#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[22]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[23]
-#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[24]
-#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[25]
-#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[26]
-#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[27]
-#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[28]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[29]
-#define __pyx_kp_u_vector_2 __pyx_string_tab[30]
-#define __pyx_n_u_ClosedError __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__bells __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells__missing __pyx_string_tab[39]
-#define __pyx_n_u_Doorbells__news __pyx_string_tab[40]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[41]
-#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[42]
-#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[43]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[44]
-#define __pyx_n_u_Doorbells__watch __pyx_string_tab[45]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[46]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[47]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[48]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[49]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[50]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[51]
-#define __pyx_n_u_Epoll __pyx_string_tab[52]
-#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[53]
-#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[54]
-#define __pyx_n_u_Epoll_add __pyx_string_tab[55]
-#define __pyx_n_u_Epoll_close __pyx_string_tab[56]
-#define __pyx_n_u_Epoll_fileno __pyx_string_tab[57]
-#define __pyx_n_u_Epoll_modify __pyx_string_tab[58]
-#define __pyx_n_u_Epoll_remove __pyx_string_tab[59]
-#define __pyx_n_u_Epoll_wait __pyx_string_tab[60]
-#define __pyx_n_u_FdArray __pyx_string_tab[61]
-#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[62]
-#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[63]
-#define __pyx_n_u_FdArray_close __pyx_string_tab[64]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[65]
-#define __pyx_n_u_FdArray_signal __pyx_string_tab[66]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[67]
-#define __pyx_n_u_Interrupt __pyx_string_tab[68]
-#define __pyx_n_u_Mapping __pyx_string_tab[69]
-#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[70]
-#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[71]
-#define __pyx_n_u_Mapping_close __pyx_string_tab[72]
-#define __pyx_n_u_Mapping_populate __pyx_string_tab[73]
-#define __pyx_n_u_Mapping_resident __pyx_string_tab[74]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[75]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[76]
-#define __pyx_n_u_Timer __pyx_string_tab[77]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[78]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[79]
-#define __pyx_n_u_Timer_close __pyx_string_tab[80]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[81]
-#define __pyx_n_u_Timer_set __pyx_string_tab[82]
-#define __pyx_n_u__4 __pyx_string_tab[83]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[84]
-#define __pyx_n_u_annotate __pyx_string_tab[85]
-#define __pyx_n_u_dict __pyx_string_tab[86]
-#define __pyx_n_u_doc __pyx_string_tab[87]
-#define __pyx_n_u_func __pyx_string_tab[88]
-#define __pyx_n_u_getstate __pyx_string_tab[89]
-#define __pyx_n_u_main __pyx_string_tab[90]
-#define __pyx_n_u_module __pyx_string_tab[91]
-#define __pyx_n_u_name __pyx_string_tab[92]
-#define __pyx_n_u_pyx_state __pyx_string_tab[93]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[94]
-#define __pyx_n_u_qualname __pyx_string_tab[95]
-#define __pyx_n_u_reduce __pyx_string_tab[96]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[97]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[98]
-#define __pyx_n_u_set_name __pyx_string_tab[99]
-#define __pyx_n_u_setstate __pyx_string_tab[100]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[101]
-#define __pyx_n_u_test __pyx_string_tab[102]
-#define __pyx_n_u_add_bell __pyx_string_tab[103]
-#define __pyx_n_u_add_vector __pyx_string_tab[104]
-#define __pyx_n_u_bells __pyx_string_tab[105]
-#define __pyx_n_u_drop_peer __pyx_string_tab[106]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[107]
-#define __pyx_n_u_missing __pyx_string_tab[108]
-#define __pyx_n_u_news __pyx_string_tab[109]
-#define __pyx_n_u_ring_self __pyx_string_tab[110]
-#define __pyx_n_u_set_queued __pyx_string_tab[111]
-#define __pyx_n_u_unwatch __pyx_string_tab[112]
-#define __pyx_n_u_wait_event __pyx_string_tab[113]
-#define __pyx_n_u_watch __pyx_string_tab[114]
-#define __pyx_n_u_add __pyx_string_tab[115]
-#define __pyx_n_u_address __pyx_string_tab[116]
-#define __pyx_n_u_advice __pyx_string_tab[117]
-#define __pyx_n_u_anything __pyx_string_tab[118]
-#define __pyx_n_u_array __pyx_string_tab[119]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[120]
-#define __pyx_n_u_bells_2 __pyx_string_tab[121]
-#define __pyx_n_u_chunks __pyx_string_tab[122]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[123]
-#define __pyx_n_u_close __pyx_string_tab[124]
-#define __pyx_n_u_code __pyx_string_tab[125]
-#define __pyx_n_u_collections __pyx_string_tab[126]
-#define __pyx_n_u_controls __pyx_string_tab[127]
-#define __pyx_n_u_count __pyx_string_tab[128]
-#define __pyx_n_u_data __pyx_string_tab[129]
-#define __pyx_n_u_deadline __pyx_string_tab[130]
-#define __pyx_n_u_end __pyx_string_tab[131]
-#define __pyx_n_u_eof __pyx_string_tab[132]
-#define __pyx_n_u_epfd __pyx_string_tab[133]
-#define __pyx_n_u_errors __pyx_string_tab[134]
-#define __pyx_n_u_eventfds __pyx_string_tab[135]
-#define __pyx_n_u_events __pyx_string_tab[136]
-#define __pyx_n_u_fd __pyx_string_tab[137]
-#define __pyx_n_u_fds __pyx_string_tab[138]
-#define __pyx_n_u_fileno __pyx_string_tab[139]
-#define __pyx_n_u_filled __pyx_string_tab[140]
-#define __pyx_n_u_first __pyx_string_tab[141]
-#define __pyx_n_u_get __pyx_string_tab[142]
-#define __pyx_n_u_grown __pyx_string_tab[143]
-#define __pyx_n_u_i __pyx_string_tab[144]
-#define __pyx_n_u_index __pyx_string_tab[145]
-#define __pyx_n_u_iov __pyx_string_tab[146]
-#define __pyx_n_u_items __pyx_string_tab[147]
-#define __pyx_n_u_ivshmem __pyx_string_tab[148]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[149]
-#define __pyx_n_u_limit __pyx_string_tab[150]
-#define __pyx_n_u_lost __pyx_string_tab[151]
-#define __pyx_n_u_messages __pyx_string_tab[152]
-#define __pyx_n_u_modify __pyx_string_tab[153]
-#define __pyx_n_u_module_2 __pyx_string_tab[154]
-#define __pyx_n_u_n __pyx_string_tab[155]
-#define __pyx_n_u_namedtuple __pyx_string_tab[156]
-#define __pyx_n_u_one __pyx_string_tab[157]
-#define __pyx_n_u_page __pyx_string_tab[158]
-#define __pyx_n_u_page_size __pyx_string_tab[159]
-#define __pyx_n_u_pages __pyx_string_tab[160]
-#define __pyx_n_u_peer __pyx_string_tab[161]
-#define __pyx_n_u_pop __pyx_string_tab[162]
-#define __pyx_n_u_populate __pyx_string_tab[163]
-#define __pyx_n_u_readonly __pyx_string_tab[164]
-#define __pyx_n_u_receive __pyx_string_tab[165]
-#define __pyx_n_u_remove __pyx_string_tab[166]
-#define __pyx_n_u_resident __pyx_string_tab[167]
-#define __pyx_n_u_rings __pyx_string_tab[168]
-#define __pyx_n_u_run __pyx_string_tab[169]
-#define __pyx_n_u_runs __pyx_string_tab[170]
-#define __pyx_n_u_seconds __pyx_string_tab[171]
-#define __pyx_n_u_seen __pyx_string_tab[172]
-#define __pyx_n_u_self __pyx_string_tab[173]
-#define __pyx_n_u_send_runs __pyx_string_tab[174]
-#define __pyx_n_u_sent __pyx_string_tab[175]
-#define __pyx_n_u_set __pyx_string_tab[176]
-#define __pyx_n_u_setdefault __pyx_string_tab[177]
-#define __pyx_n_u_signal __pyx_string_tab[178]
-#define __pyx_n_u_size __pyx_string_tab[179]
-#define __pyx_n_u_sock __pyx_string_tab[180]
-#define __pyx_n_u_spec __pyx_string_tab[181]
-#define __pyx_n_u_staticmethod __pyx_string_tab[182]
-#define __pyx_n_u_take __pyx_string_tab[183]
-#define __pyx_n_u_timeout __pyx_string_tab[184]
-#define __pyx_n_u_token __pyx_string_tab[185]
-#define __pyx_n_u_total __pyx_string_tab[186]
-#define __pyx_n_u_value __pyx_string_tab[187]
-#define __pyx_n_u_values __pyx_string_tab[188]
-#define __pyx_n_u_vector __pyx_string_tab[189]
-#define __pyx_n_u_wait __pyx_string_tab[190]
-#define __pyx_n_u_want __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[195]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[196]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[197]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[198]
-#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[199]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[200]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[201]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[202]
-#define __pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq __pyx_string_tab[203]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[204]
-#define __pyx_kp_b_iso88591_A_F_t6 __pyx_string_tab[205]
-#define __pyx_kp_b_iso88591_A_F_at_q_Kq __pyx_string_tab[206]
+#define __pyx_kp_u_is_no_eventfd __pyx_string_tab[1]
+#define __pyx_kp_u_of __pyx_string_tab[2]
+#define __pyx_kp_u_vectors __pyx_string_tab[3]
+#define __pyx_kp_u_views_release_memoryviews_and_a __pyx_string_tab[4]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
+#define __pyx_kp_u__3 __pyx_string_tab[6]
+#define __pyx_kp_u__2 __pyx_string_tab[7]
+#define __pyx_kp_u_this_endpoint_has __pyx_string_tab[8]
+#define __pyx_kp_u_ __pyx_string_tab[9]
+#define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[10]
+#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[11]
+#define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[12]
+#define __pyx_kp_u_cannot_map __pyx_string_tab[13]
+#define __pyx_kp_u_descriptor __pyx_string_tab[14]
+#define __pyx_kp_u_descriptors __pyx_string_tab[15]
+#define __pyx_kp_u_disable __pyx_string_tab[16]
+#define __pyx_kp_u_enable __pyx_string_tab[17]
+#define __pyx_kp_u_gc __pyx_string_tab[18]
+#define __pyx_kp_u_isenabled __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[21]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[22]
+#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[23]
+#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[24]
+#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[25]
+#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[26]
+#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[27]
+#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[28]
+#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[29]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[30]
+#define __pyx_kp_u_vector_2 __pyx_string_tab[31]
+#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[32]
+#define __pyx_n_u_ClosedError __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells___reduce_cython __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells___setstate_cython __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells__bells __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[40]
+#define __pyx_n_u_Doorbells__missing __pyx_string_tab[41]
+#define __pyx_n_u_Doorbells__news __pyx_string_tab[42]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[43]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[44]
+#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[45]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[46]
+#define __pyx_n_u_Doorbells__watch __pyx_string_tab[47]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[48]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[49]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[50]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[51]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[52]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[53]
+#define __pyx_n_u_Epoll __pyx_string_tab[54]
+#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[55]
+#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[56]
+#define __pyx_n_u_Epoll_add __pyx_string_tab[57]
+#define __pyx_n_u_Epoll_close __pyx_string_tab[58]
+#define __pyx_n_u_Epoll_fileno __pyx_string_tab[59]
+#define __pyx_n_u_Epoll_modify __pyx_string_tab[60]
+#define __pyx_n_u_Epoll_remove __pyx_string_tab[61]
+#define __pyx_n_u_Epoll_wait __pyx_string_tab[62]
+#define __pyx_n_u_FdArray __pyx_string_tab[63]
+#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[64]
+#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[65]
+#define __pyx_n_u_FdArray_close __pyx_string_tab[66]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[67]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[68]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[69]
+#define __pyx_n_u_Interrupt __pyx_string_tab[70]
+#define __pyx_n_u_Mapping __pyx_string_tab[71]
+#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[72]
+#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[73]
+#define __pyx_n_u_Mapping_close __pyx_string_tab[74]
+#define __pyx_n_u_Mapping_populate __pyx_string_tab[75]
+#define __pyx_n_u_Mapping_resident __pyx_string_tab[76]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[77]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[78]
+#define __pyx_n_u_Timer __pyx_string_tab[79]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[80]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[81]
+#define __pyx_n_u_Timer_close __pyx_string_tab[82]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[83]
+#define __pyx_n_u_Timer_set __pyx_string_tab[84]
+#define __pyx_n_u__4 __pyx_string_tab[85]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[86]
+#define __pyx_n_u_annotate __pyx_string_tab[87]
+#define __pyx_n_u_dict __pyx_string_tab[88]
+#define __pyx_n_u_doc __pyx_string_tab[89]
+#define __pyx_n_u_func __pyx_string_tab[90]
+#define __pyx_n_u_getstate __pyx_string_tab[91]
+#define __pyx_n_u_main __pyx_string_tab[92]
+#define __pyx_n_u_module __pyx_string_tab[93]
+#define __pyx_n_u_name __pyx_string_tab[94]
+#define __pyx_n_u_pyx_state __pyx_string_tab[95]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[96]
+#define __pyx_n_u_qualname __pyx_string_tab[97]
+#define __pyx_n_u_reduce __pyx_string_tab[98]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[99]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[100]
+#define __pyx_n_u_set_name __pyx_string_tab[101]
+#define __pyx_n_u_setstate __pyx_string_tab[102]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[103]
+#define __pyx_n_u_test __pyx_string_tab[104]
+#define __pyx_n_u_add_bell __pyx_string_tab[105]
+#define __pyx_n_u_add_vector __pyx_string_tab[106]
+#define __pyx_n_u_bells __pyx_string_tab[107]
+#define __pyx_n_u_drop_peer __pyx_string_tab[108]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[109]
+#define __pyx_n_u_missing __pyx_string_tab[110]
+#define __pyx_n_u_news __pyx_string_tab[111]
+#define __pyx_n_u_ring_self __pyx_string_tab[112]
+#define __pyx_n_u_set_queued __pyx_string_tab[113]
+#define __pyx_n_u_unwatch __pyx_string_tab[114]
+#define __pyx_n_u_wait_event __pyx_string_tab[115]
+#define __pyx_n_u_watch __pyx_string_tab[116]
+#define __pyx_n_u_add __pyx_string_tab[117]
+#define __pyx_n_u_address __pyx_string_tab[118]
+#define __pyx_n_u_advice __pyx_string_tab[119]
+#define __pyx_n_u_anything __pyx_string_tab[120]
+#define __pyx_n_u_array __pyx_string_tab[121]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[122]
+#define __pyx_n_u_bells_2 __pyx_string_tab[123]
+#define __pyx_n_u_chunks __pyx_string_tab[124]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[125]
+#define __pyx_n_u_close __pyx_string_tab[126]
+#define __pyx_n_u_code __pyx_string_tab[127]
+#define __pyx_n_u_collections __pyx_string_tab[128]
+#define __pyx_n_u_controls __pyx_string_tab[129]
+#define __pyx_n_u_count __pyx_string_tab[130]
+#define __pyx_n_u_data __pyx_string_tab[131]
+#define __pyx_n_u_deadline __pyx_string_tab[132]
+#define __pyx_n_u_end __pyx_string_tab[133]
+#define __pyx_n_u_eof __pyx_string_tab[134]
+#define __pyx_n_u_epfd __pyx_string_tab[135]
+#define __pyx_n_u_errors __pyx_string_tab[136]
+#define __pyx_n_u_eventfds __pyx_string_tab[137]
+#define __pyx_n_u_events __pyx_string_tab[138]
+#define __pyx_n_u_fd __pyx_string_tab[139]
+#define __pyx_n_u_fds __pyx_string_tab[140]
+#define __pyx_n_u_fileno __pyx_string_tab[141]
+#define __pyx_n_u_filled __pyx_string_tab[142]
+#define __pyx_n_u_first __pyx_string_tab[143]
+#define __pyx_n_u_get __pyx_string_tab[144]
+#define __pyx_n_u_grown __pyx_string_tab[145]
+#define __pyx_n_u_i __pyx_string_tab[146]
+#define __pyx_n_u_index __pyx_string_tab[147]
+#define __pyx_n_u_iov __pyx_string_tab[148]
+#define __pyx_n_u_items __pyx_string_tab[149]
+#define __pyx_n_u_ivshmem __pyx_string_tab[150]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[151]
+#define __pyx_n_u_limit __pyx_string_tab[152]
+#define __pyx_n_u_lost __pyx_string_tab[153]
+#define __pyx_n_u_messages __pyx_string_tab[154]
+#define __pyx_n_u_modify __pyx_string_tab[155]
+#define __pyx_n_u_module_2 __pyx_string_tab[156]
+#define __pyx_n_u_n __pyx_string_tab[157]
+#define __pyx_n_u_namedtuple __pyx_string_tab[158]
+#define __pyx_n_u_one __pyx_string_tab[159]
+#define __pyx_n_u_outer __pyx_string_tab[160]
+#define __pyx_n_u_page __pyx_string_tab[161]
+#define __pyx_n_u_page_size __pyx_string_tab[162]
+#define __pyx_n_u_pages __pyx_string_tab[163]
+#define __pyx_n_u_peer __pyx_string_tab[164]
+#define __pyx_n_u_pop __pyx_string_tab[165]
+#define __pyx_n_u_populate __pyx_string_tab[166]
+#define __pyx_n_u_readonly __pyx_string_tab[167]
+#define __pyx_n_u_receive __pyx_string_tab[168]
+#define __pyx_n_u_remove __pyx_string_tab[169]
+#define __pyx_n_u_resident __pyx_string_tab[170]
+#define __pyx_n_u_rings __pyx_string_tab[171]
+#define __pyx_n_u_run __pyx_string_tab[172]
+#define __pyx_n_u_runs __pyx_string_tab[173]
+#define __pyx_n_u_seconds __pyx_string_tab[174]
+#define __pyx_n_u_seen __pyx_string_tab[175]
+#define __pyx_n_u_self __pyx_string_tab[176]
+#define __pyx_n_u_send_runs __pyx_string_tab[177]
+#define __pyx_n_u_sent __pyx_string_tab[178]
+#define __pyx_n_u_set __pyx_string_tab[179]
+#define __pyx_n_u_setdefault __pyx_string_tab[180]
+#define __pyx_n_u_signal __pyx_string_tab[181]
+#define __pyx_n_u_size __pyx_string_tab[182]
+#define __pyx_n_u_sock __pyx_string_tab[183]
+#define __pyx_n_u_spec __pyx_string_tab[184]
+#define __pyx_n_u_staticmethod __pyx_string_tab[185]
+#define __pyx_n_u_take __pyx_string_tab[186]
+#define __pyx_n_u_timeout __pyx_string_tab[187]
+#define __pyx_n_u_token __pyx_string_tab[188]
+#define __pyx_n_u_total __pyx_string_tab[189]
+#define __pyx_n_u_value __pyx_string_tab[190]
+#define __pyx_n_u_values __pyx_string_tab[191]
+#define __pyx_n_u_vector __pyx_string_tab[192]
+#define __pyx_n_u_wait __pyx_string_tab[193]
+#define __pyx_n_u_want __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[199]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[200]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[201]
+#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[202]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[203]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[204]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[205]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[206]
 #define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[207]
-#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[208]
-#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[209]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[210]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[211]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[212]
-#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[213]
-#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[214]
-#define __pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L __pyx_string_tab[215]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[216]
-#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q __pyx_string_tab[217]
-#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[218]
-#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[219]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[220]
-#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[221]
-#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[222]
+#define __pyx_kp_b_iso88591_A_Kq_4wgQ_d_4_1 __pyx_string_tab[208]
+#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[209]
+#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[210]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[211]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[212]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[213]
+#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[214]
+#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[215]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L __pyx_string_tab[216]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[217]
+#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q __pyx_string_tab[218]
+#define __pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w __pyx_string_tab[219]
+#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[220]
+#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[221]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[222]
+#define __pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6 __pyx_string_tab[223]
+#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[224]
+#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[225]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -3719,7 +3725,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<41; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<223; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<226; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3760,7 +3766,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<41; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<223; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<226; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -12837,9 +12843,6 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   size_t __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12882,7 +12885,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
  *         self.own = FdArray()
- *         self.epoll = Epoll()
+ *         self.wake = FdArray.eventfds(1)
 */
   __pyx_v_self->pid = getpid();
 
@@ -12890,8 +12893,8 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
- *         self.epoll = Epoll()
- *         self.outer = Epoll()
+ *         self.wake = FdArray.eventfds(1)
+ *         self.queued = FdArray.eventfds(1)
 */
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -12910,51 +12913,9 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   /* "ivshmem/_core.pyx":639
  *         self.pid = getpid()
  *         self.own = FdArray()
- *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
- *         self.outer = Epoll()
- *         self.wake = FdArray.eventfds(1)
-*/
-  __pyx_t_2 = NULL;
-  __pyx_t_3 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 639, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_1);
-  }
-  __Pyx_GIVEREF((PyObject *)__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
-  __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":640
- *         self.own = FdArray()
- *         self.epoll = Epoll()
- *         self.outer = Epoll()             # <<<<<<<<<<<<<<
- *         self.wake = FdArray.eventfds(1)
- *         self.queued = FdArray.eventfds(1)
-*/
-  __pyx_t_2 = NULL;
-  __pyx_t_3 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 640, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_1);
-  }
-  __Pyx_GIVEREF((PyObject *)__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
-  __Pyx_DECREF_SET(__pyx_v_self->outer, ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":641
- *         self.epoll = Epoll()
- *         self.outer = Epoll()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
  *         self.queued = FdArray.eventfds(1)
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *         self.gone = False
 */
   __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray);
   __Pyx_INCREF(__pyx_t_2);
@@ -12963,21 +12924,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 641, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 639, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 641, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 639, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":642
- *         self.outer = Epoll()
+  /* "ivshmem/_core.pyx":640
+ *         self.own = FdArray()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
+ *         self.gone = False
+ * 
 */
   __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray);
   __Pyx_INCREF(__pyx_t_2);
@@ -12986,96 +12947,18 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 642, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 640, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 642, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 640, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":643
+  /* "ivshmem/_core.pyx":641
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
- *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
- *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 643, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 643, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 643, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_4, __pyx_t_5, __pyx_t_6};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 643, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":644
- *         self.queued = FdArray.eventfds(1)
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
- *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
- *         self.gone = False
-*/
-  __pyx_t_6 = ((PyObject *)__pyx_v_self->outer);
-  __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 644, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 644, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_6, __pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_4};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 644, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":645
- *         self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
- *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
- *         self.gone = False
- * 
-*/
-  __pyx_t_4 = ((PyObject *)__pyx_v_self->outer);
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 645, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 645, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_6};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 645, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":646
- *         self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
- *         self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *         self.gone = False             # <<<<<<<<<<<<<<
  * 
  *     # Overridden by subclasses.
@@ -13096,9 +12979,6 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -13107,7 +12987,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":650
+/* "ivshmem/_core.pyx":645
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -13166,7 +13046,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":651
+  /* "ivshmem/_core.pyx":646
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -13174,9 +13054,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 651, __pyx_L1_error)
+  __PYX_ERR(0, 646, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":645
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -13193,7 +13073,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":653
+/* "ivshmem/_core.pyx":648
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -13242,39 +13122,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 653, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 648, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 653, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 648, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 653, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 648, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 653, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 648, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 653, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 648, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 653, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 648, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13303,7 +13183,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":654
+  /* "ivshmem/_core.pyx":649
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -13311,9 +13191,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 654, __pyx_L1_error)
+  __PYX_ERR(0, 649, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":648
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -13330,12 +13210,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":658
+/* "ivshmem/_core.pyx":653
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+ *         self.watched = fd
 */
 
 /* Python wrapper */
@@ -13378,32 +13258,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 658, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 653, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 658, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 658, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 653, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 658, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 653, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 658, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 653, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 658, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 653, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 658, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 653, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13428,71 +13308,92 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":655
  *     def _watch(self, int fd):
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
- *         self.watched = fd
- * 
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 660, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 660, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 660, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_3, __pyx_t_4, __pyx_t_5};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (4-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 660, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":661
- *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  *         self.watched = fd             # <<<<<<<<<<<<<<
- * 
- *     def _unwatch(self):
+ *         if self.epoll is not None:
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":656
+ *         """Call `_news()` when `fd`, which is borrowed, is readable."""
+ *         self.watched = fd
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+ * 
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":657
+ *         self.watched = fd
+ *         if self.epoll is not None:
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
+ * 
+ *     def _unwatch(self):
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = 0;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_4, __pyx_t_5, __pyx_t_6};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_7, (4-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 657, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":656
+ *         """Call `_news()` when `fd`, which is borrowed, is readable."""
+ *         self.watched = fd
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":653
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+ *         self.watched = fd
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._watch", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -13501,8 +13402,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":663
- *         self.watched = fd
+/* "ivshmem/_core.pyx":659
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
@@ -13566,34 +13467,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":666
+  /* "ivshmem/_core.pyx":662
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
- *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
- *             self.epoll.remove(self.watched)
- *         self.watched = -1
+ *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
+ *             if not self.gone and getpid() == self.pid:
+ *                 self.epoll.remove(self.watched)
 */
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
   __pyx_t_2 = (__pyx_v_self->watched >= 0);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (!__pyx_v_self->gone);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (getpid() == __pyx_v_self->pid);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -13602,48 +13492,83 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":667
+    /* "ivshmem/_core.pyx":663
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
- *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
- *             self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
+ *         if self.epoll is not None and self.watched >= 0:
+ *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
+ *                 self.epoll.remove(self.watched)
+ *         self.watched = -1
+*/
+    __pyx_t_2 = (!__pyx_v_self->gone);
+
+    if (__pyx_t_2) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_2;
+
+      goto __pyx_L7_bool_binop_done;
+    }
+    __pyx_t_2 = (getpid() == __pyx_v_self->pid);
+
+
+    __pyx_t_1 = __pyx_t_2;
+
+    __pyx_L7_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_core.pyx":664
+ *         if self.epoll is not None and self.watched >= 0:
+ *             if not self.gone and getpid() == self.pid:
+ *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
  *         self.watched = -1
  * 
 */
-    __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
-    __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 667, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 667, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
+      __Pyx_INCREF(__pyx_t_4);
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 664, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+        __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 664, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":666
+      /* "ivshmem/_core.pyx":663
+ *         # A forked child shares the epoll object with its parent, and must leave it as it is.
+ *         if self.epoll is not None and self.watched >= 0:
+ *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
+ *                 self.epoll.remove(self.watched)
+ *         self.watched = -1
+*/
+    }
+
+    /* "ivshmem/_core.pyx":662
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
- *         if self.watched >= 0 and not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
- *             self.epoll.remove(self.watched)
- *         self.watched = -1
+ *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
+ *             if not self.gone and getpid() == self.pid:
+ *                 self.epoll.remove(self.watched)
 */
   }
 
-  /* "ivshmem/_core.pyx":668
- *         if self.watched >= 0 and not self.gone and getpid() == self.pid:
- *             self.epoll.remove(self.watched)
+  /* "ivshmem/_core.pyx":665
+ *             if not self.gone and getpid() == self.pid:
+ *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
  * 
  *     def _add_vector(self, int fd):
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":663
- *         self.watched = fd
+  /* "ivshmem/_core.pyx":659
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
@@ -13665,12 +13590,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":670
+/* "ivshmem/_core.pyx":667
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd` as the next vector; takes it."""
- *         self.own.take(fd)
+ *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ * 
 */
 
 /* Python wrapper */
@@ -13681,7 +13606,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector, "Listen on `fd` as the next vector; takes it.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -13713,32 +13638,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 670, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 667, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 670, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 670, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 667, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 670, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 667, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 670, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 670, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 667, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 670, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 667, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13767,23 +13692,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   size_t __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[3];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":672
- *     def _add_vector(self, int fd):
- *         """Listen on `fd` as the next vector; takes it."""
+  /* "ivshmem/_core.pyx":673
+ *             ProtocolError: it is no eventfd.
+ *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
- * 
+ *         if not _counts(fd):
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -13791,45 +13720,135 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 672, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/_core.pyx":673
- *         """Listen on `fd` as the next vector; takes it."""
- *         self.own.take(fd)
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
- * 
- *     def _add_bell(self, peer, int fd):
-*/
-  __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
-  __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 673, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 673, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 673, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_4 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_2, __pyx_t_5, __pyx_t_6};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":674
+ *         """
+ *         self.own.take(fd)
+ *         if not _counts(fd):             # <<<<<<<<<<<<<<
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         if self.epoll is not None:
+*/
+  __pyx_t_5 = (!__pyx_f_7ivshmem_5_core__counts(__pyx_v_fd));
+
+  if (unlikely(__pyx_t_5)) {
+
+
+    /* "ivshmem/_core.pyx":675
+ *         self.own.take(fd)
+ *         if not _counts(fd):
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")             # <<<<<<<<<<<<<<
+ *         if self.epoll is not None:
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 675, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 675, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
+    __pyx_t_7[1] = __pyx_t_6;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_is_no_eventfd;
+    __pyx_t_8 = 35;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
+    #endif
+    __pyx_t_9 = 0;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 675, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_4 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_2))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_2);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
+      __pyx_t_4 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_10};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 675, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 675, __pyx_L1_error)
+
+    /* "ivshmem/_core.pyx":674
+ *         """
+ *         self.own.take(fd)
+ *         if not _counts(fd):             # <<<<<<<<<<<<<<
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         if self.epoll is not None:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":676
+ *         if not _counts(fd):
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+ * 
+*/
+  __pyx_t_5 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+  if (__pyx_t_5) {
+
+
+    /* "ivshmem/_core.pyx":677
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         if self.epoll is not None:
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
+ * 
+ *     def _add_bell(self, peer, int fd):
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 677, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_3 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 677, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 677, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_10, __pyx_t_3, __pyx_t_6};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 677, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/_core.pyx":676
+ *         if not _counts(fd):
+ *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":667
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd` as the next vector; takes it."""
- *         self.own.take(fd)
+ *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ * 
 */
 
   /* function exit code */
@@ -13839,8 +13858,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._add_vector", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -13849,8 +13868,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":675
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+/* "ivshmem/_core.pyx":679
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
@@ -13898,39 +13917,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 675, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 679, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 675, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 675, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 675, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 679, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 675, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 679, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 675, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 679, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 675, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 679, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 675, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 679, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 675, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 679, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13966,7 +13985,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":677
+  /* "ivshmem/_core.pyx":681
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -13975,15 +13994,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 677, __pyx_L1_error)
+    __PYX_ERR(0, 681, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 677, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 677, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 681, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":682
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -13994,7 +14013,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":679
+    /* "ivshmem/_core.pyx":683
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -14007,19 +14026,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 679, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 683, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 679, __pyx_L1_error)
+      __PYX_ERR(0, 683, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 679, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 683, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":678
+    /* "ivshmem/_core.pyx":682
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -14028,7 +14047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":680
+  /* "ivshmem/_core.pyx":684
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -14037,7 +14056,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 680, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -14045,13 +14064,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 680, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 684, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":675
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+  /* "ivshmem/_core.pyx":679
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
@@ -14074,7 +14093,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":682
+/* "ivshmem/_core.pyx":686
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -14122,32 +14141,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 682, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 686, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 682, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 682, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 686, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 682, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 686, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 682, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 682, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 686, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14177,7 +14196,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":684
+  /* "ivshmem/_core.pyx":688
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -14188,12 +14207,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 684, __pyx_L1_error)
+    __PYX_ERR(0, 688, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 684, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 688, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":682
+  /* "ivshmem/_core.pyx":686
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -14214,7 +14233,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":686
+/* "ivshmem/_core.pyx":690
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -14262,32 +14281,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 686, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 690, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 690, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 686, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 690, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 686, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 690, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 686, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 690, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 686, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 690, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14320,7 +14339,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":688
+  /* "ivshmem/_core.pyx":692
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -14329,15 +14348,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 688, __pyx_L1_error)
+    __PYX_ERR(0, 692, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 688, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 688, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 692, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":689
+  /* "ivshmem/_core.pyx":693
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -14349,7 +14368,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 689, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -14366,7 +14385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":690
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -14387,7 +14406,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":691
+/* "ivshmem/_core.pyx":695
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -14435,32 +14454,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 691, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 695, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 691, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 695, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 691, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 695, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 691, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 695, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 691, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 695, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 691, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 695, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14494,7 +14513,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":693
+  /* "ivshmem/_core.pyx":697
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -14503,15 +14522,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 693, __pyx_L1_error)
+    __PYX_ERR(0, 697, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 693, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 697, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 693, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 697, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":694
+  /* "ivshmem/_core.pyx":698
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -14522,7 +14541,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":695
+    /* "ivshmem/_core.pyx":699
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -14536,12 +14555,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 699, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":694
+    /* "ivshmem/_core.pyx":698
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -14550,7 +14569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":695
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -14573,7 +14592,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":697
+/* "ivshmem/_core.pyx":701
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14605,14 +14624,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":700
+  /* "ivshmem/_core.pyx":704
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 704, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -14625,7 +14644,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":697
+  /* "ivshmem/_core.pyx":701
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14644,7 +14663,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":702
+/* "ivshmem/_core.pyx":706
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14676,14 +14695,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":709
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 705, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 709, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -14696,7 +14715,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":702
+  /* "ivshmem/_core.pyx":706
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14715,7 +14734,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":707
+/* "ivshmem/_core.pyx":711
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -14735,7 +14754,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":712
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14744,7 +14763,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":709
+    /* "ivshmem/_core.pyx":713
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -14752,7 +14771,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 709, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 713, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14771,14 +14790,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 709, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 713, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 709, __pyx_L1_error)
+    __PYX_ERR(0, 713, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":708
+    /* "ivshmem/_core.pyx":712
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14787,7 +14806,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":710
+  /* "ivshmem/_core.pyx":714
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14800,7 +14819,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":711
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -14821,7 +14840,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":712
+/* "ivshmem/_core.pyx":716
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -14869,32 +14888,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 712, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 716, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 716, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 712, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 716, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 712, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 716, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 716, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 712, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 716, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 712, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 716, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14928,7 +14947,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":714
+  /* "ivshmem/_core.pyx":718
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -14937,7 +14956,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":719
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14946,7 +14965,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":716
+    /* "ivshmem/_core.pyx":720
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -14963,7 +14982,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":715
+    /* "ivshmem/_core.pyx":719
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -14972,7 +14991,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":717
+  /* "ivshmem/_core.pyx":721
  *         if self.gone:
  *             return
  *         if not anything:             # <<<<<<<<<<<<<<
@@ -14984,17 +15003,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":718
+    /* "ivshmem/_core.pyx":722
  *             return
  *         if not anything:
  *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
  *             _fail()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 718, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 722, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":721
  *         if self.gone:
  *             return
  *         if not anything:             # <<<<<<<<<<<<<<
@@ -15004,7 +15023,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":719
+  /* "ivshmem/_core.pyx":723
  *         if not anything:
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
@@ -15016,17 +15035,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":720
+    /* "ivshmem/_core.pyx":724
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 720, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 724, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":719
+    /* "ivshmem/_core.pyx":723
  *         if not anything:
  *             _take(self.queued.fds[0])
  *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
@@ -15036,7 +15055,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":716
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -15057,12 +15076,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":722
+/* "ivshmem/_core.pyx":726
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
- *         self.check()
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ * 
 */
 
 /* Python wrapper */
@@ -15073,7 +15092,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22fileno};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -15109,66 +15128,423 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_outer = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":724
- *     def fileno(self):
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
+  /* "ivshmem/_core.pyx":734
+ *         """
+ *         cdef Epoll outer
  *         self.check()             # <<<<<<<<<<<<<<
+ *         if self.outer is None:
+ *             outer = Epoll()
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 734, __pyx_L1_error)
+
+
+  /* "ivshmem/_core.pyx":735
+ *         cdef Epoll outer
+ *         self.check()
+ *         if self.outer is None:             # <<<<<<<<<<<<<<
+ *             outer = Epoll()
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)
+*/
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->outer) == Py_None);
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_core.pyx":736
+ *         self.check()
+ *         if self.outer is None:
+ *             outer = Epoll()             # <<<<<<<<<<<<<<
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)
+ *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
+      __Pyx_GOTREF((PyObject *)__pyx_t_3);
+    }
+    __pyx_v_outer = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_3);
+    __pyx_t_3 = 0;
+
+    /* "ivshmem/_core.pyx":737
+ *         if self.outer is None:
+ *             outer = Epoll()
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
+ *             self.outer = outer
+*/
+    __pyx_t_4 = ((PyObject *)__pyx_v_outer);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_t_7, __pyx_mstate_global->__pyx_int_0, __pyx_t_6};
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 737, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+    /* "ivshmem/_core.pyx":738
+ *             outer = Epoll()
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)
+ *             outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             self.outer = outer
+ *         return self.outer.epfd
+*/
+    __pyx_t_6 = ((PyObject *)__pyx_v_outer);
+    __Pyx_INCREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_6, __pyx_t_7, __pyx_mstate_global->__pyx_int_0, __pyx_t_4};
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 738, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+    /* "ivshmem/_core.pyx":739
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)
+ *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
+ *             self.outer = outer             # <<<<<<<<<<<<<<
  *         return self.outer.epfd
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 724, __pyx_L1_error)
+    __Pyx_INCREF((PyObject *)__pyx_v_outer);
+    __Pyx_GIVEREF((PyObject *)__pyx_v_outer);
+    __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
+    __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-
-  /* "ivshmem/_core.pyx":725
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
+    /* "ivshmem/_core.pyx":735
+ *         cdef Epoll outer
  *         self.check()
+ *         if self.outer is None:             # <<<<<<<<<<<<<<
+ *             outer = Epoll()
+ *             outer.add(self.anything().epfd, 0, _EPOLLIN)
+*/
+  }
+
+  /* "ivshmem/_core.pyx":740
+ *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
+ *             self.outer = outer
  *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
- *     @cython.binding(False)
+ *     cdef Epoll anything(self):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_2 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":726
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
- *         self.check()
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_outer);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":727
+/* "ivshmem/_core.pyx":742
  *         return self.outer.epfd
+ * 
+ *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
+ *         """What waiting for any vector sleeps on: the vectors, news, wake.
+ * 
+*/
+
+static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_anything(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_epoll = 0;
+  Py_ssize_t __pyx_v_i;
+  struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  Py_ssize_t __pyx_t_8;
+  Py_ssize_t __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("anything", 0);
+
+  /* "ivshmem/_core.pyx":750
+ *         cdef Epoll epoll
+ *         cdef Py_ssize_t i
+ *         if self.epoll is None:             # <<<<<<<<<<<<<<
+ *             epoll = Epoll()
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->epoll) == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":751
+ *         cdef Py_ssize_t i
+ *         if self.epoll is None:
+ *             epoll = Epoll()             # <<<<<<<<<<<<<<
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *             for i in range(self.own.count):
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 751, __pyx_L1_error)
+      __Pyx_GOTREF((PyObject *)__pyx_t_2);
+    }
+    __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_2);
+    __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":752
+ *         if self.epoll is None:
+ *             epoll = Epoll()
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             for i in range(self.own.count):
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_5, __pyx_t_6, __pyx_t_7};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 752, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":753
+ *             epoll = Epoll()
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *             for i in range(self.own.count):             # <<<<<<<<<<<<<<
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             if self.watched >= 0:
+*/
+
+    __pyx_t_8 = __pyx_v_self->own->count;
+    __pyx_t_9 = __pyx_t_8;
+
+    for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
+      __pyx_v_i = __pyx_t_10;
+
+      /* "ivshmem/_core.pyx":754
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+ *             for i in range(self.own.count):
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             if self.watched >= 0:
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+*/
+      __pyx_t_7 = ((PyObject *)__pyx_v_epoll);
+      __Pyx_INCREF(__pyx_t_7);
+      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_4 = 0;
+      {
+        PyObject *__pyx_callargs[4] = {__pyx_t_7, __pyx_t_6, __pyx_t_5, __pyx_t_3};
+        __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 754, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
+      }
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    }
+
+
+    /* "ivshmem/_core.pyx":755
+ *             for i in range(self.own.count):
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             if self.watched >= 0:             # <<<<<<<<<<<<<<
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+ *             self.epoll = epoll
+*/
+    __pyx_t_1 = (__pyx_v_self->watched >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_core.pyx":756
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             if self.watched >= 0:
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             self.epoll = epoll
+ *         return self.epoll
+*/
+      __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
+      __Pyx_INCREF(__pyx_t_3);
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_4 = 0;
+      {
+        PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_5, __pyx_t_6, __pyx_t_7};
+        __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 756, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
+      }
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+      /* "ivshmem/_core.pyx":755
+ *             for i in range(self.own.count):
+ *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             if self.watched >= 0:             # <<<<<<<<<<<<<<
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+ *             self.epoll = epoll
+*/
+    }
+
+    /* "ivshmem/_core.pyx":757
+ *             if self.watched >= 0:
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+ *             self.epoll = epoll             # <<<<<<<<<<<<<<
+ *         return self.epoll
+ * 
+*/
+    __Pyx_INCREF((PyObject *)__pyx_v_epoll);
+    __Pyx_GIVEREF((PyObject *)__pyx_v_epoll);
+    __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
+    __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
+
+    /* "ivshmem/_core.pyx":750
+ *         cdef Epoll epoll
+ *         cdef Py_ssize_t i
+ *         if self.epoll is None:             # <<<<<<<<<<<<<<
+ *             epoll = Epoll()
+ *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+*/
+  }
+
+  /* "ivshmem/_core.pyx":758
+ *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+ *             self.epoll = epoll
+ *         return self.epoll             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.binding(False)
+*/
+  {
+    struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_self->epoll);
+      __pyx_r = __pyx_v_self->epoll;
+    }
+    __Pyx_XDECREF((PyObject *)__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":742
+ *         return self.outer.epfd
+ * 
+ *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
+ *         """What waiting for any vector sleeps on: the vectors, news, wake.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.anything", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_epoll);
+
+  __Pyx_XGIVEREF((PyObject *)__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":760
+ *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self, peer, Py_ssize_t vector=0):
@@ -15215,48 +15591,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 727, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 760, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 727, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 760, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 760, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 727, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 760, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 727, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 760, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 727, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 760, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 760, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 728, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 761, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 727, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 760, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15307,7 +15683,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":744
+  /* "ivshmem/_core.pyx":777
  *         cdef PyObject *found
  *         cdef int fd, code
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -15316,7 +15692,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":746
+  /* "ivshmem/_core.pyx":779
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -15325,17 +15701,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":747
+    /* "ivshmem/_core.pyx":780
  *         cdef ssize_t n
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 747, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 780, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":748
+    /* "ivshmem/_core.pyx":781
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -15347,7 +15723,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_2, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":749
+    /* "ivshmem/_core.pyx":782
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15359,7 +15735,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":750
+      /* "ivshmem/_core.pyx":783
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -15371,7 +15747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":751
+      /* "ivshmem/_core.pyx":784
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15385,7 +15761,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":752
+        /* "ivshmem/_core.pyx":785
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -15394,7 +15770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":751
+        /* "ivshmem/_core.pyx":784
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15403,7 +15779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":749
+      /* "ivshmem/_core.pyx":782
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15412,7 +15788,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":753
+    /* "ivshmem/_core.pyx":786
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -15421,7 +15797,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 753, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 786, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -15429,35 +15805,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 753, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 786, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":754
+  /* "ivshmem/_core.pyx":787
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 754, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 787, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":755
+  /* "ivshmem/_core.pyx":788
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 755, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 755, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 788, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 788, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":756
+  /* "ivshmem/_core.pyx":789
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -15466,7 +15842,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":757
+    /* "ivshmem/_core.pyx":790
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -15475,7 +15851,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":758
+      /* "ivshmem/_core.pyx":791
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15488,7 +15864,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":759
+            /* "ivshmem/_core.pyx":792
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -15497,7 +15873,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":760
+            /* "ivshmem/_core.pyx":793
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -15507,7 +15883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":758
+          /* "ivshmem/_core.pyx":791
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15524,7 +15900,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":761
+      /* "ivshmem/_core.pyx":794
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15550,7 +15926,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":762
+        /* "ivshmem/_core.pyx":795
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -15567,7 +15943,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
         }
         goto __pyx_L7_return;
 
-        /* "ivshmem/_core.pyx":761
+        /* "ivshmem/_core.pyx":794
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15576,7 +15952,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":763
+      /* "ivshmem/_core.pyx":796
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15588,17 +15964,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":764
+        /* "ivshmem/_core.pyx":797
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 764, __pyx_L8_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 797, __pyx_L8_error)
 
 
-        /* "ivshmem/_core.pyx":763
+        /* "ivshmem/_core.pyx":796
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15607,19 +15983,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":765
+      /* "ivshmem/_core.pyx":798
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L8_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L8_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":767
+  /* "ivshmem/_core.pyx":800
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -15628,7 +16004,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L9;
     }
@@ -15650,7 +16026,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_15);
       __pyx_t_1 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L22_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L22_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_13);
@@ -15678,7 +16054,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L7_return: {
       __pyx_t_15 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 767, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_15;
       __pyx_t_15 = 0;
@@ -15687,8 +16063,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L9:;
   }
 
-  /* "ivshmem/_core.pyx":727
- *         return self.outer.epfd
+  /* "ivshmem/_core.pyx":760
+ *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def ring(self, peer, Py_ssize_t vector=0):
@@ -15716,7 +16092,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":769
+/* "ivshmem/_core.pyx":802
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15764,24 +16140,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 769, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 802, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 769, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 769, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 769, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 802, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":770
+      /* "ivshmem/_core.pyx":803
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -15794,11 +16170,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 769, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 769, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15811,7 +16187,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 769, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 802, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15824,7 +16200,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":769
+  /* "ivshmem/_core.pyx":802
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15865,17 +16241,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":788
+  /* "ivshmem/_core.pyx":821
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 821, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":789
+  /* "ivshmem/_core.pyx":822
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -15886,15 +16262,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":790
+    /* "ivshmem/_core.pyx":823
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 790, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 790, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 823, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 823, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -15908,7 +16284,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":789
+    /* "ivshmem/_core.pyx":822
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -15917,17 +16293,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":791
+  /* "ivshmem/_core.pyx":824
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 791, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 824, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":792
+  /* "ivshmem/_core.pyx":825
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -15944,7 +16320,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":793
+    /* "ivshmem/_core.pyx":826
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -15952,11 +16328,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 793, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 826, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 793, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 826, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 793, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 826, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -15969,7 +16345,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 793, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 826, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -15991,14 +16367,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 793, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 826, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 793, __pyx_L1_error)
+    __PYX_ERR(0, 826, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":792
+    /* "ivshmem/_core.pyx":825
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -16007,17 +16383,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":794
+  /* "ivshmem/_core.pyx":827
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 794, __pyx_L1_error)
+  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 827, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":795
+  /* "ivshmem/_core.pyx":828
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -16029,14 +16405,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":796
+    /* "ivshmem/_core.pyx":829
  *         count = _take(self.own.fds[index])
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 796, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 829, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -16049,7 +16425,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":795
+    /* "ivshmem/_core.pyx":828
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -16058,17 +16434,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":797
+  /* "ivshmem/_core.pyx":830
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 830, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":798
+  /* "ivshmem/_core.pyx":831
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -16080,7 +16456,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":799
+    /* "ivshmem/_core.pyx":832
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -16098,7 +16474,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":798
+    /* "ivshmem/_core.pyx":831
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -16107,14 +16483,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":800
+  /* "ivshmem/_core.pyx":833
  *         if deadline == 0:
  *             return 0
  *         return self.wait_one(self.own.fds[index], deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 800, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 833, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -16127,7 +16503,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":769
+  /* "ivshmem/_core.pyx":802
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16154,7 +16530,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":802
+/* "ivshmem/_core.pyx":835
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -16196,7 +16572,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":808
+  /* "ivshmem/_core.pyx":841
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = fd             # <<<<<<<<<<<<<<
@@ -16205,7 +16581,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":809
+  /* "ivshmem/_core.pyx":842
  *         cdef int n, code
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16214,7 +16590,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":810
+  /* "ivshmem/_core.pyx":843
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16224,7 +16600,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[0]).events = POLLIN;
   (__pyx_v_fds[1]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":844
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -16233,7 +16609,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":812
+  /* "ivshmem/_core.pyx":845
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -16242,7 +16618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":813
+    /* "ivshmem/_core.pyx":846
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -16251,7 +16627,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":814
+      /* "ivshmem/_core.pyx":847
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16263,7 +16639,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":815
+        /* "ivshmem/_core.pyx":848
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -16287,7 +16663,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_4;
 
 
-        /* "ivshmem/_core.pyx":816
+        /* "ivshmem/_core.pyx":849
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -16296,7 +16672,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":817
+        /* "ivshmem/_core.pyx":850
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -16305,7 +16681,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":814
+        /* "ivshmem/_core.pyx":847
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16314,7 +16690,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":818
+      /* "ivshmem/_core.pyx":851
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16327,7 +16703,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":819
+            /* "ivshmem/_core.pyx":852
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)             # <<<<<<<<<<<<<<
@@ -16347,7 +16723,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_n = ppoll(__pyx_v_fds, 2, __pyx_t_5, NULL);
 
 
-            /* "ivshmem/_core.pyx":820
+            /* "ivshmem/_core.pyx":853
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -16357,7 +16733,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":818
+          /* "ivshmem/_core.pyx":851
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16374,7 +16750,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":821
+      /* "ivshmem/_core.pyx":854
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16383,7 +16759,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":822
+        /* "ivshmem/_core.pyx":855
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -16391,7 +16767,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 822, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 855, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -16410,14 +16786,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 822, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 855, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_Raise(__pyx_t_6, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 822, __pyx_L4_error)
+        __PYX_ERR(0, 855, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":821
+        /* "ivshmem/_core.pyx":854
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16426,7 +16802,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":823
+      /* "ivshmem/_core.pyx":856
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16438,7 +16814,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":824
+        /* "ivshmem/_core.pyx":857
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16450,17 +16826,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_core.pyx":825
+          /* "ivshmem/_core.pyx":858
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 825, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 858, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":824
+          /* "ivshmem/_core.pyx":857
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16469,17 +16845,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":826
+        /* "ivshmem/_core.pyx":859
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 826, __pyx_L4_error)
+        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":827
+        /* "ivshmem/_core.pyx":860
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -16488,7 +16864,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":823
+        /* "ivshmem/_core.pyx":856
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16497,7 +16873,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":828
+      /* "ivshmem/_core.pyx":861
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16509,7 +16885,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":829
+        /* "ivshmem/_core.pyx":862
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -16527,7 +16903,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":828
+        /* "ivshmem/_core.pyx":861
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16536,17 +16912,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":830
+      /* "ivshmem/_core.pyx":863
  *                 if n == 0:
  *                     return 0
  *                 count = _take(fd)             # <<<<<<<<<<<<<<
  *                 if count:
  *                     return count
 */
-      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 830, __pyx_L4_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 863, __pyx_L4_error)
       __pyx_v_count = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":831
+      /* "ivshmem/_core.pyx":864
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16558,14 +16934,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":832
+        /* "ivshmem/_core.pyx":865
  *                 count = _take(fd)
  *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
 */
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 832, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 865, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         {
           PyObject *__pyx_temp;
@@ -16578,7 +16954,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_6 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":831
+        /* "ivshmem/_core.pyx":864
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16587,17 +16963,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":834
+      /* "ivshmem/_core.pyx":867
  *                     return count
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0
 */
-      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 834, __pyx_L4_error)
+      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 867, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":835
+      /* "ivshmem/_core.pyx":868
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16623,7 +16999,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":836
+        /* "ivshmem/_core.pyx":869
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -16641,7 +17017,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":835
+        /* "ivshmem/_core.pyx":868
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16653,7 +17029,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":838
+  /* "ivshmem/_core.pyx":871
  *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -16708,7 +17084,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":835
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -16737,7 +17113,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":840
+/* "ivshmem/_core.pyx":873
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16785,24 +17161,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 840, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 873, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 840, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 840, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 873, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 840, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16813,7 +17189,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 840, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 873, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16845,25 +17221,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":842
+  /* "ivshmem/_core.pyx":875
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 842, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 875, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":843
+  /* "ivshmem/_core.pyx":876
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 843, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 843, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 876, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 876, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -16877,7 +17253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":873
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16896,7 +17272,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":845
+/* "ivshmem/_core.pyx":878
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -16907,12 +17283,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int64_t __pyx_v_deadline, int __pyx_v_for_news) {
   struct epoll_event __pyx_v_event;
   int __pyx_v_rounds;
+  int __pyx_v_epfd;
   uint64_t __pyx_v_count;
   int __pyx_v_n;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
@@ -16935,16 +17312,30 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __Pyx_RefNannySetupContext("wait_any", 0);
 
 
-  /* "ivshmem/_core.pyx":847
+  /* "ivshmem/_core.pyx":880
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
  *         cdef epoll_event event
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
+ *         cdef int epfd = self.anything().epfd
  *         cdef uint64_t count
- *         cdef int n
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":850
+  /* "ivshmem/_core.pyx":881
+ *         cdef epoll_event event
+ *         cdef int rounds = 0
+ *         cdef int epfd = self.anything().epfd             # <<<<<<<<<<<<<<
+ *         cdef uint64_t count
+ *         cdef int n
+*/
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 881, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1)->epfd;
+
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_epfd = __pyx_t_2;
+
+  /* "ivshmem/_core.pyx":884
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -16953,52 +17344,52 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":851
+  /* "ivshmem/_core.pyx":885
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
  *             while True:
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":852
+    /* "ivshmem/_core.pyx":886
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":853
+      /* "ivshmem/_core.pyx":887
  *         try:
  *             while True:
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_self->epoll->epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 853, __pyx_L4_error)
-      __pyx_v_n = __pyx_t_1;
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 887, __pyx_L4_error)
+      __pyx_v_n = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":854
+      /* "ivshmem/_core.pyx":888
  *             while True:
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":855
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+        /* "ivshmem/_core.pyx":889
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
  *                 if n < 0:
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 855, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 889, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -17014,26 +17405,26 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         #endif
         {
           PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_endpoint_was_closed_while_wa};
-          __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_2);
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 889, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_1);
         }
-        __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __PYX_ERR(0, 855, __pyx_L4_error)
+        __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __PYX_ERR(0, 889, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":854
+        /* "ivshmem/_core.pyx":888
  *             while True:
- *                 n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+ *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
 */
       }
 
-      /* "ivshmem/_core.pyx":856
+      /* "ivshmem/_core.pyx":890
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -17045,7 +17436,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":857
+        /* "ivshmem/_core.pyx":891
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -17054,7 +17445,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":856
+        /* "ivshmem/_core.pyx":890
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -17063,7 +17454,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":858
+      /* "ivshmem/_core.pyx":892
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17075,7 +17466,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":859
+        /* "ivshmem/_core.pyx":893
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17092,7 +17483,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":858
+        /* "ivshmem/_core.pyx":892
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17101,7 +17492,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":860
+      /* "ivshmem/_core.pyx":894
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17113,7 +17504,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":861
+        /* "ivshmem/_core.pyx":895
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -17125,14 +17516,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_5 = 0;
         {
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 861, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_2);
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 895, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_1);
         }
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":862
+        /* "ivshmem/_core.pyx":896
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -17141,7 +17532,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":863
+          /* "ivshmem/_core.pyx":897
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -17159,7 +17550,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":862
+          /* "ivshmem/_core.pyx":896
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -17168,7 +17559,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":860
+        /* "ivshmem/_core.pyx":894
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17178,7 +17569,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":864
+      /* "ivshmem/_core.pyx":898
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17190,17 +17581,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":865
+        /* "ivshmem/_core.pyx":899
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 865, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 899, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":866
+        /* "ivshmem/_core.pyx":900
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -17212,7 +17603,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":867
+          /* "ivshmem/_core.pyx":901
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -17220,11 +17611,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 867, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 901, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 867, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 901, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 867, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 901, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -17240,26 +17631,26 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           #endif
           {
             PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_t_8, __pyx_t_9};
-            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 867, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_2);
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 901, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_1);
           }
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_2;
+              __pyx_r = __pyx_t_1;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_2 = 0;
+          __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":866
+          /* "ivshmem/_core.pyx":900
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -17268,7 +17659,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":864
+        /* "ivshmem/_core.pyx":898
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17278,17 +17669,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":869
+      /* "ivshmem/_core.pyx":903
  *                         return Interrupt(event.data.u64, count)
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 869, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 903, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":870
+      /* "ivshmem/_core.pyx":904
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17324,7 +17715,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":871
+        /* "ivshmem/_core.pyx":905
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0             # <<<<<<<<<<<<<<
@@ -17333,7 +17724,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_deadline = 0;
 
-        /* "ivshmem/_core.pyx":870
+        /* "ivshmem/_core.pyx":904
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17343,7 +17734,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":872
+      /* "ivshmem/_core.pyx":906
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17355,7 +17746,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":873
+        /* "ivshmem/_core.pyx":907
  *                     deadline = 0
  *                 elif deadline == 0:
  *                     rounds += 1             # <<<<<<<<<<<<<<
@@ -17364,7 +17755,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-        /* "ivshmem/_core.pyx":874
+        /* "ivshmem/_core.pyx":908
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17376,7 +17767,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":875
+          /* "ivshmem/_core.pyx":909
  *                     rounds += 1
  *                     if rounds == BATCH:
  *                         return None             # <<<<<<<<<<<<<<
@@ -17393,7 +17784,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":874
+          /* "ivshmem/_core.pyx":908
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17402,7 +17793,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":872
+        /* "ivshmem/_core.pyx":906
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17415,7 +17806,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":877
+  /* "ivshmem/_core.pyx":911
  *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17432,7 +17823,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
       __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -17445,7 +17836,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       __Pyx_XGOTREF(__pyx_t_16);
       __Pyx_XGOTREF(__pyx_t_17);
       __Pyx_XGOTREF(__pyx_t_18);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+      __pyx_t_2 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
       }
@@ -17458,7 +17849,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       __Pyx_XGIVEREF(__pyx_t_15);
       __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
       __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
       goto __pyx_L1_error;
     }
     __pyx_L3_return: {
@@ -17472,7 +17863,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":845
+  /* "ivshmem/_core.pyx":878
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -17484,7 +17875,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_8);
@@ -17497,12 +17888,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
 
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":879
+/* "ivshmem/_core.pyx":913
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17514,7 +17906,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":881
+  /* "ivshmem/_core.pyx":915
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -17523,7 +17915,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":882
+  /* "ivshmem/_core.pyx":916
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17545,7 +17937,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":883
+    /* "ivshmem/_core.pyx":917
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -17554,7 +17946,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":882
+    /* "ivshmem/_core.pyx":916
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17563,7 +17955,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":879
+  /* "ivshmem/_core.pyx":913
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17575,7 +17967,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":885
+/* "ivshmem/_core.pyx":919
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17588,12 +17980,13 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   size_t __pyx_t_3;
+  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":886
+  /* "ivshmem/_core.pyx":920
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -17607,17 +18000,17 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 886, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 920, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":887
+  /* "ivshmem/_core.pyx":921
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
  *         self.queued.close()
- *         self.outer.close()
+ *         if self.outer is not None:
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->wake);
   __Pyx_INCREF(__pyx_t_2);
@@ -17626,17 +18019,17 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 887, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 921, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":888
+  /* "ivshmem/_core.pyx":922
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
- *         self.outer.close()
- *         self.epoll.close()
+ *         if self.outer is not None:
+ *             self.outer.close()
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->queued);
   __Pyx_INCREF(__pyx_t_2);
@@ -17645,50 +18038,90 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 888, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 922, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":889
+  /* "ivshmem/_core.pyx":923
  *         self.wake.close()
  *         self.queued.close()
- *         self.outer.close()             # <<<<<<<<<<<<<<
- *         self.epoll.close()
+ *         if self.outer is not None:             # <<<<<<<<<<<<<<
+ *             self.outer.close()
+ *         if self.epoll is not None:
+*/
+  __pyx_t_4 = (((PyObject *)__pyx_v_self->outer) != Py_None);
+  if (__pyx_t_4) {
+
+
+    /* "ivshmem/_core.pyx":924
+ *         self.queued.close()
+ *         if self.outer is not None:
+ *             self.outer.close()             # <<<<<<<<<<<<<<
+ *         if self.epoll is not None:
+ *             self.epoll.close()
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->outer);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 924, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/_core.pyx":923
+ *         self.wake.close()
+ *         self.queued.close()
+ *         if self.outer is not None:             # <<<<<<<<<<<<<<
+ *             self.outer.close()
+ *         if self.epoll is not None:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":925
+ *         if self.outer is not None:
+ *             self.outer.close()
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.close()
  * 
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->outer);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 889, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_4 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+  if (__pyx_t_4) {
 
-  /* "ivshmem/_core.pyx":890
- *         self.queued.close()
- *         self.outer.close()
- *         self.epoll.close()             # <<<<<<<<<<<<<<
+
+    /* "ivshmem/_core.pyx":926
+ *             self.outer.close()
+ *         if self.epoll is not None:
+ *             self.epoll.close()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 890, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 926, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":885
+    /* "ivshmem/_core.pyx":925
+ *         if self.outer is not None:
+ *             self.outer.close()
+ *         if self.epoll is not None:             # <<<<<<<<<<<<<<
+ *             self.epoll.close()
+ * 
+*/
+  }
+
+  /* "ivshmem/_core.pyx":919
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17707,8 +18140,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":892
- *         self.epoll.close()
+/* "ivshmem/_core.pyx":928
+ *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
@@ -17779,7 +18212,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":894
+  /* "ivshmem/_core.pyx":930
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -17788,7 +18221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":895
+  /* "ivshmem/_core.pyx":931
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -17797,7 +18230,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":896
+    /* "ivshmem/_core.pyx":932
  *         cdef uint64_t one = 1
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -17814,7 +18247,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":895
+    /* "ivshmem/_core.pyx":931
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -17823,7 +18256,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":897
+  /* "ivshmem/_core.pyx":933
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -17837,12 +18270,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 897, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 933, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":898
+  /* "ivshmem/_core.pyx":934
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -17851,7 +18284,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":899
+  /* "ivshmem/_core.pyx":935
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -17861,9 +18294,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 899, __pyx_L1_error)
+    __PYX_ERR(0, 935, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 899, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 935, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -17871,12 +18304,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 899, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 935, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":900
+    /* "ivshmem/_core.pyx":936
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -17887,7 +18320,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":901
+      /* "ivshmem/_core.pyx":937
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -17901,12 +18334,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 901, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 937, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":900
+      /* "ivshmem/_core.pyx":936
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -17917,7 +18350,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":902
+  /* "ivshmem/_core.pyx":938
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -17926,12 +18359,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 902, __pyx_L1_error)
+    __PYX_ERR(0, 938, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 938, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":904
+  /* "ivshmem/_core.pyx":940
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17957,7 +18390,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":905
+    /* "ivshmem/_core.pyx":941
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             c_write(self.wake.fds[0], &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -17966,7 +18399,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
     (void)(write((__pyx_v_self->wake->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))));
 
-    /* "ivshmem/_core.pyx":904
+    /* "ivshmem/_core.pyx":940
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17976,7 +18409,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":907
+  /* "ivshmem/_core.pyx":943
  *             c_write(self.wake.fds[0], &one, sizeof(one))
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -17988,8 +18421,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":892
- *         self.epoll.close()
+  /* "ivshmem/_core.pyx":928
+ *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
@@ -18219,7 +18652,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":910
+/* "ivshmem/_core.pyx":946
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18244,7 +18677,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":952
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -18253,7 +18686,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":919
+  /* "ivshmem/_core.pyx":955
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -18262,7 +18695,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":920
+  /* "ivshmem/_core.pyx":956
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -18271,7 +18704,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":921
+  /* "ivshmem/_core.pyx":957
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -18280,7 +18713,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":922
+    /* "ivshmem/_core.pyx":958
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -18289,7 +18722,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":923
+    /* "ivshmem/_core.pyx":959
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18301,7 +18734,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":924
+      /* "ivshmem/_core.pyx":960
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
@@ -18314,7 +18747,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":923
+      /* "ivshmem/_core.pyx":959
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18323,7 +18756,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":961
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18335,7 +18768,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":962
  *             return count
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -18343,7 +18776,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
  *             return 0
 */
       __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 926, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 962, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_5 = 1;
       {
@@ -18351,14 +18784,14 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 926, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 962, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 926, __pyx_L1_error)
+      __PYX_ERR(0, 962, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":925
+      /* "ivshmem/_core.pyx":961
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18367,7 +18800,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":927
+    /* "ivshmem/_core.pyx":963
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18379,7 +18812,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":928
+      /* "ivshmem/_core.pyx":964
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -18392,7 +18825,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":927
+      /* "ivshmem/_core.pyx":963
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18401,35 +18834,39 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":929
+    /* "ivshmem/_core.pyx":965
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
  *             _fail()
+ * 
 */
     __pyx_t_1 = (errno != EINTR);
 
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":930
+      /* "ivshmem/_core.pyx":966
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
+ * 
+ * 
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 930, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 966, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":929
+      /* "ivshmem/_core.pyx":965
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
  *             _fail()
+ * 
 */
     }
   }
 
-  /* "ivshmem/_core.pyx":910
+  /* "ivshmem/_core.pyx":946
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18452,6 +18889,80 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 
 
   __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":969
+ * 
+ * 
+ * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
+ *     """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
+ *     cdef char data[7]
+*/
+
+static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
+  char __pyx_v_data[7];
+  struct iovec __pyx_v_iov;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/_core.pyx":973
+ *     cdef char data[7]
+ *     cdef iovec iov
+ *     iov.iov_base = data             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(data)
+ *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
+*/
+  __pyx_v_iov.iov_base = __pyx_v_data;
+
+  /* "ivshmem/_core.pyx":974
+ *     cdef iovec iov
+ *     iov.iov_base = data
+ *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
+ *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
+
+  /* "ivshmem/_core.pyx":975
+ *     iov.iov_base = data
+ *     iov.iov_len = sizeof(data)
+ *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
+*/
+  __pyx_t_2 = (preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT) < 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EINVAL);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L3_bool_binop_done:;
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":969
+ * 
+ * 
+ * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
+ *     """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
+ *     cdef char data[7]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
@@ -19748,6 +20259,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   /*--- Exttype __pyx_obj_7ivshmem_5_core_Doorbells ---*/
   __pyx_vtabptr_7ivshmem_5_core_Doorbells = &__pyx_vtable_7ivshmem_5_core_Doorbells;
   __pyx_vtable_7ivshmem_5_core_Doorbells.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_check;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.anything = (struct __pyx_obj_7ivshmem_5_core_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_anything;
   __pyx_vtable_7ivshmem_5_core_Doorbells.wait_one = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, int64_t))__pyx_f_7ivshmem_5_core_9Doorbells_wait_one;
   __pyx_vtable_7ivshmem_5_core_Doorbells.wait_any = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t, int))__pyx_f_7ivshmem_5_core_9Doorbells_wait_any;
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
@@ -20664,200 +21176,200 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":645
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 645, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 650, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 645, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":653
+  /* "ivshmem/_core.pyx":648
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 653, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":653
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable."""
- *         self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
+ *         self.watched = fd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 658, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 658, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_2) < (0)) __PYX_ERR(0, 653, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":663
- *         self.watched = fd
+  /* "ivshmem/_core.pyx":659
+ *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 663, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_2) < (0)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":670
+  /* "ivshmem/_core.pyx":667
  *         self.watched = -1
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
- *         """Listen on `fd` as the next vector; takes it."""
- *         self.own.take(fd)
+ *         """Listen on `fd` as the next vector; takes it, also when this fails.
+ * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 670, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_2) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":675
- *         self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+  /* "ivshmem/_core.pyx":679
+ *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 675, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 675, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_2) < (0)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":682
+  /* "ivshmem/_core.pyx":686
  *         bells.take(fd)
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 682, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_2) < (0)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":690
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 690, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 686, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 690, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":695
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 691, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_2) < (0)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":716
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         cdef uint64_t one = 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 712, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 712, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":726
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
- *         self.check()
+ *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+ * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 722, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 726, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 722, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 726, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":840
+  /* "ivshmem/_core.pyx":873
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 840, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":892
- *         self.epoll.close()
+  /* "ivshmem/_core.pyx":928
+ *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         cdef uint64_t one = 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 892, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 928, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 892, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 928, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -21029,50 +21541,50 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{14},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{36},{15},{18},{24},{17},{71},{122},{48},{30},{33},{126},{132},{55},{81},{66},{193},{64},{75},{85},{29}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{6},{14},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{21},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{14},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{5},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{15},{17},{35},{71},{122},{48},{30},{33},{126},{132},{66},{81},{66},{82},{193},{64},{75},{85},{85},{29}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2431 bytes) */
-static const char cstring[] = "BZh91AY&SYX\303G\036\000\0019\377\377\377\377\377\377\377\377\377\366\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\t\035\327\326\336\355\315nS\226\251\266*[6\224\305a\340\007\333\3445=\022$\206\200\000l\240h\r3O\020h)\370\204\203\004\315\004\003OI\243 \320\302d14\032\036\220%\020\010\320hI\243#M\032\246\231\017I\243@\320\000\000\000\000\000\003L\206\203 \032\000\003D\332\024\325\010h\365\003\324\003j4\000\001\240\323@\000\000\000\000\000\032\001\240\000\017H%4M\n\232i\246\251\342z$\304h\336\232\243M\036\243@\0006\240\000\000\017S\320@\0314\323Cj\007\244\323\323P\006SL\032&\002a4\364\000\004f\210\304\300\000\000F&\206\002i\246F\004`\0024`\020$\220\021\251\204!\204\365\n~S5&\206G\250\000\000\000\000\0004\000\000\r\007\250\032\000\027\266\\\316\030\2641\221\264\001\275\326H\353\013\371\336:\373\317\024\337\213DU\302D\225K\n\006\231\204w\001\303\277\371\022\355\321\010\" Yh\n\210\275\273\216\020\241J\213c\036\215I\304\330\2202@$\220\222d\223\t2L\303 (\0264\032\325b\014!v\205KJ\342\350\002!\211$bd33$\226\371\\@\n\250\372\254\326\034+\000\350L\222B\001\024\031\207\030F\035-\033\222\315Z_\001\222Fz1l\215,\300\005Z\034\2051h\325\000g\004\\ @[\004\305\361\215\224C[\031X\234\361,ST\233I\033*\205\361#XV\027r\310\2121!C4\221\306\021,U\221\216NvV\344\333\372\266F\354\327\r\275\210\302\316\207\351\323^\237\340\336\217I\217:;\232\220\3507z\273\221L\367\314\240J\275X\364pM\263\344w7\335\047\241F\274CD,\027\272Sw\242\323n\214!\225\243\3704\256\347\342\357\241t\230\261\257~\376\236.\020d`\376V\305\2622\203\350\212(\006\210\243\262\276\016\016y\303\211\032\231 \246\241\200dk\315\r\351#w2\357\"\323e\262\242\335f\313\374\205\020B\211\267\305\344\213z\014\376\216\374\222IL\005\000Q\350\256\346\344\030\211U\342;\304\221\310\266\316,h\326Cd\324\010\033\317\3268]\350\363n\361\357x-4j\242\250\324\222\342\"\"$L\210\001\035\035\035\241\014\260f\034K\t\"d\202R\020\234!\265\271\247\2021\047\273N~\304\244I\222\030,\265?\034\027^Q\207A\303\330l\215d\030\217|TB\n\210\300{H\316r\251""\357\333\247$\334\320\325\322\316,9[K\2527\227\231\262L7\376\217\237\237\316\307\"\227K3:\016\205\340\370\220\314\374\240\005\022\224\321\266\374\210\020\205\036\204b@\206(\212F\207\003\240\276pg\323\254\335\306V]\362=\324\316\024\372\276 \302fR\345\3041:\214\316K\024z\212\365\025ZoW\262\372\311\t,\325\357=\3419\307n\223\245\014\323meh\225\224\347\356]\007\352\263[\252}\014L6\240\220g\327\026T\3420:+S\262@l\233\356\314\034\r\200\035\010\002\220\267G\242aK\217I\327\315+\2161*W\031\363\021\302\216df\316\006w\271\005h\360\372\376Az\010j[:\244a\226/\211\361M\221\314\322\265\344\223\215\007\257.\016z\337\371\306\300\256\311ZUAV\256Z\377\"@\351\333\374/\3629\300\3314_U-nAK;d\2204\264\361\355D\037`\206m&T\0334\262`7\223bo\207\001\306\342\204\026\020h\326\250\366q\232S90\0055m\365\235\360m\222\262h\37431\276\203\202\273\245\230\213\026\335V\025N:\221\374c\025\226I\211QM\302y\021\2208\023s\004)\264\227@\351\".*\243X\304\303N\000_G\\J\016A\214\227\223\021\355\223\226\001U\344\221\262\212\"I\204n6\213\315\t\216\346\260\257\205\315\025M\033\356\203\315\213\261Y\024\271^\032P\240t\222I$\222\3228y0R\311\357E\306\353\327\010r\023b\225\314\321\034\213h!\366\302\213\252\260\215\263\222n\225\010\255\047\030\253\216Vm!Z\031\033\246\241\213\"\326A\3467\377[\263|\225\t\252\332\321\225\354u-\265\262\262(P\272\345\301\260\216U\241\007`\326\252#\223Q\205\3565\227\017\273\231\253\217\300e\264\252a\271c\n\241j:\346\253\224%\303y\301\256\334\001.\341\013\244\311\rzQ8[\241\013F\001\310P\300\031\n\033%\300C\223jd\007\0161qk\024\327\030\2332\273&\025\345\214\231\267Q\006mD\324v5\351\0067\255z\027\020\010\212\213e.\253\205 \255\301S\034\354s\331\242\307U@\335\341\262\254\255k\367\272xfH\223\235v\263CS\034G\047\30044S\344\354W\321\003\331\232NH)\024\271\031\023\323bAT\2502\277T(\265VNa\244\036\270n\021e\272F\245{6\354\344\270M\213\013\321\005Qy\315,#\224\362\306X\330\265\rP\233\021V%\\f\342\047\244\324\342\351\300#\001Z\321\3130\340\376#\261D^\3229bv\352y\313i\351\325\271<\372\215,L\272\275\340""\234\334!\253!P\047\312\226>\256 \n\212QAp\262f\2033^\0010rx\326\254\351+\207\264#k\206\221c\362V=)\234V\266\3212\300\033\314@\253T+\022X\325b\r4\333&0\331\257\220\3058\020A\r\006]\211\221\374l\326\343\315e3\244\250\343\245w\227\302\032\210I\t2U\025E\323\275\315\316\200\360\r\245\207\033\014U\005*\317\014\321U\321\023\301\216\244\027J\337\002\340\356fr\047\344\"`o\215G\241\250\303_\0166D\210i\323\273\255\366\365Re\241\315k\r\334O9\023\227N\352\271Y\2339\013%b8\021\234^{\2757\2062\327?Lk\246e\250I\372\035\237V\374LF1\005\307\027/(/\"\351TG\217^\0221\\\225)j\320\306\274`\373\211\250\232\341\010GwMwBeY\333\203\240\254V1\214\326\316(\330\260\2025\037\236\334\370\316L\302 \022\233\222*\031\373\272\034\245)m\326n1\240\255\224\234\n\220|\014\205W\265!ngG*d0\305\327r\235\315jX\343q\300[tc\234] h6\006\303_0\376\250\203\242\326\227@m\242\0073I\177\016\276k,4\030?\010\006co\035\360\224\212\206\336\220\216\334\202\323T\\\340\224\3214h\267\201\344\211\336\300\305\312\254\047pLI\314\231\247\212\371\260\314\323&\247,\037qo\036qu\032\0346l\357\214\265\202\252\254\025\301\213.\201\3564i\215#W\370\373\330\3331\354\034S\326Tu0\323\024\257B\334\343\333\333>V\r\244\302L$ \003\243\323n_7\350G\341\240\360cM\207\314\374D\232\001!\222\033e\335\010R\235\376\036VC\362x!\010G~\233T5\262\3655\342\233 \250\217s\237\352\244\035\326\343\221.\341\317B\374\365\314\275\020[\277u&Y\311K\267:\014m!2O=E\346\304\216\377OV\211\312e\342^b\207\200 8\216\225#z\320\214\333\224\006\246IE\276\233\252\356\242b+\026\341\241U\027\356\217k3/M\307\204\362\351\237(#%\026\200\256\r1\354\2006\004#Z\345hJ\305@Z\250\224B`\334A\257\245I\t\316Jj3\224\232\226*\\;\360>(j\227\002\303\233\017\316\220-JmL\266\245WU\034\\\364\371`\355I\263\261\256\035O\302\n\306\302\212\354\320\326I\n\3265\366\260.YaK6\004U\330I\222\276=a\027\351>\261\265\307\034E\254\310c\317\250c\252[$\213\271{\035Y\t1i%gQ\221\255J]\377\356FJ\344\253\250\216\244\2166\030\255\305\020+\225\303Gb\206\216\205\3151\356a\215R1K.\023B\250\355\031\326v!\207\366\304Uhn""\345\n,\242)\302\320\255\203\036\203!\200\205\331\364>\3706o\237\357M\0320Afrd;\005\370\234m\361\047\0053\254\317\232/\347\224\031\204a\337\356\233v\247\252j\276?\317=\210\206\327\235\373O\007\313\355KSC\307\010[\305\306\237j\350\277\331\233\366A6\367\251\326\275K\301\327\2607\343\270\2660\010\273\351a\335\326\222g8L\230d\335D\377I\217\267\317\340Y\227\3209\270\322\304\264\245.ZfL\230%\363I\302\272\tm\372\301\237\205\020@\005\200\345.!\327iZM\232L\014q0\200\226\013\260y\214t\2275\n\247;Ti;\226\364[\034\2703\032Z:6\245D\207\021J)\217J\345\246\357\020\254K\324\262\272\274Z\252\217g\244;\270aI\205\2433\253B\302\334\2545\036eA\343\275kU\255h\356&\rX\254\255^LY\t/B\305\225\330\206\211p\245\363$\330\242\032,\230U\271\342\274\220\263\312\300\257\212f_\006\335\334(\356Z\035\212\252\347\221\027Mja\200\203\377\027rE8P\220X\303G\036";
-    PyObject *data = __Pyx_DecompressString(cstring, 2431, 2);
+    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2502 bytes) */
+static const char cstring[] = "BZh91AY&SY\032 \204\207\000\001K\377\377\377\377\377\377\377\377\377\362\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\t}\337\036\256\356\354l\034\2616\305*\253*\0320x\000\361\341\252x\211$\364\232i\232\232\r\244\364\231\031\014\231\206\232\232f\021<\2056D`\232i\240?Th\323CG\250\323!\246 \036\210%\021\240\215\001\250\002\003Q4\3247\245=OD4\302d\001\221\223&F\001\000d\3155\032bi\24351\251\200ja\242EM4\0314\310\000\323@\000\320\000\000\001\243 \r\000\003@\000\000\003\324\tM\021\021\032\236\221\352i\221\210\007\2124\321\240h\000\000\000\000\000\000\r\001\215@\310h\001\006L\000\230\000\t\200#L#\000\000\000\004\311\246&\203\000#\000\000\000\000$P\022d\311S\364\325\036\324\375S\324\332\247\206T4\006\2002\000\000\000\000\000\000\000\017P\000\002\2456m\271^\303\217_<Gd\0037\354\221\366\027\3374\374f\274K\363\024\304P\3411%\002B\206\231\212\023B\t\037\332R\345\301\024\021\020*/@\260FJ\347\370Q\300zd9\047\375%*\323\005\203\000m\003clhm6&\301\014\t\205\205\352\365\225#\2259\341\212\267\002s\204\200R.\001\\\304\330\332@k2L\022\262R#\245*\220\010\270\211\215\266\330\300dd\222\"\010\245\325\220\310\021u\020\3012e\253\332\r\212\272\315\243\325_\030<\202\272\021\253Z\"3$p\310(<\205o3\265 \340f\206U\325V\345m\212\225tF\333%\224\010X\026!\335\214#1\225\246\251\243\031\310\271Vf\215L\325\277C\361\372\356\226\032p\"\361\331\312\336\334\317\254?\327\345,\253\2173*\345\354\245\0102\363.D\256\336\332\201*\014\310\343\312\355M\244*\217\322\243+8jU\232\214\031-\312Vjz)T\372\273\336!\370$]\327\036\353\202sU\224n\370\357c\263\210\032Z\243\303\265Om!\0062A\262Jqs\333\267\\\311\324\353I\206C\241\343\320}\275:3\037\206R\204$U\351\253I\271\366J\3332\275\310MK7;\221\21004\031\374,\263\273\273\2754(\000R\250K\350\241\342\nFuU\210mL\357\356\262\2502\3413)A}\230\001\3058df\365\341L\353\226\265i/HAe\032C\221\004\304H\221\"\000\002 \010\002\035\350\362\301\230q\331\230\033\367\016\364\223.\367\267\330\031\342f\333}M\251P\243Ha\2272\217=%\327\226\262\022\201\026<\361\205 \247Z \243@pA\344""\251I\330\3332\3506\356z\357wy\237\331\324\274\222\300\300\323\2412\257/k\332\354\373:4\231\343=N\377\r\034\203(\314\226\250\351\220\222\252V\273\266\306$H\307(!\010\0145 $M.\0072v\201_o{\277\"\303\017e\356\267`[\355\377`\342\221S\005J\245\225:z`\214\244\025H9\316QU\347\035\275,m&$\364\333\307\010\005)-\231S,\2154}\245\250\226\333\227gn\022\224\271/\346\204!iS=QH\305\377\345\316\261\211D\367\226\306\320\200\232\373\216D\r\006(\016\204\001(Yc\3110\246\343\312v\255\315a\214MMj^\331\0301\336\213uA\235\352\020Q\047\207\265\274*HCJ\232\264\021ZlT\256\365\347KI\360\025\326\204\244\262 \275\210\264\027\037\206W\005\267N\362\314\205[;\013\334\022\047n\377\225{\203mx:\261\315e\267\2761SK\317@t\307\231\035\023\te\020\336&\342\r\270\264\322\345.\025\2547\315\2355\nP\244\010\322P)\r\2213\356\227\0003{OK\334\206\222\313\356XSU7`o \327nj\356\223f\031\254\325eg\276\217\342\361e\313FR\325X\n$\306!\2016\324L\365\246\021\334\277\351\021t*\214\347%a\230\030\344\330\023\213 \347O\310\221\007\315\226!f$\321\363\222\"M\304\260\023^!\255+\267\2247S\204\030U7\362\264\240j\026\n\277Sr\213\244\241@\351$\222I%`\302\276\272\225)\352Ij\177\024Vc\021\253\251\203s \213\355\021\033\345j\352\262\223\276\264O\243B2%\002\354\223\334o\020\261\007K\n*\025t\236\350\303\005\257\377\342\243MP\242\255\357\025\326\364\237\225\367\276w\311\014\2140\\\337\031h\265\010\266oz\2422r\031\230\261\314`C\016\377\223\251\316h\324\252fm\271\305\221\275\033\007\253*\023\341\211\317\315~`\230p\014&\351\217\202d\207\007\356B\363\252\360\033\014\340\320\245\266\232\311q\350\251\"\004\013\266p\n\253\230\047\272\260\317\253&\344\350\337%\006U\347(\243V\335\340\347\365\240\206\004BB\202\335\226\026pH\253\363T\256\2674\035\272\346\263 \337\323\272u[\337\307\366\033Z!\027;\016\006\325\267(\016G\260mX#\342\352cj\010\266\351\004\202\331\245\306\321\\r\244\026R\321\254\333\362\265o\344+Tb\017N\236\002\027_\274z[\322\331wC\t\322X\342\210*\213\331yq-\024\321Y\326\345\260z\205\320M\324\244\004\267\234%:\033\372\010\203-)I@\252 \020""\346\300Rd\345\001\304\222\032f\363\273Yn\347\325-\234\346\345$ag\030JN\020[\006\230#\343nX\331\260\002\302\333T\227\023\033\033\223o0\005B\n#\275iI`E\264/\034,K\237\235\204\036\271k\025\237x\2323\007\367\350\023\344\215\242N\266\\\203\315\371\312\216\346\223Q\2524\303 \206\202\311\213\022\035n\255\312)\222gIS(!\n\037\r\353\005\352d\204$\311!!`az/\230&\001\240TY\317XL\"\255\365\027\262U\335#\362K\221\005\336\270\304\300<:\035Z\037\245\0233\224zA\016C>n\025\272D\203\003\003\007K\215E|:\257\\=\020\346\025\343\323E\372\200P\250\264\314\325P\257\350\210\276\212\245I\3544\271\350u#M\"MQ\027Q8om\234\274\322*9\310-j\313\327\014I4\354%\325\2679\225]\n\231^\271\025\266\261\206\005\024Nx\3062\343\342\356\251\214\243qn\306\253I\\\256s\235\301\335\022\275c\024zCe\2734Rj\242\014\021\223\221\t\213sqnpJR\325i\255M\305\212\221p%\031\354P\236+k_\261\320\252(\212)\206\035\323\272\313m\31658\013\360\234\371\tp\030\230\207E\303\313\376\255A\372;\314$=\004\216^&n.\016\241\255\\\203S\370\231\rf\234\261h\021Y\213\307\024F\333\025\313\222L\301:\"n7_\317\002e1pU\225\\\224\300(\210R\205\023\177F2QUdI%\036\047\340_\330\330\047F\327\013\257c\341\036\000\223\237\022`\224\256\321\3561l\225Sgo\333C\3252\353\234\357o%\316zA\355\030c\323O\200\350\367\017\013\007i0$\302B;i\204\230c\327\357h\357\371\021\221x\360\326\021[\207\222$\320\t3$\302\\\047\0350\211\273\277_\203`\312x!2\021\214\203B\032+7-H\222\341\002\222:^\236bA\256\370D\344\341\351B_\033E\237X,\277d\246\246\310\232Z\263\035\216\322\023$\363\270\270q0w\370\370\361\346?Q\261\037\023\230lA\004\336\225\010\246C\266e!\321\023\353\261r\047\356~T\004d\"E\004\231\344\357\260\311c\275k\210M\r\223$\033\214\0163f\260\024\310\370\215\251\341S\314\206\355\322P\214C\270\2443\313\007b\342~\365\250\034\242J\"\3307Pl!\023\325_\216\316\267\274\214\235\246K\017\251\207bw\350\360\"|\230\325d\352-\r\224\331\371\331\340\253\367\337\336\014\237\340\305b\355\240\256\306\357\254\035R:\305_\201.XUu\023\033\342\030X!\005jp\212\233_\244\373@\266V\263J\246A\3106_()""\222\241\205?y\020=\tZ3\250\202\253*\002\242;\247\376\325\357\243\350\2630\374)\230\312\334\247n\2350_Ux\031\220\225)Q\332\272tm\260Y\210y\201\3475\365\312\222\252(\350j\357\270n\177\030E#\313at(\201D;IL\"\233\324\313b\223d\023\255\250\323CK%\253\022\307\271\240\323s\323M\223i\266\203enCa\t\275,\251\202nVR\017)\013\r\0162\267\021\320#\334\2369\032\023\2322\211\250\247DS\311E\024\3018\232\260-\347\367hy\260(\033y\031\274&\047L\035\214ig\221\223\217X]\214\324\257X\206.!Y\305\206\033\354,1\205\324(8\321\023\222\035\016\034-\034\0342\213G\004`\233\262\245\034\241(`_\221gI\351nl\313\223\217\235\236B\360H\221\006\205\347\221\3475\365\245L\271\275\300\025\343\303\036\375\354{2K\321\323\222\376&-)\270\333q\333\311\276\275\345\335\306S \210\030 \212\262gpQ\226\265\010\313\2704d\222\260%*\225i\207\220\216\304\221.\313\010\254\305\032\022\023\006\310e32\240\342E\206\304\262\305@\342T\275\216Q\022\022\303W\212\300\022U\331\331\0138F\211!\t\277Gz\240\206\212\304\"`\370\255\220\207\235jV\354\222\266\343\325C\252\3123E\035.#\033\032\254\262\304Q?\361w$S\205\t\001\242\010Hp";
+    PyObject *data = __Pyx_DecompressString(cstring, 2502, 2);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2457 bytes) */
-static const char cstring[] = "x\332uV\315w\023\311\021\267l\031d\326,\026\030\303\032\310\216\215a\227\375p\"\233\017//y\373\204\215\201,a\361\007f!y\021\355\231\226<\2614#\315\214$\213\315K8\352\330\307>\366q\216s\324\321G\037}\324\321\177\002\177B~\325\243\261dL\374$uwUwW\365\257~Uec\273\025p\337p\213\206\321\340f\340z\276\321\260y\323\177hx\274\314\231\317\215\n\257\270^K\013\r\346X\006\363<\326\362\215\242\355\371\301\267\201\307\271Q\364X\251\302\235\340\316\374\374\374C#\330\261}\203;V\325\265\235\300\330a\276\361s\276w7\2319\251nB\355\325\235\222\361\316\263\235\222\377\316\010\354\n\334\361m\307\344\206\035\353\313\314\247\211\035p\313(\272\336<3,\356\233\236]\245\033\213\236[\301\235\334\360\271\327\340^|\300\365\203\236\037U\3175\271\357k7\002\3275*\314i\031n\225;\360\277\014C\337z\314\366\311\022N\331\025;\370\201,\030\266\343\007\214<h\332\301\216\361\256\256U\306\217\316\273;\254\367\222o\374A\047`\310q\r\336\000\006E\313d\216\343\006\260T\035\334\322\237\342\244\355\263\3552\347\016\375\226L8\240g\226\335\360w\200\366<\367<l\353\255\376X0]\217\317W[{0a\361\"\253\227\003\243P\360\270U7y\241`Xu\216\227\301\276\363c\340\331\r\233\225\2415m\307\016\n\005\302e\3200\363\270a\002\035n\221\3468\010p\3773RB2\026\033\315\035\200\245C\200 \351MU\267\\6\334\355\177\001\214\223\307c\266\374?\231\355\030u\300\275\335\322!\243X{\003[\261t\353A\214f`0\303\251W\266)\252\232:\313z\317c\202f\305u\275m^.\373\307\223\371c@\314V\260\343:\205\302\240\312\347\001\342\031|V\311,\253@\323OD\261\321\001\341\247\366,\317\255\026\252\234\017\356\251\330>\210[\032\2208H\232\201%q\034\336\224\213\00328W\250\325y\235[\003\302\272\323d\201\2713 !\360\013\232a\047\204\0476i\030\373Kb\270\343>~\371\353\363\347\217\327\327\365\370\364\325K=>{\241\207__m>\246H\352\237\323\030&\342S\370\305\n\340\024O\264\335x\332\263\251\347\025\327\262\213\255x\356\201\002\215\336\036z\312\252\225\2472\322\033N\233\356+N\031OT\332j\262\350\345\236\237\254}\273\344\260r\262\n\330.\177\346\004\310\253z5\370\033\253V\021\207\336p\332t_q""\312t\242\322\246\223E\325\255\326\313\330\225\254=\356\333\026\274y\341n\324\315\235-M\244\227\236\033\270\246[\326\364\335$\332\353\237\323\306\023\361)\323\261B\033\216\2471\322\361\2348T(\274l\355\341\273b\233A\341\005\337\013\326y\261P\320\265\210\356\301\237E\032\032]\223\206b\335\321c)1\205\277\n\263\035=\272V\275\254%\016\253\350\021\365\247\320\333F\323F@\025\213\024\265:+\047\233\222\242t\352Y\307\002\276G\013\36279\343\017\230?\365j\2240\356\223\323I\232\016$g\234\222\375D,\330>\225JT\020\333\341I.\352\014\354\347\335@\266%96\220Yq>\301\002>\210\242\317\254\206mrt\014\264\022\247\244\373\036\363[\216i\273\363\307\206|\355\205\271Swv}\263L\226\201`\3401\223o3sW\307\313t-|\313exm\273\216o\272N\340\2718\343\326\235\300b\001\2638\263\350$*/w\213\274Z\264\342\006\220pZ\217~\321\3024\016:~\321-t\003F\360J\236\333tl\033\207\367l\267\201.YIZG\322Ot\007\321=\214:c\205^V\342~\234\236q\244\035\212\206\025\324\253e\356:\274\n5}\013\276\375^O|\302\027<O\250\356\301c\327)\267<nr\033]W\047w\302{\335\310\321\323\361\361\351\361\216\205\201;\004?\032\235U\210\345x\021\247O\257\243\305\371J\366|\327\334\205=\223\210`\233\025\016\"X\224\277\275\356\020\270\2738\013N\227\033\254\\\347\372\307\217\tA\201l2\047\370\220\352\246\317\265\277\027k\037R\037\347\206F\257\212Z7}Y\254u\323\223\"O\232\233\355\265\366\216\330\226g\244\245\346\224\025\316\205V4\323\315|\331f\355\367\362\222|\242r\335\314x\373\261\270,\030\216\216_h\327\304\260\370A2\031\250\234z\244\266\303T\"\374^\256u\307q\253X\027{\362\367p&\\\014YX\353\213\376\023\016\350\377\013\335^T\353\244\216E\207_\347\242l7s\241\335\202/\333j\004\327?\013\377\321\311\222\371\247\330\262%\037\252\255\360/\235\341\303\207\317\017\362\335\314\027\355\205\366z[\273\324\020\0332\325\235\310&\363\263\322W3z\235\025\331\023\356_\324\256\327T&L\205P_\022\367\344\210\\\322/\331\tw;\027;9\3323\047LyUe\325,<\330\210\364\003\367DM\016K\\:%Jx\347\345yz[\224\216\362\321z\344u\246\367\227\016r\007\217\016v\017\337\274=\352{v\276\233>\373\241F""\016,\267\233\202u\307\047\304\031\014\023WpY\2120\256H\330;\377\361\314\320\350x{I\344\020\242\333C\2437d\376(=%\330\307\314\320\350X\373,.\002(u\361\004~.*\246\002\215k\020-F,\n:\213\035\326\251\021\030wa\201\313{\352\014B2\034\336\014\267\242\205h\253\263\320\331\330O\321\223\276\223y\371\3170\027>\205\307$\336\332_\330\337\202\317\313\007\265>@MY\004\020\214\366\317\210\207\024N\212\354Y\361o\000\264\212\200\346\022\301\357\200Wo\312\211\247\270\370\2152\303+Q\246\223B\264t8_\313\247\352\027\3403\022\345\242|_\364\002\314\302\r\201x@Hj\0244\316wz\216\275\351\230\373\223\373k\373\360`\212\340\272\2007\2312K[[*\245\246\324\373\350*LL|E2\212\035Ed\362\032@\324\242\030\354\254\370J\316\310\373j:\\\212r\335\364\027\355\334\207|\014P \026@|\370\r\246JF\250\006\342X\331\000\007k\237S\306\354+\250\225p$\374D\220\211R\261\340\027q\034\003\362\027q\316H\255B\032\3210%,x\212\215OD\2166.\266M\241\351\227\023y\322_\225i\251/z\006\007\241\277\047F\2601\321\037A\261\"F\305\0320\301t\025\374d\"\220w\221\202\017\302\331p9\254\305{V\021\220%\210\373\313\370\031\367e6\221\304\047\377\254j=\257c\371\211\367\034e\256\313\036&\232\302\311\014\251\204\343%\271\211\200\315t\317SL7\345\025\225Vy\265\031f\303[a3*v\036u\230\336\371\231kz\217\323\326\342\325\246\234\222M\305\342\254}-WT\252\233\235\226\267A\341\336;o\313\324\221\276\241\005|V\325M\265\021\246\303|\214\313\212\034\325\256\314!%\352\341\223(w\224\240~\224\271\001\315\024\022%\027j\017\356\213KB\263p\005\225\205\311=\325\014a\340|\373\025\021\370\324~\312\365\206\334P\347\360\244\332I\355*UF\272\357\n\322\027\317\234\212\001\234Q\223\352\267p=|\217\372\261\010\ng\2172\206J\035\207 {\230\235U\267u\301\301\341\007\342&\221\020\200\214\305\004\247\200,\251\273\252\205\004\032\356 /\250:\343-\243\342\025x\254\251=\205\2125\242\026\324\032\2751%t\225\324|\375\220G\355\030\033\2171\326l\031`p\302\307\311\270.?\221\017\324\014\3544Q\340o\303\322,\202e\356_\334\317\rT\320\2700Mh\006\237\245t H\t\372\331^\251\327LL\211I\361Vj\n\375U""\260\276\017-\324\322\005\2005\tBL\241B\335\357\\\352,w\002\262@\205\017u\023=F\247\301s\212\023\035\273\2006S\203\316\004\223R1+\336\312\206Z\213\247\177G\235\316D\303pwL;\212\047\375\014L\356\2025\026J\334ZX\214V\361\216|\217r\037\317\r\215\335\220\275\326\260\001\317Gd\016\276\317\251\022\266Z\321\034\n\346^\247\266?\272\377\372`\365p}\363p\363\325\300\323\201:n\030\037\032\273v8\375\047\024\366\347\250\233\310\313\024y9-\263\335$\232\372\315:x\347\273\227\247\250\372\374\244\236\200\033+\010_\272\363l\377\267\203\365\203\346\341\326\353\270@\215\240\020M\252W\344lw\362rwbV\351\nX\027\313@\027p\007\024`\252\016\337\250\213\210MM_9-oIOe\273W\257!d7\001\306\365[\207\267\356G\274\223\353\344\217\256\337A\262\315t\257\032\224-\027\273\023\323D\022\342\30599\203\007|94\366\007\312\013\002aI,R\025\355\247\260\246Fw\342;\224\362\273a\355(II\352\365\224a\371\344\374k\245\313\302q\327\214K\352\242,\243\332\344\311\177_\314\202j\340\311$\352\356\321\244f(m\213\367\203\235\265\3034\3122a7\243\306\310\341#]\343\364\177\023cD\207q\264\215-\265\024>\210[\202\247S\024\200x\232\354\303\352\226j\240\205\345\242G\221\r\006\335;\030=X;`\207i\340w\242\264\375\244\273\017Cc\310\376\017E\242\366\343";
-    PyObject *data = __Pyx_DecompressString(cstring, 2457, 1);
+    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2540 bytes) */
+static const char cstring[] = "x\332uVKw\023G\026\266l\031db\202E\204!N2\3236\006B\036\236\021\346\341p\316\234\034\20110a\010~\222d\346\214(w\227\354\036K\335RwK\262H\316\014K-kY\313Z\366\262\227Zj\351\245\227Z\352\047\360\023\346\273\325jK\216\211\217\244\252\272\367V\335\327w\357\265\261\333\n\270o\330\276\341\270\006op\047(Y\206[2\214\0067\003\327\363\215\206\315\233\376C\303\343e\316|nTx\305\365Z\232h0\3072\230\347\261\226o\224l\317\017\276\014<\316\215\222\307\366*x\347\366\322\322\322C#\330\307\323\334\261\252\256\355\004\306>\363\215\357\013\203\267I\315iv\023l\257\356\354\031o<\333\331\363\337\030\201]\201q\276\355\230\334\260c~\231\371\264\261\003n\031%\327[b\206\305}\323\263\253\364b\311s+x\223\033>\367\032\334\213/\270~0\260\243\352\271&\367}mF\340\272F\2059-\303\255r\007\366\227\241\350K\217\331>i\302-\273b\007\337\220\006\303v\374\200\221\005M;\3307\336\3245\313\370\326ys\233\r<\271\345\217\032q*\226&s\0347\200\246\352\250\310p\213\233\266\317v\313\234;\364\273g\302\000\275\263\354\206\277\217h/q\317\203\330\340\364\227\242\351z|\251\332:\204\n\213\227X\275\034\030\305\242\307\255\272\311\213E\303\252sx\006\375\316\267\201g7lV\006\327\264\035;(\026).\243\212\231\307\r\023\321\341\026qN\222\000\363?@\245H\306d\243\271\217`\351\024 IZ\250\352\226\313\206\273\373\037\004\343\364\365\030-\177D\263\035\243\216p\357\266t\312(\327\336\210(\216n=\210\243\031\030\314p\352\225]\312\252\206Ns\237\005\206\311*\\gh@|\254/>\241x\255\272\256\267\313\313e\377d\263t\022%\263\025\354\273N\2618\312\362y\200$\007\037d2\313*\322\366w\244X\351\010\361\367\372,\317\255\026\253\234\217\312Tl\037h\336\033\2418\250\244\221#\001\037\326\224K#4\030W\254\325y\235[#\304\272\323d\201\271?B\241\214\0245\354N\021O\t\351\330\016\217\004{\307}\362\352\307\027/\236ll\350\365\331\366+\275>\177\251\227\037\267\267\236Pz\365\317\331\030&\3443\361\213\031\210S\274\321z\343\355@\247\336W\\\313.\265\342\275\007\\4\0062\344\312\232U\240\3362X\316\252\0362\316(OXZkr\030\024\244\237\234}{\317a\345\344\024\260\003\376\334\tPl""\365j\360\017V\255\"\017\203\345\254\352!\343\214\352\204\245U\047\207\252[\255\227!\225\234=\356\333\026\254y\351n\326\315\375\035\r\244W\236\033\270\246[\326\360\335\242Z\320?g\225\047\3443\252c\206V\034o\343H\307{\302P\261\370\252u\210\357\252m\006\305\227\3740\330\340\245bQ7(z\007\177\026qhuMZJuG\257{\211*\374U\230\355\350\325\265\352eMqP\206\264\242)\025\007b\264m\004\324\306\210Q\253\263r\"\224t\2523n\235\020\370!\035\310\336\344\216?\242\376\214\327\350k\334\047\243\2232\035)\316\270$\207\205X\264}\352\237h+\266\303\223Z\324\0258\254\273\221jKjl\244\262\342z\202\006|\220E\237Y\r\333\344\030#\230/\316\236\036\206\314o9\246\355.\235(\362\265\025\346~\3359\360\3152iF\004\003\217\231|\227\231\007:_\246k\341[.\303j\333u|\323u\002\317\305\035\267\356\004\026\013\230\305\231E7\321\216\271[\342\325\222\025O\205\004\323z\365K\026\266q\322\361\213\021\242\2472\222\267\347\271M\307\266q\371\320v\033\030\235\225d\236$CF\217\025=\330h\\V\310\263=\356\307\345\031g\332\241lXA\275Z\346\256C\235\231{U\310\320\267\350\333o\365\306\247 \003\354\t\336=\230\355:\345\226\307Mnc\036\353\nO\300\257G<\246=>>E\300\261\260p\207r\200\021h\025c:\334\342\364\031\314\272\270hI\237\357\232\007\320g\022\032l\263\302\201\006\213\212x07\002\367\000w\001\354r\203\225\353\\\377\3701*(\233M\346\004\357R\275\364\205\366\327b\375]\352\375\342\330\3445Q\353\245\257\210\365^:\047\n\304\271\336^o\357\213]yNZjQY\341bhE\363\275\314\307m\326~+?\221OU\276\227\231n?\021W\004\303\325\351K\355\232\030\027\337H&\003\225W\217\324n\230J\210_\313\365\3364^\025\033\342P\376\032\316\207\313!\013kC\322\177\303\021\376\377\300;\214j\235\324\t\351\370\317\371(\333\313\\j\267`\313\256\232\300\363\317\303\177u\262\244\376\031Dv\344C\265\023\376\2553~\374\360\305Q\241\227\371\250}\247\275\321\326&5\304\246L\365f\262\311\376\274\364\325\274>gE\366\224\371\227\265\3515\225\tS!\330\237\210{rB\256hO\366\303\203\316\345N\236d\026\205)\257\251\254Z\200\005\233\221v\360P\324\344\270\304\243\263b\017~^Y\"\337\242tT\2106\"\2573""\327]9\312\037=::8\376\371\227\376\320\262\213\275\364\371w52\340q\273)XozF\234\3032s\025\217\245(\306\025\t}\027\337\237\033\233\234n\257\210<Rtsl\362\013Y\350\247g\005{\237\031\233\234j\237\307C\010J]<\205\235\313\212\251@\3075\210\226#\026\005\235\345\016\353\324(\030w\241\201\313{\352\034R2\036^\017w\242;\321N\347Ng\263\233\"\227\276\222\005\371\3570\037>\203\305D\336\351\336\351\356\300\346\307G\265a\200\232\262\204@0\222\237\027\017)\235\224\331\363\3427\004h\r\t\315\047\204_\021^-\224\027\317\360\360\317\312\014\257F\231N\n\331\322\351|-\237\251\037\020\237\211(\037\025\206\244\227@\026^\010\304\003\212\244\216\202\216\363\355\201a?w\314n\256\273\336\205\005\263\024\256K\360\311\224Y\022m\251\224\232Uo\243kP1\363)\321(w\224\221\334g\010\242&\305\301\316\212O\345\274\274\257\346\302\225(\337K\177\324\316\277+\304\001\n\304\035\000\037v\003\251\222QT\003q\302l\000\203\265\0171c\364\025\325j8\021\376\216\220\211R1\341\007q\222\003\262\027y\316H\315B\031\3212+,X\n\301\247\"O\202\313mSh\370\345E\201\370\327dZ\352\207\236\303@\360\357\211\t\010&\374>\030k\010\366\212\274+k\361\361\224\005\375\323\026\020>5\322\240\0237~#\253\373\231\317\345\300Q\215\313d\207\372\000\332\367\344\026\2620\337\273H\211\332\222WUZ\025\324V\230\ro\204\315\250\324y\324aZ\362\003\317\014,\326\006\305\247-9+\233\212\305\245\370Z\256\252T/;\047o\002\227\254\247\375\270)S}\375B\013N\257\251\353j3L\207\205\330\331U9\251MY\004\316\353\341\323(\337OB\331\317|\001\316,\320\237\017\265\005\367\305\047BCk\025\355\202\311C\325\014\241\340b{\233PyF\236\n\270!7\325\005\270T;\315]\243vG\357]EM\302\315Y\241\005\346UN\375\024n\204o\321\024\226\201\313l?c\250\324 \025@\331qvA\335\324]\004\227\037\210\353\204,\004d*F-\023\001\312\365\256j\241*\306;\000;\265\\\3702)\266\221\024\215\327Y\264\241\tuG\255\223\217)\241[\237\006\341\273\002\032\302\324t\034c\r\201\021X& \313\305\315\366\251|\240\346\241\247\211\256}\023\232\026\220,\263{\271\233\037i\213q\267\231\321\260<O\030\247\220R\350\027\006\375\033>\255""\302\202\234\370E\352f\360w\301\2066\020\236\266\365d\270M-\047\256\337\273\010&\305\317G\243\331B\327\236\311\2115y+N\034\275\360\202RF/\\\302\030\251\001\212&@\225\212\001\362\213l\250\365x\373O\364\341L4\016\313\247\264\315\360\356{\215\331&\324]\017\327\303R\264\006\227\n\003\364\275\27706\365\205\034\264\376M81!\363pcQ\355A\324\212\026\321\020\017;\265\356d\367\365\321\332\361\306\326\361\326\366H\024\220\000\2740=6u\021\316N\212uq\022\314\301`\370V\326\216\215\007\030I\351\316j\367|\327;\312\376AA\005:\336\273\324\334\342\027?;\236\373+F\301\013tZTr\212\374\236\223\331^\002\025\035P\215\214\213\275+\263\324\257\276SO\001\274U`#\335y\336\375\351h\343\250y\274\363:ni\023h]9\265M\356\367rWz3\013J\367\314\272x\0143\221\313\200\320C\375\344\226\272\014Cj\372\3119yCz*\333\273\366\031\360p\035\341\375\374\306\361\215\373\021\357\344;\205\376\347\267Q\311\363\275k\006\225\342\345\336\314\034!\220@wA\316\303\201\217\307\246\376DEG\336\256\210e\352\273\303\376\240q\327\233\371\n\315\377nX\353\047\365N\377\035P\371\026\222\373\257\225\356B\047s6n\302\313\262\034.Pm_j\373b\0018\006\010s\350\324\375\234\206?\211\305\362\200>\301~\206\262\243c6\322Ks\342\211\324\223<\207\244Y\3626J\346u\3708\254\rI\267\020\260\365\0301\224\247)\231\215\333\367}\231=Nc:PB\346\325\024E\241\257[\255\376\247f\212d\2471\275v\324J\370 \236L\236n*\210\262\247\313s\\\335P\rL\322|\364(\262;A\367\336\321\344\321\372\021;N#)\047\235\2004}\247\207 \303|\312\376\037\335\247:\311";
+    PyObject *data = __Pyx_DecompressString(cstring, 2540, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3315 bytes) */
-static const char cstring[] = "\377 bytes o\377f  vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \377fragment\377)...: th\377is endpo\377int has \243?AU\004c\001\021\013w\034\000r\377ung `rin\177gs` tim\214\000\377since it\335 \034\001las\005\001it\377ed for.a\377 descrip\354\253\000y\000omp\000e s\337erver+\003os\375t\201\004proces\375s\202\002too ma\177ny open\275\000\275l\365\000(rai\341\000i\377ts limit\375,^\001 insta\376~\001with `u~\026\002 -n`)a\237$\363\047sy\t\356\000no e\375v\201 fdcann\213otg\000p\234\t\251\0077\000i\177sableen\002\001\363gc~\000\005\002divs=h\353 .err\205@\007\004\377/_core.p\373yx`\000defau\377lt __red\377uce__ du\377e to non\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\255@\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021$\001in Mu\320`by\256B\350Ar4\010\316\370@outL\001\275!a \317numb\322A\223\204\001 C\372\263\002E\227!Doorb\257ells\000\006.\210&c\177ython__\017\twset\315@te_\n\020\017add_H\001@\010\017\001\206\205\003\374U\010`\rdrop_p\367eery\010misswing\213\010new\231\t>\340\204\001_self\256\010\232\000\177_queued\303\010\177unwatch\325\010\003wa\316@\335b\010\n\030\n\326B\212\047\375f\262@noEPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\000\306A\000\002\262/\017\005\257.*\003\270 3\003\360\316b>\003m\004\233a.mod\367ifyV\003remosveb\003\307\001FdA\303\207\001\000\000\004\255O\017\007\254N,\005\304\204\0029\005\365\205\004\375sI\005signal\376W\005takeInt\377erruptMa\037pping\000\004\250o\017\007\360\247n,\005\277\205\0029\005popu\357lateI\005res\377identNoS\357uchV\320\211\002Pro\337tocol\272\204\002Ti\007mer\000\002\245\204\017\017\005\242\204\016*\003\340\270\206\0025\003\330CA\003\300a__P\373yx\001\000Dict_\377NextRef_\371_\207\210\002\232\000____d\354\026\001\004\001oc\013\001fun\362\003\002g\226\205\005!\000main\334\047\001\270@ule1\001na\245m\003\002pZ\000\277\205\003_\007\001vyt\276\210\001R\001qual\035\005\030\215\210\005\375\205\016\247\210\006ex""\206\001\360\204\001Q\005\371st\010\230\206\016__tes\311t\272\000\237\206\005_\223\206\007\262\206\002s_\356\200\206\006_is\247\211\001out\257ine_\205\206\004_\376\205\001_\252\357\205\006_\344\205\007_\335\205\004_\320\205\007_~\360\205\002addadd\303@\377sadvicea\177nything\363\214\002\377asyncio.\327corc\003s\204\210\002ch?unksclv\001\277 \377tracebac\275k\350\211\002code\371@l\377ectionsc\277ontrol\005\000u\377ntdatade\373ad6\001endeo\037fepfd\373\212\003\314\204\005\323\213\002\277sfdfds\315\206\003f\237illed\374\215\002\272@g\277rownii:\000x\377iovitems\360\302\213\004\310\213\005\275\213\002\332\214\002lost\377messages\364\231\206\003\344Cn\343Adtup?leonep\034\000\000\001\257_siz\010\002s\345\210\001p\353op\343\204\005r\257\000onl\377yreceive\370\327\206\003\360\204\005\304\216\002runru\267nss\366\000nd\004\000e}n\363\210\001send_\022\003\033nt\222\212\001et\313\214\004\252\206\003l\001\257sockm\000c\256\212\001i\177cmethod\274\206\001\375t\230\213\003tokent\377otalvalu\345e\000\002s\264\220\003\237\211\001wan\377t\200\001\330\004\n\210+\377\220Q\200\001\360$\000\005\377\030\220q\330\004\025\220Q\337\330\004\024\220A\026\001#\210\377Q\210h\220b\230\006\230\377d\240$\240d\250$\250\377d\260!\330\010\016\210a\377\210z\230\023\230G\2401\377\330\010\014\210E\220\025\220\375a8\000\014\017\210q\220\002\377\220,\230a\230t\2401\177\240B\240b\250\001\330\016\004\337+\230Q\330\014S\000\220R\377\220x\230{\250!\2503o\250a\250q\t\007~\250\025\010}\177\031\000x\260q\270\001*\006\377\320\0371\260\021\330\010\017\273\210y\211\000b\240\003\\\000I\367\250\\\270\020\000\014\210H\220\377A\220V\230:\240V\250\377=\270\002\320:L\310A\377\330\010\013\2102\210R\210\376]\000\017\210v\220S\230\001\347\330\020\021\206\001\010\001\007\230s\273\240!\013\002\021\220\021\262\n\022~\266\002q\240\010\250\001\250,\000\177\023\2205\230\003\2308\305\002\377h\250k\270\022\2701\330\377\014\022\220$\220c\230\030\377\240\021\240\"\240I\250S\375\260\334\002x\220q\230\002\230nR\000\026\220g\345\000\025.""\330\001\377\260\004\260A\260R\260r\377\270\032\3008\3101\310B\277\310k\320YZ\340\220\007\r\337\330\004\007\200q\274!C\210\377w\220a\330\014\020\220\006\326\004\000\020\027J\000\001\340!m\230\376m\000\r\360\006\000\005\014\210\3678\2201\240@&\000\005\035\377\230A\340\004\026\220a\360?\010\000\005\t\210\007\340\000\222 \367u\220G\245\0003\240a\240\375t\323\"t\2603\260a\260\277t\2703\270a\270_\000\013\373\2104_\000e\2305\240\006\376\220@\002\250#\250V\2602\177\260V\2702\270S\300\236@\377\022\220*\230A\230^\250\3471\250H\257\000\023\001V\3002\273\300V\261\000C\310q\326Gw\363\230f\320@\245\000\022\220!\220\271:\313A\353A\007\220|\350@F:\316@1\345C\007\220{\334 \245 \337!\2201\220HV\000Y\240\177c\250\027\260\010\270\001\253@\376\375BW\230H\240K\250q\177\260\003\2601\260A\330\n\0069N\327`\277`t\2207\306!\201\"\372\343\")\222\004Y\270c\300\024G\300Q\300\247 \375\000\324aw\207@\373\021\330\256 y\240\001\240\026\357\240z\260\030\216`\020\031\230\030\021\000\270A\216A\024\033\302 \016\002\347#\377\021\220\031\230!\2306\240\377\032\2508\2601\330\004\013\367\2101\200\251b4\210t\220\3672\220Q\334A+\230Q\230\355a\347at\220\024\006v\220R\346\334\204\001\022\220\r\r\370c_\240D\347\250\003\250F\002\007\007\010\260\001^X\001\014\210K\220\373&c\231\000v\345@\010\230\026\002\016\210az\001\367\026\220d\271`\010\014\210G{\2201\266\204\0013\210c\220\372b\3671\220A\232\001\030\230\004\230\335A\344\205\001I\220Q\326\204\0015\220\335\003&\000\014\023\220\033\002\340\010\177\014\210D\220\005\220Q\300`\377\010\014\210F\220$\220a\377\220t\2304\230t\2407\377\250\"\250C\250q\200A\212 \001F\263@8\024\000\005\007\336\00363\230\021\031\0054\003<\240\220\204\002\263\000\3603\003\333\205\001\335\001\313\002\340\010\034\230^\252$q\330\014\r\345\205\0014\343\205\001\377\021\220\021\220$\220g\230\177T\240\021\240!\330\r\345\206\001\377T\230\027\240\004\240A\240\377T\250\021\250%\250w\260\377f\270B\270a\330\014\021\031\220k\0028\014\014\210\330\002\310\206\002\345\003\177T\230\026\230w\240a\260\206\003""\377W\230D\240\001\330\021\032\317\230&\240\006\021\000\343\002&\230\335\001\312\205\0014\210y\235 F\240?#\240S\250\004\250\315`\224!\367D\230\005\206\002$\240a\240\277u\250G\2601\340\356%\340\373\010\035\242\000\026\240t\2501\275\250\243\207\0026\220\023\220\201\204\002D\377\230\006\230a\230x\240w}\250\373@\r\210U\220!\374A\376!\014\017\210x\220v\230S\243\240\n\320\000\324\"D\007F\226\211\001\013\277\2106\220\027\230\001\343\001\026\375\220\365\"!\240\024\240X\250\377R\250z\270\022\2703\270\377c\300\021\340\010 \240\001\376\213D\330\010\021\320\021\"\240\375&\354\207\002\010\013\2107\220#\344\201\204\001\325 \t\333\204\003\307A8\2404\377\240y\260\010\270\002\270!\333\330\020\232\212\001\014\020\355@U\230\375!\325\204\003\026\230q\240\003\240\2272\240Q\340\001\001\317\210\001\360\210\001R~z\001\360\006\000\t\014\210\234B\270\251b\324\204\010\216\207\003c\230\024\222\212\003G\357\2307\240!e\000w\250d\353\260&g\000\"\252@c\300\022\233\3001\256\211\005\001\330\222\210\004\305\211\001\020\273\220\007\353\212\001\020\220\010\366\"\"\374\344\212\004\205\204\002\001\220\024\220Z\230\276\323\210\002J\220a\200A|\005y\257\230\003\2302\235`\024\216`\026\377\250t\2606\270\023\270C\363\270t^\001\365\210\001g\230Q\230\227d\240!\313\213\001L\232\205\001\267\001\017\377\210a\210q\220\006\220c\372\307`\001\373\204\003Z\230v\240Q\376\206\205\003[\240\010\250\010\260\002\372\254\000\t\244\002\010\013\210?\230\367!\2304\263`d\250#\250\377Q\250f\260F\270\"\270}A\354d\360\n\000\t\035\266\204\003\3672\210S\267\000\003\2301\230\337F\240$\240g(\000d\260\377$\260a\260x\270q\300\377\005\300W\310F\320RTw\320TU\360\010\025\220Q\307\000\377\014\000\t\033\320\0320\260\377\004\260L\300\001\330\010\030\333\230\001\335!\032\230\201\214\002F\220\354\270\002\361\000\330\010\272@\r\330\025\377\026\330\024\033\2309\240G\377\2501\250D\260\010\270\004\377\270I\300X\310R\310w_\320VW\330\020\327\213\0036\232`\375U\251\001\330\024\025\330\020\"\376\265\211\001\017\210u\220C\220qr\323\210\001t\270\210\001""\232\207\001\047\240\022\201`\375qN\002\032\230%\230r\240\257\021\330\030\033\260@#\212 \034\377%\320%6\260e\2701\377\270A\340\034)\250\021\250\367!\330\030\337`\330\021\022\330s\020\032\241a\370\204\001\n\230!\210@\317\016\000\t\036\237\206\001\234\215\0018\220\3613\361\213\001\271\206\007\330\210\002\330\020*\250\037!\2504\250q\323\207\001\353\207\002\350\216\001\032\336\205\001A8\005W\240\313\207\002\354\216\006\315\211\003\3373\230l\250\"\373\205\001\017\210\337s\220\"\220A\355\215\001\024\031\327\230\021\340\002\000\026\214`\014\021\376\236\217\004\010\017\210q\320\004\033\273\2301\231\204\001!\240\t\255\001\340\352\311 \004\310\217\003\t\204\215\001\014\230A\277\230V\2408\2507\215\213\003r\276\236\206\002\020\027\220r\230\351\204\001\002\377\240%\240v\250V\2601\357\260B\260i\277`5\310\005?\310Q\310a\320\004\275 \317\205\006\337\017\210t\2209\371\213\002a\240\007z\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3315, 4540);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3437 bytes) */
+static const char cstring[] = "\377 bytes i\377s no eve\377ntfd of \377 vectors\377 views: \377release \277memory\020\002 \377and arra\377ys first\377(tree fr\367agmE\000)...\357: thX\000end\377point ha\217s ?AU\004c\001\021\013w\376\034\000rung `r\377ings` ti\375m\232\000since wit \034\001las\005\001\377ited for\377.a descr\263ip\253\000y\000omp\000e\177 server+\003\367ost\201\004proc\367ess\202\002too \377many ope\365n\275\000l\203 (rai\376\341\000its lim\367it,^\001 ins\373ta~\001with \373`u\026\002 -n`)\315a\237$\047sy\t\277*ca/nnotg\000p\234\t\251\007\3767\000isablee\315n\002\001gc~\000\005\002di\367vsh\353 .err\374\205@\007\004/_core\357.pyx\254@def\377ault __r\377educe__ \277due to\311@n\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\210`\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021\356ain Mu\320`by\256B\350Ar4\010\356\370@out\224\204\003t a\037 numb\322A\223\204\001\201\000\177at came\235B\326\246\204\003 C\310\002E\254!Do\177orbells\000\006\375.\235&cython\273__\017\tset\342@t{e_\n\020add_H\001\340@\010\017\001\233\205\003U\010`\rdro\277p_peery\010m\277issing\213\010n\363ew\231\t\365\204\001_sel\371f\256\010\232\000_queu\373ed\303\010unwat\033ch\325\010wa\343@\276\206\002\010\n\350\030\n\353B\212\047f\307@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\333A\000\002\262/\017\005\257.\200*\003\270 3\003\343b>\003m\004\260a.\277modifyV\003r\237emoveb\003\307\001F\003dA\330\207\001\000\004\255O\017\007\254N,\005\350\331\204\0029\005\326\210\004sI\005sig\367nalW\005take\377Interrup\377tMapping\200\000\004\250o\017\007\247n,\005\324\205\0029\005p\177opulateI\005\377resident\177NoSuchV\345\211\002\377Protocol>\272\204\002Timer\000\002\245\204\017\000\017\005\242\204\016*\003\315\206\0025\003\330CA\003\300a\337__Pyx\001\000Di\377ct_NextR\317ef__\234\210\002\232\000__g__d\026\001\004\001oc\013\001\227fun\003\002g\226\205\005!\000m\347ain\047\001\270@ule.1\001nam\003\002pZ\000\277\205\003\315_\007\001vt\323\210\001R\001qu""\303al\035\005\242\210\005\375\205\016\274\210\006ex\310\206\001\360\204\001Q\005st\010\230\206\016__Otest\272\000\237\206\005_\223\206\007v\262\206\002s_\200\206\006_is\274\211\001\177outine_\205\206\004U_\376\205\001_\357\205\006_\344\205\007_\335\205\004\365_\320\205\007_\360\205\002adda\373dd\303@sadvi\377ceanythi\373ng\210\215\002async\277io.corc\003s\376\204\210\002chunksc\371lv\001\277 trace\357back\375\211\002cod\375e\371@lectio\377nscontro\375l\005\000untdat\337adead6\001en\377deofepfd\370\220\213\003\314\204\005\264\216\002sfdfd\375s\315\206\003filled\374\221\216\002\272@growni\375i:\000xiovit\207ems\327\213\004\335\213\005\322\213\002\357\214\002l\377ostmessa\247ges\231\206\003\344Cn\343Ad\377tupleone?outerp!\000\000\001__size\t\001s\352\210\001\327pop\350\204\005r\264\000on\377lyreceiv\361e\334\206\003\365\204\005\336\216\002runrounss\373\000nd\004\000\373en\370\210\001send_6\022\003nt\227\212\001et\345\214\004\257\206\003^l\001sockm\000c\263\212\001\377icmethod\372\301\206\001t\262\213\003token\377totalval\313ue\000\002s\316\220\003\244\211\001wa\377nt\200\001\330\004\n\210\377+\220Q\200\001\360$\000\377\005\030\220q\330\004\025\220\277Q\330\004\024\220A\026\001#\377\210Q\210h\220b\230\006\377\230d\240$\240d\250$\377\250d\260!\330\010\016\210\377a\210z\230\023\230G\240\3771\330\010\014\210E\220\025\373\220a8\000\014\017\210q\220\377\002\220,\230a\230t\240\3771\240B\240b\250\001\330\276\016\004+\230Q\330\014S\000\220\377R\220x\230{\250!\250\3373\250a\250q\t\007~\250\372\025\010\177\031\000x\260q\270\001\376*\006\320\0371\260\021\330\010w\017\210y\211\000b\240\003\\\000\357I\250\\\270\020\000\014\210H\377\220A\220V\230:\240V\377\250=\270\002\320:L\310\377A\330\010\013\2102\210R\375\210]\000\017\210v\220S\230\317\001\330\020\021\206\001\010\001\007\230ws\240!\013\002\021\220\021\262\n\375\022\266\002q\240\010\250\001\250\376,\000\023\2205\230\003\2308\376\305\002h\250k\270\022\2701\377\330\014\022\220$\220c\230\377\030\240\021\240\"\240I\250\373S\260\334""\002x\220q\230\002\335\230R\000\026\220g\345\000\025.\376\330\001\260\004\260A\260R\260\377r\270\032\3008\3101\310\177B\310k\320YZ\340\220\007\277\r\330\004\007\200q\274!C\377\210w\220a\330\014\020\220\255\006\004\000\020\027J\000\001\340!m\375\230m\000\r\360\006\000\005\014\357\2108\2201\240@&\000\005\377\035\230A\340\004\026\220a\177\360\010\000\005\t\210\007\340\000\356\222 u\220G\245\0003\240a\373\240t\323\"t\2603\260a\177\260t\2703\270a\270_\000\367\013\2104_\000e\2305\240\375\006\220@\002\250#\250V\260\3772\260V\2702\270S\300\376\236@\022\220*\230A\230^\317\2501\250H\257\000\023\001V\300w2\300V\261\000C\310q\326G\347w\230f\320@\245\000\022\220!s\220:\313A\353A\007\220|\350@uF\316@1\345C\007\220{\334 \276\245 !\2201\220HV\000Y\377\240c\250\027\260\010\270\001\374\253@\375BW\230H\240K\250\377q\260\003\2601\260A\330r\n\006N\327`\277`t\2207\306!\364\201\"\343\")\222\004Y\270c\300\217\024\300Q\300\247 \375\000\324aw\366\207@\021\330\256 y\240\001\240\337\026\240z\260\030\216`\020\0311\230\021\000\270A\216A\024\033\302 \016\002\376\347#\021\220\031\230!\2306\377\240\032\2508\2601\330\004\357\013\2101\200\251b4\210t\357\2202\220Q\334A+\230Q\333\230a\347at\220\024\006v\220\315R\334\204\001\022\220\r\r\370c_\240\317D\250\003\250F\002\007\007\010\260\275\001X\001\014\210K\220\373&c\354\231\000\345@\010\230\026\002\016\210a\356z\001\026\220d\271`\010\014\210\367G\2201\266\204\0013\210c\220\356\372b1\220A\232\001\030\230\004\273\230A\344\205\001I\220Q\326\204\0015\273\220\003&\000\014\023\220\033\002\340\357\010\014\210F\217@8\2304\017\230q\200A\013\001\215\205\001\217\001}\002@\034\001w\010\234\204\001\345bq\000/\000|\262\001\357\340\010\034\230\377\004q\330\014\365\r\272\205\0014\270\205\001\021\220\021\220\377$\220g\230T\240\021\240\367!\330\r\272\206\001T\230\027\240\377\004\240A\240T\250\021\250\377%\250w\260f\270B\270?a\330\014\021\220\021w\0018\014\343\014\210\255\002\235\206\002\272\003T\230\026\357\230w\240a\205\206\003W\230D\377\240\001\330\021\032\230&\240\271""\006\021\000\303\002&\230\001\237\205\0014\373\210y\362\000F\240#\240S\347\250\004\250\242`\351\001D\230\005\376\206\002$\240a\240u\250Gw\2601\340\303%\340\010\035\242\000\277\026\240t\2501\250\370\206\0026\367\220\023\220\326bD\230\006\230\277a\230x\240w\250\320@\r\317\210U\220!\321A!\014\017\210\177x\220v\230S\240\n\320\000\364\276\"D\007F\353\210\001\013\2106\220\267\027\230\001\343\001\026\220\337\"!\377\240\024\240X\250R\250z\377\270\022\2703\270c\300\021\337\340\010 \240\001\204D\330\010\277\021\320\021\"\240&\301\207\002\010\237\013\2107\220#\326a\325 \t\376\260\204\003a\220t\2308\2404\377\240y\260\010\270\002\270!\373\330\020\357\211\001\014\020\220\005\220\367U\230!\252\204\003\026\230q\240_\003\2402\240Q\340\001\001\244\210\001\372\305\210\001Rz\001\360\006\000\t\014\341\210\234B\376B\251\204\010\343\206\003c\230\024\276\347\211\003G\2307\240!e\000w\257\250d\260&g\000\"\252@co\300\022\3001\203\211\005\001\330\347\207\004\356\232\211\001\020\220\007\300\212\001\020\220\010\372\366\"\"\271\212\004\010\014\210D\220\277\001\220\024\220Z\230\250\210\002J\357\220a\200A|\005w\220g\313\230U\225\213\002)\357\207\001\351\212\001t\220\3754\312 T\240\026\240s\250\377#\250T\260\021\330\020\024\377\220F\230\047\240\021\240$\362\340CL\372\204\001\302\001\017\210a\210_q\220\006\220c\322`\001\333\204\003\337Z\230v\240Q\346\204\003[\240_\010\250\010\260\002\267\000\t\257\002\377\010\013\210?\230!\2304\376\276`d\250#\250Q\250f\277\260F\270\"\270A\367d\360\357\n\000\t\035\301\204\0032\210S\376\302\000\003\2301\230F\240$\373\240g(\000d\260$\260a\377\260x\270q\300\005\300W\377\310F\320RT\320TU\356\373\010\025\220Q\322\000\014\000\t}\r\352\000\005\220Q\220a\377\204\003\375w\322\214\003\022\220-\230q\320\377 7\260q\270\004\270D?\300\007\300r\310\021\031\005\302\205\014\345t\353\"b\331\210\001L\003\033\320\032\3770\260\004\260L\300\001\330o\010\030\230\001\272A\032\230\263\214\002gF\220!\272\215\001\316 \330\010\227`\377\r\330\025\026\330\024\033\230\3779\240G\2501\250D\260\375""\010i\000I\300X\310R\310\277w\320VW\330\020\211\214\0036\372\367`U\373\001\330\024\025\330\020\375\"\347\211\001\017\210u\220C\220\345q\205\211\001t\352\210\001\314\207\001\047\240\022\372\336`qN\002\032\230%\230r_\240\021\330\030\033\215`#\334 \377\034%\320%6\260e\270\3771\270A\340\034)\250\021\337\250!\330\030 \207\206\001\022\330s\020\032\376a\325\205\001\n\230!\345@\317\016\000\t\036\374\206\001\316\215\0018\220\3613\243\214\001\226\207\007\212\211\002\330\020*\250\037!\2504\250q\205\210\001\235\210\002\232\217\001\032\273\206\001A8\005W\240\222\210\002\236\217\006\377\211\003\3373\230l\250\"\330\206\001\017\210\337s\220\"\220A\237\216\001\024\031\327\230\021\340\002\000\026\351`\014\021^\320\217\004\010\017\210q\360`\020\232A\324\257\"\337\204\005\021\316\217\001E\317\211\001\021\220\375\024\262@d\230)\2402\240\347W\250C\325\217\001\013\005\047\240\024\247\240Q\240\255b\337\215\001\t\370!\017\377\210t\2206\230\021\320\004w\033\2301\313\205\001!\240\t\202!\325\340\236@\004\317\220\003\t\213\216\001\014\230\177A\230V\2408\2507\224\214\003}r\320\207\002\020\027\220r\230\233\206\001\377\002\240%\240v\250V\260\3771\260B\260i\270t\300\3775\310\005\310Q\310a\320\321\004\222@\201\207\006f\0019\200\215\002a\240\007z\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3437, 4715);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4540 bytes) */
-static const char bytes[] = " bytes of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsfdfdsfilenofilledfirstgetgrowniindex""iovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleonepagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:""\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210D\220\005\220Q\220a\330\010\014\210F\220$\220a\220t\2304\230t\2407\250\"\250C\250q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210F\220!\330\010\017\210t\2206\230\021\200A\340\010\014\210F\220$\220a\220t\230<\240q\330\010\014\210K\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014""\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210y\230\003\2302\230T\240\024\240T\250\026\250t\2606\270\023\270C\270t\3001\330\014\020\220\006\220g\230Q\230d\240!\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\033\320\0320\260\004\260L""\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
+    #else /* compression: none (4715 bytes) */
+static const char bytes[] = " bytes is no eventfd of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector what came for vector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsf""dfdsfilenofilledfirstgetgrowniindexiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleoneouterpagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w""\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\014\210K\220q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023""\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210w\220a\220q\330\014\022\220-\230q\320 7""\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 192; i++) {
+    for (int i = 0; i < 195; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 33) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -21080,8 +21592,8 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 192; i < 223; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-192].length;
+    for (int i = 195; i < 226; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-195].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -21091,14 +21603,14 @@ static const char bytes[] = " bytes of  vectors views: release memoryviews and a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 223; i++) {
+    for (Py_ssize_t i = 0; i < 226; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 192;
+      PyObject **table = stringtab + 195;
       for (Py_ssize_t i=0; i<31; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -21315,67 +21827,67 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 650};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 645};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 653};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 648};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 658};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 653};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_F_at_q_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 663};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 659};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_2T_T_t6_Ct1_gQd_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 670};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_F_at4t7_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 675};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 679};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 682};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 686};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 686};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 690};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 691};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 695};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 712};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 716};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 722};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 726};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 840};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 873};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 892};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 928};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }

@@ -623,8 +623,8 @@ cdef class Doorbells:
     cdef FdArray own
     cdef FdArray wake  # one eventfd, written by close() to send the waiters home
     cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
-    cdef Epoll epoll  # what wait() sleeps on: vectors, news, wake
-    cdef Epoll outer  # what others may sleep on: that, and queued
+    cdef Epoll epoll  # anything(), once it is needed
+    cdef Epoll outer  # what fileno() returns: that and queued, once it is needed
     cdef int waiters
     cdef bint gone
     cdef int watched
@@ -636,13 +636,8 @@ cdef class Doorbells:
         self.watched = -1
         self.pid = getpid()
         self.own = FdArray()
-        self.epoll = Epoll()
-        self.outer = Epoll()
         self.wake = FdArray.eventfds(1)
         self.queued = FdArray.eventfds(1)
-        self.epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
-        self.outer.add(self.epoll.epfd, 0, _EPOLLIN)
-        self.outer.add(self.queued.fds[0], 0, _EPOLLIN)
         self.gone = False
 
     # Overridden by subclasses.
@@ -657,20 +652,29 @@ cdef class Doorbells:
 
     def _watch(self, int fd):
         """Call `_news()` when `fd`, which is borrowed, is readable."""
-        self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
         self.watched = fd
+        if self.epoll is not None:
+            self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 
     def _unwatch(self):
         """Forget the descriptor of `_watch`, before it is closed."""
         # A forked child shares the epoll object with its parent, and must leave it as it is.
-        if self.watched >= 0 and not self.gone and getpid() == self.pid:
-            self.epoll.remove(self.watched)
+        if self.epoll is not None and self.watched >= 0:
+            if not self.gone and getpid() == self.pid:
+                self.epoll.remove(self.watched)
         self.watched = -1
 
     def _add_vector(self, int fd):
-        """Listen on `fd` as the next vector; takes it."""
+        """Listen on `fd` as the next vector; takes it, also when this fails.
+
+        Raises:
+            ProtocolError: it is no eventfd.
+        """
         self.own.take(fd)
-        self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+        if not _counts(fd):
+            raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+        if self.epoll is not None:
+            self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
 
     def _add_bell(self, peer, int fd):
         """Ring the peer's next vector through `fd`; takes it."""
@@ -720,9 +724,38 @@ cdef class Doorbells:
             _fail()
 
     def fileno(self):
-        """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any."""
+        """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
+
+        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From
+        then on each ring that comes in costs its sender a little more, for the kernel keeps it up
+        to date.
+        """
+        cdef Epoll outer
         self.check()
+        if self.outer is None:
+            outer = Epoll()
+            outer.add(self.anything().epfd, 0, _EPOLLIN)
+            outer.add(self.queued.fds[0], 0, _EPOLLIN)
+            self.outer = outer
         return self.outer.epfd
+
+    cdef Epoll anything(self):
+        """What waiting for any vector sleeps on: the vectors, news, wake.
+
+        Made when it is first needed: every epoll object that watches an eventfd makes each write to
+        it dearer, by about as much as a system call costs.
+        """
+        cdef Epoll epoll
+        cdef Py_ssize_t i
+        if self.epoll is None:
+            epoll = Epoll()
+            epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
+            for i in range(self.own.count):
+                epoll.add(self.own.fds[i], i, _EPOLLIN)
+            if self.watched >= 0:
+                epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
+            self.epoll = epoll
+        return self.epoll
 
     @cython.binding(False)
     def ring(self, peer, Py_ssize_t vector=0):
@@ -845,12 +878,13 @@ cdef class Doorbells:
     cdef object wait_any(self, int64_t deadline, bint for_news):
         cdef epoll_event event
         cdef int rounds = 0
+        cdef int epfd = self.anything().epfd
         cdef uint64_t count
         cdef int n
         self.waiters += 1
         try:
             while True:
-                n = _epoll_sleep(self.epoll.epfd, &event, 1, deadline)
+                n = _epoll_sleep(epfd, &event, 1, deadline)
                 if self.gone:
                     raise ClosedError("the endpoint was closed while waiting")
                 if n < 0:
@@ -886,8 +920,10 @@ cdef class Doorbells:
         self.own.close()
         self.wake.close()
         self.queued.close()
-        self.outer.close()
-        self.epoll.close()
+        if self.outer is not None:
+            self.outer.close()
+        if self.epoll is not None:
+            self.epoll.close()
 
     def close(self):
         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
@@ -928,3 +964,12 @@ cdef uint64_t _take(int fd) except? 0:
             return 0
         if errno != EINTR:
             _fail()
+
+
+cdef bint _counts(int fd) noexcept:
+    """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
+    cdef char data[7]
+    cdef iovec iov
+    iov.iov_base = data
+    iov.iov_len = sizeof(data)
+    return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
