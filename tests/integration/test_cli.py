@@ -497,10 +497,12 @@ class TestConnect:
             expect(screen, b"00000000  00")
             screen.write(b"fly\n")
             expect(screen, b"no command 'fly'")
-            with ivshmem.connect(path, timeout=TIMEOUT):
+            with ivshmem.connect(path, timeout=TIMEOUT) as other:
                 screen.write(b"\n")
                 expect(screen, b"peer 1 joined")
                 screen.write(b"watch\n")
+                other.ring(0)  # which nothing but watch shows: from then on it is under way
+                expect(screen, b"interrupt on vector 0")
             expect(screen, b"peer 1 left")
             os.kill(process.pid, signal.SIGINT)
             expect(screen, b"ivshmem 0> ")
