@@ -3672,11 +3672,11 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_a __pyx_string_tab[203]
 #define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[204]
 #define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[205]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[206]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[207]
-#define __pyx_kp_b_iso88591_A_Kq_4wgQ_d_4_1 __pyx_string_tab[208]
-#define __pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa __pyx_string_tab[209]
-#define __pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F __pyx_string_tab[210]
+#define __pyx_kp_b_iso88591_A_4q_1_waq_gT __pyx_string_tab[206]
+#define __pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S __pyx_string_tab[207]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[208]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[209]
+#define __pyx_kp_b_iso88591_A_Kq_4wgQ_d_4_1 __pyx_string_tab[210]
 #define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[211]
 #define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[212]
 #define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[213]
@@ -14845,7 +14845,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
 
 /* Python wrapper */
@@ -14936,12 +14936,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
-  uint64_t __pyx_v_one;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  uint64_t __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  uint64_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -14950,27 +14950,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
   /* "ivshmem/_core.pyx":718
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
- *         if self.gone:
- *             return
-*/
-  __pyx_v_one = 1;
-
-  /* "ivshmem/_core.pyx":719
- *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
  *             return
- *         if not anything:
+ *         if anything:
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":720
- *         cdef uint64_t one = 1
+    /* "ivshmem/_core.pyx":719
+ *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
- *         if not anything:
- *             _take(self.queued.fds[0])
+ *         if anything:
+ *             self.queued.signal(0)
 */
     {
       PyObject *__pyx_temp;
@@ -14982,76 +14973,63 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":719
+    /* "ivshmem/_core.pyx":718
+ *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
  *             return
- *         if not anything:
+ *         if anything:
 */
   }
 
-  /* "ivshmem/_core.pyx":721
+  /* "ivshmem/_core.pyx":720
  *         if self.gone:
  *             return
- *         if not anything:             # <<<<<<<<<<<<<<
- *             _take(self.queued.fds[0])
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+ *         if anything:             # <<<<<<<<<<<<<<
+ *             self.queued.signal(0)
+ *         else:
 */
-  __pyx_t_1 = (!__pyx_v_anything);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/_core.pyx":722
- *             return
- *         if not anything:
- *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
- *             _fail()
-*/
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 722, __pyx_L1_error)
-
+  if (__pyx_v_anything) {
 
     /* "ivshmem/_core.pyx":721
+ *             return
+ *         if anything:
+ *             self.queued.signal(0)             # <<<<<<<<<<<<<<
+ *         else:
+ *             _take(self.queued.fds[0])
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->queued);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 721, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/_core.pyx":720
  *         if self.gone:
  *             return
- *         if not anything:             # <<<<<<<<<<<<<<
- *             _take(self.queued.fds[0])
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
+ *         if anything:             # <<<<<<<<<<<<<<
+ *             self.queued.signal(0)
+ *         else:
 */
     goto __pyx_L4;
   }
 
   /* "ivshmem/_core.pyx":723
- *         if not anything:
- *             _take(self.queued.fds[0])
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
- *             _fail()
- * 
-*/
-  __pyx_t_1 = (write((__pyx_v_self->queued->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))) < 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/_core.pyx":724
- *             _take(self.queued.fds[0])
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
- *             _fail()             # <<<<<<<<<<<<<<
+ *             self.queued.signal(0)
+ *         else:
+ *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 724, __pyx_L1_error)
+  /*else*/ {
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_4 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 723, __pyx_L1_error)
 
-
-    /* "ivshmem/_core.pyx":723
- *         if not anything:
- *             _take(self.queued.fds[0])
- *         elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
- *             _fail()
- * 
-*/
   }
   __pyx_L4:;
 
@@ -15060,24 +15038,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_set_queued(struct __pyx_
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._set_queued", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":726
- *             _fail()
+/* "ivshmem/_core.pyx":725
+ *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
@@ -15143,17 +15122,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":734
+  /* "ivshmem/_core.pyx":733
  *         """
  *         cdef Epoll outer
  *         self.check()             # <<<<<<<<<<<<<<
  *         if self.outer is None:
  *             outer = Epoll()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 734, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 733, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":735
+  /* "ivshmem/_core.pyx":734
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -15164,7 +15143,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":736
+    /* "ivshmem/_core.pyx":735
  *         self.check()
  *         if self.outer is None:
  *             outer = Epoll()             # <<<<<<<<<<<<<<
@@ -15177,13 +15156,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 735, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_3);
     }
     __pyx_v_outer = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":736
  *         if self.outer is None:
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -15192,12 +15171,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 736, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 736, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 736, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_5 = 0;
     {
@@ -15206,12 +15185,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 737, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":738
+    /* "ivshmem/_core.pyx":737
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -15220,9 +15199,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 737, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 737, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -15231,12 +15210,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 738, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 737, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":739
+    /* "ivshmem/_core.pyx":738
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer             # <<<<<<<<<<<<<<
@@ -15248,7 +15227,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
     __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
     __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-    /* "ivshmem/_core.pyx":735
+    /* "ivshmem/_core.pyx":734
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -15257,14 +15236,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":740
+  /* "ivshmem/_core.pyx":739
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer
  *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll anything(self):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 739, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15277,8 +15256,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":726
- *             _fail()
+  /* "ivshmem/_core.pyx":725
+ *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
@@ -15300,7 +15279,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":742
+/* "ivshmem/_core.pyx":741
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -15328,7 +15307,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":750
+  /* "ivshmem/_core.pyx":749
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -15339,7 +15318,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":751
+    /* "ivshmem/_core.pyx":750
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -15352,13 +15331,13 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 751, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 750, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":752
+    /* "ivshmem/_core.pyx":751
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -15367,11 +15346,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 751, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 751, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 752, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 751, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -15381,12 +15360,12 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 752, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 751, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":753
+    /* "ivshmem/_core.pyx":752
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):             # <<<<<<<<<<<<<<
@@ -15400,7 +15379,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":754
+      /* "ivshmem/_core.pyx":753
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -15409,11 +15388,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
       __pyx_t_7 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_7);
-      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 753, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 753, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 754, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 753, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -15423,14 +15402,14 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 754, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 753, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":755
+    /* "ivshmem/_core.pyx":754
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -15442,7 +15421,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":756
+      /* "ivshmem/_core.pyx":755
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -15451,11 +15430,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 755, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 755, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 756, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 755, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -15465,12 +15444,12 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 756, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 755, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":755
+      /* "ivshmem/_core.pyx":754
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -15479,7 +15458,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
     }
 
-    /* "ivshmem/_core.pyx":757
+    /* "ivshmem/_core.pyx":756
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -15491,7 +15470,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":750
+    /* "ivshmem/_core.pyx":749
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -15500,7 +15479,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
   }
 
-  /* "ivshmem/_core.pyx":758
+  /* "ivshmem/_core.pyx":757
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -15518,7 +15497,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":742
+  /* "ivshmem/_core.pyx":741
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -15543,7 +15522,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":760
+/* "ivshmem/_core.pyx":759
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15591,48 +15570,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 760, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 759, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 760, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 760, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 760, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 759, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 760, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 759, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 760, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 759, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 760, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 759, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 761, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 760, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 760, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 759, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15683,7 +15662,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":777
+  /* "ivshmem/_core.pyx":776
  *         cdef PyObject *found
  *         cdef int fd, code
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -15692,7 +15671,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":779
+  /* "ivshmem/_core.pyx":778
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -15701,17 +15680,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":780
+    /* "ivshmem/_core.pyx":779
  *         cdef ssize_t n
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 780, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 779, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":781
+    /* "ivshmem/_core.pyx":780
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -15723,7 +15702,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_2, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":782
+    /* "ivshmem/_core.pyx":781
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15735,7 +15714,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":783
+      /* "ivshmem/_core.pyx":782
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -15747,7 +15726,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":784
+      /* "ivshmem/_core.pyx":783
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15761,7 +15740,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":785
+        /* "ivshmem/_core.pyx":784
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -15770,7 +15749,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":784
+        /* "ivshmem/_core.pyx":783
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -15779,7 +15758,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":782
+      /* "ivshmem/_core.pyx":781
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -15788,7 +15767,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":786
+    /* "ivshmem/_core.pyx":785
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -15797,7 +15776,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 786, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 785, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -15805,35 +15784,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 786, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 785, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":787
+  /* "ivshmem/_core.pyx":786
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 787, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 786, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":788
+  /* "ivshmem/_core.pyx":787
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 788, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 788, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 787, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 787, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":789
+  /* "ivshmem/_core.pyx":788
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -15842,7 +15821,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":790
+    /* "ivshmem/_core.pyx":789
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -15851,7 +15830,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":791
+      /* "ivshmem/_core.pyx":790
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15864,7 +15843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":792
+            /* "ivshmem/_core.pyx":791
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -15873,7 +15852,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":793
+            /* "ivshmem/_core.pyx":792
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -15883,7 +15862,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":791
+          /* "ivshmem/_core.pyx":790
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15900,7 +15879,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":794
+      /* "ivshmem/_core.pyx":793
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15926,7 +15905,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":795
+        /* "ivshmem/_core.pyx":794
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -15943,7 +15922,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
         }
         goto __pyx_L7_return;
 
-        /* "ivshmem/_core.pyx":794
+        /* "ivshmem/_core.pyx":793
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15952,7 +15931,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":796
+      /* "ivshmem/_core.pyx":795
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15964,17 +15943,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":797
+        /* "ivshmem/_core.pyx":796
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 797, __pyx_L8_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 796, __pyx_L8_error)
 
 
-        /* "ivshmem/_core.pyx":796
+        /* "ivshmem/_core.pyx":795
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -15983,19 +15962,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":798
+      /* "ivshmem/_core.pyx":797
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L8_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 797, __pyx_L8_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":800
+  /* "ivshmem/_core.pyx":799
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -16004,7 +15983,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 799, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L9;
     }
@@ -16026,7 +16005,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_15);
       __pyx_t_1 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L22_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 799, __pyx_L22_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_13);
@@ -16054,7 +16033,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L7_return: {
       __pyx_t_15 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 800, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 799, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_15;
       __pyx_t_15 = 0;
@@ -16063,7 +16042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
     __pyx_L9:;
   }
 
-  /* "ivshmem/_core.pyx":760
+  /* "ivshmem/_core.pyx":759
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16092,7 +16071,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":802
+/* "ivshmem/_core.pyx":801
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16140,24 +16119,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 802, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 801, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 801, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 801, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 802, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 801, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":803
+      /* "ivshmem/_core.pyx":802
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -16170,11 +16149,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 801, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 801, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16187,7 +16166,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 802, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 801, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16200,7 +16179,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":801
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16241,17 +16220,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":821
+  /* "ivshmem/_core.pyx":820
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 821, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 820, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":822
+  /* "ivshmem/_core.pyx":821
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -16262,15 +16241,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":823
+    /* "ivshmem/_core.pyx":822
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 823, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 823, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 822, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 822, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -16284,7 +16263,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":822
+    /* "ivshmem/_core.pyx":821
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -16293,17 +16272,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":824
+  /* "ivshmem/_core.pyx":823
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 824, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 823, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":825
+  /* "ivshmem/_core.pyx":824
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -16320,7 +16299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":826
+    /* "ivshmem/_core.pyx":825
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -16328,11 +16307,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 826, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 825, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 826, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 825, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 826, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 825, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -16345,7 +16324,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 826, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 825, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -16367,14 +16346,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 826, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 825, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 826, __pyx_L1_error)
+    __PYX_ERR(0, 825, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":825
+    /* "ivshmem/_core.pyx":824
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -16383,17 +16362,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":827
+  /* "ivshmem/_core.pyx":826
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 827, __pyx_L1_error)
+  __pyx_t_14 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 826, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":828
+  /* "ivshmem/_core.pyx":827
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -16405,14 +16384,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":829
+    /* "ivshmem/_core.pyx":828
  *         count = _take(self.own.fds[index])
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 829, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 828, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -16425,7 +16404,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":828
+    /* "ivshmem/_core.pyx":827
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = _take(self.own.fds[index])
  *         if count:             # <<<<<<<<<<<<<<
@@ -16434,17 +16413,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":829
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 830, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 829, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":831
+  /* "ivshmem/_core.pyx":830
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -16456,7 +16435,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":832
+    /* "ivshmem/_core.pyx":831
  *         deadline = _deadline(timeout)
  *         if deadline == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -16474,7 +16453,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":831
+    /* "ivshmem/_core.pyx":830
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -16483,14 +16462,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":833
+  /* "ivshmem/_core.pyx":832
  *         if deadline == 0:
  *             return 0
  *         return self.wait_one(self.own.fds[index], deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 833, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_index]), __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 832, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -16503,7 +16482,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":801
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16530,7 +16509,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":835
+/* "ivshmem/_core.pyx":834
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -16572,7 +16551,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":841
+  /* "ivshmem/_core.pyx":840
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = fd             # <<<<<<<<<<<<<<
@@ -16581,7 +16560,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":842
+  /* "ivshmem/_core.pyx":841
  *         cdef int n, code
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16590,7 +16569,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":843
+  /* "ivshmem/_core.pyx":842
  *         fds[0].fd = fd
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16600,7 +16579,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[0]).events = POLLIN;
   (__pyx_v_fds[1]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":844
+  /* "ivshmem/_core.pyx":843
  *         fds[1].fd = self.wake.fds[0]
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -16609,7 +16588,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":845
+  /* "ivshmem/_core.pyx":844
  *         fds[0].events = fds[1].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -16618,7 +16597,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":846
+    /* "ivshmem/_core.pyx":845
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -16627,7 +16606,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":847
+      /* "ivshmem/_core.pyx":846
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16639,7 +16618,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":848
+        /* "ivshmem/_core.pyx":847
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -16663,7 +16642,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_4;
 
 
-        /* "ivshmem/_core.pyx":849
+        /* "ivshmem/_core.pyx":848
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -16672,7 +16651,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":850
+        /* "ivshmem/_core.pyx":849
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -16681,7 +16660,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":847
+        /* "ivshmem/_core.pyx":846
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -16690,7 +16669,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":851
+      /* "ivshmem/_core.pyx":850
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16703,7 +16682,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":852
+            /* "ivshmem/_core.pyx":851
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)             # <<<<<<<<<<<<<<
@@ -16723,7 +16702,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_n = ppoll(__pyx_v_fds, 2, __pyx_t_5, NULL);
 
 
-            /* "ivshmem/_core.pyx":853
+            /* "ivshmem/_core.pyx":852
  *                 with nogil:
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -16733,7 +16712,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":851
+          /* "ivshmem/_core.pyx":850
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -16750,7 +16729,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":854
+      /* "ivshmem/_core.pyx":853
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16759,7 +16738,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":855
+        /* "ivshmem/_core.pyx":854
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -16767,7 +16746,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 855, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 854, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -16786,14 +16765,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 855, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 854, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_Raise(__pyx_t_6, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 855, __pyx_L4_error)
+        __PYX_ERR(0, 854, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":854
+        /* "ivshmem/_core.pyx":853
  *                     n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -16802,7 +16781,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":856
+      /* "ivshmem/_core.pyx":855
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16814,7 +16793,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":857
+        /* "ivshmem/_core.pyx":856
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16826,17 +16805,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/_core.pyx":858
+          /* "ivshmem/_core.pyx":857
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 858, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 857, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":857
+          /* "ivshmem/_core.pyx":856
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -16845,17 +16824,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":859
+        /* "ivshmem/_core.pyx":858
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L4_error)
+        __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 858, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":860
+        /* "ivshmem/_core.pyx":859
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -16864,7 +16843,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":856
+        /* "ivshmem/_core.pyx":855
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -16873,7 +16852,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":861
+      /* "ivshmem/_core.pyx":860
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16885,7 +16864,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":862
+        /* "ivshmem/_core.pyx":861
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -16903,7 +16882,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":861
+        /* "ivshmem/_core.pyx":860
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16912,17 +16891,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":863
+      /* "ivshmem/_core.pyx":862
  *                 if n == 0:
  *                     return 0
  *                 count = _take(fd)             # <<<<<<<<<<<<<<
  *                 if count:
  *                     return count
 */
-      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 863, __pyx_L4_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_5_core__take(__pyx_v_fd); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 862, __pyx_L4_error)
       __pyx_v_count = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":864
+      /* "ivshmem/_core.pyx":863
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16934,14 +16913,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":865
+        /* "ivshmem/_core.pyx":864
  *                 count = _take(fd)
  *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
 */
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 865, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 864, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         {
           PyObject *__pyx_temp;
@@ -16954,7 +16933,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_6 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":864
+        /* "ivshmem/_core.pyx":863
  *                     return 0
  *                 count = _take(fd)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -16963,17 +16942,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":867
+      /* "ivshmem/_core.pyx":866
  *                     return count
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0
 */
-      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 867, __pyx_L4_error)
+      __pyx_t_10 = PyErr_CheckSignals(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 866, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":868
+      /* "ivshmem/_core.pyx":867
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16999,7 +16978,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":869
+        /* "ivshmem/_core.pyx":868
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -17017,7 +16996,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":868
+        /* "ivshmem/_core.pyx":867
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17029,7 +17008,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":871
+  /* "ivshmem/_core.pyx":870
  *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17084,7 +17063,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":835
+  /* "ivshmem/_core.pyx":834
  *         return self.wait_one(self.own.fds[index], deadline)
  * 
  *     cdef object wait_one(self, int fd, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -17113,7 +17092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":873
+/* "ivshmem/_core.pyx":872
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17161,24 +17140,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 873, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 872, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 872, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 873, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 872, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 873, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 872, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -17189,7 +17168,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 873, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 872, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17221,25 +17200,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":874
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 875, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 874, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":876
+  /* "ivshmem/_core.pyx":875
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 876, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 876, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 875, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 875, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -17253,7 +17232,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":872
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -17272,7 +17251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":878
+/* "ivshmem/_core.pyx":877
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -17312,7 +17291,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __Pyx_RefNannySetupContext("wait_any", 0);
 
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":879
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
  *         cdef epoll_event event
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -17321,21 +17300,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":881
+  /* "ivshmem/_core.pyx":880
  *         cdef epoll_event event
  *         cdef int rounds = 0
  *         cdef int epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         cdef uint64_t count
  *         cdef int n
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 881, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 880, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1)->epfd;
 
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_epfd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":884
+  /* "ivshmem/_core.pyx":883
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -17344,7 +17323,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":885
+  /* "ivshmem/_core.pyx":884
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -17353,7 +17332,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":886
+    /* "ivshmem/_core.pyx":885
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -17362,17 +17341,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":887
+      /* "ivshmem/_core.pyx":886
  *         try:
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 887, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 886, __pyx_L4_error)
       __pyx_v_n = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":888
+      /* "ivshmem/_core.pyx":887
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -17381,7 +17360,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":889
+        /* "ivshmem/_core.pyx":888
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -17389,7 +17368,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 889, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 888, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -17408,14 +17387,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 889, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 888, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_Raise(__pyx_t_1, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __PYX_ERR(0, 889, __pyx_L4_error)
+        __PYX_ERR(0, 888, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":888
+        /* "ivshmem/_core.pyx":887
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -17424,7 +17403,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":890
+      /* "ivshmem/_core.pyx":889
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -17436,7 +17415,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":891
+        /* "ivshmem/_core.pyx":890
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -17445,7 +17424,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":890
+        /* "ivshmem/_core.pyx":889
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -17454,7 +17433,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":892
+      /* "ivshmem/_core.pyx":891
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17466,7 +17445,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":893
+        /* "ivshmem/_core.pyx":892
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17483,7 +17462,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":892
+        /* "ivshmem/_core.pyx":891
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17492,7 +17471,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":894
+      /* "ivshmem/_core.pyx":893
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17504,7 +17483,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":895
+        /* "ivshmem/_core.pyx":894
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -17518,12 +17497,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 895, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 894, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":896
+        /* "ivshmem/_core.pyx":895
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -17532,7 +17511,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":897
+          /* "ivshmem/_core.pyx":896
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -17550,7 +17529,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":896
+          /* "ivshmem/_core.pyx":895
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -17559,7 +17538,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":894
+        /* "ivshmem/_core.pyx":893
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17569,7 +17548,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":898
+      /* "ivshmem/_core.pyx":897
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17581,17 +17560,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":899
+        /* "ivshmem/_core.pyx":898
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 899, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_event.data.u64])); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 898, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":900
+        /* "ivshmem/_core.pyx":899
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -17603,7 +17582,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":901
+          /* "ivshmem/_core.pyx":900
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -17611,11 +17590,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 901, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 900, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 901, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 900, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 901, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 900, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -17636,7 +17615,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 901, __pyx_L4_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 900, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           {
@@ -17650,7 +17629,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":900
+          /* "ivshmem/_core.pyx":899
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = _take(self.own.fds[event.data.u64])
  *                     if count:             # <<<<<<<<<<<<<<
@@ -17659,7 +17638,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":898
+        /* "ivshmem/_core.pyx":897
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -17669,17 +17648,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":903
+      /* "ivshmem/_core.pyx":902
  *                         return Interrupt(event.data.u64, count)
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 903, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":904
+      /* "ivshmem/_core.pyx":903
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17715,7 +17694,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":905
+        /* "ivshmem/_core.pyx":904
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0             # <<<<<<<<<<<<<<
@@ -17724,7 +17703,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_deadline = 0;
 
-        /* "ivshmem/_core.pyx":904
+        /* "ivshmem/_core.pyx":903
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -17734,7 +17713,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":906
+      /* "ivshmem/_core.pyx":905
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17746,7 +17725,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":907
+        /* "ivshmem/_core.pyx":906
  *                     deadline = 0
  *                 elif deadline == 0:
  *                     rounds += 1             # <<<<<<<<<<<<<<
@@ -17755,7 +17734,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-        /* "ivshmem/_core.pyx":908
+        /* "ivshmem/_core.pyx":907
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17767,7 +17746,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":909
+          /* "ivshmem/_core.pyx":908
  *                     rounds += 1
  *                     if rounds == BATCH:
  *                         return None             # <<<<<<<<<<<<<<
@@ -17784,7 +17763,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":908
+          /* "ivshmem/_core.pyx":907
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -17793,7 +17772,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":906
+        /* "ivshmem/_core.pyx":905
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -17806,7 +17785,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":910
  *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17863,7 +17842,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":878
+  /* "ivshmem/_core.pyx":877
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -17894,7 +17873,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":913
+/* "ivshmem/_core.pyx":912
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17906,7 +17885,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":915
+  /* "ivshmem/_core.pyx":914
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -17915,7 +17894,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":915
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17937,7 +17916,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":917
+    /* "ivshmem/_core.pyx":916
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -17946,7 +17925,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":916
+    /* "ivshmem/_core.pyx":915
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -17955,7 +17934,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":913
+  /* "ivshmem/_core.pyx":912
  *             self.leave()
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17967,7 +17946,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":919
+/* "ivshmem/_core.pyx":918
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -17986,7 +17965,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":920
+  /* "ivshmem/_core.pyx":919
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -18000,12 +17979,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 920, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 919, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":921
+  /* "ivshmem/_core.pyx":920
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -18019,12 +17998,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 921, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 920, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":922
+  /* "ivshmem/_core.pyx":921
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -18038,12 +18017,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 922, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 921, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":923
+  /* "ivshmem/_core.pyx":922
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -18054,7 +18033,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":924
+    /* "ivshmem/_core.pyx":923
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -18068,12 +18047,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 924, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 923, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":923
+    /* "ivshmem/_core.pyx":922
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -18082,7 +18061,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":925
+  /* "ivshmem/_core.pyx":924
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -18093,7 +18072,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":926
+    /* "ivshmem/_core.pyx":925
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -18107,12 +18086,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 926, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 925, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":924
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -18121,7 +18100,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":919
+  /* "ivshmem/_core.pyx":918
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -18140,12 +18119,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":928
+/* "ivshmem/_core.pyx":927
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
 
 /* Python wrapper */
@@ -18192,7 +18171,6 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
-  uint64_t __pyx_v_one;
   PyObject *__pyx_v_bells = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -18212,26 +18190,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":930
+  /* "ivshmem/_core.pyx":929
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
- *         if self.gone:
- *             return
-*/
-  __pyx_v_one = 1;
-
-  /* "ivshmem/_core.pyx":931
- *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
  *             return
  *         self._unwatch()
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":932
- *         cdef uint64_t one = 1
+    /* "ivshmem/_core.pyx":930
+ *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
  *         self._unwatch()
@@ -18247,16 +18216,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":931
+    /* "ivshmem/_core.pyx":929
+ *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
  *         if self.gone:             # <<<<<<<<<<<<<<
  *             return
  *         self._unwatch()
 */
   }
 
-  /* "ivshmem/_core.pyx":933
+  /* "ivshmem/_core.pyx":931
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -18270,12 +18239,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 933, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 931, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":934
+  /* "ivshmem/_core.pyx":932
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -18284,7 +18253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":935
+  /* "ivshmem/_core.pyx":933
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -18294,9 +18263,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 935, __pyx_L1_error)
+    __PYX_ERR(0, 933, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 935, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 933, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -18304,12 +18273,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 935, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 933, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":936
+    /* "ivshmem/_core.pyx":934
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -18320,7 +18289,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":937
+      /* "ivshmem/_core.pyx":935
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -18334,12 +18303,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 937, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 935, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":936
+      /* "ivshmem/_core.pyx":934
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -18350,7 +18319,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":938
+  /* "ivshmem/_core.pyx":936
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -18359,16 +18328,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 938, __pyx_L1_error)
+    __PYX_ERR(0, 936, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 938, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 936, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":940
+  /* "ivshmem/_core.pyx":938
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
- *             c_write(self.wake.fds[0], &one, sizeof(one))
+ *             self.wake.signal(0)
  *         else:
 */
   __pyx_t_11 = (__pyx_v_self->waiters != 0);
@@ -18390,27 +18359,37 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":941
+    /* "ivshmem/_core.pyx":939
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
- *             c_write(self.wake.fds[0], &one, sizeof(one))             # <<<<<<<<<<<<<<
+ *             self.wake.signal(0)             # <<<<<<<<<<<<<<
  *         else:
  *             self.release()
 */
-    (void)(write((__pyx_v_self->wake->fds[0]), (&__pyx_v_one), (sizeof(__pyx_v_one))));
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->wake);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 939, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":940
+    /* "ivshmem/_core.pyx":938
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
- *             c_write(self.wake.fds[0], &one, sizeof(one))
+ *             self.wake.signal(0)
  *         else:
 */
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":943
- *             c_write(self.wake.fds[0], &one, sizeof(one))
+  /* "ivshmem/_core.pyx":941
+ *             self.wake.signal(0)
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
  * 
@@ -18421,12 +18400,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":928
+  /* "ivshmem/_core.pyx":927
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
 
   /* function exit code */
@@ -18439,7 +18418,6 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30close(struct __pyx_obj_7i
   __Pyx_AddTraceback("ivshmem._core.Doorbells.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
   __Pyx_XDECREF(__pyx_v_bells);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -18652,7 +18630,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":946
+/* "ivshmem/_core.pyx":944
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18677,7 +18655,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":952
+  /* "ivshmem/_core.pyx":950
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -18686,7 +18664,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":955
+  /* "ivshmem/_core.pyx":953
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -18695,7 +18673,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":956
+  /* "ivshmem/_core.pyx":954
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -18704,7 +18682,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":957
+  /* "ivshmem/_core.pyx":955
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -18713,7 +18691,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":958
+    /* "ivshmem/_core.pyx":956
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -18722,7 +18700,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":959
+    /* "ivshmem/_core.pyx":957
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18734,7 +18712,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":960
+      /* "ivshmem/_core.pyx":958
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
@@ -18747,7 +18725,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":959
+      /* "ivshmem/_core.pyx":957
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -18756,7 +18734,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":961
+    /* "ivshmem/_core.pyx":959
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18768,7 +18746,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_core.pyx":962
+      /* "ivshmem/_core.pyx":960
  *             return count
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -18776,7 +18754,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
  *             return 0
 */
       __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 962, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 960, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_5 = 1;
       {
@@ -18784,14 +18762,14 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 962, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 960, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 962, __pyx_L1_error)
+      __PYX_ERR(0, 960, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":961
+      /* "ivshmem/_core.pyx":959
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -18800,7 +18778,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":963
+    /* "ivshmem/_core.pyx":961
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18812,7 +18790,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":964
+      /* "ivshmem/_core.pyx":962
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -18825,7 +18803,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":963
+      /* "ivshmem/_core.pyx":961
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -18834,7 +18812,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":965
+    /* "ivshmem/_core.pyx":963
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -18846,17 +18824,17 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":966
+      /* "ivshmem/_core.pyx":964
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 966, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 964, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":965
+      /* "ivshmem/_core.pyx":963
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -18866,7 +18844,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_core.pyx":946
+  /* "ivshmem/_core.pyx":944
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -18892,7 +18870,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":969
+/* "ivshmem/_core.pyx":967
  * 
  * 
  * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -18907,7 +18885,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":973
+  /* "ivshmem/_core.pyx":971
  *     cdef char data[7]
  *     cdef iovec iov
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -18916,7 +18894,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_core.pyx":974
+  /* "ivshmem/_core.pyx":972
  *     cdef iovec iov
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -18924,7 +18902,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_core.pyx":975
+  /* "ivshmem/_core.pyx":973
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
@@ -18950,7 +18928,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":969
+  /* "ivshmem/_core.pyx":967
  * 
  * 
  * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -21316,7 +21294,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -21326,50 +21304,50 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_2) < (0)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":726
- *             _fail()
+  /* "ivshmem/_core.pyx":725
+ *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 726, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 726, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 725, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":872
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 873, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 873, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_2) < (0)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":928
+  /* "ivshmem/_core.pyx":927
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
- *         cdef uint64_t one = 1
+ *         if self.gone:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 928, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 927, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 928, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 927, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -21542,39 +21520,39 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 7; } str_length_index[] = {{6},{14},{4},{8},{44},{15},{1},{2},{20},{1},{78},{124},{35},{11},{11},{12},{7},{6},{2},{9},{14},{17},{50},{26},{22},{37},{26},{20},{24},{19},{23},{7},{21},{11},{9},{27},{29},{19},{21},{16},{20},{18},{15},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{14},{12},{9},{7},{25},{27},{13},{16},{16},{12},{13},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{8},{5},{10},{11},{8},{11},{6},{3},{7},{6},{8},{5},{18},{5},{6},{18},{5},{4},{11},{8},{5},{4},{8},{3},{3},{4},{6},{8},{6},{2},{3},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{8},{6},{6},{1},{10},{3},{5},{4},{9},{5},{4},{3},{8},{8},{7},{6},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{4},{7},{5},{5},{5},{6},{6},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{15},{17},{35},{71},{122},{48},{30},{33},{126},{132},{66},{81},{66},{82},{193},{64},{75},{85},{85},{29}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{17},{17},{27},{7},{32},{32},{43},{105},{15},{17},{35},{48},{30},{33},{126},{132},{66},{81},{66},{82},{193},{64},{75},{85},{85},{29}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2502 bytes) */
-static const char cstring[] = "BZh91AY&SY\032 \204\207\000\001K\377\377\377\377\377\377\377\377\377\362\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\t}\337\036\256\356\354l\034\2616\305*\253*\0320x\000\361\341\252x\211$\364\232i\232\232\r\244\364\231\031\014\231\206\232\232f\021<\2056D`\232i\240?Th\323CG\250\323!\246 \036\210%\021\240\215\001\250\002\003Q4\3247\245=OD4\302d\001\221\223&F\001\000d\3155\032bi\24351\251\200ja\242EM4\0314\310\000\323@\000\320\000\000\001\243 \r\000\003@\000\000\003\324\tM\021\021\032\236\221\352i\221\210\007\2124\321\240h\000\000\000\000\000\000\r\001\215@\310h\001\006L\000\230\000\t\200#L#\000\000\000\004\311\246&\203\000#\000\000\000\000$P\022d\311S\364\325\036\324\375S\324\332\247\206T4\006\2002\000\000\000\000\000\000\000\017P\000\002\2456m\271^\303\217_<Gd\0037\354\221\366\027\3374\374f\274K\363\024\304P\3411%\002B\206\231\212\023B\t\037\332R\345\301\024\021\020*/@\260FJ\347\370Q\300zd9\047\375%*\323\005\203\000m\003clhm6&\301\014\t\205\205\352\365\225#\2259\341\212\267\002s\204\200R.\001\\\304\330\332@k2L\022\262R#\245*\220\010\270\211\215\266\330\300dd\222\"\010\245\325\220\310\021u\020\3012e\253\332\r\212\272\315\243\325_\030<\202\272\021\253Z\"3$p\310(<\205o3\265 \340f\206U\325V\345m\212\225tF\333%\224\010X\026!\335\214#1\225\246\251\243\031\310\271Vf\215L\325\277C\361\372\356\226\032p\"\361\331\312\336\334\317\254?\327\345,\253\2173*\345\354\245\0102\363.D\256\336\332\201*\014\310\343\312\355M\244*\217\322\243+8jU\232\214\031-\312Vjz)T\372\273\336!\370$]\327\036\353\202sU\224n\370\357c\263\210\032Z\243\303\265Om!\0062A\262Jqs\333\267\\\311\324\353I\206C\241\343\320}\275:3\037\206R\204$U\351\253I\271\366J\3332\275\310MK7;\221\21004\031\374,\263\273\273\2754(\000R\250K\350\241\342\nFuU\210mL\357\356\262\2502\3413)A}\230\001\3058df\365\341L\353\226\265i/HAe\032C\221\004\304H\221\"\000\002 \010\002\035\350\362\301\230q\331\230\033\367\016\364\223.\367\267\330\031\342f\333}M\251P\243Ha\2272\217=%\327\226\262\022\201\026<\361\205 \247Z \243@pA\344""\251I\330\3332\3506\356z\357wy\237\331\324\274\222\300\300\323\2412\257/k\332\354\373:4\231\343=N\377\r\034\203(\314\226\250\351\220\222\252V\273\266\306$H\307(!\010\0145 $M.\0072v\201_o{\277\"\303\017e\356\267`[\355\377`\342\221S\005J\245\225:z`\214\244\025H9\316QU\347\035\275,m&$\364\333\307\010\005)-\231S,\2154}\245\250\226\333\227gn\022\224\271/\346\204!iS=QH\305\377\345\316\261\211D\367\226\306\320\200\232\373\216D\r\006(\016\204\001(Yc\3110\246\343\312v\255\315a\214MMj^\331\0301\336\213uA\235\352\020Q\047\207\265\274*HCJ\232\264\021ZlT\256\365\347KI\360\025\326\204\244\262 \275\210\264\027\037\206W\005\267N\362\314\205[;\013\334\022\047n\377\225{\203mx:\261\315e\267\2761SK\317@t\307\231\035\023\te\020\336&\342\r\270\264\322\345.\025\2547\315\2355\nP\244\010\322P)\r\2213\356\227\0003{OK\334\206\222\313\356XSU7`o \327nj\356\223f\031\254\325eg\276\217\342\361e\313FR\325X\n$\306!\2016\324L\365\246\021\334\277\351\021t*\214\347%a\230\030\344\330\023\213 \347O\310\221\007\315\226!f$\321\363\222\"M\304\260\023^!\255+\267\2247S\204\030U7\362\264\240j\026\n\277Sr\213\244\241@\351$\222I%`\302\276\272\225)\352Ij\177\024Vc\021\253\251\203s \213\355\021\033\345j\352\262\223\276\264O\243B2%\002\354\223\334o\020\261\007K\n*\025t\236\350\303\005\257\377\342\243MP\242\255\357\025\326\364\237\225\367\276w\311\014\2140\\\337\031h\265\010\266oz\2422r\031\230\261\314`C\016\377\223\251\316h\324\252fm\271\305\221\275\033\007\253*\023\341\211\317\315~`\230p\014&\351\217\202d\207\007\356B\363\252\360\033\014\340\320\245\266\232\311q\350\251\"\004\013\266p\n\253\230\047\272\260\317\253&\344\350\337%\006U\347(\243V\335\340\347\365\240\206\004BB\202\335\226\026pH\253\363T\256\2674\035\272\346\263 \337\323\272u[\337\307\366\033Z!\027;\016\006\325\267(\016G\260mX#\342\352cj\010\266\351\004\202\331\245\306\321\\r\244\026R\321\254\333\362\265o\344+Tb\017N\236\002\027_\274z[\322\331wC\t\322X\342\210*\213\331yq-\024\321Y\326\345\260z\205\320M\324\244\004\267\234%:\033\372\010\203-)I@\252 \020""\346\300Rd\345\001\304\222\032f\363\273Yn\347\325-\234\346\345$ag\030JN\020[\006\230#\343nX\331\260\002\302\333T\227\023\033\033\223o0\005B\n#\275iI`E\264/\034,K\237\235\204\036\271k\025\237x\2323\007\367\350\023\344\215\242N\266\\\203\315\371\312\216\346\223Q\2524\303 \206\202\311\213\022\035n\255\312)\222gIS(!\n\037\r\353\005\352d\204$\311!!`az/\230&\001\240TY\317XL\"\255\365\027\262U\335#\362K\221\005\336\270\304\300<:\035Z\037\245\0233\224zA\016C>n\025\272D\203\003\003\007K\215E|:\257\\=\020\346\025\343\323E\372\200P\250\264\314\325P\257\350\210\276\212\245I\3544\271\350u#M\"MQ\027Q8om\234\274\322*9\310-j\313\327\014I4\354%\325\2679\225]\n\231^\271\025\266\261\206\005\024Nx\3062\343\342\356\251\214\243qn\306\253I\\\256s\235\301\335\022\275c\024zCe\2734Rj\242\014\021\223\221\t\213sqnpJR\325i\255M\305\212\221p%\031\354P\236+k_\261\320\252(\212)\206\035\323\272\313m\31658\013\360\234\371\tp\030\230\207E\303\313\376\255A\372;\314$=\004\216^&n.\016\241\255\\\203S\370\231\rf\234\261h\021Y\213\307\024F\333\025\313\222L\301:\"n7_\317\002e1pU\225\\\224\300(\210R\205\023\177F2QUdI%\036\047\340_\330\330\047F\327\013\257c\341\036\000\223\237\022`\224\256\321\3561l\225Sgo\333C\3252\353\234\357o%\316zA\355\030c\323O\200\350\367\017\013\007i0$\302B;i\204\230c\327\357h\357\371\021\221x\360\326\021[\207\222$\320\t3$\302\\\047\0350\211\273\277_\203`\312x!2\021\214\203B\032+7-H\222\341\002\222:^\236bA\256\370D\344\341\351B_\033E\237X,\277d\246\246\310\232Z\263\035\216\322\023$\363\270\270q0w\370\370\361\346?Q\261\037\023\230lA\004\336\225\010\246C\266e!\321\023\353\261r\047\356~T\004d\"E\004\231\344\357\260\311c\275k\210M\r\223$\033\214\0163f\260\024\310\370\215\251\341S\314\206\355\322P\214C\270\2443\313\007b\342~\365\250\034\242J\"\3307Pl!\023\325_\216\316\267\274\214\235\246K\017\251\207bw\350\360\"|\230\325d\352-\r\224\331\371\331\340\253\367\337\336\014\237\340\305b\355\240\256\306\357\254\035R:\305_\201.XUu\023\033\342\030X!\005jp\212\233_\244\373@\266V\263J\246A\3106_()""\222\241\205?y\020=\tZ3\250\202\253*\002\242;\247\376\325\357\243\350\2630\374)\230\312\334\247n\2350_Ux\031\220\225)Q\332\272tm\260Y\210y\201\3475\365\312\222\252(\350j\357\270n\177\030E#\313at(\201D;IL\"\233\324\313b\223d\023\255\250\323CK%\253\022\307\271\240\323s\323M\223i\266\203enCa\t\275,\251\202nVR\017)\013\r\0162\267\021\320#\334\2369\032\023\2322\211\250\247DS\311E\024\3018\232\260-\347\367hy\260(\033y\031\274&\047L\035\214ig\221\223\217X]\214\324\257X\206.!Y\305\206\033\354,1\205\324(8\321\023\222\035\016\034-\034\0342\213G\004`\233\262\245\034\241(`_\221gI\351nl\313\223\217\235\236B\360H\221\006\205\347\221\3475\365\245L\271\275\300\025\343\303\036\375\354{2K\321\323\222\376&-)\270\333q\333\311\276\275\345\335\306S \210\030 \212\262gpQ\226\265\010\313\2704d\222\260%*\225i\207\220\216\304\221.\313\010\254\305\032\022\023\006\310e32\240\342E\206\304\262\305@\342T\275\216Q\022\022\303W\212\300\022U\331\331\0138F\211!\t\277Gz\240\206\212\304\"`\370\255\220\207\235jV\354\222\266\343\325C\252\3123E\035.#\033\032\254\262\304Q?\361w$S\205\t\001\242\010Hp";
-    PyObject *data = __Pyx_DecompressString(cstring, 2502, 2);
+    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (2471 bytes) */
+static const char cstring[] = "BZh91AY&SY\361\006\016c\000\001F\377\377\377\377\377\377\377\377\377\362\277\377\377\375\377\377\377\375\300@@@@@@@@@@@@\000@\000`\t]\252\354\354\321\330-\201\240\rjZ\240\260\340\003\001\252x\223R\217$\017H\017F\2042\036\2464\364OJx4\323\024\320\032\231\251\202d\036\243F\214\206\206\006\223M\222\001\350\202I\000\200&\200\324\323FB5OLA\003@\r\000=@\000\000\000mM\000=@\320\332G\250\032h\t\021O\024\364M\244\233$\362\217\312\200\321\265\r\006&\206 \003@\001\2650\201\22024\304\320h\030L%=DE\022zzM\252i\3512d\017i\2524\364\206\206\203@\r\250\310\323@\000\003@\031444\320\323\047\244bd\0310\002`\000&\000\2150\214\000\000\000\023&\230\232\014\000\214\000\000\000\002\014\230\0010\000\023\000F\230F\000\000\000\t\223LM\006\000F\000\000\000\003C\034\331\344\311\226I\311\250W\302\001\265\322\027\244?\346\321\323\332\232\267\373X\325a!qY\023\034>s\222\214TH\304\377\251y\274\304\221\030\2245\005J\3177\376\023\302\212\323x\177\366\013c\206@\310\302$\013\000\242\243\002\302\220\241\002(\205\013\225\312\324\216x\306\374\325w\221\213\240\002\201`\n\306\001\230f\024\210\216\324\321\270DhQ;\250\214I\nh\204UQ\001+\010\204\014\021\010\303\226\234\001+\200\014C#\234\254\360\370\312\335\252\030\226\230a\005br\302\261\017\211\003\252\nCTN\343C(\013&$\322R\255U5)\264\221\334\2440\211\032\202\244wH\n\020\302\263U\024\014fZ\315C-P\206\213\262~\035\347N\375.\303\004b\343n\327\"\037\047\022\270,\033#\202\307UJB\002\315\253\010\250\207\200H\010\226-&R\242\024(l\205Q\377)eg\014\226fF\014o\307j\264|f\307\256\357\244c\254g\025\266\360\3721\216\210\222w\r\257\273\330\317\336\200Q5\235\364$h\225R\010t\316\351\014cF\215\354\010\241\276\247\020G}\343\301\365\365\331\010z\223\234c3\047\255z\214\337T\353\253\033\234\2121Vn\361|\363>=\337}\271wwwM\222\000XS\020\375\344\274\314\031\327Uh\r\341\327\033\016B2\203\230\201\251\272\001\302zp7\233Ab\266\226\326k\2550\201\221dT\t\210\231\241B\204\242$\310\022\004\273\243\323\006a\353\2630\215W\016\351QN\372z\233\275\354E_~\336\204I0H\0304\342w\025\3024Rm%\"jV\014^""\346\341\210\273\001!z\235\226R\250m\307\300n\315\355\314\356\376\217?[p\235\345\372\264\254r\350\365\277W\217\325\323\250\321\2055\273\366BX\2062\241=r\3251O%\226Y\356\224\211\022\306\010\204\t\220\262\"\221\251\300\350/X\031\365\373^lJ\213\375W\272\275\241_\355\375\001\276fE\354\262Udu\352\212\203\021f\"\3479\206g\215\317_V\025\224\0255W\317\030\205vOn6c\211\252\307\327X\252\307\307\272\371J\376\027t\3061\254\310\321\256A)?\3679\325@\234\217\342\325CJ\005\263\312\344\203_\236\003\230`\013S\320&\314\r\344\233__=\335\371\005\333\272\323\234\256\322\276j\317\242\0213\240\030K\253.\216 \263\202\021\352\351\r\206\020[\022\342\212G^\350\337\244\230+ \203\343K\305\260\376\363\264+\266\227\025b3U\3517\224R={\275\206\362\220\334\360vO\302\225\334\336AKkh\2204\263\364_\246!\013D3fd\203\271\233&K\234:\216\200\342vw\344JD\234>Pp\335\2164l,\000c\206\337;\324\r\245-\261]-\362\330\343\202\016\212\360\236\302,_\2057\322q\342\217b\341[l\230\225jn\023\310\214\"\000\267d-\033\225\362\315\277\222M\245\230\203\234\262\216\2000\306\027\224\224\020\347S\3052/\244\032AV\005\023\3514\225\034N\361l\3006,\267t\006vr\214\006c\233\242\023\211\324\333\333kE\304\266\313M\022\252\252\253\224\336\352\355\255\213:\026u\272xiA\260\307a\206E\2710]X\207\335\n\327\241i\033\247$\335\250EI8\262\250\344\315\230T\207N\373\031\031:ot\243{e\354\357\262\024dX\315s\306u}O\306\353\237K\246\214K\357m\017\224\364\326\211CC\336\311Ap4\030@\351/#\177\247\303\271\304\323\255\230\320n\265\305R\271B\367\264\031\024\345\201\307\247@+\271\005\323t\307\305b\216O\315\026\235\257\001\2301\006B\207r]\004<\231L\200\341\305\235\234\2055\350\211\265\253\364o\253(\311\2334A\233\211c\020\312\274\301\317\360\305\027\222\t\214\rn7\325\311I\237\241\226[\035\010\273;aV!\303\256\332d\327?\237\316\206\304\2119\327\36275x\304r|\003sE>N\263\n\320=\231\244\344\202\270\245\344dO;R\nJ\261\226\034aZ\343Q9\2430z\353\274E\267s\017U\365m\267\301\001u4\260Hf\033\306\362\322zl\323\2252\265\252\036\301c\2234\3118D\327*\361#cH0\004^&]E P\027\202""\241\034\213T\005\024\221\247f;\255<\370\353\236\336&lL\276\256p\234\334!\252!@O\225v\276\235\200\024+\256-\032\310\242\331]0\014Bb\207o\033\250\210\310Sk\355\311\034\r*\324\250\213\333\035\203A\367\013N\200\177\246\202\234%X\251\225V\241\3475\324s\216\216\256\323\210\220\250\2431\337U\211|\214\366\254l\304\2566\222\221\251\337\315\264\203r\302\210\260\250\243\274\336\375\372\260\027\000\354\2343je`M\035\\78\256\357\023g\035\364\0173a\"\360\367\326\035\266\036$\264\035\003\324Q\300\321\323\313+fL7\357\317\247\333\312\376\365N\274\037k(\326\306\2659\213\000X\316\204D\270\203\232Y\265\032\341h\332\323VA\242pi\204\263$\332\312G\232\033z:fd9\310l\262\203z\001\2018R\242}\265\350\241\223ie\215\315\220e\277,\306!\200\204\330\231\232\326\336g\301\216\247\010\2773\345z*UUvW}[\2032\214\243\266\275\272l\2430\210\004\246\344\212\rl7\346\340\234\347\256\263c\031\2252\223\201Y\007\300\260\246\r\\.\332\350\344\230L1}\375\216\360\265v\270\326\340.\2761\334\227#30\356\365w\275\232\320z\355q|\006\322@\357fa\327\313\302\313~\343{\367\301\033\014/|\010\264\306\347\222P\335&\303\204\341\000\245ifg\237\030\224,\301\301\224\031\234\254\274,H\260\260\261x/\223\014\315\"J[\367\276\362\357Kh\274\033\2346\315\257\214\271\002\2457\253\323\006]P\3121\276BS7_\362A\2662o\307\336\333&\002\2447\"\242j\271\203\336\333\034\324\003\222\300,\n\047\320\300\260A\314\346\305|\377Z~\232sQ\2254\266\177QJ\005\210X\027\211$\260%\346g\337\363\362\237\264\324R\010\234$;8\335\346\347k\330\263\304\006\311\355r\271\n\035\357\357W\264\207)\027\237\256f\346C\320\374mv\360\227^\354\345\207\304\214,\337\234\354\334\033s\376\256]\311\367#bv9\007\200\010_\032jLlK\026\241\001\240\010\360\344\3573\270uP\004\336 \240\260\246\rFmo\261\245\267\310%\t\204\262\023!\003\2051h\260\031A\270>\r\2056d8:\t6\021\014\325!\234\343\313\3477cn\n3\311DZ\346\342\rt\024\252;\rz\237B2r\2312\035S\016k9\303H\021:Li\254\336e\ri\261\277\370\253k\036\317\032\311f*\026B\014v7\366\001\343\021\301P\354\234F\021J&>\356\223\357\260A1\251>\035\331\375""\"}\2365\262\311\244\006B{\336\367\t\352D\373\347\373\301z\213\377R7P@\265\000\352h\321\320\377i\233\214\262f\343\351Ml\317\245n\225 \\*\324]\312;7f\342\210\332`\251\241\323\024hj\352\222:\2073\212v\224\377\343\010\244\242\313\014\314\232\004\332\023\224\302+\027>c\023qH\047s=\241[\005\254\234!\362h5.Ry\t\251m\ten,\260\205.\266,\221\211U\264\003)\241\312V\353\233d{\262\3074\240\324\243*\362\253\265\\\245\220\257$4R\262E\272\2769\236\233\274\223o\013\"\311\206\261\007~A`\341H\306\035\021\220\2325\010`_\226\\\020\\\336\337\013\333\302\177\225\0219\240\316\263{Z=\361W\255x/\016\204r\273\027b0\355fF\354\356\353\341\306\221\231T\207LE\212\366wSa\311\372\276X\362bE\272\025!\301\0165\017\016m\321kG\272v\377\002s\3226\241\267\207\326\213q\322\204\242X30\317\352\252\330\324C\212\213+1\250Y\024ll\325/@\273D@\247e\222\254\320ZL\234\367K,UR\210\344M\321q\272\353\231DI\263T\273\223F\353Y\346\322\005B\253)\206\200Z\\TF\251w\261\022\323i\222s\363\257\240c\337\274\333\024D-\374\222,C\252\321b\222d`\207{\024\250\302\301\030w\005\334\221N\024$<A\203\230\300";
+    PyObject *data = __Pyx_DecompressString(cstring, 2471, 2);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2540 bytes) */
-static const char cstring[] = "x\332uVKw\023G\026\266l\031db\202E\204!N2\3236\006B\036\236\021\346\341p\316\234\034\20110a\010~\222d\346\214(w\227\354\036K\335RwK\262H\316\014K-kY\313Z\366\262\227Zj\351\245\227Z\352\047\360\023\346\273\325jK\216\211\217\244\252\272\367V\335\327w\357\265\261\333\n\270o\330\276\341\270\006op\047(Y\206[2\214\0067\003\327\363\215\206\315\233\376C\303\343e\316|nTx\305\365Z\232h0\3072\230\347\261\226o\224l\317\017\276\014<\316\215\222\307\366*x\347\366\322\322\322C#\330\307\323\334\261\252\256\355\004\306>\363\215\357\013\203\267I\315iv\023l\257\356\354\031o<\333\331\363\337\030\201]\201q\276\355\230\334\260c~\231\371\264\261\003n\031%\327[b\206\305}\323\263\253\364b\311s+x\223\033>\367\032\334\213/\270~0\260\243\352\271&\367}mF\340\272F\2059-\303\255r\007\366\227\241\350K\217\331>i\302-\273b\007\337\220\006\303v\374\200\221\005M;\3307\336\3245\313\370\326ys\233\r<\271\345\217\032q*\226&s\0347\200\246\352\250\310p\213\233\266\317v\313\234;\364\273g\302\000\275\263\354\206\277\217h/q\317\203\330\340\364\227\242\351z|\251\332:\204\n\213\227X\275\034\030\305\242\307\255\272\311\213E\303\252sx\006\375\316\267\201g7lV\006\327\264\035;(\026).\243\212\231\307\r\023\321\341\026qN\222\000\363?@\245H\306d\243\271\217`\351\024 IZ\250\352\226\313\206\273\373\037\004\343\364\365\030-\177D\263\035\243\216p\357\266t\312(\327\336\210(\216n=\210\243\031\030\314p\352\225]\312\252\206Ns\237\005\206\311*\\gh@|\254/>\241x\255\272\256\267\313\313e\377d\263t\022%\263\025\354\273N\2618\312\362y\200$\007\037d2\313*\322\366w\244X\351\010\361\367\372,\317\255\026\253\234\217\312Tl\037h\336\033\2418\250\244\221#\001\037\326\224K#4\030W\254\325y\235[#\304\272\323d\201\271?B\241\214\0245\354N\021O\t\351\330\016\217\004{\307}\362\352\307\027/\236ll\350\365\331\366+\275>\177\251\227\037\267\267\236Pz\365\317\331\030&\3443\361\213\031\210S\274\321z\343\355@\247\336W\\\313.\265\342\275\007\\4\0062\344\312\232U\240\3362X\316\252\0362\316(OXZkr\030\024\244\237\234}{\317a\345\344\024\260\003\376\334\tPl""\365j\360\017V\255\"\017\203\345\254\352!\343\214\352\204\245U\047\207\252[\255\227!\225\234=\356\333\026\254y\351n\326\315\375\035\r\244W\236\033\270\246[\326\360\335\242Z\320?g\225\047\3443\252c\206V\034o\343H\307{\302P\261\370\252u\210\357\252m\006\305\227\3740\330\340\245bQ7(z\007\177\026qhuMZJuG\257{\211*\374U\230\355\350\325\265\352eMqP\206\264\242)\025\007b\264m\004\324\306\210Q\253\263r\"\224t\2523n\235\020\370!\035\310\336\344\216?\242\376\214\327\350k\334\047\243\2232\035)\316\270$\207\205X\264}\352\237h+\266\303\223Z\324\0258\254\273\221jKjl\244\262\342z\202\006|\220E\237Y\r\333\344\030#\230/\316\236\036\206\314o9\246\355.\235(\362\265\025\346~\3359\360\3152iF\004\003\217\231|\227\231\007:_\246k\341[.\303j\333u|\323u\002\317\305\035\267\356\004\026\013\230\305\231E7\321\216\271[\342\325\222\025O\205\004\323z\365K\026\266q\322\361\213\021\242\2472\222\267\347\271M\307\266q\371\320v\033\030\235\225d\236$CF\217\025=\330h\\V\310\263=\356\307\345\031g\332\241lXA\275Z\346\256C\235\231{U\310\320\267\350\333o\365\306\247 \003\354\t\336=\230\355:\345\226\307Mnc\036\353\nO\300\257G<\246=>>E\300\261\260p\207r\200\021h\025c:\334\342\364\031\314\272\270hI\237\357\232\007\320g\022\032l\263\302\201\006\213\212x07\002\367\000w\001\354r\203\225\353\\\377\3701*(\233M\346\004\357R\275\364\205\366\327b\375]\352\375\342\330\3445Q\353\245\257\210\365^:\047\n\304\271\336^o\357\213]yNZjQY\341bhE\363\275\314\307m\326~+?\221OU\276\227\231n?\021W\004\303\325\351K\355\232\030\027\337H&\003\225W\217\324n\230J\210_\313\365\3364^\025\033\342P\376\032\316\207\313!\013kC\322\177\303\021\376\377\300;\214j\235\324\t\351\370\317\371(\333\313\\j\267`\313\256\232\300\363\317\303\177u\262\244\376\031Dv\344C\265\023\376\2553~\374\360\305Q\241\227\371\250}\247\275\321\326&5\304\246L\365f\262\311\376\274\364\325\274>gE\366\224\371\227\265\3515\225\tS!\330\237\210{rB\256hO\366\303\203\316\345N\236d\026\205)\257\251\254Z\200\005\233\221v\360P\324\344\270\304\243\263b\017~^Y\"\337\242tT\2106\"\2573""\327]9\312\037=::8\376\371\227\376\320\262\213\275\364\371w52\340q\273)XozF\234\3032s\025\217\245(\306\025\t}\027\337\237\033\233\234n\257\210<Rtsl\362\013Y\350\247g\005{\237\031\233\234j\237\307C\010J]<\205\235\313\212\251@\3075\210\226#\026\005\235\345\016\353\324(\030w\241\201\313{\352\034R2\036^\017w\242;\321N\347Ng\263\233\"\227\276\222\005\371\3570\037>\203\305D\336\351\336\351\356\300\346\307G\265a\200\232\262\204@0\222\237\027\017)\235\224\331\363\3427\004h\r\t\315\047\204_\021^-\224\027\317\360\360\317\312\014\257F\231N\n\331\322\351|-\237\251\037\020\237\211(\037\025\206\244\227@\026^\010\304\003\212\244\216\202\216\363\355\201a?w\314n\256\273\336\205\005\263\024\256K\360\311\224Y\022m\251\224\232Uo\243kP1\363)\321(w\224\221\334g\010\242&\305\301\316\212O\345\274\274\257\346\302\225(\337K\177\324\316\277+\304\001\n\304\035\000\037v\003\251\222QT\003q\302l\000\203\265\0171c\364\025\325j8\021\376\216\220\211R1\341\007q\222\003\262\027y\316H\315B\031\3212+,X\n\301\247\"O\202\313mSh\370\345E\201\370\327dZ\352\207\236\303@\360\357\211\t\010&\374>\030k\010\366\212\274+k\361\361\224\005\375\323\026\020>5\322\240\0237~#\253\373\231\317\345\300Q\215\313d\207\372\000\332\367\344\026\2620\337\273H\211\332\222WUZ\025\324V\230\ro\204\315\250\324y\324aZ\362\003\317\014,\326\006\305\247-9+\233\212\305\245\370Z\256\252T/;\047o\002\227\254\247\375\270)S}\375B\013N\257\251\353j3L\207\205\330\331U9\251MY\004\316\353\341\323(\337OB\331\317|\001\316,\320\237\017\265\005\367\305\047BCk\025\355\202\311C\325\014\241\340b{\233PyF\236\n\270!7\325\005\270T;\315]\243vG\357]EM\302\315Y\241\005\346UN\375\024n\204o\321\024\226\201\313l?c\250\324 \025@\331qvA\335\324]\004\227\037\210\353\204,\004d*F-\023\001\312\365\256j\241*\306;\000;\265\\\3702)\266\221\024\215\327Y\264\241\tuG\255\223\217)\241[\237\006\341\273\002\032\302\324t\034c\r\201\021X& \313\305\315\366\251|\240\346\241\247\211\256}\023\232\026\220,\263{\271\233\037i\213q\267\231\321\260<O\030\247\220R\350\027\006\375\033>\255""\302\202\234\370E\352f\360w\301\2066\020\236\266\365d\270M-\047\256\337\273\010&\305\317G\243\331B\327\236\311\2115y+N\034\275\360\202RF/\\\302\030\251\001\212&@\225\212\001\362\213l\250\365x\373O\364\341L4\016\313\247\264\315\360\356{\215\331&\324]\017\327\303R\264\006\227\n\003\364\275\27706\365\205\034\264\376M81!\363pcQ\355A\324\212\026\321\020\017;\265\356d\367\365\321\332\361\306\326\361\326\366H\024\220\000\2740=6u\021\316N\212uq\022\314\301`\370V\326\216\215\007\030I\351\316j\367|\327;\312\376AA\005:\336\273\324\334\342\027?;\236\373+F\301\013tZTr\212\374\236\223\331^\002\025\035P\215\214\213\275+\263\324\257\276SO\001\274U`#\335y\336\375\351h\343\250y\274\363:ni\023h]9\265M\356\367rWz3\013J\367\314\272x\0143\221\313\200\320C\375\344\226\272\014Cj\372\3119yCz*\333\273\366\031\360p\035\341\375\374\306\361\215\373\021\357\344;\205\376\347\267Q\311\363\275k\006\225\342\345\336\314\034!\220@wA\316\303\201\217\307\246\376DEG\336\256\210e\352\273\303\376\240q\327\233\371\n\315\377nX\353\047\365N\377\035P\371\026\222\373\257\225\356B\047s6n\302\313\262\034.Pm_j\373b\0018\006\010s\350\324\375\234\206?\211\305\362\200>\301~\206\262\243c6\322Ks\342\211\324\223<\207\244Y\3626J\346u\3708\254\rI\267\020\260\365\0301\224\247)\231\215\333\367}\231=Nc:PB\346\325\024E\241\257[\255\376\247f\212d\2471\275v\324J\370 \236L\236n*\210\262\247\313s\\\335P\rL\322|\364(\262;A\367\336\321\344\321\372\021;N#)\047\235\2004}\247\207 \303|\312\376\037\335\247:\311";
-    PyObject *data = __Pyx_DecompressString(cstring, 2540, 1);
+    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2517 bytes) */
+static const char cstring[] = "x\332uV\315w\023G\022\267l\031lb\202\005\302\020\047\331\035\033\003!\037\336\025\346\303\341\275}y\002\333\300\206%\370\223$\273oE{\246%\317Z\232\221fZ\222E\362v9\352\330\307>\316q\216s\324QG\037}\324Q\177\002\177\302\376\252Gc\313\230\370I\352\356\252\352\256\352_\375\252\332\306nKp\337\260}\303q\r\336\340\216(Z\206[4\214\0067\205\353\371F\303\346M\377\221\341\3612g>7*\274\342z--4\230c\031\314\363X\3137\212\266\347\213\257\204\307\271Q\364X\251\202s\356,..>2\304\036\216\346\216UumG\030{\3147~\310\017\316&7\247\325M\250\275\272S2\336x\266S\362\337\030\302\256 8\337vLn\330\261\276\314|\232\330\202[F\321\365\026\231aq\337\364\354*\235X\364\334\n\316\344\206\317\275\006\367\342\r\256/\006qT=\327\344\276\257\303\020\256kT\230\3232\334*w\020\177\031\216\276\362\230\355\223\047\354\262+\266\370\226<\030\266\343\013F\0214m\261g\274\251k\225\361\235\363\346\016\033\334\344\266?\034\304),M\3468\256\200\247\352\260\311\311\024;m\237\355\2269w\350\267d\"\000=\263\354\206\277\007\264\027\271\347\301l\260\372K\301t=\276Xm\035\300\205\305\213\254^\026F\241\340q\253n\362B\301\260\352\0347\203\177\347;\341\331\r\233\225\2415m\307\026\205\002\3412\354\230y\3340\201\016\267Hs\234\004\204\377\021)!\031\213\215\346\036\300\322)@\222\264Q\325-\227\rw\367?\000\343\364\366\230-\177$\263\035\243\016\270w[:e\224ko\310\024K\267.b4\205\301\014\247^\331\245\254j\3524\367\2300LV\341:C\003\341\023\275q\225\360Zq]o\227\227\313\376\361d\361\030%\263%\366\\\247P\030V\371\\ \311\342\243JfY\005\232~ \212\235\016\t?\364gyn\265P\345|\330\246b\373`siH\342\240\222\206\226D|DS.\016\311\020\\\241V\347un\r\t\353N\223\tsoHB\031)h\332\235\022\2362\322\330\236,\211\366\216\273\372\352\247\027/V76\364\370l\373\225\036\237\277\324\303O\333[\253\224^\375s\026\303D|\006\277X\001\234\342\211\366\033O\007>\365\274\342Zv\261\025\317=\360\2421\260\241\253\254Yy\352-\203\341\254\353\023\305\031\347\211J{M\026\203\202\364\223\265o\227\034VNV\202\355\363\347\216@\261\325\253\342\037\254ZE\036\006\303Y\327\047\2123\256""\023\225v\235,\252n\265^\206U\262\366\270o[\210\346\245\273Y7\367v4\221^y\256pM\267\254\351\273E\265\240\177\316:O\304g\\\307\n\3558\236\306H\307s\342P\241\360\252u\200\357\212m\212\302K~ 6x\261P\320\r\212\316\301\237E\032\032]\223\206b\335\321c)q\205\277\n\263\035=\272V\275\254%\016\312\220F4\245\302\300\214\246\rAm\214\024\265:+\047FI\247:s\255c\001?\240\005\305\233\354\361\207\334\237\2715\372\032\367)\350\244L\207\2123.\311\223B,\330>\365O\264\025\333\341I-\352\n<\251\273\241jKjl\250\262\342z\202\007|\220E\237Y\r\333\344xF\360\2768%\375\0302\277\345\230\266\273x\354\310\327Q\230{ug\3377\313\344\031\010\n\217\231|\227\231\373:_\246k\341[.#j\333u|\323u\204\347b\217[w\204\305\004\2638\263h\047\3321w\213\274Z\264\342W!\341\264\036\375\242\205i\234t\374\342\t\321\2572\222W\362\334\246c\333\330|`\273\r<\235\225\344=I\036\031\375\254\350\207\215\236\313\n\335\254\304\375\270<\343L;\224\rK\324\253e\356:\324\231\271W\205\r}\013\276\375VO|\002\031dO\370\356!l\327)\267<nr\033\357\261\256\360\204\374\372\211\307k\217\217O\0108\026\006\356P\016\360\004Z\205X\216kq\372\014\336\272\270h\311\237\357\232\373\360g\022\033l\263\302\301\006\213\212x\360n\010w\037{A\354r\203\225\353\\\377\3701+(\233M\346\210w\251^\372B\373\033\271\376.\365~ad\374\272\254\365\322W\345z/\235\225y\322\334h\257\267\367\344\256:\247\254`!\260\302\205\320\212\346z\023\237\266Y\373\255\272\242\236\006\271\336\304T{U^\225\014[\247.\265krT~\253\230\022A.x\034\354\206\251D\370\215Z\357M\341T\271!\017\324o\341\\\270\024\262\260v\"\372o8\244\377\037t\007Q\255\223:\026\035\3759\027ez\023\227\332-\304\262\033\214\341\370\347\341\277:\031r\377\014&;\352Q\260\023\376\2553z\364\350\305a\2767\361I\373n{\243\255Cj\310M\225\352Mg\222\371y\345\007sz\235\221\231S\341_\326\241\327\202\2110\025B}E\336WcjY\337d/\334\357\\\356\344\310fA\232\352z\220\t\346\021\301f\244/x kjT\341\320\031Y\302=\257.\322\335\242t\224\2176\"\2573\333]>\314\035>>\334?\372\345\327\376Id\027{\351\363\357j\024\300\223vS\262\336\324\264<\207a\372\032""\016K\021\306\025\005\177\027\337\237\033\031\237j/\313\034Rtkd\374K\225\357\247g${?12>\331>\217\203\000J]>E\234K\001\013\204\306UDK\021\213Dg\251\303:5\002\343\036<pu?8\207\224\214\2067\302\235\350n\264\323\271\333\331\354\246\350J_\253\274\372w\230\013\237!b\022\357t\357vw\020\363\223\303\332\t@MU\004\020\214\354\347\344#J\047e\366\274\374\035\000\255!\241\271D\360\033\340\325F9\371\014\007\377\022\230\341\265h\242\223B\266t:_\253g\301\217\300g,\312E\371\023\321K0\013\047\010\371\220\220\324(h\234\357\014\002\373\245cv\263\335\365.\"\230!\270.\341N\246\312\220i+H\0053\301\333\350:\\L\177F2\312\035e$\3739@\324\242\030\354\214\374L\315\251\007\301l\270\034\345z\351O\332\271w\371\030 !\357\202\370\210\033LU\214P\025\362X\331\000\007k\037S\306\354+\004+\341X\370\201`\"J\305\202\037\345q\016(^\344yBi\025\312\210\206\031i!R\030>\22592\\j\233R\323/\047\363\244\277\256\322J\037\364\034\001B\177_\216\3010\321\367\365\321\232O\230\345\350\370\363\310\025x\334\047\202\203\256%\265\005\030\347N\233\016N\323\341\306\253-5\243\232\001\213\313\344\265Z\tR\275\314\254\272\005\31602X\223\267T*>\241\205\200\326\202\033\301f\230\016\363\344p\034\366y\265\336O\256\326\327\366srY\335S\265xy\n\225\376iT\250f4\373\201\003v\374NH\366\047\276D\3303 t.\324Ix \257H\315\226\025t\000\246\016\202f\210\270.\266\267\211hg\354\251&\033j3\270\020\336\014k\247\265k\324\301\350\274k(3@4#\265\301\\\220\r~\0167\302\267\250\363%P-\323\2370\202\324\340& \316Qf>\270\245\033\0036?\2247\210,\300q2&\"\223\002\025x/h\201\350\243\035\360\227\272\250Ff\033w\322\024\234Ag\031\013\356\006\032\246\224\324\335L\363\352]\0365>9\025\247Fgu\210i\to\262q\377|\252\036\006s\360\323D#\276\005O\363\235\307\210\365r77\324\351\342\0062\235\211\251P\213\tG\031\233\037\264d\334i\005\021d\345\257J\327\367\337%;\211\201\322\261\255\233\375\035\352\"qI\336\003\230\204\237\217\336\261\205F<\235\225k\3526X\265\020\223\343\005e\235N\270\204\227\241\206L\232\352Z\220\212y\365\253j\004\353\361\364\237h\255\023\321(\"\237\3241\343v?""\350\2247\341\356F\270\036\026\2435\\)\257[3\016\27402\371\245\032t\363M\\bL\345p\215\205\240\004S+Z@\217;\350\324\272\343\335\327\207kG\033[G[\333C( \0018ajd\362\".;.\327\3451\230\203^\377\235\252\035\031\017\361\312\244;+\335\363]\3570\363\007|\024\032\357]\352W\361\211\237\037\315\376\025\335\375\005\232\047\2123E\367\236U\231^B\025\r\250f\306\305\336\325\031jA\337\007OA\274\025p#\335y\336\375\371p\343\260y\264\363:\356Rc\350F\331`\233\256\337\313^\355M\317\007\272\r\326\345\023\204\211\\\nb\017\265\210\333\301e\004R\323G\316\252\233\312\0132\275\353\237\203\0177\000\357\0277\217n>\210x\047\327\311\367\277\270\023f\302\271\336u\203*\370roz\226\030H\244\273\240\320\004\336\177:2\371\047\352\010t\333e\271D\255\364b/\351\014\232w\275\351\257\321\317\357\205\265~\322&\350\301\247\252\317\047\373_\007\272\210\217\237\316\270\257.\251r8O-\341R\333\227\363\3401H\230E\363\355g5\375\311,\266\007\365\211\366\323\224\035\215\331P{\314\312U\245\037\347,\222f\251;(\231\327\341\223\260v\"\272\r\300\326c\306P\236&U&\356\310\017T\346(\215\206O\t\231\013&\t\205\276\356\236\372\377\224I\262\235B\237\332\t\226\303\207\361c\343\351\246\002\224=]\236\243\301\315\240\201\3071\027=\216\354\216\350\336?\034?\\?dGi$\345\270\023\220\247\357\365\273\306\360\344d\376\017s\"(G";
+    PyObject *data = __Pyx_DecompressString(cstring, 2517, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3437 bytes) */
-static const char cstring[] = "\377 bytes i\377s no eve\377ntfd of \377 vectors\377 views: \377release \277memory\020\002 \377and arra\377ys first\377(tree fr\367agmE\000)...\357: thX\000end\377point ha\217s ?AU\004c\001\021\013w\376\034\000rung `r\377ings` ti\375m\232\000since wit \034\001las\005\001\377ited for\377.a descr\263ip\253\000y\000omp\000e\177 server+\003\367ost\201\004proc\367ess\202\002too \377many ope\365n\275\000l\203 (rai\376\341\000its lim\367it,^\001 ins\373ta~\001with \373`u\026\002 -n`)\315a\237$\047sy\t\277*ca/nnotg\000p\234\t\251\007\3767\000isablee\315n\002\001gc~\000\005\002di\367vsh\353 .err\374\205@\007\004/_core\357.pyx\254@def\377ault __r\377educe__ \277due to\311@n\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\210`\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021\356ain Mu\320`by\256B\350Ar4\010\356\370@out\224\204\003t a\037 numb\322A\223\204\001\201\000\177at came\235B\326\246\204\003 C\310\002E\254!Do\177orbells\000\006\375.\235&cython\273__\017\tset\342@t{e_\n\020add_H\001\340@\010\017\001\233\205\003U\010`\rdro\277p_peery\010m\277issing\213\010n\363ew\231\t\365\204\001_sel\371f\256\010\232\000_queu\373ed\303\010unwat\033ch\325\010wa\343@\276\206\002\010\n\350\030\n\353B\212\047f\307@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\333A\000\002\262/\017\005\257.\200*\003\270 3\003\343b>\003m\004\260a.\277modifyV\003r\237emoveb\003\307\001F\003dA\330\207\001\000\004\255O\017\007\254N,\005\350\331\204\0029\005\326\210\004sI\005sig\367nalW\005take\377Interrup\377tMapping\200\000\004\250o\017\007\247n,\005\324\205\0029\005p\177opulateI\005\377resident\177NoSuchV\345\211\002\377Protocol>\272\204\002Timer\000\002\245\204\017\000\017\005\242\204\016*\003\315\206\0025\003\330CA\003\300a\337__Pyx\001\000Di\377ct_NextR\317ef__\234\210\002\232\000__g__d\026\001\004\001oc\013\001\227fun\003\002g\226\205\005!\000m\347ain\047\001\270@ule.1\001nam\003\002pZ\000\277\205\003\315_\007\001vt\323\210\001R\001qu""\303al\035\005\242\210\005\375\205\016\274\210\006ex\310\206\001\360\204\001Q\005st\010\230\206\016__Otest\272\000\237\206\005_\223\206\007v\262\206\002s_\200\206\006_is\274\211\001\177outine_\205\206\004U_\376\205\001_\357\205\006_\344\205\007_\335\205\004\365_\320\205\007_\360\205\002adda\373dd\303@sadvi\377ceanythi\373ng\210\215\002async\277io.corc\003s\376\204\210\002chunksc\371lv\001\277 trace\357back\375\211\002cod\375e\371@lectio\377nscontro\375l\005\000untdat\337adead6\001en\377deofepfd\370\220\213\003\314\204\005\264\216\002sfdfd\375s\315\206\003filled\374\221\216\002\272@growni\375i:\000xiovit\207ems\327\213\004\335\213\005\322\213\002\357\214\002l\377ostmessa\247ges\231\206\003\344Cn\343Ad\377tupleone?outerp!\000\000\001__size\t\001s\352\210\001\327pop\350\204\005r\264\000on\377lyreceiv\361e\334\206\003\365\204\005\336\216\002runrounss\373\000nd\004\000\373en\370\210\001send_6\022\003nt\227\212\001et\345\214\004\257\206\003^l\001sockm\000c\263\212\001\377icmethod\372\301\206\001t\262\213\003token\377totalval\313ue\000\002s\316\220\003\244\211\001wa\377nt\200\001\330\004\n\210\377+\220Q\200\001\360$\000\377\005\030\220q\330\004\025\220\277Q\330\004\024\220A\026\001#\377\210Q\210h\220b\230\006\377\230d\240$\240d\250$\377\250d\260!\330\010\016\210\377a\210z\230\023\230G\240\3771\330\010\014\210E\220\025\373\220a8\000\014\017\210q\220\377\002\220,\230a\230t\240\3771\240B\240b\250\001\330\276\016\004+\230Q\330\014S\000\220\377R\220x\230{\250!\250\3373\250a\250q\t\007~\250\372\025\010\177\031\000x\260q\270\001\376*\006\320\0371\260\021\330\010w\017\210y\211\000b\240\003\\\000\357I\250\\\270\020\000\014\210H\377\220A\220V\230:\240V\377\250=\270\002\320:L\310\377A\330\010\013\2102\210R\375\210]\000\017\210v\220S\230\317\001\330\020\021\206\001\010\001\007\230ws\240!\013\002\021\220\021\262\n\375\022\266\002q\240\010\250\001\250\376,\000\023\2205\230\003\2308\376\305\002h\250k\270\022\2701\377\330\014\022\220$\220c\230\377\030\240\021\240\"\240I\250\373S\260\334""\002x\220q\230\002\335\230R\000\026\220g\345\000\025.\376\330\001\260\004\260A\260R\260\377r\270\032\3008\3101\310\177B\310k\320YZ\340\220\007\277\r\330\004\007\200q\274!C\377\210w\220a\330\014\020\220\255\006\004\000\020\027J\000\001\340!m\375\230m\000\r\360\006\000\005\014\357\2108\2201\240@&\000\005\377\035\230A\340\004\026\220a\177\360\010\000\005\t\210\007\340\000\356\222 u\220G\245\0003\240a\373\240t\323\"t\2603\260a\177\260t\2703\270a\270_\000\367\013\2104_\000e\2305\240\375\006\220@\002\250#\250V\260\3772\260V\2702\270S\300\376\236@\022\220*\230A\230^\317\2501\250H\257\000\023\001V\300w2\300V\261\000C\310q\326G\347w\230f\320@\245\000\022\220!s\220:\313A\353A\007\220|\350@uF\316@1\345C\007\220{\334 \276\245 !\2201\220HV\000Y\377\240c\250\027\260\010\270\001\374\253@\375BW\230H\240K\250\377q\260\003\2601\260A\330r\n\006N\327`\277`t\2207\306!\364\201\"\343\")\222\004Y\270c\300\217\024\300Q\300\247 \375\000\324aw\366\207@\021\330\256 y\240\001\240\337\026\240z\260\030\216`\020\0311\230\021\000\270A\216A\024\033\302 \016\002\376\347#\021\220\031\230!\2306\377\240\032\2508\2601\330\004\357\013\2101\200\251b4\210t\357\2202\220Q\334A+\230Q\333\230a\347at\220\024\006v\220\315R\334\204\001\022\220\r\r\370c_\240\317D\250\003\250F\002\007\007\010\260\275\001X\001\014\210K\220\373&c\354\231\000\345@\010\230\026\002\016\210a\356z\001\026\220d\271`\010\014\210\367G\2201\266\204\0013\210c\220\356\372b1\220A\232\001\030\230\004\273\230A\344\205\001I\220Q\326\204\0015\273\220\003&\000\014\023\220\033\002\340\357\010\014\210F\217@8\2304\017\230q\200A\013\001\215\205\001\217\001}\002@\034\001w\010\234\204\001\345bq\000/\000|\262\001\357\340\010\034\230\377\004q\330\014\365\r\272\205\0014\270\205\001\021\220\021\220\377$\220g\230T\240\021\240\367!\330\r\272\206\001T\230\027\240\377\004\240A\240T\250\021\250\377%\250w\260f\270B\270?a\330\014\021\220\021w\0018\014\343\014\210\255\002\235\206\002\272\003T\230\026\357\230w\240a\205\206\003W\230D\377\240\001\330\021\032\230&\240\271""\006\021\000\303\002&\230\001\237\205\0014\373\210y\362\000F\240#\240S\347\250\004\250\242`\351\001D\230\005\376\206\002$\240a\240u\250Gw\2601\340\303%\340\010\035\242\000\277\026\240t\2501\250\370\206\0026\367\220\023\220\326bD\230\006\230\277a\230x\240w\250\320@\r\317\210U\220!\321A!\014\017\210\177x\220v\230S\240\n\320\000\364\276\"D\007F\353\210\001\013\2106\220\267\027\230\001\343\001\026\220\337\"!\377\240\024\240X\250R\250z\377\270\022\2703\270c\300\021\337\340\010 \240\001\204D\330\010\277\021\320\021\"\240&\301\207\002\010\237\013\2107\220#\326a\325 \t\376\260\204\003a\220t\2308\2404\377\240y\260\010\270\002\270!\373\330\020\357\211\001\014\020\220\005\220\367U\230!\252\204\003\026\230q\240_\003\2402\240Q\340\001\001\244\210\001\372\305\210\001Rz\001\360\006\000\t\014\341\210\234B\376B\251\204\010\343\206\003c\230\024\276\347\211\003G\2307\240!e\000w\257\250d\260&g\000\"\252@co\300\022\3001\203\211\005\001\330\347\207\004\356\232\211\001\020\220\007\300\212\001\020\220\010\372\366\"\"\271\212\004\010\014\210D\220\277\001\220\024\220Z\230\250\210\002J\357\220a\200A|\005w\220g\313\230U\225\213\002)\357\207\001\351\212\001t\220\3754\312 T\240\026\240s\250\377#\250T\260\021\330\020\024\377\220F\230\047\240\021\240$\362\340CL\372\204\001\302\001\017\210a\210_q\220\006\220c\322`\001\333\204\003\337Z\230v\240Q\346\204\003[\240_\010\250\010\260\002\267\000\t\257\002\377\010\013\210?\230!\2304\376\276`d\250#\250Q\250f\277\260F\270\"\270A\367d\360\357\n\000\t\035\301\204\0032\210S\376\302\000\003\2301\230F\240$\373\240g(\000d\260$\260a\377\260x\270q\300\005\300W\377\310F\320RT\320TU\356\373\010\025\220Q\322\000\014\000\t}\r\352\000\005\220Q\220a\377\204\003\375w\322\214\003\022\220-\230q\320\377 7\260q\270\004\270D?\300\007\300r\310\021\031\005\302\205\014\345t\353\"b\331\210\001L\003\033\320\032\3770\260\004\260L\300\001\330o\010\030\230\001\272A\032\230\263\214\002gF\220!\272\215\001\316 \330\010\227`\377\r\330\025\026\330\024\033\230\3779\240G\2501\250D\260\375""\010i\000I\300X\310R\310\277w\320VW\330\020\211\214\0036\372\367`U\373\001\330\024\025\330\020\375\"\347\211\001\017\210u\220C\220\345q\205\211\001t\352\210\001\314\207\001\047\240\022\372\336`qN\002\032\230%\230r_\240\021\330\030\033\215`#\334 \377\034%\320%6\260e\270\3771\270A\340\034)\250\021\337\250!\330\030 \207\206\001\022\330s\020\032\376a\325\205\001\n\230!\345@\317\016\000\t\036\374\206\001\316\215\0018\220\3613\243\214\001\226\207\007\212\211\002\330\020*\250\037!\2504\250q\205\210\001\235\210\002\232\217\001\032\273\206\001A8\005W\240\222\210\002\236\217\006\377\211\003\3373\230l\250\"\330\206\001\017\210\337s\220\"\220A\237\216\001\024\031\327\230\021\340\002\000\026\351`\014\021^\320\217\004\010\017\210q\360`\020\232A\324\257\"\337\204\005\021\316\217\001E\317\211\001\021\220\375\024\262@d\230)\2402\240\347W\250C\325\217\001\013\005\047\240\024\247\240Q\240\255b\337\215\001\t\370!\017\377\210t\2206\230\021\320\004w\033\2301\313\205\001!\240\t\202!\325\340\236@\004\317\220\003\t\213\216\001\014\230\177A\230V\2408\2507\224\214\003}r\320\207\002\020\027\220r\230\233\206\001\377\002\240%\240v\250V\260\3771\260B\260i\270t\300\3775\310\005\310Q\310a\320\321\004\222@\201\207\006f\0019\200\215\002a\240\007z\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3437, 4715);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3395 bytes) */
+static const char cstring[] = "\377 bytes i\377s no eve\377ntfd of \377 vectors\377 views: \377release \277memory\020\002 \377and arra\377ys first\377(tree fr\367agmE\000)...\357: thX\000end\377point ha\217s ?AU\004c\001\021\013w\376\034\000rung `r\377ings` ti\375m\232\000since wit \034\001las\005\001\377ited for\377.a descr\263ip\253\000y\000omp\000e\177 server+\003\367ost\201\004proc\367ess\202\002too \377many ope\365n\275\000l\203 (rai\376\341\000its lim\367it,^\001 ins\373ta~\001with \373`u\026\002 -n`)\315a\237$\047sy\t\277*ca/nnotg\000p\234\t\251\007\3767\000isablee\315n\002\001gc~\000\005\002di\367vsh\353 .err\374\205@\007\004/_core\357.pyx\254@def\377ault __r\377educe__ \277due to\311@n\377-trivial\376\033\000cinit__\327the\241(s\270@e ?closed\026\001\233F\360\210`\003\020\227A\047\003 whi\233le\211@it\242@6\002p\177oll obj\260`\341 2\n\250c\000\021\356ain Mu\320`by\256B\350Ar4\010\356\370@out\224\204\003t a\037 numb\322A\223\204\001\201\000\177at came\235B\326\246\204\003 C\310\002E\254!Do\177orbells\000\006\375.\235&cython\273__\017\tset\342@t{e_\n\020add_H\001\340@\010\017\001\233\205\003U\010`\rdro\277p_peery\010m\277issing\213\010n\363ew\231\t\365\204\001_sel\371f\256\010\232\000_queu\373ed\303\010unwat\033ch\325\010wa\343@\276\206\002\010\n\350\030\n\353B\212\047f\307@noE\177POLLERR\003\002\267HUP\013\002IN\022\002O\007UTE\333A\000\002\262/\017\005\257.\200*\003\270 3\003\343b>\003m\004\260a.\277modifyV\003r\237emoveb\003\307\001F\003dA\330\207\001\000\004\255O\017\007\254N,\005\350\331\204\0029\005\326\210\004sI\005sig\367nalW\005take\377Interrup\377tMapping\200\000\004\250o\017\007\247n,\005\324\205\0029\005p\177opulateI\005\377resident\177NoSuchV\345\211\002\377Protocol>\272\204\002Timer\000\002\245\204\017\000\017\005\242\204\016*\003\315\206\0025\003\330CA\003\300a\337__Pyx\001\000Di\377ct_NextR\317ef__\234\210\002\232\000__g__d\026\001\004\001oc\013\001\227fun\003\002g\226\205\005!\000m\347ain\047\001\270@ule.1\001nam\003\002pZ\000\277\205\003\315_\007\001vt\323\210\001R\001qu""\303al\035\005\242\210\005\375\205\016\274\210\006ex\310\206\001\360\204\001Q\005st\010\230\206\016__Otest\272\000\237\206\005_\223\206\007v\262\206\002s_\200\206\006_is\274\211\001\177outine_\205\206\004U_\376\205\001_\357\205\006_\344\205\007_\335\205\004\365_\320\205\007_\360\205\002adda\373dd\303@sadvi\377ceanythi\373ng\210\215\002async\277io.corc\003s\376\204\210\002chunksc\371lv\001\277 trace\357back\375\211\002cod\375e\371@lectio\377nscontro\375l\005\000untdat\337adead6\001en\377deofepfd\370\220\213\003\314\204\005\264\216\002sfdfd\375s\315\206\003filled\374\221\216\002\272@growni\375i:\000xiovit\207ems\327\213\004\335\213\005\322\213\002\357\214\002l\377ostmessa\247ges\231\206\003\344Cn\343Ad\377tupleone?outerp!\000\000\001__size\t\001s\352\210\001\327pop\350\204\005r\264\000on\377lyreceiv\361e\334\206\003\365\204\005\336\216\002runrounss\373\000nd\004\000\373en\370\210\001send_6\022\003nt\227\212\001et\345\214\004\257\206\003^l\001sockm\000c\263\212\001\377icmethod\372\301\206\001t\262\213\003token\377totalval\313ue\000\002s\316\220\003\244\211\001wa\377nt\200\001\330\004\n\210\377+\220Q\200\001\360$\000\377\005\030\220q\330\004\025\220\277Q\330\004\024\220A\026\001#\377\210Q\210h\220b\230\006\377\230d\240$\240d\250$\377\250d\260!\330\010\016\210\377a\210z\230\023\230G\240\3771\330\010\014\210E\220\025\373\220a8\000\014\017\210q\220\377\002\220,\230a\230t\240\3771\240B\240b\250\001\330\276\016\004+\230Q\330\014S\000\220\377R\220x\230{\250!\250\3373\250a\250q\t\007~\250\372\025\010\177\031\000x\260q\270\001\376*\006\320\0371\260\021\330\010w\017\210y\211\000b\240\003\\\000\357I\250\\\270\020\000\014\210H\377\220A\220V\230:\240V\377\250=\270\002\320:L\310\377A\330\010\013\2102\210R\375\210]\000\017\210v\220S\230\317\001\330\020\021\206\001\010\001\007\230ws\240!\013\002\021\220\021\262\n\375\022\266\002q\240\010\250\001\250\376,\000\023\2205\230\003\2308\376\305\002h\250k\270\022\2701\377\330\014\022\220$\220c\230\377\030\240\021\240\"\240I\250\373S\260\334""\002x\220q\230\002\335\230R\000\026\220g\345\000\025.\376\330\001\260\004\260A\260R\260\377r\270\032\3008\3101\310\177B\310k\320YZ\340\220\007\277\r\330\004\007\200q\274!C\377\210w\220a\330\014\020\220\255\006\004\000\020\027J\000\001\340!m\375\230m\000\r\360\006\000\005\014\357\2108\2201\240@&\000\005\377\035\230A\340\004\026\220a\177\360\010\000\005\t\210\007\340\000\356\222 u\220G\245\0003\240a\373\240t\323\"t\2603\260a\177\260t\2703\270a\270_\000\367\013\2104_\000e\2305\240\375\006\220@\002\250#\250V\260\3772\260V\2702\270S\300\376\236@\022\220*\230A\230^\317\2501\250H\257\000\023\001V\300w2\300V\261\000C\310q\326G\347w\230f\320@\245\000\022\220!s\220:\313A\353A\007\220|\350@uF\316@1\345C\007\220{\334 \276\245 !\2201\220HV\000Y\377\240c\250\027\260\010\270\001\374\253@\375BW\230H\240K\250\377q\260\003\2601\260A\330r\n\006N\327`\277`t\2207\306!\364\201\"\343\")\222\004Y\270c\300\217\024\300Q\300\247 \375\000\324aw\366\207@\021\330\256 y\240\001\240\337\026\240z\260\030\216`\020\0311\230\021\000\270A\216A\024\033\302 \016\002\376\347#\021\220\031\230!\2306\377\240\032\2508\2601\330\004\357\013\2101\200\251b4\210t\357\2202\220Q\334A+\230Q\333\230a\347at\220\024\006v\220\315R\334\204\001\022\220\r\r\370c_\240\317D\250\003\250F\002\007\007\010\260\275\001X\001\014\210K\220\373&c\354\231\000\345@\010\230\026\002\016\210a\356z\001\026\220d\271`\010\014\210\367G\2201\266\204\0013\210c\220\356\372b1\220A\232\001\030\230\004\273\230A\344\205\001I\220Q\326\204\0015;\220\003&\000\014\023\220\033\002\316a\3254\346\204\001\r\362\204\0011\303a\007\220\377w\230a\230q\340\014\021\377\220\021\220$\220g\230T\277\240\021\240!\200A\037\t\014\361\210I\002\271\205\002V\003T\230\026\230\367w\240a\241\205\003W\230D\240?\001\330\021\032\230&\261`\213 \177\014\210F\220&\230\001g\003\375y\216\000F\240#\240S\250\373\004\250\276@\020\220\005\220W\266\277`Q\340\323\005\340\010,\001!?\2208\2304\230qt\001\207,@\034\001\213(\260\205\001\371\204\002\205 /\000|\306!\367\340\010\035\264\000\026""\240t\250{1\250\313\206\0026\220\023\220\251b\377D\230\006\230a\230x\240{w\250\243@\r\210U\220\346`\374\330\001#\n\017\210x\220v\230\177S\240\n\250%\250q\020\013\375F\276\210\001\013\2106\220\027\230\333\001\330\240 \026\220\236\002!\240\377\024\240X\250R\250z\270\367\022\2703\350`\021\340\010 \373\240\001\303\004\330\010\021\320\021\367\"\240&\224\207\002\010\013\2107\323\220#\251a\360 \t\203\204\003a\220\377t\2308\2404\240y\260\177\010\270\002\270!\330\020\302\211\001\365\014\226!U\355`1\330\020\031~\333 q\240\003\2402\240\242\"\361\001\367\207\001\230\210\001\325`\200A\360\006\017\000\t\014\210\301B\321B\374h\266\206\003\367c\230\024\272\211\003G\2307\240}!e\000w\250d\260&g\000\377\"\270B\270c\300\022\300\3151\326\210\005\001\330\272\207\004\355\210\001\020\220]\007\223\212\001\020\220\010\255B\"\214\212\004\377\010\014\210D\220\001\220\024w\220Z\230\373\207\002J\220az\007_w\220g\230U\350\212\002)\302\207\001\356\274\212\001t\2204\312 T\240\026\377\240s\250#\250T\260\021\377\330\020\024\220F\230\047\240/\021\240$\240\230bL\315\204\001\302\001\377\017\210a\210q\220\006\220\327c\230\027\275`\010\342aZ\230\367v\240Q\271\204\003[\240\010\250\327\010\260\002\267\000\t\257\002\010\013\357\210?\230!\242`w\240d\377\250#\250Q\250f\260F\257\270\"\270A\223A\021\224 \n\257\000\t\035\230\307\212\004S\302\000\003\377\2301\230F\240$\240g\376(\000d\260$\260a\260x\377\270q\300\005\300W\310F\277\320RT\320TU\373\010\025{\220Q\326 \014\000\t\r\352\000\037\005\220Q\220a\222\213\001\205\211\001\246\214\002\377\022\220-\230q\320 7\377\260q\270\004\270D\300\007O\300r\310\021\031\005\201\204\014t\353\"\371b\254\210\001L\003\033\320\0320\260\377\004\260L\300\001\330\010\030\333\230\001\272A\032\230\206\214\002F\220\331!\215\215\001\316 \330\010\227`\r\330\377\025\026\330\024\033\2309\240\177G\2501\250D\260\010i\000\377I\300X\310R\310w\320\257VW\330\020\334\213\0036\367`U~\373\001\330\024\025\330\020\"\272\211\001\177\017\210u\220C\220q\330\210\001\271t\275\210\001\237\207\001\047\240\022""\336`q\376N\002\032\230%\230r\240\021\327\330\030\033\215`#\334 \034%\377\320%6\260e\2701\270\377A\340\034)\250\021\250!\367\330\030 \276\206\001\022\330\020\032\334\376a\230\206\001\n\230!\351`\016\000s\t\036\216\207\001\241\215\0018\2203\366\213\001\370\266\207\002\300\207\002\335\210\002\330\020*\250!\017\2504\250q\304\206\001\360\207\002\355\216\001\362\206\001=A8\005W\240A\340\356\216\t\322\211\003\3373\230l\250\"\217\207\001\017\210\337s\220\"\220A\362\215\001\024\031\217\230\021\340\024\372\204\002\352\205\001\244\217\003\010\177\017\210q\200A\360\020\232A\324\257\"\337\204\005\021\241\217\001E\242\211\001\021\220\375\024\262@d\230)\2402\240\347W\250C\250\217\001\013\005\047\240\024\323\240Q\254c\262\215\001\t\370!\017\210\377t\2206\230\021\320\004\033\273\2301\313\205\001!\240\t\202!\340\352\236@\004\242\220\003\t\336\215\001\014\230A\277\230V\2408\2507\347\213\003r\336\320\207\002\020\027\220r\232\206\002\002\240\377%\240v\250V\2601\260\377B\260i\270t\3005\310\177\005\310Q\310a\320\004\222@\364\201\207\006f\0019\323\214\002a\240z\260\001\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3395, 4670);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4715 bytes) */
-static const char bytes[] = " bytes is no eventfd of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector what came for vector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsf""dfdsfilenofilledfirstgetgrowniindexiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleoneouterpagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w""\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\014\210K\220q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\013\2104\210q\330\014\021\220\021\220$\220g\230T\240\021\240!\330\r\024\220A\220T\230\027\240\004\240A\240T\250\021\250%\250w\260f\270B\270a\330\014\021\220\021\200A\340\010\034\230A\330\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\023""\2201\220D\230\005\230T\240\021\240$\240a\240u\250G\2601\340\014\020\220\010\230\001\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210w\220a\220q\330\014\022\220-\230q\320 7""\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
+    #else /* compression: none (4670 bytes) */
+static const char bytes[] = " bytes is no eventfd of  vectors views: release memoryviews and arrays first(tree fragment)...: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdcannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the timer is closedtimeout is not a numbervector what came for vector ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._missingDoorbells._newsDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.closeMapping.populateMapping.residentNoSuchVectorProtocolErrorTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_missing_news_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceanythingarrayasyncio.coroutinesbellschunkscline_in_tracebackclosecodecollectionscontrolscountdatadeadlineendeofepfderrorseventfdseventsf""dfdsfilenofilledfirstgetgrowniindexiovitemsivshmemivshmem._corelimitlostmessagesmodifymodulennamedtupleoneouterpagepage_sizepagespeerpoppopulatereadonlyreceiveremoveresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodtaketimeouttokentotalvaluevaluesvectorwaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w""\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210q\330\014\r\330\010\013\2101\330\014\020\220\007\220w\230a\230q\340\014\021\220\021\220$\220g\230T\240\021\240!\200A\340\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\020\220\005\220W\230A\230Q\340\014\020\220\010\230\001\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\014\210K\220q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\035\230T\240\026\240t\2501\250A\330\010""\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210w\220a\220q\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601""\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -21872,24 +21850,24 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 716};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_4q_gT_AT_AT_wfBa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 716};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1_waq_gT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 726};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 725};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 873};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 872};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 928};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 927};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
+    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};

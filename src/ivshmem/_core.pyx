@@ -715,13 +715,12 @@ cdef class Doorbells:
 
     def _set_queued(self, bint anything):
         """Say whether there are events that were taken in and that nobody has asked for yet."""
-        cdef uint64_t one = 1
         if self.gone:
             return
-        if not anything:
+        if anything:
+            self.queued.signal(0)
+        else:
             _take(self.queued.fds[0])
-        elif c_write(self.queued.fds[0], &one, sizeof(one)) < 0:
-            _fail()
 
     def fileno(self):
         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
@@ -927,7 +926,6 @@ cdef class Doorbells:
 
     def close(self):
         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
-        cdef uint64_t one = 1
         if self.gone:
             return
         self._unwatch()
@@ -938,7 +936,7 @@ cdef class Doorbells:
         self.bells.clear()
         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
         if self.waiters and getpid() == self.pid:
-            c_write(self.wake.fds[0], &one, sizeof(one))
+            self.wake.signal(0)
         else:
             self.release()
 
