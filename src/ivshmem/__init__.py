@@ -16,8 +16,11 @@ from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .engine import Peer
 from .errors import (
     ClosedError,
+    DeviceGone,
     IvshmemError,
     NoFreeId,
+    NoInterrupts,
+    NoSuchDevice,
     NoSuchPeer,
     NoSuchVector,
     ProtocolError,
@@ -31,11 +34,14 @@ from .sizes import parse_size
 __all__ = [
     "Client",
     "ClosedError",
+    "DeviceGone",
     "Endpoint",
     "Event",
     "Interrupt",
     "IvshmemError",
     "NoFreeId",
+    "NoInterrupts",
+    "NoSuchDevice",
     "NoSuchPeer",
     "NoSuchVector",
     "Peer",

@@ -1,6 +1,6 @@
 # cython: language_level=3, binding=True, freethreading_compatible=False
 # cython: embedsignature=True, embedsignature.format=clinic
-"""The kernel interface at C speed: descriptors, eventfds, epoll, fd passing, mappings.
+"""The kernel interface at C speed: descriptors, eventfds, epoll, fd passing, mappings, registers.
 
 Knows: system calls, and how to wait, retry and clean up around them.
 Does not know: what a message means, where memory comes from, any default or policy.
@@ -20,18 +20,22 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.dict cimport PyDict_GetItem
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from cpython.ref cimport PyObject
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strerror
 
 from ._libc cimport (
     CLOCK_MONOTONIC, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, EAGAIN, EFD_CLOEXEC,
     EFD_NONBLOCK, EINTR, EINVAL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MAP_FAILED, MAP_SHARED,
+    EPOLL_CTL_MOD, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, MADV_POPULATE_READ, MADV_POPULATE_WRITE,
+    MAP_FAILED, MAP_SHARED,
     MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, RWF_NOWAIT,
-    SCM_RIGHTS, SOL_SOCKET, c_close, c_eventfd, c_write, clock_gettime, cmsghdr,
-    epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, getpid, iovec, ivshmem_control,
-    ivshmem_touch, madvise, mincore, mmap, mmsghdr, munmap, pollfd, ppoll, preadv2, recvmmsg,
+    SCM_RIGHTS, SOL_SOCKET, aio_context_t, c_close, c_eventfd, c_read, c_write, clock_gettime,
+    cmsghdr, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
+    iovec, ivshmem_add, ivshmem_compare_exchange, ivshmem_control, ivshmem_io_destroy,
+    ivshmem_io_getevents, ivshmem_io_setup, ivshmem_io_submit, ivshmem_load, ivshmem_load32,
+    ivshmem_store, ivshmem_store32, ivshmem_touch, madvise, mincore, mmap, mmsghdr, munmap, pollfd,
+    ppoll, pread, preadv2, pwrite, recvmmsg,
     TFD_CLOEXEC, TFD_NONBLOCK, itimerspec, sendmmsg, timerfd_create, timerfd_settime, timespec,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
@@ -40,6 +44,7 @@ from ._libc cimport EPOLLIN as _EPOLLIN
 from ._libc cimport EPOLLOUT as _EPOLLOUT
 from ._libc cimport POLLIN as _POLLIN
 
+import os
 from collections import namedtuple
 
 from .errors import ClosedError, NoSuchVector, ProtocolError
@@ -182,6 +187,80 @@ cdef class FdArray:
     def __dealloc__(self):
         self.release()
         free(self.fds)
+
+
+@cython.final
+cdef class Signaller:
+    """Adds 1 to eventfds that are shared with other processes, and never waits for any.
+
+    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who
+    shares the eventfd can. The kernel's own signal does not: io_submit(2) sends it when a request
+    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about
+    four times as much as a write, for up to 64 eventfds.
+
+    Raises:
+        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.
+    """
+
+    cdef aio_context_t context
+    cdef int zero
+    cdef int pid
+
+    def __cinit__(self):
+        self.context = 0
+        self.pid = getpid()
+        self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        # Requests count until their ends are reaped, which each call does for its own.
+        if ivshmem_io_setup(BATCH, &self.context) < 0:
+            try:
+                _fail()
+            finally:
+                self.close()
+
+    def signal(self, fds):
+        """Add 1 to each eventfd of a sequence; a full counter stays full."""
+        cdef iocb requests[BATCH]
+        cdef iocb *pointers[BATCH]
+        cdef io_event ends[BATCH]
+        cdef char nothing[1]
+        cdef Py_ssize_t first, i
+        cdef long count, done, n
+        if self.zero < 0:
+            raise ClosedError("the signaller is closed")
+        for first in range(0, len(fds), BATCH):
+            count = 0
+            for fd in fds[first : first + BATCH]:
+                memset(&requests[count], 0, sizeof(iocb))
+                requests[count].aio_lio_opcode = IOCB_CMD_PREAD
+                requests[count].aio_fildes = self.zero
+                requests[count].aio_buf = <uint64_t>&nothing[0]
+                requests[count].aio_nbytes = 1
+                requests[count].aio_flags = IOCB_FLAG_RESFD
+                requests[count].aio_resfd = fd
+                pointers[count] = &requests[count]
+                count += 1
+            done = 0
+            while done < count:
+                n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+                if n < 0:
+                    if errno == EINTR or errno == EAGAIN:
+                        continue
+                    _fail()
+                done += n
+                i = 0
+                while i < n:
+                    i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+
+    def close(self):
+        if self.context and getpid() == self.pid:
+            ivshmem_io_destroy(self.context)
+        self.context = 0
+        if self.zero >= 0:
+            c_close(self.zero)
+        self.zero = -1
+
+    def __dealloc__(self):
+        self.close()
 
 
 @cython.final
@@ -462,7 +541,7 @@ cdef tuple _descriptors(mmsghdr *message):
 # -- memory ---------------------------------------------------------------------------------------
 
 cdef class Mapping:
-    """A shared mapping of a file from its start, offered through the buffer protocol.
+    """A shared mapping of a file, from `offset` on, offered through the buffer protocol.
 
     Raises:
         OSError: as of mmap(2).
@@ -473,14 +552,16 @@ cdef class Mapping:
     cdef Py_ssize_t views
     cdef bint fixed  # read-only
 
-    def __cinit__(self, int fd, Py_ssize_t size, *args, bint readonly=False, **kwargs):
+    def __cinit__(
+        self, int fd, Py_ssize_t size, *args, bint readonly=False, int64_t offset=0, **kwargs
+    ):
         cdef void *address
         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
         self.start = NULL
         if size <= 0:
             raise ValueError(f"cannot map {size} bytes")
         with nogil:
-            address = mmap(NULL, size, protection, MAP_SHARED, fd, 0)
+            address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
         if address == MAP_FAILED:
             _fail()
         self.start = <char *>address
@@ -566,6 +647,16 @@ cdef class Mapping:
             free(vector)
         return count * page_size
 
+    def atomic_u64(self, Py_ssize_t offset):
+        """The 64-bit word at `offset` bytes, a multiple of 8.
+
+        Raises:
+            ValueError: there is no such word.
+        """
+        if offset < 0 or offset % 8 or offset > self.length - 8:
+            raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")
+        return AtomicU64(self, offset)
+
     def __len__(self):
         return self.length
 
@@ -603,6 +694,134 @@ cdef extern from *:
     ctypedef char volatile_char "volatile char"
 
 
+@cython.final
+cdef class AtomicU64:
+    """A 64-bit word of shared memory, in the machine's byte order, read and changed as a whole.
+
+    Made by `Mapping.atomic_u64`; after the mapping is closed every call raises ClosedError.
+    """
+
+    cdef Mapping mapping
+    cdef Py_ssize_t offset
+
+    def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):
+        self.mapping = mapping
+        self.offset = offset
+
+    cdef void *word(self) except NULL:
+        self.mapping.check()
+        return self.mapping.start + self.offset
+
+    cdef void *own_word(self) except NULL:
+        if self.mapping.fixed:
+            raise TypeError("the memory is mapped for reading only")
+        return self.word()
+
+    def load(self):
+        """The value; what its writer stored before is seen, too (acquire)."""
+        return ivshmem_load(self.word())
+
+    def store(self, uint64_t value):
+        """Set the value, after all that was stored before (release)."""
+        ivshmem_store(self.own_word(), value)
+
+    def compare_exchange(self, uint64_t expected, uint64_t desired):
+        """Set `desired` if the value is `expected`; return what it was (acquire, release)."""
+        return ivshmem_compare_exchange(self.own_word(), expected, desired)
+
+    def fetch_add(self, uint64_t amount):
+        """Add, modulo 2**64; return what the value was (acquire, release)."""
+        return ivshmem_add(self.own_word(), amount)
+
+
+# -- registers ------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Registers:
+    """The 32-bit registers of a device, in one page mapped from `fd` or behind reads and writes.
+
+    Args:
+        fd: borrowed; with `mapped` it may be closed afterwards.
+        offset: of the first register in `fd`. It need not begin a page.
+        size: bytes of registers.
+        mapped: a load or store is then one of the processor's; otherwise one pread or pwrite of 4
+            bytes, which vfio carries out as such, for what it does not map.
+
+    Raises:
+        OSError: as of mmap(2), pread(2), pwrite(2).
+    """
+
+    cdef char *page
+    cdef char *first
+    cdef int64_t offset
+    cdef Py_ssize_t size
+    cdef Py_ssize_t length
+    cdef int fd
+    cdef bint open
+
+    def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
+        cdef Py_ssize_t inside = offset % REGISTER_PAGE
+        cdef void *address
+        self.page = NULL
+        self.fd = fd
+        self.offset = offset
+        self.size = size
+        if mapped:
+            self.length = inside + size
+            address = mmap(
+                NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
+            )
+            if address == MAP_FAILED:
+                _fail()
+            self.page = <char *>address
+            self.first = self.page + inside
+        self.open = True
+
+    cdef int check(self, Py_ssize_t at) except -1:
+        if not self.open:
+            raise ClosedError("the device is closed")
+        if at < 0 or at % 4 or at > self.size - 4:
+            raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
+        return 0
+
+    def load(self, Py_ssize_t at):
+        """The register at `at` bytes."""
+        cdef uint32_t value = 0
+        self.check(at)
+        if self.page != NULL:
+            return ivshmem_load32(self.first + at)
+        if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+            _fail()
+        return value
+
+    def store(self, Py_ssize_t at, uint32_t value):
+        """Set the register at `at` bytes, after all that was written to memory before."""
+        self.check(at)
+        self.put(at, value)
+
+    cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
+        if self.page != NULL:
+            ivshmem_store32(self.first + at, value)
+        elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+            _fail()
+        return 0
+
+    def close(self):
+        """Unmap; may be called twice."""
+        self.open = False
+        if self.page != NULL:
+            munmap(self.page, self.length)
+            self.page = NULL
+
+    def __dealloc__(self):
+        if self.page != NULL:
+            munmap(self.page, self.length)
+
+
+cdef enum:
+    REGISTER_PAGE = 4096  # the smallest there is; a larger page makes mmap fail, and nothing worse
+
+
 # -- doorbells ------------------------------------------------------------------------------------
 
 cdef enum:
@@ -617,10 +836,17 @@ cdef class Doorbells:
     A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and
     overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
     `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.
+
+    A device rings by a register instead (`_ring_by`), and may have to listen by UIO (`_listen_uio`).
     """
 
     cdef dict bells  # peer -> FdArray
     cdef FdArray own
+    cdef Registers registers  # whose Doorbell register is at `doorbell`
+    cdef Py_ssize_t doorbell
+    cdef Py_ssize_t bells_each  # vectors that a peer has there
+    cdef bint uio  # the own vector is a UIO device, and
+    cdef int32_t uio_count  # its count was this at the last look
     cdef FdArray wake  # one eventfd, written by close() to send the waiters home
     cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
     cdef Epoll epoll  # anything(), once it is needed
@@ -628,6 +854,7 @@ cdef class Doorbells:
     cdef int waiters
     cdef bint gone
     cdef int watched
+    cdef bint urgent  # what is watched interrupts waiting for one vector, too
     cdef int pid
 
     def __cinit__(self, *args, **kwargs):
@@ -650,9 +877,13 @@ cdef class Doorbells:
 
     # Bookkeeping, called with the GIL held.
 
-    def _watch(self, int fd):
-        """Call `_news()` when `fd`, which is borrowed, is readable."""
+    def _watch(self, int fd, *, bint urgent=False):
+        """Call `_news()` when `fd`, which is borrowed, is readable.
+
+        `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
+        """
         self.watched = fd
+        self.urgent = urgent
         if self.epoll is not None:
             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 
@@ -663,6 +894,7 @@ cdef class Doorbells:
             if not self.gone and getpid() == self.pid:
                 self.epoll.remove(self.watched)
         self.watched = -1
+        self.urgent = False
 
     def _add_vector(self, int fd):
         """Listen on `fd` as the next vector; takes it, also when this fails.
@@ -682,6 +914,23 @@ cdef class Doorbells:
         if bells is None:
             bells = self.bells[peer] = FdArray()
         bells.take(fd)
+
+    def _listen_uio(self, int fd):
+        """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
+
+        Reading 4 bytes tells how many interrupts it had since it was made.
+        """
+        self.own.take(fd)
+        self.uio = True
+
+    def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):
+        """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
+
+        `vectors`: how many each peer is taken to have.
+        """
+        self.registers = registers
+        self.doorbell = doorbell
+        self.bells_each = vectors
 
     def _ring_self(self, peer):
         """Let `peer`, this endpoint's own id, lead to its own vectors."""
@@ -765,6 +1014,9 @@ cdef class Doorbells:
         peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the
         interpreter, until a signal arrives: Linux has no eventfd write that never waits.)
 
+        A guest's device rings by one 32-bit store to its Doorbell register. It cannot tell who is
+        there: ringing nobody is silently nothing.
+
         Raises:
             NoSuchPeer: nobody with that id is connected.
             NoSuchVector: the peer has no such vector.
@@ -773,8 +1025,16 @@ cdef class Doorbells:
         cdef FdArray bells
         cdef PyObject *found
         cdef int fd, code
+        cdef Py_ssize_t number
         cdef uint64_t one = 1
         cdef ssize_t n
+        if self.registers is not None:
+            self.check()
+            number = peer
+            if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+                self._missing(peer, vector)
+            self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
+            return
         while True:
             self.check()
             found = PyDict_GetItem(self.bells, peer)
@@ -823,23 +1083,24 @@ cdef class Doorbells:
         index = vector
         if not 0 <= index < self.own.count:
             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
-        count = _take(self.own.fds[index])
+        count = self.take(index)
         if count:
             return count
         deadline = _deadline(timeout)
-        if deadline == 0:
+        if deadline == 0 and not self.urgent:
             return 0
-        return self.wait_one(self.own.fds[index], deadline)
+        return self.wait_one(index, deadline)
 
-    cdef object wait_one(self, int fd, int64_t deadline):
-        cdef pollfd fds[2]
+    cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+        cdef pollfd fds[3]
         cdef timespec left
         cdef int64_t nanoseconds
         cdef uint64_t count
         cdef int n, code
-        fds[0].fd = fd
+        fds[0].fd = self.own.fds[index]
         fds[1].fd = self.wake.fds[0]
-        fds[0].events = fds[1].events = _POLLIN
+        fds[2].fd = self.watched
+        fds[0].events = fds[1].events = fds[2].events = _POLLIN
         self.waiters += 1
         try:
             while True:
@@ -848,7 +1109,12 @@ cdef class Doorbells:
                     left.tv_sec = nanoseconds // 1000000000
                     left.tv_nsec = nanoseconds % 1000000000
                 with nogil:
-                    n = ppoll(fds, 2, NULL if deadline == INT64_MAX else &left, NULL)
+                    n = ppoll(
+                        fds,
+                        3 if self.urgent else 2,
+                        NULL if deadline == INT64_MAX else &left,
+                        NULL,
+                    )
                     code = errno
                 if self.gone:
                     raise ClosedError("the endpoint was closed while waiting")
@@ -859,9 +1125,11 @@ cdef class Doorbells:
                     continue
                 if n == 0:
                     return 0
-                count = _take(fd)
+                count = self.take(index)
                 if count:
                     return count
+                if self.urgent and fds[2].revents:
+                    self._news()
                 # Another thread, or a hostile peer, took it, perhaps again and again.
                 PyErr_CheckSignals()
                 if deadline != INT64_MAX and _now() >= deadline:
@@ -895,7 +1163,7 @@ cdef class Doorbells:
                     if for_news:
                         return True
                 elif event.data.u64 < TOKEN_NEWS:
-                    count = _take(self.own.fds[event.data.u64])
+                    count = self.take(event.data.u64)
                     if count:
                         return Interrupt(event.data.u64, count)
                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
@@ -908,6 +1176,23 @@ cdef class Doorbells:
                         return None
         finally:
             self.leave()
+
+    cdef uint64_t take(self, Py_ssize_t index) except? 0:
+        """How often a vector was rung since the last look; 0 when it was not."""
+        cdef int32_t count
+        cdef ssize_t n
+        if not self.uio:
+            return _take(self.own.fds[index])
+        n = c_read(self.own.fds[index], &count, sizeof(count))
+        if n < 0:
+            if errno != EAGAIN and errno != EINTR:
+                _fail()
+            return 0
+        if n != sizeof(count):
+            raise OSError(EINVAL, "what was opened is no UIO device")
+        n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+        self.uio_count = count
+        return n
 
     cdef void leave(self) noexcept:
         """One waiter less; the last one out of a closed endpoint closes the descriptors."""

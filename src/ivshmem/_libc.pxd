@@ -1,8 +1,8 @@
 # System calls, constants and structures that Cython's own libc and posix packages lack.
 # All of it is Linux: eventfd(2), epoll(7), sendmmsg(2), recvmmsg(2), unix(7), preadv2(2),
-# madvise(2).
+# madvise(2), io_submit(2).
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "<errno.h>" nogil:
@@ -20,7 +20,10 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close"(int fd)
+    ssize_t c_read "read"(int fd, void *buffer, size_t size)
     ssize_t c_write "write"(int fd, const void *buffer, size_t size)
+    ssize_t pread(int fd, void *buffer, size_t size, int64_t offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t size, int64_t offset)
     int getpid()
 
 
@@ -95,7 +98,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 
 cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
+    void *mmap(void *address, size_t size, int protection, int flags, int fd, int64_t offset)
     int munmap(void *address, size_t size)
     int madvise(void *address, size_t size, int advice)
     int mincore(void *address, size_t size, unsigned char *pages)
@@ -132,3 +135,108 @@ cdef extern from *:
         char bytes[1]
     enum: MADV_POPULATE_READ, MADV_POPULATE_WRITE
     void ivshmem_touch(char *byte) nogil
+
+
+cdef extern from "<linux/aio_abi.h>" nogil:
+    ctypedef unsigned long aio_context_t
+    struct iocb:
+        uint16_t aio_lio_opcode
+        uint32_t aio_fildes
+        uint64_t aio_buf
+        uint64_t aio_nbytes
+        uint32_t aio_flags
+        uint32_t aio_resfd
+    struct io_event:
+        int64_t res
+    enum: IOCB_CMD_PREAD, IOCB_FLAG_RESFD
+
+
+cdef extern from *:
+    """
+    #include <linux/aio_abi.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static inline long ivshmem_io_setup(unsigned int events, aio_context_t *context)
+    {
+        return syscall(SYS_io_setup, events, context);
+    }
+    static inline long ivshmem_io_submit(aio_context_t context, long count, struct iocb **requests)
+    {
+        return syscall(SYS_io_submit, context, count, requests);
+    }
+    static inline long ivshmem_io_getevents(aio_context_t context, long count,
+                                            struct io_event *events)
+    {
+        return syscall(SYS_io_getevents, context, count, count, events, NULL);
+    }
+    static inline long ivshmem_io_destroy(aio_context_t context)
+    {
+        return syscall(SYS_io_destroy, context);
+    }
+    """
+    long ivshmem_io_setup(unsigned int events, aio_context_t *context) nogil
+    long ivshmem_io_submit(aio_context_t context, long count, iocb **requests) nogil
+    long ivshmem_io_getevents(aio_context_t context, long count, io_event *events) nogil
+    long ivshmem_io_destroy(aio_context_t context) nogil
+
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+
+    /* Everything stored to memory before, write-combined stores too, comes before what follows. */
+    static inline void ivshmem_write_barrier(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __asm__ __volatile__("sfence" ::: "memory");
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("dsb st" ::: "memory");
+    #else
+        __sync_synchronize();
+    #endif
+    }
+
+    /* A device's registers are little-endian, and one load or store each. */
+    static inline uint32_t ivshmem_load32(const void *address)
+    {
+        uint32_t value = *(const volatile uint32_t *)address;
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        return value;
+    }
+    static inline void ivshmem_store32(void *address, uint32_t value)
+    {
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        ivshmem_write_barrier();
+        *(volatile uint32_t *)address = value;
+    }
+
+    static inline uint64_t ivshmem_load(const void *word)
+    {
+        return __atomic_load_n((const uint64_t *)word, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_store(void *word, uint64_t value)
+    {
+        __atomic_store_n((uint64_t *)word, value, __ATOMIC_RELEASE);
+    }
+    static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
+    {
+        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return expected;
+    }
+    static inline uint64_t ivshmem_add(void *word, uint64_t amount)
+    {
+        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_ACQ_REL);
+    }
+    """
+    uint32_t ivshmem_load32(const void *address) nogil
+    void ivshmem_store32(void *address, uint32_t value) nogil
+    uint64_t ivshmem_load(const void *word) nogil
+    void ivshmem_store(void *word, uint64_t value) nogil
+    uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired) nogil
+    uint64_t ivshmem_add(void *word, uint64_t amount) nogil

@@ -7,6 +7,9 @@
      +-- NoSuchPeer (LookupError)     nobody with that id is connected
      +-- NoSuchVector (LookupError)   that peer, or this endpoint, has no such vector
      +-- NoFreeId                     every id is taken, or known to somebody who is connected
+     +-- NoSuchDevice (LookupError)   no ivshmem device there, or several and none named
+     +-- NoInterrupts                 the way a device was opened, or its variant, has none
+     +-- DeviceGone (ConnectionError) the device was unplugged while it was in use
      +-- ClosedError (ValueError)     the object was closed before, or while, it was used
 
 What the operating system refuses stays a plain OSError, with its path in `filename`; a time limit
@@ -15,8 +18,11 @@ that ran out before an object existed is the built-in TimeoutError.
 
 __all__ = [
     "ClosedError",
+    "DeviceGone",
     "IvshmemError",
     "NoFreeId",
+    "NoInterrupts",
+    "NoSuchDevice",
     "NoSuchPeer",
     "NoSuchVector",
     "ProtocolError",
@@ -51,6 +57,18 @@ class NoSuchVector(IvshmemError, LookupError):
 
 class NoFreeId(IvshmemError):
     """No id is left that every connected peer could be told of safely."""
+
+
+class NoSuchDevice(IvshmemError, LookupError):
+    """This machine has no such ivshmem device, or several and none was named."""
+
+
+class NoInterrupts(IvshmemError):
+    """A device without interrupts: a plain one, or one opened in a way that has none."""
+
+
+class DeviceGone(IvshmemError, ConnectionError):
+    """The device was unplugged; the kernel waits until it is closed here."""
 
 
 class ClosedError(IvshmemError, ValueError):

@@ -34,7 +34,7 @@ MFD_HUGE_SHIFT = 26  # the flags from this bit on are the base-2 logarithm of th
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-Source = Literal["anonymous", "posix", "file", "directory", "descriptor"]
+Source = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class RegionInfo:
         page_size: bytes of one page of its file: a huge page's for hugetlbfs.
         source: how this process came by it.
         name: the path, POSIX name or directory; None for an anonymous region or a descriptor.
-        resident: bytes that are in memory, whoever touched them.
+        resident: bytes that are in memory, whoever touched them. (A guest cannot know that of a
+            device's memory: there it is all of it.)
         huge: of these, bytes in huge pages; transparent ones as far as this process mapped them.
         readonly: this process may only read.
         sealed: nobody can shrink or grow the file. (A peer that can write can still punch holes:
@@ -82,6 +83,7 @@ class Region(_core.Mapping):
         size: int,
         *,
         readonly: bool = False,
+        offset: int = 0,
         source: Source,
         name: str | None = None,
         path: str | None = None,
@@ -361,7 +363,9 @@ class Region(_core.Mapping):
     def info(self) -> RegionInfo:
         """Size, pages and residence, measured now."""
         status = os.fstat(self.fileno())
-        if self.page_size > PAGE:
+        if self.source == "device":
+            resident, huge = self.size, 0
+        elif self.page_size > PAGE:
             # mincore sees only this process's page tables there; hugetlbfs counts the blocks.
             resident = huge = min(status.st_blocks * 512, self.size)
         else:

@@ -1,0 +1,16 @@
+"""The ivshmem device seen from inside a virtual machine: finding it, and opening it as an endpoint.
+
+    devices()   what is there: address, size, variant, vectors, driver, IOMMU group
+    open()      the only device, or the one at an address, as an endpoint like the host's client
+    measure()   how fast the memory is by each way of mapping it
+    Broker      shares the device between processes of the guest, which connect as on the host
+
+Interrupts come by vfio, which needs an IOMMU in the guest; `python -m ivshmem doctor` says what is
+missing and what mends it.
+"""
+
+from .device import GuestDevice
+from .device import open_device as open  # noqa: A004 - `guest.open()` reads as it should
+from .pci import Device, devices
+
+__all__ = ["Device", "GuestDevice", "devices", "open"]

@@ -1,0 +1,244 @@
+"""The ivshmem devices of this machine, their configuration space and drivers, through sysfs.
+
+Knows: where Linux keeps PCI devices, how a driver is changed. Does not know: what registers mean.
+
+Invariants:
+1. A driver is changed only by `bind`, and what that returns puts the former one back.
+2. Nothing is unbound while a process may have it open through vfio: the kernel would wait for that
+   process without end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SYSFS = Path("/sys/bus/pci")
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+VENDOR_ID, DEVICE_ID = 0x1AF4, 0x1110
+REGISTERS, MSIX_TABLE, MEMORY = range(3)  # what the device has in BAR0, BAR1, BAR2
+
+# The configuration space (PCI Local Bus Specification 3.0, chapter 6).
+COMMAND = 4
+COMMAND_MEMORY, COMMAND_MASTER = 2, 4
+_CAPABILITIES, _HEADER = 0x34, 64
+_MSIX = 0x11
+
+
+@dataclass(frozen=True)
+class Device:
+    """An ivshmem device, as it was when it was looked at.
+
+    Attributes:
+        address: on the PCI bus, such as "0000:00:04.0".
+        size: of the shared memory, bytes.
+        variant: "plain" (memory only) or "doorbell".
+        vectors: of a doorbell device; 0 of a plain one; None where only root could see it.
+        driver: the kernel driver that has it; "" for none.
+        iommu_group: its number; None where there is no IOMMU.
+    """
+
+    address: str
+    size: int
+    variant: Literal["plain", "doorbell"]
+    vectors: int | None
+    driver: str
+    iommu_group: int | None
+
+    @property
+    def path(self) -> Path:
+        """Its directory in sysfs."""
+        return SYSFS / "devices" / self.address
+
+
+def devices() -> list[Device]:
+    """The ivshmem devices of this machine, by address; none on most hosts."""
+    found = []
+    for path in sorted((SYSFS / "devices").glob("*")):
+        with contextlib.suppress(FileNotFoundError):  # unplugged meanwhile
+            if (_hex(path / "vendor"), _hex(path / "device")) == (VENDOR_ID, DEVICE_ID):
+                found.append(look(path.name))
+    return found
+
+
+def look(address: str) -> Device:
+    """The device at an address, as it is now.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = SYSFS / "devices" / address
+    sizes = [end - start + 1 if end else 0 for start, end in _bars(path)]
+    doorbell = sizes[MSIX_TABLE] > 0
+    group = _link(path / "iommu_group")
+    return Device(
+        address,
+        sizes[MEMORY],
+        "doorbell" if doorbell else "plain",
+        _msix_vectors((path / "config").read_bytes()) if doorbell else 0,
+        _link(path / "driver"),
+        int(group) if group else None,
+    )
+
+
+def bar_start(device: Device, bar: int) -> int:
+    """The physical address of a BAR; one that is small need not begin a page."""
+    return _bars(device.path)[bar][0]
+
+
+def _bars(path: Path) -> list[tuple[int, int]]:
+    lines = (path / "resource").read_text().splitlines()
+    return [(int(start, 16), int(end, 16)) for start, end, _ in map(str.split, lines)]
+
+
+def _msix_vectors(config: bytes) -> int | None:
+    """The size of the MSI-X table; None where the kernel shows no more than the header."""
+    if len(config) <= _HEADER:
+        return None
+    at = config[_CAPABILITIES]
+    for _ in range(48):  # no more fit in; a list that is a circle ends, too
+        if not _HEADER <= at <= len(config) - 4:
+            break
+        kind = config[at]
+        if kind == _MSIX:
+            return (int.from_bytes(config[at + 2 : at + 4], "little") & 0x7FF) + 1
+        at = config[at + 1]
+    return 0
+
+
+# -- what stands in the way -----------------------------------------------------------------------
+
+
+def command(device: Device) -> int:
+    """The command register of the configuration space."""
+    with (device.path / "config").open("rb") as file:
+        file.seek(COMMAND)
+        return int.from_bytes(file.read(2), "little")
+
+
+def set_command(device: Device, bits: int) -> None:
+    """Set bits of the command register.
+
+    Raises:
+        OSError: EACCES, or EPERM under kernel lockdown.
+    """
+    path = device.path / "config"
+    fd = _open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, (command(device) | bits).to_bytes(2, "little"), COMMAND)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+def locked_down() -> str:
+    """Why the kernel keeps even root from the hardware: "integrity", "confidentiality"; or ""."""
+    try:
+        text = LOCKDOWN.read_text()
+    except OSError:  # a kernel without it, or securityfs is not mounted: the kernel's message knows
+        return ""
+    mode = text.partition("[")[2].partition("]")[0]
+    return "" if mode == "none" else mode
+
+
+def group_mates(device: Device) -> dict[str, str]:
+    """The other devices of its IOMMU group, with their drivers: vfio wants all of them free."""
+    members = (device.path / "iommu_group" / "devices").glob("*")
+    others = sorted(path for path in members if path.name != device.address)
+    return {path.name: _link(path / "driver") for path in others}
+
+
+# -- drivers --------------------------------------------------------------------------------------
+
+
+def load_driver(driver: str) -> bool:
+    """Whether this kernel has the driver, once its module is loaded."""
+    place = SYSFS / "drivers" / driver
+    if not place.is_dir():
+        with contextlib.suppress(FileNotFoundError):  # a guest without modprobe
+            subprocess.run(["modprobe", driver], check=False, capture_output=True)
+    return place.is_dir()
+
+
+def bind(device: Device, driver: str) -> Callable[[], None]:
+    """Give the device to `driver`, taking it from another; what is returned undoes it.
+
+    Raises:
+        OSError: the driver does not take it; the former one has it again then.
+    """
+    now = look(device.address)
+    if now.driver == driver:
+        return lambda: None
+    override = (device.path / "driver_override").read_text().strip()
+
+    def restore() -> None:
+        _unbind(device)
+        _write(device.path / "driver_override", "\n" if override == "(null)" else override)
+        if now.driver:
+            _write(SYSFS / "drivers" / now.driver / "bind", device.address)
+
+    try:
+        _unbind(device)
+        _write(device.path / "driver_override", driver)
+        with contextlib.suppress(OSError):  # whether it worked is seen below
+            _write(SYSFS / "drivers_probe", device.address)
+        if _link(device.path / "driver") != driver:
+            raise OSError(errno.EINVAL, f"{driver} does not take the device", device.address)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            restore()
+        raise
+    return restore
+
+
+def _unbind(device: Device) -> None:
+    with contextlib.suppress(FileNotFoundError):  # no driver has it; or it is unplugged
+        _write(device.path / "driver" / "unbind", device.address)
+
+
+# -- files of sysfs -------------------------------------------------------------------------------
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC)  # neither created nor truncated, unlike by open()
+
+
+def _write(path: Path, text: str) -> None:
+    fd = _open(path, os.O_WRONLY)
+    try:
+        os.write(fd, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+def enable(device: Device, on: bool) -> None:
+    """Count this process among (or no more among) those who use the device without a driver.
+
+    The first one makes the kernel switch memory decoding on.
+
+    Raises:
+        OSError: EBUSY, a driver has it; EACCES.
+    """
+    _write(device.path / "enable", "1" if on else "0")
+
+
+def _hex(path: Path) -> int:
+    return int(path.read_text(), 16)
+
+
+def _link(path: Path) -> str:
+    """The name of what a symbolic link leads to; "" where there is none."""
+    try:
+        return os.path.basename(os.readlink(path))
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,48 @@
+"""UIO: the registers, memory and one interrupt of a device whose kernel driver serves them.
+
+Knows: /dev/uioN and its maps (Linux, Documentation/driver-api/uio-howto.rst).
+Does not know: what is behind them.
+
+Drivers of that kind for ivshmem are out of tree. Stock kernels have only uio_pci_generic, which
+serves neither this device's interrupts nor its memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from ..pages import PAGE
+from .pci import Device
+
+DEV = Path("/dev")
+
+
+def name(device: Device) -> str | None:
+    """The UIO device ("uio0") that a driver made of this PCI device; None if there is none."""
+    return next((path.name for path in sorted((device.path / "uio").glob("uio*"))), None)
+
+
+def open_device(uio: str) -> int:
+    """A descriptor that is readable when there was an interrupt; the caller's.
+
+    Raises:
+        OSError: as of open(2).
+    """
+    return os.open(DEV / uio, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def find_map(device: Device, uio: str, start: int) -> int:
+    """At which offset of the descriptor what is at physical address `start` can be mapped.
+
+    Raises:
+        OSError: ENODEV, the driver does not map it.
+    """
+    for path in sorted((device.path / "uio" / uio / "maps").glob("map*")):
+        first, inside = (int((path / file).read_text(), 16) for file in ("addr", "offset"))
+        if first + inside == start:
+            return int(path.name.removeprefix("map")) * PAGE + start % PAGE
+    raise OSError(
+        errno.ENODEV, f"the driver {device.driver} maps nothing at {start:#x}", str(DEV / uio)
+    )

@@ -1,0 +1,190 @@
+"""vfio: a PCI device's registers, memory and interrupts for a program (linux/vfio.h).
+
+Knows: the ioctls and their structures, with an IOMMU and without. Does not know: ivshmem.
+
+Invariants:
+1. Nothing of the device is touched before its group is viable and its container has an IOMMU.
+2. All vectors are set in one SET_IRQS: vfio cannot add to those that are enabled (EINVAL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import _core
+
+DEV = Path("/dev/vfio")
+NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
+UNSAFE_INTERRUPTS = "modprobe vfio_iommu_type1 allow_unsafe_interrupts=1"
+
+# ioctl numbers: _IO(';', 100 + n)
+_GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU, _GROUP_GET_STATUS = range(0x3B64, 0x3B68)
+_GROUP_SET_CONTAINER = 0x3B68
+_GROUP_GET_DEVICE_FD = 0x3B6A
+_GET_REGION_INFO, _GET_IRQ_INFO, _SET_IRQS = range(0x3B6C, 0x3B6F)
+
+_TYPE1, _TYPE1V2, _NO_IOMMU = 1, 3, 8
+_GROUP_VIABLE = 1
+_REGION_MMAP = 4
+_IRQ_MSIX, _IRQ_REQUEST = 2, 4
+_DATA_EVENTFD, _ACTION_TRIGGER = 4, 32
+
+CONFIG = 7  # the region that is the configuration space; 0 to 5 are the BARs
+
+
+class Unusable(OSError):
+    """vfio cannot give this device to anybody, as this machine is set up."""
+
+
+class VfioRegion(NamedTuple):
+    """Where a part of the device is in the device's descriptor, in bytes."""
+
+    offset: int
+    size: int
+    mappable: bool
+
+
+class Vfio:
+    """One device, opened through its group, which one process at a time can have open.
+
+    Raises:
+        Unusable: vfio cannot be used with this device here; the message says what is missing.
+        OSError: EBUSY, another process has the group open; EACCES. Nothing is left open.
+    """
+
+    def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
+        self._fds = _core.FdArray()
+        self.path = group_path(group, iommu=iommu)
+        try:
+            container = self._open(DEV / "vfio")
+            opened = self._open(self.path)
+            self._attach(container, opened, iommu)
+            # A bytearray: of immutable bytes fcntl makes a copy, and returns that instead.
+            name = bytearray(address.encode() + b"\0")
+            self.device = fcntl.ioctl(opened, _GROUP_GET_DEVICE_FD, name)
+            self._fds.take(self.device)
+        except BaseException:
+            self._fds.close()
+            raise
+
+    def _open(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                reason = (
+                    "another process has the device open: stop it, or let it be"
+                    " `ivshmem guest serve`, to which many can connect"
+                )
+                raise OSError(errno.EBUSY, reason, str(path)) from None
+            if error.errno in (errno.ENOENT, errno.ENODEV):
+                raise Unusable(
+                    errno.ENODEV, "no such vfio device in this kernel", str(path)
+                ) from None
+            raise
+        self._fds.take(fd)
+        return fd
+
+    def _attach(self, container: int, group: int, iommu: bool) -> None:
+        if (version := fcntl.ioctl(container, _GET_API_VERSION)) != 0:
+            raise Unusable(errno.ENOTSUP, f"vfio has API version {version}, not 0", str(self.path))
+        status = bytearray(struct.pack("II", 8, 0))
+        fcntl.ioctl(group, _GROUP_GET_STATUS, status)
+        if not struct.unpack("II", status)[1] & _GROUP_VIABLE:
+            raise Unusable(
+                errno.EPERM,
+                "other devices of its IOMMU group have drivers: unbind those, or plug the device"
+                " into a port of its own (-device pcie-root-port)",
+                str(self.path),
+            )
+        try:
+            fcntl.ioctl(group, _GROUP_SET_CONTAINER, bytearray(struct.pack("i", container)))
+            fcntl.ioctl(container, _SET_IOMMU, self._kind(container, iommu))
+        except PermissionError:
+            raise Unusable(
+                errno.EPERM,
+                "the IOMMU does not remap interrupts: give QEMU `-device intel-iommu,intremap=on`"
+                f" and kernel-irqchip=split, or do without (`{UNSAFE_INTERRUPTS}`)"
+                if iommu
+                else "vfio without an IOMMU is for processes with CAP_SYS_RAWIO",
+                str(self.path),
+            ) from None
+
+    @staticmethod
+    def _kind(container: int, iommu: bool) -> int:
+        if not iommu:
+            return _NO_IOMMU
+        return _TYPE1V2 if fcntl.ioctl(container, _CHECK_EXTENSION, _TYPE1V2) else _TYPE1
+
+    def region(self, index: int) -> VfioRegion:
+        """Where BAR `index`, or CONFIG, is in `device`."""
+        info = bytearray(struct.pack("IIIIQQ", 32, 0, index, 0, 0, 0))
+        fcntl.ioctl(self.device, _GET_REGION_INFO, info)
+        _, flags, _, _, size, offset = struct.unpack("IIIIQQ", info)
+        return VfioRegion(offset, size, bool(flags & _REGION_MMAP))
+
+    def config(self, at: int) -> int:
+        """16 bits of the configuration space."""
+        data = os.pread(self.device, 2, self.region(CONFIG).offset + at)
+        return int.from_bytes(data, "little")
+
+    def set_config(self, at: int, value: int) -> None:
+        """Set 16 bits of the configuration space."""
+        os.pwrite(self.device, value.to_bytes(2, "little"), self.region(CONFIG).offset + at)
+
+    def vectors(self) -> int:
+        """How many MSI-X vectors the device has."""
+        info = bytearray(struct.pack("IIII", 16, 0, _IRQ_MSIX, 0))
+        fcntl.ioctl(self.device, _GET_IRQ_INFO, info)
+        count: int = struct.unpack("IIII", info)[3]
+        return count
+
+    def listen(self, eventfds: Sequence[int]) -> None:
+        """Let the kernel count the interrupts of vector n in eventfds[n], for all vectors."""
+        self._set_eventfds(_IRQ_MSIX, eventfds)
+
+    def listen_for_removal(self, eventfd: int) -> None:
+        """Let the kernel ask by `eventfd` for the device back: it is being unplugged.
+
+        The kernel waits until the device is closed and nothing of it is mapped.
+        """
+        with contextlib.suppress(OSError):  # EINVAL: a kernel that does not ask
+            self._set_eventfds(_IRQ_REQUEST, [eventfd])
+
+    def _set_eventfds(self, index: int, fds: Sequence[int]) -> None:
+        size = 20 + 4 * len(fds)
+        head = struct.pack("IIIII", size, _DATA_EVENTFD | _ACTION_TRIGGER, index, 0, len(fds))
+        fcntl.ioctl(self.device, _SET_IRQS, bytearray(head + struct.pack(f"{len(fds)}i", *fds)))
+
+    def close(self) -> None:
+        """Let go of the device; its interrupts end. May be called twice."""
+        self._fds.close()
+
+
+def group_path(group: int, *, iommu: bool = True) -> Path:
+    """The file that stands for an IOMMU group."""
+    return DEV / (f"{group}" if iommu else f"noiommu-{group}")
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process has a group open: this one's forked children, for instance."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def noiommu_enabled() -> bool:
+    """Whether this kernel gives out devices without an IOMMU (an unsafe mode, off by default)."""
+    try:
+        return NOIOMMU.read_text().strip() in ("Y", "1")
+    except OSError:
+        return False
