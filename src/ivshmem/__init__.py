@@ -5,6 +5,7 @@ Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
     Server    what guests connect to: `with ivshmem.Server("/tmp/ivshmem_socket").start(): ...`
     connect   makes this process a peer, with an id, a region, doorbells and vectors
     Region    the shared memory itself: `memoryview(region)`, `numpy.frombuffer(region)`
+    Directory names in the region, by which peers find one another: `publish`, `lookup`
 
 A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
 over `events()`. The command line does the same: `python -m ivshmem --help`.
@@ -12,15 +13,20 @@ over `events()`. The command line does the same: `python -m ivshmem --help`.
 
 from ._core import Interrupt
 from .client import Client, connect
+from .directory import Directory, Entry, Publication
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .engine import Peer
 from .errors import (
     ClosedError,
     DeviceGone,
+    DirectoryFull,
     IvshmemError,
+    NameTaken,
+    NoDirectory,
     NoFreeId,
     NoInterrupts,
     NoSuchDevice,
+    NoSuchName,
     NoSuchPeer,
     NoSuchVector,
     ProtocolError,
@@ -35,19 +41,26 @@ __all__ = [
     "Client",
     "ClosedError",
     "DeviceGone",
+    "Directory",
+    "DirectoryFull",
     "Endpoint",
+    "Entry",
     "Event",
     "Interrupt",
     "IvshmemError",
+    "NameTaken",
+    "NoDirectory",
     "NoFreeId",
     "NoInterrupts",
     "NoSuchDevice",
+    "NoSuchName",
     "NoSuchPeer",
     "NoSuchVector",
     "Peer",
     "PeerJoined",
     "PeerLeft",
     "ProtocolError",
+    "Publication",
     "Region",
     "RegionError",
     "RegionInfo",

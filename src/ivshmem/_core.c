@@ -1417,13 +1417,13 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
     {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_ACQ_REL,
-                                    __ATOMIC_ACQUIRE);
+        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_SEQ_CST);
         return expected;
     }
     static inline uint64_t ivshmem_add(void *word, uint64_t amount)
     {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_ACQ_REL);
+        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
     }
     
 #ifdef _OPENMP
@@ -1855,7 +1855,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_MESSAGE = 8
 };
 
-/* "ivshmem/_core.pyx":821
+/* "ivshmem/_core.pyx":828
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1866,7 +1866,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_REGISTER_PAGE = 0x1000
 };
 
-/* "ivshmem/_core.pyx":827
+/* "ivshmem/_core.pyx":834
  * # -- doorbells ------------------------------------------------------------------------------------
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1875,7 +1875,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":837
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
  *     TOKEN_WAKE = 1 << 30
  *     TOKEN_NEWS = 1 << 29             # <<<<<<<<<<<<<<
@@ -1904,7 +1904,7 @@ struct __pyx_obj_7ivshmem_5_core_FdArray {
 };
 
 
-/* "ivshmem/_core.pyx":192
+/* "ivshmem/_core.pyx":196
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1919,7 +1919,7 @@ struct __pyx_obj_7ivshmem_5_core_Signaller {
 };
 
 
-/* "ivshmem/_core.pyx":266
+/* "ivshmem/_core.pyx":271
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1933,7 +1933,7 @@ struct __pyx_obj_7ivshmem_5_core_Epoll {
 };
 
 
-/* "ivshmem/_core.pyx":353
+/* "ivshmem/_core.pyx":358
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1946,7 +1946,7 @@ struct __pyx_obj_7ivshmem_5_core_Timer {
 };
 
 
-/* "ivshmem/_core.pyx":543
+/* "ivshmem/_core.pyx":548
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1963,7 +1963,7 @@ struct __pyx_obj_7ivshmem_5_core_Mapping {
 };
 
 
-/* "ivshmem/_core.pyx":697
+/* "ivshmem/_core.pyx":702
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1978,7 +1978,7 @@ struct __pyx_obj_7ivshmem_5_core_AtomicU64 {
 };
 
 
-/* "ivshmem/_core.pyx":739
+/* "ivshmem/_core.pyx":744
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1998,7 +1998,7 @@ struct __pyx_obj_7ivshmem_5_core_Registers {
 };
 
 
-/* "ivshmem/_core.pyx":833
+/* "ivshmem/_core.pyx":840
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -2045,7 +2045,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_core_FdArray *);
 
 
-/* "ivshmem/_core.pyx":266
+/* "ivshmem/_core.pyx":271
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2060,7 +2060,7 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Epoll *__pyx_vtabptr_7ivshmem_5_c
 static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t);
 
 
-/* "ivshmem/_core.pyx":543
+/* "ivshmem/_core.pyx":548
  * # -- memory ---------------------------------------------------------------------------------------
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -2074,7 +2074,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *__pyx_vtabptr_7ivshmem_5_core_Mapping;
 
 
-/* "ivshmem/_core.pyx":697
+/* "ivshmem/_core.pyx":702
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2091,7 +2091,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_word(struct __pyx_obj_7ivshmem_5
 static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshmem_5_core_AtomicU64 *);
 
 
-/* "ivshmem/_core.pyx":739
+/* "ivshmem/_core.pyx":744
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2108,7 +2108,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
 static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_core_Registers *, Py_ssize_t, uint32_t);
 
 
-/* "ivshmem/_core.pyx":833
+/* "ivshmem/_core.pyx":840
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -2656,6 +2656,74 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
+/* PyFrozenDict.proto (used by GetItemInt) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyFrozenDict_TypePtr  ((PyTypeObject*) __pyx_mstate_global->__Pyx_PyFrozenDictType)
+#define __Pyx_PyFrozenDict_New(it)  __Pyx__PyFrozenDict_New(__pyx_mstate_global->__Pyx_PyFrozenDictType, it)
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it);
+#define __Pyx_PyFrozenDict_NewEmpty()  __Pyx_PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyAnyDict_Check(obj)   __Pyx__PyAnyDict_Check(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_Check(PyObject *obj, PyTypeObject* frozendict_type) {
+    return PyObject_TypeCheck(obj, &PyDict_Type) || PyObject_TypeCheck(obj, frozendict_type);
+}
+#define __Pyx_PyAnyDict_CheckExact(obj)  __Pyx__PyAnyDict_CheckExact(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_CheckExact(PyObject *obj, PyTypeObject* frozendict_type) {
+    return Py_IS_TYPE(obj, &PyDict_Type) || Py_IS_TYPE(obj, frozendict_type);
+}
+#elif PY_VERSION_HEX >= 0x030f00a6 ||\
+    (defined(PyFrozenDict_Check) && defined(PyAnyDict_Check) && defined(PyFrozenDict_New))
+#define __Pyx_PyFrozenDict_TypePtr  (&PyFrozenDict_Type)
+#define __Pyx_PyFrozenDict_New(it)  PyFrozenDict_New(it)
+#define __Pyx_PyFrozenDict_NewEmpty()  PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyFrozenDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyFrozenDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyAnyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyAnyDict_CheckExact(obj)
+#else
+#define __Pyx_PyFrozenDict_TypePtr  (&PyDict_Type)
+static CYTHON_INLINE PyObject* __Pyx_PyFrozenDict_New(PyObject* it) {
+    if (!it) {
+        return PyDict_New();
+    } else if (PyDict_Check(it)) {
+        return PyDict_Copy(it);
+    } else {
+        PyObject *dict = PyDict_New();
+        if (!dict) return NULL;
+        PyObject *result = PyNumber_InPlaceOr(dict, it);
+        Py_DECREF(dict);
+        return result;
+    }
+}
+#define __Pyx_PyFrozenDict_NewEmpty()  PyDict_New()
+#define __Pyx_PyFrozenDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyDict_CheckExact(obj)
+#endif
+
+/* GetItemInt.proto */
+#define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    __Pyx_GetItemInt_Generic(o, to_py_func(i)))
+#define __Pyx_GetItemInt_List(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_List_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "list index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+#define __Pyx_GetItemInt_Tuple(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Tuple_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "tuple index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared);
+
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
@@ -2751,74 +2819,6 @@ static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, c
 /* RaiseUnexpectedTypeError.proto */
 CYTHON_UNUSED
 static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
-
-/* PyFrozenDict.proto (used by GetItemInt) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_PyFrozenDict_TypePtr  ((PyTypeObject*) __pyx_mstate_global->__Pyx_PyFrozenDictType)
-#define __Pyx_PyFrozenDict_New(it)  __Pyx__PyFrozenDict_New(__pyx_mstate_global->__Pyx_PyFrozenDictType, it)
-static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it);
-#define __Pyx_PyFrozenDict_NewEmpty()  __Pyx_PyFrozenDict_New(NULL)
-#define __Pyx_PyFrozenDict_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyFrozenDict_TypePtr)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyFrozenDict_TypePtr)
-#define __Pyx_PyAnyDict_Check(obj)   __Pyx__PyAnyDict_Check(obj, __Pyx_PyFrozenDict_TypePtr)
-static CYTHON_INLINE int __Pyx__PyAnyDict_Check(PyObject *obj, PyTypeObject* frozendict_type) {
-    return PyObject_TypeCheck(obj, &PyDict_Type) || PyObject_TypeCheck(obj, frozendict_type);
-}
-#define __Pyx_PyAnyDict_CheckExact(obj)  __Pyx__PyAnyDict_CheckExact(obj, __Pyx_PyFrozenDict_TypePtr)
-static CYTHON_INLINE int __Pyx__PyAnyDict_CheckExact(PyObject *obj, PyTypeObject* frozendict_type) {
-    return Py_IS_TYPE(obj, &PyDict_Type) || Py_IS_TYPE(obj, frozendict_type);
-}
-#elif PY_VERSION_HEX >= 0x030f00a6 ||\
-    (defined(PyFrozenDict_Check) && defined(PyAnyDict_Check) && defined(PyFrozenDict_New))
-#define __Pyx_PyFrozenDict_TypePtr  (&PyFrozenDict_Type)
-#define __Pyx_PyFrozenDict_New(it)  PyFrozenDict_New(it)
-#define __Pyx_PyFrozenDict_NewEmpty()  PyFrozenDict_New(NULL)
-#define __Pyx_PyFrozenDict_Check(obj)  PyFrozenDict_Check(obj)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  PyFrozenDict_CheckExact(obj)
-#define __Pyx_PyAnyDict_Check(obj)  PyAnyDict_Check(obj)
-#define __Pyx_PyAnyDict_CheckExact(obj)  PyAnyDict_CheckExact(obj)
-#else
-#define __Pyx_PyFrozenDict_TypePtr  (&PyDict_Type)
-static CYTHON_INLINE PyObject* __Pyx_PyFrozenDict_New(PyObject* it) {
-    if (!it) {
-        return PyDict_New();
-    } else if (PyDict_Check(it)) {
-        return PyDict_Copy(it);
-    } else {
-        PyObject *dict = PyDict_New();
-        if (!dict) return NULL;
-        PyObject *result = PyNumber_InPlaceOr(dict, it);
-        Py_DECREF(dict);
-        return result;
-    }
-}
-#define __Pyx_PyFrozenDict_NewEmpty()  PyDict_New()
-#define __Pyx_PyFrozenDict_Check(obj)  PyDict_Check(obj)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  PyDict_CheckExact(obj)
-#define __Pyx_PyAnyDict_Check(obj)  PyDict_Check(obj)
-#define __Pyx_PyAnyDict_CheckExact(obj)  PyDict_CheckExact(obj)
-#endif
-
-/* GetItemInt.proto */
-#define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    __Pyx_GetItemInt_Generic(o, to_py_func(i)))
-#define __Pyx_GetItemInt_List(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_List_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    (PyErr_SetString(PyExc_IndexError, "list index out of range"), (PyObject*)NULL))
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared);
-#define __Pyx_GetItemInt_Tuple(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_Tuple_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    (PyErr_SetString(PyExc_IndexError, "tuple index out of range"), (PyObject*)NULL))
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared);
-static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
-                                                     int wraparound, int boundscheck, int unsafe_shared);
 
 /* ExtTypeTest.proto */
 static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
@@ -3281,10 +3281,10 @@ static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
@@ -3471,10 +3471,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_4take(struct __pyx_obj_7ivshm
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7FdArray_6__len__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_8__getitem__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10signal(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12drain(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_14close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_5_core_7FdArray_16__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshmem_5_core_Signaller *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7ivshmem_5_core_Signaller *__pyx_v_self, PyObject *__pyx_v_fds); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7ivshmem_5_core_Signaller *__pyx_v_self); /* proto */
@@ -3738,8 +3739,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[59];
-    PyObject *__pyx_string_tab[298];
+    PyObject *__pyx_codeobj_tab[60];
+    PyObject *__pyx_string_tab[301];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3877,216 +3878,219 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[85]
 #define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[86]
 #define __pyx_n_u_FdArray_close __pyx_string_tab[87]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[88]
-#define __pyx_n_u_FdArray_signal __pyx_string_tab[89]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[90]
-#define __pyx_n_u_Interrupt __pyx_string_tab[91]
-#define __pyx_n_u_Mapping __pyx_string_tab[92]
-#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[93]
-#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[94]
-#define __pyx_n_u_Mapping_atomic_u64 __pyx_string_tab[95]
-#define __pyx_n_u_Mapping_close __pyx_string_tab[96]
-#define __pyx_n_u_Mapping_populate __pyx_string_tab[97]
-#define __pyx_n_u_Mapping_resident __pyx_string_tab[98]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[99]
-#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[100]
-#define __pyx_n_u_O_RDONLY __pyx_string_tab[101]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[102]
-#define __pyx_n_u_Registers __pyx_string_tab[103]
-#define __pyx_n_u_Registers___reduce_cython __pyx_string_tab[104]
-#define __pyx_n_u_Registers___setstate_cython __pyx_string_tab[105]
-#define __pyx_n_u_Registers_close __pyx_string_tab[106]
-#define __pyx_n_u_Registers_load __pyx_string_tab[107]
-#define __pyx_n_u_Registers_store __pyx_string_tab[108]
-#define __pyx_n_u_Signaller __pyx_string_tab[109]
-#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[110]
-#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[111]
-#define __pyx_n_u_Signaller_close __pyx_string_tab[112]
-#define __pyx_n_u_Signaller_signal __pyx_string_tab[113]
-#define __pyx_n_u_Timer __pyx_string_tab[114]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[115]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[116]
-#define __pyx_n_u_Timer_close __pyx_string_tab[117]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[118]
-#define __pyx_n_u_Timer_set __pyx_string_tab[119]
-#define __pyx_n_u__4 __pyx_string_tab[120]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[121]
-#define __pyx_n_u_annotate __pyx_string_tab[122]
-#define __pyx_n_u_dict __pyx_string_tab[123]
-#define __pyx_n_u_doc __pyx_string_tab[124]
-#define __pyx_n_u_func __pyx_string_tab[125]
-#define __pyx_n_u_getstate __pyx_string_tab[126]
-#define __pyx_n_u_main __pyx_string_tab[127]
-#define __pyx_n_u_module __pyx_string_tab[128]
-#define __pyx_n_u_name __pyx_string_tab[129]
-#define __pyx_n_u_pyx_state __pyx_string_tab[130]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[131]
-#define __pyx_n_u_qualname __pyx_string_tab[132]
-#define __pyx_n_u_reduce __pyx_string_tab[133]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[134]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[135]
-#define __pyx_n_u_set_name __pyx_string_tab[136]
-#define __pyx_n_u_setstate __pyx_string_tab[137]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[138]
-#define __pyx_n_u_test __pyx_string_tab[139]
-#define __pyx_n_u_add_bell __pyx_string_tab[140]
-#define __pyx_n_u_add_vector __pyx_string_tab[141]
-#define __pyx_n_u_bells __pyx_string_tab[142]
-#define __pyx_n_u_drop_peer __pyx_string_tab[143]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[144]
-#define __pyx_n_u_listen_uio __pyx_string_tab[145]
-#define __pyx_n_u_missing __pyx_string_tab[146]
-#define __pyx_n_u_news __pyx_string_tab[147]
-#define __pyx_n_u_ring_by __pyx_string_tab[148]
-#define __pyx_n_u_ring_self __pyx_string_tab[149]
-#define __pyx_n_u_set_queued __pyx_string_tab[150]
-#define __pyx_n_u_unwatch __pyx_string_tab[151]
-#define __pyx_n_u_wait_event __pyx_string_tab[152]
-#define __pyx_n_u_watch __pyx_string_tab[153]
-#define __pyx_n_u_add __pyx_string_tab[154]
-#define __pyx_n_u_address __pyx_string_tab[155]
-#define __pyx_n_u_advice __pyx_string_tab[156]
-#define __pyx_n_u_amount __pyx_string_tab[157]
-#define __pyx_n_u_anything __pyx_string_tab[158]
-#define __pyx_n_u_array __pyx_string_tab[159]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[160]
-#define __pyx_n_u_at __pyx_string_tab[161]
-#define __pyx_n_u_atomic_u64 __pyx_string_tab[162]
-#define __pyx_n_u_bells_2 __pyx_string_tab[163]
-#define __pyx_n_u_chunks __pyx_string_tab[164]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[165]
-#define __pyx_n_u_close __pyx_string_tab[166]
-#define __pyx_n_u_code __pyx_string_tab[167]
-#define __pyx_n_u_collections __pyx_string_tab[168]
-#define __pyx_n_u_compare_exchange __pyx_string_tab[169]
-#define __pyx_n_u_controls __pyx_string_tab[170]
-#define __pyx_n_u_count __pyx_string_tab[171]
-#define __pyx_n_u_data __pyx_string_tab[172]
-#define __pyx_n_u_deadline __pyx_string_tab[173]
-#define __pyx_n_u_desired __pyx_string_tab[174]
-#define __pyx_n_u_done __pyx_string_tab[175]
-#define __pyx_n_u_doorbell __pyx_string_tab[176]
-#define __pyx_n_u_end __pyx_string_tab[177]
-#define __pyx_n_u_ends __pyx_string_tab[178]
-#define __pyx_n_u_eof __pyx_string_tab[179]
-#define __pyx_n_u_epfd __pyx_string_tab[180]
-#define __pyx_n_u_errors __pyx_string_tab[181]
-#define __pyx_n_u_eventfds __pyx_string_tab[182]
-#define __pyx_n_u_events __pyx_string_tab[183]
-#define __pyx_n_u_expected __pyx_string_tab[184]
-#define __pyx_n_u_fd __pyx_string_tab[185]
-#define __pyx_n_u_fds __pyx_string_tab[186]
-#define __pyx_n_u_fetch_add __pyx_string_tab[187]
-#define __pyx_n_u_fileno __pyx_string_tab[188]
-#define __pyx_n_u_filled __pyx_string_tab[189]
-#define __pyx_n_u_first __pyx_string_tab[190]
-#define __pyx_n_u_get __pyx_string_tab[191]
-#define __pyx_n_u_grown __pyx_string_tab[192]
-#define __pyx_n_u_i __pyx_string_tab[193]
-#define __pyx_n_u_index __pyx_string_tab[194]
-#define __pyx_n_u_iov __pyx_string_tab[195]
-#define __pyx_n_u_items __pyx_string_tab[196]
-#define __pyx_n_u_ivshmem __pyx_string_tab[197]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[198]
-#define __pyx_n_u_limit __pyx_string_tab[199]
-#define __pyx_n_u_load __pyx_string_tab[200]
-#define __pyx_n_u_lost __pyx_string_tab[201]
-#define __pyx_n_u_mapped __pyx_string_tab[202]
-#define __pyx_n_u_mapping __pyx_string_tab[203]
-#define __pyx_n_u_messages __pyx_string_tab[204]
-#define __pyx_n_u_modify __pyx_string_tab[205]
-#define __pyx_n_u_module_2 __pyx_string_tab[206]
-#define __pyx_n_u_n __pyx_string_tab[207]
-#define __pyx_n_u_namedtuple __pyx_string_tab[208]
-#define __pyx_n_u_nothing __pyx_string_tab[209]
-#define __pyx_n_u_offset __pyx_string_tab[210]
-#define __pyx_n_u_one __pyx_string_tab[211]
-#define __pyx_n_u_open __pyx_string_tab[212]
-#define __pyx_n_u_os __pyx_string_tab[213]
-#define __pyx_n_u_outer __pyx_string_tab[214]
-#define __pyx_n_u_page __pyx_string_tab[215]
-#define __pyx_n_u_page_size __pyx_string_tab[216]
-#define __pyx_n_u_pages __pyx_string_tab[217]
-#define __pyx_n_u_peer __pyx_string_tab[218]
-#define __pyx_n_u_pointers __pyx_string_tab[219]
-#define __pyx_n_u_pop __pyx_string_tab[220]
-#define __pyx_n_u_populate __pyx_string_tab[221]
-#define __pyx_n_u_readonly __pyx_string_tab[222]
-#define __pyx_n_u_receive __pyx_string_tab[223]
-#define __pyx_n_u_registers __pyx_string_tab[224]
-#define __pyx_n_u_remove __pyx_string_tab[225]
-#define __pyx_n_u_requests __pyx_string_tab[226]
-#define __pyx_n_u_resident __pyx_string_tab[227]
-#define __pyx_n_u_rings __pyx_string_tab[228]
-#define __pyx_n_u_run __pyx_string_tab[229]
-#define __pyx_n_u_runs __pyx_string_tab[230]
-#define __pyx_n_u_seconds __pyx_string_tab[231]
-#define __pyx_n_u_seen __pyx_string_tab[232]
-#define __pyx_n_u_self __pyx_string_tab[233]
-#define __pyx_n_u_send_runs __pyx_string_tab[234]
-#define __pyx_n_u_sent __pyx_string_tab[235]
-#define __pyx_n_u_set __pyx_string_tab[236]
-#define __pyx_n_u_setdefault __pyx_string_tab[237]
-#define __pyx_n_u_signal __pyx_string_tab[238]
-#define __pyx_n_u_size __pyx_string_tab[239]
-#define __pyx_n_u_sock __pyx_string_tab[240]
-#define __pyx_n_u_spec __pyx_string_tab[241]
-#define __pyx_n_u_staticmethod __pyx_string_tab[242]
-#define __pyx_n_u_store __pyx_string_tab[243]
-#define __pyx_n_u_take __pyx_string_tab[244]
-#define __pyx_n_u_timeout __pyx_string_tab[245]
-#define __pyx_n_u_token __pyx_string_tab[246]
-#define __pyx_n_u_total __pyx_string_tab[247]
-#define __pyx_n_u_urgent __pyx_string_tab[248]
-#define __pyx_n_u_value __pyx_string_tab[249]
-#define __pyx_n_u_values __pyx_string_tab[250]
-#define __pyx_n_u_vector __pyx_string_tab[251]
-#define __pyx_n_u_vectors __pyx_string_tab[252]
-#define __pyx_n_u_wait __pyx_string_tab[253]
-#define __pyx_n_u_want __pyx_string_tab[254]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[255]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[256]
-#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[257]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[258]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[259]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[260]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[261]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[262]
-#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[263]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[264]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[265]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[266]
-#define __pyx_kp_b_iso88591_A_4q_1_waq_gT __pyx_string_tab[267]
-#define __pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S __pyx_string_tab[268]
-#define __pyx_kp_b_iso88591_A_F_1_D_Q __pyx_string_tab[269]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[270]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[271]
-#define __pyx_kp_b_iso88591_A_HA_4vS_4wd __pyx_string_tab[272]
-#define __pyx_kp_b_iso88591_A_4y_A __pyx_string_tab[273]
-#define __pyx_kp_b_iso88591_A_1D_Q __pyx_string_tab[274]
-#define __pyx_kp_b_iso88591_A_q_IT_1 __pyx_string_tab[275]
-#define __pyx_kp_b_iso88591_A_Qd_4q __pyx_string_tab[276]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[277]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[278]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[279]
-#define __pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q __pyx_string_tab[280]
-#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[281]
-#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[282]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja __pyx_string_tab[283]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[284]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[285]
-#define __pyx_kp_b_iso88591_A_M_L_N __pyx_string_tab[286]
-#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q __pyx_string_tab[287]
-#define __pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q __pyx_string_tab[288]
-#define __pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w __pyx_string_tab[289]
-#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[290]
-#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[291]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[292]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[293]
-#define __pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6 __pyx_string_tab[294]
-#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[295]
-#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[296]
-#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[297]
+#define __pyx_n_u_FdArray_drain __pyx_string_tab[88]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[89]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[90]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[91]
+#define __pyx_n_u_Interrupt __pyx_string_tab[92]
+#define __pyx_n_u_Mapping __pyx_string_tab[93]
+#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[94]
+#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[95]
+#define __pyx_n_u_Mapping_atomic_u64 __pyx_string_tab[96]
+#define __pyx_n_u_Mapping_close __pyx_string_tab[97]
+#define __pyx_n_u_Mapping_populate __pyx_string_tab[98]
+#define __pyx_n_u_Mapping_resident __pyx_string_tab[99]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[100]
+#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[101]
+#define __pyx_n_u_O_RDONLY __pyx_string_tab[102]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[103]
+#define __pyx_n_u_Registers __pyx_string_tab[104]
+#define __pyx_n_u_Registers___reduce_cython __pyx_string_tab[105]
+#define __pyx_n_u_Registers___setstate_cython __pyx_string_tab[106]
+#define __pyx_n_u_Registers_close __pyx_string_tab[107]
+#define __pyx_n_u_Registers_load __pyx_string_tab[108]
+#define __pyx_n_u_Registers_store __pyx_string_tab[109]
+#define __pyx_n_u_Signaller __pyx_string_tab[110]
+#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[111]
+#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[112]
+#define __pyx_n_u_Signaller_close __pyx_string_tab[113]
+#define __pyx_n_u_Signaller_signal __pyx_string_tab[114]
+#define __pyx_n_u_Timer __pyx_string_tab[115]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[116]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[117]
+#define __pyx_n_u_Timer_close __pyx_string_tab[118]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[119]
+#define __pyx_n_u_Timer_set __pyx_string_tab[120]
+#define __pyx_n_u__4 __pyx_string_tab[121]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[122]
+#define __pyx_n_u_annotate __pyx_string_tab[123]
+#define __pyx_n_u_dict __pyx_string_tab[124]
+#define __pyx_n_u_doc __pyx_string_tab[125]
+#define __pyx_n_u_func __pyx_string_tab[126]
+#define __pyx_n_u_getstate __pyx_string_tab[127]
+#define __pyx_n_u_main __pyx_string_tab[128]
+#define __pyx_n_u_module __pyx_string_tab[129]
+#define __pyx_n_u_name __pyx_string_tab[130]
+#define __pyx_n_u_pyx_state __pyx_string_tab[131]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[132]
+#define __pyx_n_u_qualname __pyx_string_tab[133]
+#define __pyx_n_u_reduce __pyx_string_tab[134]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[135]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[136]
+#define __pyx_n_u_set_name __pyx_string_tab[137]
+#define __pyx_n_u_setstate __pyx_string_tab[138]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[139]
+#define __pyx_n_u_test __pyx_string_tab[140]
+#define __pyx_n_u_add_bell __pyx_string_tab[141]
+#define __pyx_n_u_add_vector __pyx_string_tab[142]
+#define __pyx_n_u_bells __pyx_string_tab[143]
+#define __pyx_n_u_drop_peer __pyx_string_tab[144]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[145]
+#define __pyx_n_u_listen_uio __pyx_string_tab[146]
+#define __pyx_n_u_missing __pyx_string_tab[147]
+#define __pyx_n_u_news __pyx_string_tab[148]
+#define __pyx_n_u_ring_by __pyx_string_tab[149]
+#define __pyx_n_u_ring_self __pyx_string_tab[150]
+#define __pyx_n_u_set_queued __pyx_string_tab[151]
+#define __pyx_n_u_unwatch __pyx_string_tab[152]
+#define __pyx_n_u_wait_event __pyx_string_tab[153]
+#define __pyx_n_u_watch __pyx_string_tab[154]
+#define __pyx_n_u_add __pyx_string_tab[155]
+#define __pyx_n_u_address __pyx_string_tab[156]
+#define __pyx_n_u_advice __pyx_string_tab[157]
+#define __pyx_n_u_amount __pyx_string_tab[158]
+#define __pyx_n_u_anything __pyx_string_tab[159]
+#define __pyx_n_u_array __pyx_string_tab[160]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[161]
+#define __pyx_n_u_at __pyx_string_tab[162]
+#define __pyx_n_u_atomic_u64 __pyx_string_tab[163]
+#define __pyx_n_u_bells_2 __pyx_string_tab[164]
+#define __pyx_n_u_chunks __pyx_string_tab[165]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[166]
+#define __pyx_n_u_close __pyx_string_tab[167]
+#define __pyx_n_u_code __pyx_string_tab[168]
+#define __pyx_n_u_collections __pyx_string_tab[169]
+#define __pyx_n_u_compare_exchange __pyx_string_tab[170]
+#define __pyx_n_u_controls __pyx_string_tab[171]
+#define __pyx_n_u_count __pyx_string_tab[172]
+#define __pyx_n_u_data __pyx_string_tab[173]
+#define __pyx_n_u_deadline __pyx_string_tab[174]
+#define __pyx_n_u_desired __pyx_string_tab[175]
+#define __pyx_n_u_done __pyx_string_tab[176]
+#define __pyx_n_u_doorbell __pyx_string_tab[177]
+#define __pyx_n_u_drain __pyx_string_tab[178]
+#define __pyx_n_u_end __pyx_string_tab[179]
+#define __pyx_n_u_ends __pyx_string_tab[180]
+#define __pyx_n_u_eof __pyx_string_tab[181]
+#define __pyx_n_u_epfd __pyx_string_tab[182]
+#define __pyx_n_u_errors __pyx_string_tab[183]
+#define __pyx_n_u_eventfds __pyx_string_tab[184]
+#define __pyx_n_u_events __pyx_string_tab[185]
+#define __pyx_n_u_expected __pyx_string_tab[186]
+#define __pyx_n_u_fd __pyx_string_tab[187]
+#define __pyx_n_u_fds __pyx_string_tab[188]
+#define __pyx_n_u_fetch_add __pyx_string_tab[189]
+#define __pyx_n_u_fileno __pyx_string_tab[190]
+#define __pyx_n_u_filled __pyx_string_tab[191]
+#define __pyx_n_u_first __pyx_string_tab[192]
+#define __pyx_n_u_get __pyx_string_tab[193]
+#define __pyx_n_u_grown __pyx_string_tab[194]
+#define __pyx_n_u_i __pyx_string_tab[195]
+#define __pyx_n_u_index __pyx_string_tab[196]
+#define __pyx_n_u_iov __pyx_string_tab[197]
+#define __pyx_n_u_items __pyx_string_tab[198]
+#define __pyx_n_u_ivshmem __pyx_string_tab[199]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[200]
+#define __pyx_n_u_limit __pyx_string_tab[201]
+#define __pyx_n_u_load __pyx_string_tab[202]
+#define __pyx_n_u_lost __pyx_string_tab[203]
+#define __pyx_n_u_mapped __pyx_string_tab[204]
+#define __pyx_n_u_mapping __pyx_string_tab[205]
+#define __pyx_n_u_messages __pyx_string_tab[206]
+#define __pyx_n_u_modify __pyx_string_tab[207]
+#define __pyx_n_u_module_2 __pyx_string_tab[208]
+#define __pyx_n_u_n __pyx_string_tab[209]
+#define __pyx_n_u_namedtuple __pyx_string_tab[210]
+#define __pyx_n_u_nothing __pyx_string_tab[211]
+#define __pyx_n_u_offset __pyx_string_tab[212]
+#define __pyx_n_u_one __pyx_string_tab[213]
+#define __pyx_n_u_open __pyx_string_tab[214]
+#define __pyx_n_u_os __pyx_string_tab[215]
+#define __pyx_n_u_outer __pyx_string_tab[216]
+#define __pyx_n_u_page __pyx_string_tab[217]
+#define __pyx_n_u_page_size __pyx_string_tab[218]
+#define __pyx_n_u_pages __pyx_string_tab[219]
+#define __pyx_n_u_peer __pyx_string_tab[220]
+#define __pyx_n_u_pointers __pyx_string_tab[221]
+#define __pyx_n_u_pop __pyx_string_tab[222]
+#define __pyx_n_u_populate __pyx_string_tab[223]
+#define __pyx_n_u_readonly __pyx_string_tab[224]
+#define __pyx_n_u_receive __pyx_string_tab[225]
+#define __pyx_n_u_registers __pyx_string_tab[226]
+#define __pyx_n_u_remove __pyx_string_tab[227]
+#define __pyx_n_u_requests __pyx_string_tab[228]
+#define __pyx_n_u_resident __pyx_string_tab[229]
+#define __pyx_n_u_rings __pyx_string_tab[230]
+#define __pyx_n_u_run __pyx_string_tab[231]
+#define __pyx_n_u_runs __pyx_string_tab[232]
+#define __pyx_n_u_seconds __pyx_string_tab[233]
+#define __pyx_n_u_seen __pyx_string_tab[234]
+#define __pyx_n_u_self __pyx_string_tab[235]
+#define __pyx_n_u_send_runs __pyx_string_tab[236]
+#define __pyx_n_u_sent __pyx_string_tab[237]
+#define __pyx_n_u_set __pyx_string_tab[238]
+#define __pyx_n_u_setdefault __pyx_string_tab[239]
+#define __pyx_n_u_signal __pyx_string_tab[240]
+#define __pyx_n_u_size __pyx_string_tab[241]
+#define __pyx_n_u_sock __pyx_string_tab[242]
+#define __pyx_n_u_spec __pyx_string_tab[243]
+#define __pyx_n_u_staticmethod __pyx_string_tab[244]
+#define __pyx_n_u_store __pyx_string_tab[245]
+#define __pyx_n_u_take __pyx_string_tab[246]
+#define __pyx_n_u_timeout __pyx_string_tab[247]
+#define __pyx_n_u_token __pyx_string_tab[248]
+#define __pyx_n_u_total __pyx_string_tab[249]
+#define __pyx_n_u_urgent __pyx_string_tab[250]
+#define __pyx_n_u_value __pyx_string_tab[251]
+#define __pyx_n_u_values __pyx_string_tab[252]
+#define __pyx_n_u_vector __pyx_string_tab[253]
+#define __pyx_n_u_vectors __pyx_string_tab[254]
+#define __pyx_n_u_wait __pyx_string_tab[255]
+#define __pyx_n_u_want __pyx_string_tab[256]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[257]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[258]
+#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[259]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[260]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[261]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[262]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[263]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[264]
+#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[265]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[266]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[267]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[268]
+#define __pyx_kp_b_iso88591_A_4q_1_waq_gT __pyx_string_tab[269]
+#define __pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S __pyx_string_tab[270]
+#define __pyx_kp_b_iso88591_A_F_1_D_Q __pyx_string_tab[271]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[272]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[273]
+#define __pyx_kp_b_iso88591_A_HA_4vS_4wd __pyx_string_tab[274]
+#define __pyx_kp_b_iso88591_A_uAT __pyx_string_tab[275]
+#define __pyx_kp_b_iso88591_A_4y_A __pyx_string_tab[276]
+#define __pyx_kp_b_iso88591_A_1D_Q __pyx_string_tab[277]
+#define __pyx_kp_b_iso88591_A_q_IT_1 __pyx_string_tab[278]
+#define __pyx_kp_b_iso88591_A_Qd_4q __pyx_string_tab[279]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[280]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[281]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[282]
+#define __pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q __pyx_string_tab[283]
+#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q __pyx_string_tab[284]
+#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[285]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja __pyx_string_tab[286]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[287]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[288]
+#define __pyx_kp_b_iso88591_A_M_L_N __pyx_string_tab[289]
+#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q __pyx_string_tab[290]
+#define __pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q __pyx_string_tab[291]
+#define __pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w __pyx_string_tab[292]
+#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[293]
+#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[294]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[295]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[296]
+#define __pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6 __pyx_string_tab[297]
+#define __pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[298]
+#define __pyx_kp_b_iso88591_F_t9AYaz __pyx_string_tab[299]
+#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[300]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4125,8 +4129,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<59; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<298; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<60; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<301; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4172,8 +4176,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<59; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<298; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<60; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<301; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5617,7 +5621,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10signal(struct __pyx_obj_7iv
  *             if errno != EAGAIN:  # full: it is readable, and that is what matters
  *                 _fail()             # <<<<<<<<<<<<<<
  * 
- *     cdef void release(self) noexcept:
+ *     def drain(self, Py_ssize_t index):
 */
       __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
 
@@ -5664,6 +5668,158 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_10signal(struct __pyx_obj_7iv
 /* "ivshmem/_core.pyx":169
  *                 _fail()
  * 
+ *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+ *         return _take(self[index])
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13drain(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_12drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_13drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12drain};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13drain(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  Py_ssize_t __pyx_v_index;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("drain (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+    }
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 169, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_12drain(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v_index);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12drain(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("drain", 0);
+
+  /* "ivshmem/_core.pyx":171
+ *     def drain(self, Py_ssize_t index):
+ *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+ *         return _take(self[index])             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void release(self) noexcept:
+*/
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__take(__pyx_t_2); if (unlikely(__pyx_t_3 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L1_error)
+
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":169
+ *                 _fail()
+ * 
+ *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+ *         return _take(self[index])
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._core.FdArray.drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":173
+ *         return _take(self[index])
+ * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
@@ -5676,7 +5832,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":175
  *     cdef void release(self) noexcept:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -5687,7 +5843,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":172
+  /* "ivshmem/_core.pyx":176
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0             # <<<<<<<<<<<<<<
@@ -5696,7 +5852,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->count = 0;
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":177
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -5710,7 +5866,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":174
+    /* "ivshmem/_core.pyx":178
  *         self.count = 0
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -5721,8 +5877,8 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
   }
 
 
-  /* "ivshmem/_core.pyx":169
- *                 _fail()
+  /* "ivshmem/_core.pyx":173
+ *         return _take(self[index])
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
@@ -5735,7 +5891,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_release(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":176
+/* "ivshmem/_core.pyx":180
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5747,7 +5903,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":178
+  /* "ivshmem/_core.pyx":182
  *     cdef void done(self) noexcept:
  *         """One user less."""
  *         self.users -= 1             # <<<<<<<<<<<<<<
@@ -5756,7 +5912,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_self->users = (__pyx_v_self->users - 1);
 
-  /* "ivshmem/_core.pyx":179
+  /* "ivshmem/_core.pyx":183
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5778,7 +5934,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":180
+    /* "ivshmem/_core.pyx":184
  *         self.users -= 1
  *         if self.closing and self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5787,7 +5943,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":179
+    /* "ivshmem/_core.pyx":183
  *         """One user less."""
  *         self.users -= 1
  *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
@@ -5796,7 +5952,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":176
+  /* "ivshmem/_core.pyx":180
  *             c_close(self.fds[i])
  * 
  *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5808,7 +5964,7 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 
 }
 
-/* "ivshmem/_core.pyx":182
+/* "ivshmem/_core.pyx":186
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5817,16 +5973,16 @@ static void __pyx_f_7ivshmem_5_core_7FdArray_done(struct __pyx_obj_7ivshmem_5_co
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_15close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_12close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12close};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_13close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_14close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14close};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_15close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5852,20 +6008,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_12close(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_14close(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_14close(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":183
+  /* "ivshmem/_core.pyx":187
  * 
  *     def close(self):
  *         self.closing = True             # <<<<<<<<<<<<<<
@@ -5874,7 +6030,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->closing = 1;
 
-  /* "ivshmem/_core.pyx":184
+  /* "ivshmem/_core.pyx":188
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5886,7 +6042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":185
+    /* "ivshmem/_core.pyx":189
  *         self.closing = True
  *         if self.users == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -5895,7 +6051,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":184
+    /* "ivshmem/_core.pyx":188
  *     def close(self):
  *         self.closing = True
  *         if self.users == 0:             # <<<<<<<<<<<<<<
@@ -5904,7 +6060,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":182
+  /* "ivshmem/_core.pyx":186
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -5919,7 +6075,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":187
+/* "ivshmem/_core.pyx":191
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5928,21 +6084,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_12close(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_5_core_7FdArray_17__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_5_core_7FdArray_17__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_pf_7ivshmem_5_core_7FdArray_16__dealloc__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_5_core_7FdArray_16__dealloc__(struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
 
-  /* "ivshmem/_core.pyx":188
+  /* "ivshmem/_core.pyx":192
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -5951,7 +6107,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7iv
 */
   __pyx_f_7ivshmem_5_core_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":189
+  /* "ivshmem/_core.pyx":193
  *     def __dealloc__(self):
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -5960,7 +6116,7 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7iv
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_core.pyx":187
+  /* "ivshmem/_core.pyx":191
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5979,16 +6135,16 @@ static void __pyx_pf_7ivshmem_5_core_7FdArray_14__dealloc__(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_18__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_19__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6014,14 +6170,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_18__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6061,16 +6217,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_16__reduce_cython__(CYTHON_UN
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_21__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_7FdArray_20__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_7FdArray_21__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_20__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_7FdArray_21__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6136,7 +6292,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_7FdArray_20__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6146,7 +6302,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6178,12 +6334,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7FdArray_18__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":209
+/* "ivshmem/_core.pyx":213
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
  *         self.context = 0
- *         self.pid = getpid()
+ *         self.zero = -1
 */
 
 /* Python wrapper */
@@ -6252,48 +6408,57 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":210
+  /* "ivshmem/_core.pyx":214
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
+ *         self.zero = -1
  *         self.pid = getpid()
- *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_core.pyx":211
+  /* "ivshmem/_core.pyx":215
  *     def __cinit__(self):
  *         self.context = 0
+ *         self.zero = -1             # <<<<<<<<<<<<<<
+ *         self.pid = getpid()
+ *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+*/
+  __pyx_v_self->zero = -1;
+
+  /* "ivshmem/_core.pyx":216
+ *         self.context = 0
+ *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":212
- *         self.context = 0
+  /* "ivshmem/_core.pyx":217
+ *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6315,14 +6480,14 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_core.pyx":214
+  /* "ivshmem/_core.pyx":219
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -6334,7 +6499,7 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_core.pyx":215
+    /* "ivshmem/_core.pyx":220
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -6343,18 +6508,18 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":216
+      /* "ivshmem/_core.pyx":221
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_core.pyx":218
+    /* "ivshmem/_core.pyx":223
  *                 _fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -6370,7 +6535,7 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 218, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6404,7 +6569,7 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 218, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6434,7 +6599,7 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
       __pyx_L6:;
     }
 
-    /* "ivshmem/_core.pyx":214
+    /* "ivshmem/_core.pyx":219
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -6443,12 +6608,12 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":209
+  /* "ivshmem/_core.pyx":213
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
  *         self.context = 0
- *         self.pid = getpid()
+ *         self.zero = -1
 */
 
   /* function exit code */
@@ -6469,7 +6634,7 @@ static int __pyx_pf_7ivshmem_5_core_9Signaller___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":220
+/* "ivshmem/_core.pyx":225
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -6517,32 +6682,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 225, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 225, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 220, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 225, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 225, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6595,7 +6760,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_core.pyx":228
+  /* "ivshmem/_core.pyx":233
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -6607,7 +6772,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":229
+    /* "ivshmem/_core.pyx":234
  *         cdef long count, done, n
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -6615,7 +6780,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 229, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 234, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6634,14 +6799,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 229, __pyx_L1_error)
+    __PYX_ERR(0, 234, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":228
+    /* "ivshmem/_core.pyx":233
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -6650,7 +6815,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":230
+  /* "ivshmem/_core.pyx":235
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -6658,11 +6823,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -6671,12 +6836,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 230, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -6684,18 +6849,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 230, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 235, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":231
+    /* "ivshmem/_core.pyx":236
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -6704,23 +6869,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/_core.pyx":232
+    /* "ivshmem/_core.pyx":237
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_5_core_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_5_core_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 237, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 232, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 232, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 237, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -6729,7 +6894,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 232, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 237, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6739,7 +6904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 232, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 237, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6750,13 +6915,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 237, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 232, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 237, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -6766,7 +6931,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":233
+      /* "ivshmem/_core.pyx":238
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -6775,7 +6940,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (void)(memset((&(__pyx_v_requests[__pyx_v_count])), 0, (sizeof(struct iocb))));
 
-      /* "ivshmem/_core.pyx":234
+      /* "ivshmem/_core.pyx":239
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -6784,7 +6949,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (__pyx_v_requests[__pyx_v_count]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-      /* "ivshmem/_core.pyx":235
+      /* "ivshmem/_core.pyx":240
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -6795,7 +6960,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 
       (__pyx_v_requests[__pyx_v_count]).aio_fildes = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":236
+      /* "ivshmem/_core.pyx":241
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
@@ -6804,7 +6969,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (__pyx_v_requests[__pyx_v_count]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-      /* "ivshmem/_core.pyx":237
+      /* "ivshmem/_core.pyx":242
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -6813,7 +6978,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (__pyx_v_requests[__pyx_v_count]).aio_nbytes = 1;
 
-      /* "ivshmem/_core.pyx":238
+      /* "ivshmem/_core.pyx":243
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -6822,17 +6987,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (__pyx_v_requests[__pyx_v_count]).aio_flags = IOCB_FLAG_RESFD;
 
-      /* "ivshmem/_core.pyx":239
+      /* "ivshmem/_core.pyx":244
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 pointers[count] = &requests[count]
  *                 count += 1
 */
-      __pyx_t_11 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_11 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_11 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
       (__pyx_v_requests[__pyx_v_count]).aio_resfd = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":240
+      /* "ivshmem/_core.pyx":245
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]             # <<<<<<<<<<<<<<
@@ -6841,7 +7006,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       (__pyx_v_pointers[__pyx_v_count]) = (&(__pyx_v_requests[__pyx_v_count]));
 
-      /* "ivshmem/_core.pyx":241
+      /* "ivshmem/_core.pyx":246
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -6850,7 +7015,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/_core.pyx":232
+      /* "ivshmem/_core.pyx":237
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -6860,7 +7025,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":242
+    /* "ivshmem/_core.pyx":247
  *                 pointers[count] = &requests[count]
  *                 count += 1
  *             done = 0             # <<<<<<<<<<<<<<
@@ -6869,7 +7034,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
     __pyx_v_done = 0;
 
-    /* "ivshmem/_core.pyx":243
+    /* "ivshmem/_core.pyx":248
  *                 count += 1
  *             done = 0
  *             while done < count:             # <<<<<<<<<<<<<<
@@ -6882,7 +7047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 
       if (!__pyx_t_1) break;
 
-      /* "ivshmem/_core.pyx":244
+      /* "ivshmem/_core.pyx":249
  *             done = 0
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -6891,7 +7056,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-      /* "ivshmem/_core.pyx":245
+      /* "ivshmem/_core.pyx":250
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -6903,7 +7068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":246
+        /* "ivshmem/_core.pyx":251
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -6914,7 +7079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
           case EINTR:
           case EAGAIN:
 
-          /* "ivshmem/_core.pyx":247
+          /* "ivshmem/_core.pyx":252
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue             # <<<<<<<<<<<<<<
@@ -6923,7 +7088,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
           goto __pyx_L9_continue;
 
-          /* "ivshmem/_core.pyx":246
+          /* "ivshmem/_core.pyx":251
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -6934,17 +7099,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
           default: break;
         }
 
-        /* "ivshmem/_core.pyx":248
+        /* "ivshmem/_core.pyx":253
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue
  *                     _fail()             # <<<<<<<<<<<<<<
  *                 done += n
  *                 i = 0
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L1_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 253, __pyx_L1_error)
 
 
-        /* "ivshmem/_core.pyx":245
+        /* "ivshmem/_core.pyx":250
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -6953,7 +7118,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":249
+      /* "ivshmem/_core.pyx":254
  *                         continue
  *                     _fail()
  *                 done += n             # <<<<<<<<<<<<<<
@@ -6962,7 +7127,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/_core.pyx":250
+      /* "ivshmem/_core.pyx":255
  *                     _fail()
  *                 done += n
  *                 i = 0             # <<<<<<<<<<<<<<
@@ -6971,7 +7136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 */
       __pyx_v_i = 0;
 
-      /* "ivshmem/_core.pyx":251
+      /* "ivshmem/_core.pyx":256
  *                 done += n
  *                 i = 0
  *                 while i < n:             # <<<<<<<<<<<<<<
@@ -6984,7 +7149,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
 
         if (!__pyx_t_1) break;
 
-        /* "ivshmem/_core.pyx":252
+        /* "ivshmem/_core.pyx":257
  *                 i = 0
  *                 while i < n:
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)             # <<<<<<<<<<<<<<
@@ -7011,7 +7176,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
       __pyx_L9_continue:;
     }
 
-    /* "ivshmem/_core.pyx":230
+    /* "ivshmem/_core.pyx":235
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -7021,7 +7186,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/_core.pyx":220
+  /* "ivshmem/_core.pyx":225
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -7055,7 +7220,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_2signal(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":254
+/* "ivshmem/_core.pyx":259
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7113,7 +7278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":260
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7139,7 +7304,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":256
+    /* "ivshmem/_core.pyx":261
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -7148,7 +7313,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
     (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-    /* "ivshmem/_core.pyx":255
+    /* "ivshmem/_core.pyx":260
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7157,7 +7322,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":257
+  /* "ivshmem/_core.pyx":262
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7166,7 +7331,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_core.pyx":258
+  /* "ivshmem/_core.pyx":263
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -7178,7 +7343,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":259
+    /* "ivshmem/_core.pyx":264
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -7187,7 +7352,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
     (void)(close(__pyx_v_self->zero));
 
-    /* "ivshmem/_core.pyx":258
+    /* "ivshmem/_core.pyx":263
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -7196,7 +7361,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":265
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -7205,7 +7370,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_core.pyx":254
+  /* "ivshmem/_core.pyx":259
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7220,7 +7385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_4close(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":262
+/* "ivshmem/_core.pyx":267
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7251,7 +7416,7 @@ static void __pyx_pf_7ivshmem_5_core_9Signaller_6__dealloc__(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_core.pyx":263
+  /* "ivshmem/_core.pyx":268
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -7265,12 +7430,12 @@ static void __pyx_pf_7ivshmem_5_core_9Signaller_6__dealloc__(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 268, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":262
+  /* "ivshmem/_core.pyx":267
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7495,7 +7660,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Signaller_10__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":276
+/* "ivshmem/_core.pyx":281
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7552,7 +7717,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":282
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -7561,7 +7726,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":278
+  /* "ivshmem/_core.pyx":283
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -7570,7 +7735,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":284
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -7582,17 +7747,17 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":280
+    /* "ivshmem/_core.pyx":285
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":279
+    /* "ivshmem/_core.pyx":284
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -7601,7 +7766,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":276
+  /* "ivshmem/_core.pyx":281
  *     cdef int epfd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7620,7 +7785,7 @@ static int __pyx_pf_7ivshmem_5_core_5Epoll___cinit__(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":282
+/* "ivshmem/_core.pyx":287
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -7684,7 +7849,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":283
+  /* "ivshmem/_core.pyx":288
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -7696,7 +7861,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":284
+    /* "ivshmem/_core.pyx":289
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -7704,7 +7869,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7723,14 +7888,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 284, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 284, __pyx_L1_error)
+    __PYX_ERR(0, 289, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":283
+    /* "ivshmem/_core.pyx":288
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -7739,14 +7904,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":285
+  /* "ivshmem/_core.pyx":290
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -7759,7 +7924,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":282
+  /* "ivshmem/_core.pyx":287
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -7780,7 +7945,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_2fileno(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":287
+/* "ivshmem/_core.pyx":292
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -7802,7 +7967,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_core.pyx":289
+  /* "ivshmem/_core.pyx":294
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -7811,7 +7976,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":295
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -7820,7 +7985,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_core.pyx":291
+  /* "ivshmem/_core.pyx":296
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -7829,7 +7994,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_core.pyx":292
+  /* "ivshmem/_core.pyx":297
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -7843,10 +8008,10 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -7854,17 +8019,17 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":293
+    /* "ivshmem/_core.pyx":298
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":292
+    /* "ivshmem/_core.pyx":297
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -7873,7 +8038,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":294
+  /* "ivshmem/_core.pyx":299
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             _fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7886,7 +8051,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":287
+  /* "ivshmem/_core.pyx":292
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -7907,7 +8072,7 @@ static int __pyx_f_7ivshmem_5_core_5Epoll_control(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":296
+/* "ivshmem/_core.pyx":301
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -7957,46 +8122,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 296, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 301, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 301, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 301, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 301, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 301, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8029,17 +8194,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_core.pyx":298
+  /* "ivshmem/_core.pyx":303
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":301
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8059,7 +8224,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_4add(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":300
+/* "ivshmem/_core.pyx":305
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8109,46 +8274,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 305, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 305, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 300, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 305, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 305, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 305, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 305, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 300, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 300, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 300, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 305, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8181,17 +8346,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_core.pyx":301
+  /* "ivshmem/_core.pyx":306
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":300
+  /* "ivshmem/_core.pyx":305
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8211,7 +8376,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_6modify(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":303
+/* "ivshmem/_core.pyx":308
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -8259,32 +8424,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 303, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 308, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8315,17 +8480,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_core.pyx":304
+  /* "ivshmem/_core.pyx":309
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":303
+  /* "ivshmem/_core.pyx":308
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -8345,7 +8510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_8remove(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":306
+/* "ivshmem/_core.pyx":311
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8393,24 +8558,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 306, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 311, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 311, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 306, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 311, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 306, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 311, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8421,7 +8586,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 306, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 311, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8465,17 +8630,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":309
+  /* "ivshmem/_core.pyx":314
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 314, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":311
+  /* "ivshmem/_core.pyx":316
  *         cdef int64_t deadline = _deadline(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -8489,14 +8654,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 316, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":317
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -8505,17 +8670,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":313
+    /* "ivshmem/_core.pyx":318
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 313, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_5_core_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 318, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_core.pyx":314
+    /* "ivshmem/_core.pyx":319
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -8527,7 +8692,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_core.pyx":315
+      /* "ivshmem/_core.pyx":320
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -8535,7 +8700,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 315, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -8543,20 +8708,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 315, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 315, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 320, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 315, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 320, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 320, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 315, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 320, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 315, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 320, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -8572,7 +8737,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":314
+      /* "ivshmem/_core.pyx":319
  *         while True:
  *             n = _epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -8582,7 +8747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
     }
   }
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":311
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8611,7 +8776,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_10wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":317
+/* "ivshmem/_core.pyx":322
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8670,7 +8835,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":318
+  /* "ivshmem/_core.pyx":323
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -8681,7 +8846,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":319
+  /* "ivshmem/_core.pyx":324
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -8690,7 +8855,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_core.pyx":320
+  /* "ivshmem/_core.pyx":325
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -8702,7 +8867,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":321
+    /* "ivshmem/_core.pyx":326
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -8711,7 +8876,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_core.pyx":320
+    /* "ivshmem/_core.pyx":325
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -8720,7 +8885,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":317
+  /* "ivshmem/_core.pyx":322
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8736,7 +8901,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_12close(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":323
+/* "ivshmem/_core.pyx":328
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8760,7 +8925,7 @@ static void __pyx_pw_7ivshmem_5_core_5Epoll_15__dealloc__(PyObject *__pyx_v_self
 static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":324
+  /* "ivshmem/_core.pyx":329
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -8772,7 +8937,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":325
+    /* "ivshmem/_core.pyx":330
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -8781,7 +8946,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_core.pyx":324
+    /* "ivshmem/_core.pyx":329
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -8790,7 +8955,7 @@ static void __pyx_pf_7ivshmem_5_core_5Epoll_14__dealloc__(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/_core.pyx":323
+  /* "ivshmem/_core.pyx":328
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9008,7 +9173,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Epoll_18__setstate_cython__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":328
+/* "ivshmem/_core.pyx":333
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -9032,7 +9197,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":332
+  /* "ivshmem/_core.pyx":337
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -9044,7 +9209,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":333
+    /* "ivshmem/_core.pyx":338
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -9053,7 +9218,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_core.pyx":332
+    /* "ivshmem/_core.pyx":337
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -9063,7 +9228,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":335
+  /* "ivshmem/_core.pyx":340
  *         milliseconds = -1
  *     else:
  *         left = deadline - _now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -9083,7 +9248,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":337
+    /* "ivshmem/_core.pyx":342
  *         left = deadline - _now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -9119,7 +9284,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":338
+  /* "ivshmem/_core.pyx":343
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -9132,7 +9297,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":339
+        /* "ivshmem/_core.pyx":344
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -9141,7 +9306,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_core.pyx":340
+        /* "ivshmem/_core.pyx":345
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -9151,7 +9316,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_core.pyx":338
+      /* "ivshmem/_core.pyx":343
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -9168,7 +9333,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
       }
   }
 
-  /* "ivshmem/_core.pyx":341
+  /* "ivshmem/_core.pyx":346
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -9180,7 +9345,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":342
+    /* "ivshmem/_core.pyx":347
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -9193,7 +9358,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":341
+    /* "ivshmem/_core.pyx":346
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -9202,7 +9367,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":343
+  /* "ivshmem/_core.pyx":348
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -9214,17 +9379,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":344
+    /* "ivshmem/_core.pyx":349
  *         return n
  *     if code != EINTR:
  *         _fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":343
+    /* "ivshmem/_core.pyx":348
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -9233,17 +9398,17 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
 */
   }
 
-  /* "ivshmem/_core.pyx":345
+  /* "ivshmem/_core.pyx":350
  *     if code != EINTR:
  *         _fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":346
+  /* "ivshmem/_core.pyx":351
  *         _fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -9256,7 +9421,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":328
+  /* "ivshmem/_core.pyx":333
  * 
  * 
  * cdef int _epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -9277,7 +9442,7 @@ static int __pyx_f_7ivshmem_5_core__epoll_sleep(int __pyx_v_epfd, struct epoll_e
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":349
+/* "ivshmem/_core.pyx":354
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -9300,7 +9465,7 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_fail_with", 0);
 
-  /* "ivshmem/_core.pyx":350
+  /* "ivshmem/_core.pyx":355
  * 
  * cdef int _fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -9308,15 +9473,15 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 350, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 350, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 350, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 350, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 355, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -9324,14 +9489,14 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 350, __pyx_L1_error)
+  __PYX_ERR(0, 355, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":349
+  /* "ivshmem/_core.pyx":354
  * 
  * 
  * cdef int _fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -9352,7 +9517,7 @@ static int __pyx_f_7ivshmem_5_core__fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":359
+/* "ivshmem/_core.pyx":364
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9409,7 +9574,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":360
+  /* "ivshmem/_core.pyx":365
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -9418,7 +9583,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_core.pyx":361
+  /* "ivshmem/_core.pyx":366
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -9427,7 +9592,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_core.pyx":362
+  /* "ivshmem/_core.pyx":367
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -9439,17 +9604,17 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":363
+    /* "ivshmem/_core.pyx":368
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":362
+    /* "ivshmem/_core.pyx":367
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -9458,7 +9623,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":359
+  /* "ivshmem/_core.pyx":364
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9477,7 +9642,7 @@ static int __pyx_pf_7ivshmem_5_core_5Timer___cinit__(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":365
+/* "ivshmem/_core.pyx":370
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -9541,7 +9706,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":366
+  /* "ivshmem/_core.pyx":371
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -9553,7 +9718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":367
+    /* "ivshmem/_core.pyx":372
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -9561,7 +9726,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9580,14 +9745,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 372, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 367, __pyx_L1_error)
+    __PYX_ERR(0, 372, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":366
+    /* "ivshmem/_core.pyx":371
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -9596,14 +9761,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":368
+  /* "ivshmem/_core.pyx":373
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -9616,7 +9781,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":365
+  /* "ivshmem/_core.pyx":370
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -9637,7 +9802,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_2fileno(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":370
+/* "ivshmem/_core.pyx":375
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -9685,32 +9850,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 370, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 375, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 370, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 370, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 375, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 370, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 375, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 370, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 370, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 375, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9746,7 +9911,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_core.pyx":373
+  /* "ivshmem/_core.pyx":378
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -9755,7 +9920,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_core.pyx":374
+  /* "ivshmem/_core.pyx":379
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -9764,7 +9929,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_core.pyx":375
+  /* "ivshmem/_core.pyx":380
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -9773,7 +9938,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_core.pyx":376
+  /* "ivshmem/_core.pyx":381
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -9787,10 +9952,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 381, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -9798,17 +9963,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":377
+    /* "ivshmem/_core.pyx":382
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":376
+    /* "ivshmem/_core.pyx":381
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -9817,7 +9982,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_core.pyx":370
+  /* "ivshmem/_core.pyx":375
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -9840,7 +10005,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_4set(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":379
+/* "ivshmem/_core.pyx":384
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9899,7 +10064,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":380
+  /* "ivshmem/_core.pyx":385
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -9910,7 +10075,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":381
+  /* "ivshmem/_core.pyx":386
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -9919,7 +10084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_core.pyx":382
+  /* "ivshmem/_core.pyx":387
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -9931,7 +10096,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":383
+    /* "ivshmem/_core.pyx":388
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -9940,7 +10105,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_core.pyx":382
+    /* "ivshmem/_core.pyx":387
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -9949,7 +10114,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":379
+  /* "ivshmem/_core.pyx":384
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9965,7 +10130,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_6close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":385
+/* "ivshmem/_core.pyx":390
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9989,7 +10154,7 @@ static void __pyx_pw_7ivshmem_5_core_5Timer_9__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_5_core_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":386
+  /* "ivshmem/_core.pyx":391
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -10001,7 +10166,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":387
+    /* "ivshmem/_core.pyx":392
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -10010,7 +10175,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_core.pyx":386
+    /* "ivshmem/_core.pyx":391
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -10019,7 +10184,7 @@ static void __pyx_pf_7ivshmem_5_core_5Timer_8__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":385
+  /* "ivshmem/_core.pyx":390
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10237,7 +10402,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_5Timer_12__setstate_cython__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":392
+/* "ivshmem/_core.pyx":397
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -10286,39 +10451,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 392, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 397, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 392, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 397, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 392, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 397, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 392, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 397, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 392, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 397, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 392, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 397, __pyx_L3_error)
     __pyx_v_runs = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 392, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 397, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10379,7 +10544,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_runs", 0);
 
-  /* "ivshmem/_core.pyx":411
+  /* "ivshmem/_core.pyx":416
  *     cdef int64_t values[BATCH]
  *     cdef ivshmem_control controls[BATCH]
  *     cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
@@ -10388,7 +10553,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_core.pyx":413
+  /* "ivshmem/_core.pyx":418
  *     cdef Py_ssize_t total = 0
  *     cdef Py_ssize_t first, count, i
  *     cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -10397,7 +10562,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_core.pyx":417
+  /* "ivshmem/_core.pyx":422
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -10409,9 +10574,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 417, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -10419,7 +10584,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 422, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -10429,7 +10594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 422, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -10440,13 +10605,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 417, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 422, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 417, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 422, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -10456,27 +10621,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":418
+    /* "ivshmem/_core.pyx":423
  *     cdef FdArray fds
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
 */
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 418, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 418, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
     __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_4));
@@ -10484,7 +10649,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_core.pyx":419
+    /* "ivshmem/_core.pyx":424
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -10519,7 +10684,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/_core.pyx":420
+      /* "ivshmem/_core.pyx":425
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
@@ -10527,11 +10692,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
  *             values[filled] = value
 */
       __pyx_t_6 = NULL;
-      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 420, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 420, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 420, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
       __pyx_t_14[1] = __pyx_t_11;
@@ -10545,7 +10710,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       #endif
       __pyx_t_15 = 0;
       __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
-      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 420, __pyx_L1_error)
+      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_16);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10556,14 +10721,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 420, __pyx_L1_error)
+      __PYX_ERR(0, 425, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":419
+      /* "ivshmem/_core.pyx":424
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -10572,7 +10737,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
     }
 
-    /* "ivshmem/_core.pyx":421
+    /* "ivshmem/_core.pyx":426
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
@@ -10586,7 +10751,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
       __pyx_v_i = __pyx_t_18;
 
-      /* "ivshmem/_core.pyx":422
+      /* "ivshmem/_core.pyx":427
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
  *             values[filled] = value             # <<<<<<<<<<<<<<
@@ -10595,7 +10760,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
 
-      /* "ivshmem/_core.pyx":423
+      /* "ivshmem/_core.pyx":428
  *         for i in range(first, first + count):
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
@@ -10604,7 +10769,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":424
+      /* "ivshmem/_core.pyx":429
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -10613,7 +10778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":425
+      /* "ivshmem/_core.pyx":430
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
@@ -10622,7 +10787,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
 
-      /* "ivshmem/_core.pyx":426
+      /* "ivshmem/_core.pyx":431
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
@@ -10631,7 +10796,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
 
-      /* "ivshmem/_core.pyx":427
+      /* "ivshmem/_core.pyx":432
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -10640,7 +10805,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":428
+      /* "ivshmem/_core.pyx":433
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -10651,7 +10816,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":429
+        /* "ivshmem/_core.pyx":434
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
@@ -10660,7 +10825,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_f_7ivshmem_5_core__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
 
-        /* "ivshmem/_core.pyx":428
+        /* "ivshmem/_core.pyx":433
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -10669,7 +10834,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       }
 
-      /* "ivshmem/_core.pyx":430
+      /* "ivshmem/_core.pyx":435
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1             # <<<<<<<<<<<<<<
@@ -10678,7 +10843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_core.pyx":431
+      /* "ivshmem/_core.pyx":436
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -10690,17 +10855,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_core.pyx":432
+        /* "ivshmem/_core.pyx":437
  *             filled += 1
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *                 total += sent
  *                 if sent < filled:
 */
-        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
+        __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
         __pyx_v_sent = __pyx_t_15;
 
-        /* "ivshmem/_core.pyx":433
+        /* "ivshmem/_core.pyx":438
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent             # <<<<<<<<<<<<<<
@@ -10709,7 +10874,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_core.pyx":434
+        /* "ivshmem/_core.pyx":439
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -10721,14 +10886,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
         if (__pyx_t_9) {
 
 
-          /* "ivshmem/_core.pyx":435
+          /* "ivshmem/_core.pyx":440
  *                 total += sent
  *                 if sent < filled:
  *                     return total             # <<<<<<<<<<<<<<
  *                 filled = 0
  *     if filled:
 */
-          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 435, __pyx_L1_error)
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -10742,7 +10907,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":434
+          /* "ivshmem/_core.pyx":439
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -10751,7 +10916,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         }
 
-        /* "ivshmem/_core.pyx":436
+        /* "ivshmem/_core.pyx":441
  *                 if sent < filled:
  *                     return total
  *                 filled = 0             # <<<<<<<<<<<<<<
@@ -10760,7 +10925,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_core.pyx":431
+        /* "ivshmem/_core.pyx":436
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -10771,7 +10936,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
     }
 
 
-    /* "ivshmem/_core.pyx":417
+    /* "ivshmem/_core.pyx":422
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -10781,7 +10946,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":437
+  /* "ivshmem/_core.pyx":442
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -10793,18 +10958,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_core.pyx":438
+    /* "ivshmem/_core.pyx":443
  *                 filled = 0
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *     return total
  * 
 */
-    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L1_error)
+    __pyx_t_15 = __pyx_f_7ivshmem_5_core__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
     __pyx_v_total = (__pyx_v_total + __pyx_t_15);
 
 
-    /* "ivshmem/_core.pyx":437
+    /* "ivshmem/_core.pyx":442
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -10813,14 +10978,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 */
   }
 
-  /* "ivshmem/_core.pyx":439
+  /* "ivshmem/_core.pyx":444
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 444, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10833,7 +10998,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":392
+  /* "ivshmem/_core.pyx":397
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
@@ -10871,7 +11036,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":442
+/* "ivshmem/_core.pyx":447
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -10882,7 +11047,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_send_runs(CYTHON_UNUSED PyObject *__py
 static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
   struct cmsghdr *__pyx_v_header;
 
-  /* "ivshmem/_core.pyx":444
+  /* "ivshmem/_core.pyx":449
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -10891,7 +11056,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
 
-  /* "ivshmem/_core.pyx":445
+  /* "ivshmem/_core.pyx":450
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
@@ -10900,7 +11065,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
 
-  /* "ivshmem/_core.pyx":446
+  /* "ivshmem/_core.pyx":451
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -10909,7 +11074,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-  /* "ivshmem/_core.pyx":447
+  /* "ivshmem/_core.pyx":452
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -10918,7 +11083,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":448
+  /* "ivshmem/_core.pyx":453
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -10927,7 +11092,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-  /* "ivshmem/_core.pyx":449
+  /* "ivshmem/_core.pyx":454
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -10936,7 +11101,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-  /* "ivshmem/_core.pyx":450
+  /* "ivshmem/_core.pyx":455
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -10945,7 +11110,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_core.pyx":451
+  /* "ivshmem/_core.pyx":456
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS
  *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
@@ -10954,7 +11119,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":447
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -10967,7 +11132,7 @@ static void __pyx_f_7ivshmem_5_core__attach(struct mmsghdr *__pyx_v_message, ivs
 
 }
 
-/* "ivshmem/_core.pyx":454
+/* "ivshmem/_core.pyx":459
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -10985,7 +11150,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":457
+  /* "ivshmem/_core.pyx":462
  *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
  *     cdef int n
  *     while True:             # <<<<<<<<<<<<<<
@@ -10994,7 +11159,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":458
+    /* "ivshmem/_core.pyx":463
  *     cdef int n
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -11003,7 +11168,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_core.pyx":459
+    /* "ivshmem/_core.pyx":464
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -11015,7 +11180,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":460
+      /* "ivshmem/_core.pyx":465
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:
  *             return n             # <<<<<<<<<<<<<<
@@ -11028,7 +11193,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":459
+      /* "ivshmem/_core.pyx":464
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -11037,7 +11202,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":461
+    /* "ivshmem/_core.pyx":466
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -11049,7 +11214,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":462
+      /* "ivshmem/_core.pyx":467
  *             return n
  *         if errno == EINTR:
  *             continue             # <<<<<<<<<<<<<<
@@ -11058,7 +11223,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/_core.pyx":461
+      /* "ivshmem/_core.pyx":466
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -11067,7 +11232,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":463
+    /* "ivshmem/_core.pyx":468
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -11093,7 +11258,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":464
+      /* "ivshmem/_core.pyx":469
  *             continue
  *         if errno == EAGAIN or before > 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -11106,7 +11271,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":463
+      /* "ivshmem/_core.pyx":468
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -11115,14 +11280,14 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_core.pyx":465
+    /* "ivshmem/_core.pyx":470
  *         if errno == EAGAIN or before > 0:
  *             return 0
  *         return _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
@@ -11130,7 +11295,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_core.pyx":454
+  /* "ivshmem/_core.pyx":459
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -11150,7 +11315,7 @@ static int __pyx_f_7ivshmem_5_core__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":468
+/* "ivshmem/_core.pyx":473
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -11199,39 +11364,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 468, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 473, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 473, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 473, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 473, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 468, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 473, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 473, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 473, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 473, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 473, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 468, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 473, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11294,19 +11459,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_core.pyx":486
+  /* "ivshmem/_core.pyx":491
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":487
+  /* "ivshmem/_core.pyx":492
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -11315,7 +11480,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_core.pyx":488
+  /* "ivshmem/_core.pyx":493
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -11324,7 +11489,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_core.pyx":489
+  /* "ivshmem/_core.pyx":494
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -11332,7 +11497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 489, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 494, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -11363,7 +11528,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":490
+    /* "ivshmem/_core.pyx":495
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -11372,7 +11537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_core.pyx":491
+    /* "ivshmem/_core.pyx":496
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -11386,7 +11551,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_core.pyx":492
+      /* "ivshmem/_core.pyx":497
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -11395,7 +11560,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)]));
 
-      /* "ivshmem/_core.pyx":493
+      /* "ivshmem/_core.pyx":498
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -11404,7 +11569,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_core_MESSAGE;
 
-      /* "ivshmem/_core.pyx":494
+      /* "ivshmem/_core.pyx":499
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -11413,7 +11578,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":495
+      /* "ivshmem/_core.pyx":500
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -11422,7 +11587,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_core.pyx":496
+      /* "ivshmem/_core.pyx":501
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -11431,7 +11596,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_core.pyx":497
+      /* "ivshmem/_core.pyx":502
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -11442,7 +11607,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":498
+    /* "ivshmem/_core.pyx":503
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -11451,7 +11616,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_5_core_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 498, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 503, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -11468,7 +11633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_core.pyx":499
+    /* "ivshmem/_core.pyx":504
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -11477,7 +11642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_core.pyx":500
+    /* "ivshmem/_core.pyx":505
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -11489,7 +11654,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":501
+      /* "ivshmem/_core.pyx":506
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -11501,7 +11666,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":502
+        /* "ivshmem/_core.pyx":507
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11510,7 +11675,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_core.pyx":501
+        /* "ivshmem/_core.pyx":506
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -11519,7 +11684,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":503
+      /* "ivshmem/_core.pyx":508
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -11538,7 +11703,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 503, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 508, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -11549,7 +11714,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":504
+        /* "ivshmem/_core.pyx":509
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -11558,7 +11723,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_core.pyx":503
+        /* "ivshmem/_core.pyx":508
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -11567,17 +11732,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_core.pyx":505
+      /* "ivshmem/_core.pyx":510
  *             if errno == EAGAIN or chunks:
  *                 break
  *             _fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 510, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":500
+      /* "ivshmem/_core.pyx":505
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -11586,7 +11751,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_core.pyx":506
+    /* "ivshmem/_core.pyx":511
  *                 break
  *             _fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -11600,19 +11765,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_core.pyx":507
+      /* "ivshmem/_core.pyx":512
  *             _fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 507, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 512, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":508
+      /* "ivshmem/_core.pyx":513
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -11633,7 +11798,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":509
+      /* "ivshmem/_core.pyx":514
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -11654,7 +11819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":510
+      /* "ivshmem/_core.pyx":515
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -11666,36 +11831,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":512
+        /* "ivshmem/_core.pyx":517
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 512, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_core_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 512, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 517, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 512, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 517, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 512, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 517, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":511
+        /* "ivshmem/_core.pyx":516
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 511, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_core.pyx":510
+        /* "ivshmem/_core.pyx":515
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -11706,7 +11871,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_core.pyx":514
+    /* "ivshmem/_core.pyx":519
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -11718,7 +11883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":515
+      /* "ivshmem/_core.pyx":520
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -11727,7 +11892,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_core.pyx":514
+      /* "ivshmem/_core.pyx":519
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -11739,7 +11904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_core.pyx":516
+  /* "ivshmem/_core.pyx":521
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -11748,7 +11913,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_core.pyx":517
+    /* "ivshmem/_core.pyx":522
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -11761,13 +11926,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 517, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 522, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -11775,7 +11940,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 517, __pyx_L1_error)
+          __PYX_ERR(0, 522, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -11785,22 +11950,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 517, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 522, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 517, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 522, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 517, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 522, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 517, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 522, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 517, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 522, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -11808,7 +11973,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 522, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -11816,7 +11981,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 517, __pyx_L1_error)
+        __PYX_ERR(0, 522, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -11824,7 +11989,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_core.pyx":518
+      /* "ivshmem/_core.pyx":523
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -11836,9 +12001,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 523, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 518, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 523, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -11846,7 +12011,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -11856,7 +12021,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -11867,13 +12032,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 518, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 523, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 518, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 523, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -11883,18 +12048,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_core.pyx":519
+        /* "ivshmem/_core.pyx":524
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 519, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_core.pyx":518
+        /* "ivshmem/_core.pyx":523
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -11904,7 +12069,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":517
+      /* "ivshmem/_core.pyx":522
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -11914,7 +12079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_core.pyx":520
+    /* "ivshmem/_core.pyx":525
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -11922,7 +12087,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 520, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 525, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11941,14 +12106,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 520, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 525, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 520, __pyx_L1_error)
+    __PYX_ERR(0, 525, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":516
+    /* "ivshmem/_core.pyx":521
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -11957,22 +12122,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_core.pyx":524
+  /* "ivshmem/_core.pyx":529
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 529, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 529, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 524, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 529, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 524, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 529, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -11985,7 +12150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":473
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -12021,7 +12186,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":527
+/* "ivshmem/_core.pyx":532
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -12048,7 +12213,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_core.pyx":528
+  /* "ivshmem/_core.pyx":533
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -12057,19 +12222,19 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_core.pyx":531
+  /* "ivshmem/_core.pyx":536
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 531, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":532
+  /* "ivshmem/_core.pyx":537
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -12082,7 +12247,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_core.pyx":533
+    /* "ivshmem/_core.pyx":538
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -12108,7 +12273,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":534
+      /* "ivshmem/_core.pyx":539
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -12121,7 +12286,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 534, __pyx_L1_error)
+        __PYX_ERR(0, 539, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -12132,7 +12297,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_core.pyx":535
+        /* "ivshmem/_core.pyx":540
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -12141,22 +12306,22 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_core.pyx":536
+        /* "ivshmem/_core.pyx":541
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_core.pyx":533
+      /* "ivshmem/_core.pyx":538
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -12165,7 +12330,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_core.pyx":537
+    /* "ivshmem/_core.pyx":542
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -12175,14 +12340,14 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_core.pyx":538
+  /* "ivshmem/_core.pyx":543
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12195,7 +12360,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":527
+  /* "ivshmem/_core.pyx":532
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -12218,7 +12383,7 @@ static PyObject *__pyx_f_7ivshmem_5_core__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":555
+/* "ivshmem/_core.pyx":560
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -12260,41 +12425,41 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_readonly,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 555, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 560, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 555, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 2) ? kwd_pos_args : 2;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 555, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 560, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 555, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 560, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 555, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 556, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 556, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 556, __pyx_L3_error)
+      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_core.pyx":556
+      /* "ivshmem/_core.pyx":561
  * 
  *     def __cinit__(
  *         self, int fd, Py_ssize_t size, *args, bint readonly=False, int64_t offset=0, **kwargs             # <<<<<<<<<<<<<<
@@ -12304,14 +12469,14 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
       __pyx_v_readonly = ((int)0);
     }
     if (values[3]) {
-      __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 556, __pyx_L3_error)
+      __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
     } else {
       __pyx_v_offset = ((int64_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 555, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 560, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12326,7 +12491,7 @@ static int __pyx_pw_7ivshmem_5_core_7Mapping_1__cinit__(PyObject *__pyx_v_self, 
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(((struct __pyx_obj_7ivshmem_5_core_Mapping *)__pyx_v_self), __pyx_v_fd, __pyx_v_size, __pyx_v_readonly, __pyx_v_offset, __pyx_v_args, __pyx_v_kwargs);
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":560
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -12367,7 +12532,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":559
+  /* "ivshmem/_core.pyx":564
  *     ):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
@@ -12383,7 +12548,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":565
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -12392,7 +12557,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":561
+  /* "ivshmem/_core.pyx":566
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -12404,7 +12569,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":562
+    /* "ivshmem/_core.pyx":567
  *         self.start = NULL
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
@@ -12412,7 +12577,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_map;
     __pyx_t_6[1] = __pyx_t_5;
@@ -12423,7 +12588,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
     #endif
     __pyx_t_1 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 562, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -12432,14 +12597,14 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 562, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 562, __pyx_L1_error)
+    __PYX_ERR(0, 567, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":561
+    /* "ivshmem/_core.pyx":566
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL
  *         if size <= 0:             # <<<<<<<<<<<<<<
@@ -12448,7 +12613,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":563
+  /* "ivshmem/_core.pyx":568
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -12461,7 +12626,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":564
+        /* "ivshmem/_core.pyx":569
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)             # <<<<<<<<<<<<<<
@@ -12471,7 +12636,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
         __pyx_v_address = mmap(NULL, __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, __pyx_v_offset);
       }
 
-      /* "ivshmem/_core.pyx":563
+      /* "ivshmem/_core.pyx":568
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -12488,7 +12653,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
       }
   }
 
-  /* "ivshmem/_core.pyx":565
+  /* "ivshmem/_core.pyx":570
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -12500,17 +12665,17 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":566
+    /* "ivshmem/_core.pyx":571
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:
  *             _fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":565
+    /* "ivshmem/_core.pyx":570
  *         with nogil:
  *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -12519,7 +12684,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":567
+  /* "ivshmem/_core.pyx":572
  *         if address == MAP_FAILED:
  *             _fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -12528,7 +12693,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_core.pyx":568
+  /* "ivshmem/_core.pyx":573
  *             _fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
@@ -12537,7 +12702,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_core.pyx":569
+  /* "ivshmem/_core.pyx":574
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
@@ -12546,7 +12711,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":560
  *     cdef bint fixed  # read-only
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -12572,7 +12737,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping___cinit__(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":571
+/* "ivshmem/_core.pyx":576
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12604,14 +12769,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":574
+  /* "ivshmem/_core.pyx":579
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12624,7 +12789,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":571
+  /* "ivshmem/_core.pyx":576
  *         self.fixed = readonly
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12643,7 +12808,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_7address___get__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":576
+/* "ivshmem/_core.pyx":581
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12675,14 +12840,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":579
+  /* "ivshmem/_core.pyx":584
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12695,7 +12860,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":576
+  /* "ivshmem/_core.pyx":581
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12714,7 +12879,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4size___get__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":581
+/* "ivshmem/_core.pyx":586
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12746,14 +12911,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":584
+  /* "ivshmem/_core.pyx":589
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12766,7 +12931,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":581
+  /* "ivshmem/_core.pyx":586
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12785,7 +12950,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_8readonly___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":586
+/* "ivshmem/_core.pyx":591
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12817,14 +12982,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":589
+  /* "ivshmem/_core.pyx":594
  *     def closed(self):
  *         """Whether the memory is no longer mapped here."""
  *         return self.start == NULL             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12837,7 +13002,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":586
+  /* "ivshmem/_core.pyx":591
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12856,7 +13021,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6closed___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":591
+/* "ivshmem/_core.pyx":596
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -12877,7 +13042,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":592
+  /* "ivshmem/_core.pyx":597
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -12889,7 +13054,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":593
+    /* "ivshmem/_core.pyx":598
  *     cdef int check(self) except -1:
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -12897,7 +13062,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 593, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12916,14 +13081,14 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 593, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 598, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 593, __pyx_L1_error)
+    __PYX_ERR(0, 598, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":592
+    /* "ivshmem/_core.pyx":597
  * 
  *     cdef int check(self) except -1:
  *         if self.start == NULL:             # <<<<<<<<<<<<<<
@@ -12932,7 +13097,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
 */
   }
 
-  /* "ivshmem/_core.pyx":594
+  /* "ivshmem/_core.pyx":599
  *         if self.start == NULL:
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -12945,7 +13110,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":591
+  /* "ivshmem/_core.pyx":596
  *         return self.start == NULL
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -12966,7 +13131,7 @@ static int __pyx_f_7ivshmem_5_core_7Mapping_check(struct __pyx_obj_7ivshmem_5_co
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":596
+/* "ivshmem/_core.pyx":601
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -13014,32 +13179,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 596, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 601, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 601, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 596, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 601, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 596, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 601, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 596, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 601, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13086,7 +13251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_core.pyx":602
+  /* "ivshmem/_core.pyx":607
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -13102,7 +13267,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":603
+  /* "ivshmem/_core.pyx":608
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13111,7 +13276,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":606
+  /* "ivshmem/_core.pyx":611
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -13120,17 +13285,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_core.pyx":607
+  /* "ivshmem/_core.pyx":612
  *         cdef char *end
  *         cdef char seen = 0
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.views += 1
  *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 612, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":608
+  /* "ivshmem/_core.pyx":613
  *         cdef char seen = 0
  *         self.check()
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -13139,7 +13304,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":609
+  /* "ivshmem/_core.pyx":614
  *         self.check()
  *         self.views += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -13148,7 +13313,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":610
+    /* "ivshmem/_core.pyx":615
  *         self.views += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -13157,7 +13322,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":611
+      /* "ivshmem/_core.pyx":616
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13170,7 +13335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":612
+            /* "ivshmem/_core.pyx":617
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -13190,7 +13355,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             __pyx_v_code = __pyx_t_2;
           }
 
-          /* "ivshmem/_core.pyx":611
+          /* "ivshmem/_core.pyx":616
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13207,7 +13372,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":613
+      /* "ivshmem/_core.pyx":618
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -13226,7 +13391,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/_core.pyx":614
+        /* "ivshmem/_core.pyx":619
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -13235,7 +13400,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
         goto __pyx_L7_break;
 
-        /* "ivshmem/_core.pyx":613
+        /* "ivshmem/_core.pyx":618
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -13244,19 +13409,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":615
+      /* "ivshmem/_core.pyx":620
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 620, __pyx_L4_error)
 
     }
     __pyx_L7_break:;
 
-    /* "ivshmem/_core.pyx":616
+    /* "ivshmem/_core.pyx":621
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -13268,7 +13433,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":617
+      /* "ivshmem/_core.pyx":622
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -13279,7 +13444,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
       __pyx_v_page = __pyx_t_4;
 
-      /* "ivshmem/_core.pyx":618
+      /* "ivshmem/_core.pyx":623
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -13288,7 +13453,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_core.pyx":619
+      /* "ivshmem/_core.pyx":624
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13301,7 +13466,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":620
+            /* "ivshmem/_core.pyx":625
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -13314,7 +13479,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 
               if (!__pyx_t_3) break;
 
-              /* "ivshmem/_core.pyx":621
+              /* "ivshmem/_core.pyx":626
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -13326,7 +13491,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/_core.pyx":622
+                /* "ivshmem/_core.pyx":627
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -13335,7 +13500,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_core.pyx":621
+                /* "ivshmem/_core.pyx":626
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -13345,7 +13510,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
                 goto __pyx_L20;
               }
 
-              /* "ivshmem/_core.pyx":624
+              /* "ivshmem/_core.pyx":629
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -13357,7 +13522,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
               }
               __pyx_L20:;
 
-              /* "ivshmem/_core.pyx":625
+              /* "ivshmem/_core.pyx":630
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -13368,7 +13533,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
             }
           }
 
-          /* "ivshmem/_core.pyx":619
+          /* "ivshmem/_core.pyx":624
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13385,7 +13550,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":616
+      /* "ivshmem/_core.pyx":621
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -13395,7 +13560,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
       goto __pyx_L14;
     }
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":631
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -13407,17 +13572,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":627
+      /* "ivshmem/_core.pyx":632
  *                         page += page_size
  *             elif code:
  *                 _fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.views -= 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 627, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 632, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":626
+      /* "ivshmem/_core.pyx":631
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -13428,7 +13593,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L14:;
   }
 
-  /* "ivshmem/_core.pyx":629
+  /* "ivshmem/_core.pyx":634
  *                 _fail_with(code)
  *         finally:
  *             self.views -= 1             # <<<<<<<<<<<<<<
@@ -13472,7 +13637,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":596
+  /* "ivshmem/_core.pyx":601
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -13497,7 +13662,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_2populate(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":631
+/* "ivshmem/_core.pyx":636
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -13545,32 +13710,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 631, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 636, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 631, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 636, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 631, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 636, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 631, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 636, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 631, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 636, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 631, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 636, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 631, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 636, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13618,7 +13783,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_core.pyx":633
+  /* "ivshmem/_core.pyx":638
  *     def resident(self, Py_ssize_t page_size):
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
@@ -13629,16 +13794,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 633, __pyx_L1_error)
+    __PYX_ERR(0, 638, __pyx_L1_error)
   }
   else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
     PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 633, __pyx_L1_error)
+    __PYX_ERR(0, 638, __pyx_L1_error)
   }
   __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
 
-  /* "ivshmem/_core.pyx":635
+  /* "ivshmem/_core.pyx":640
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -13647,17 +13812,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":637
+  /* "ivshmem/_core.pyx":642
  *         cdef Py_ssize_t count = 0
  *         cdef unsigned char *vector
  *         self.check()             # <<<<<<<<<<<<<<
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 637, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 642, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":638
+  /* "ivshmem/_core.pyx":643
  *         cdef unsigned char *vector
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
@@ -13666,7 +13831,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":644
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -13678,16 +13843,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":640
+    /* "ivshmem/_core.pyx":645
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 640, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 645, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":639
+    /* "ivshmem/_core.pyx":644
  *         self.check()
  *         vector = <unsigned char *>malloc(pages)
  *         if vector == NULL:             # <<<<<<<<<<<<<<
@@ -13696,7 +13861,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":641
+  /* "ivshmem/_core.pyx":646
  *         if vector == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13705,7 +13870,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":642
+    /* "ivshmem/_core.pyx":647
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -13717,17 +13882,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":643
+      /* "ivshmem/_core.pyx":648
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             for i in range(pages):
  *                 count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 643, __pyx_L5_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 648, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":642
+      /* "ivshmem/_core.pyx":647
  *             raise MemoryError
  *         try:
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
@@ -13736,7 +13901,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":644
+    /* "ivshmem/_core.pyx":649
  *             if mincore(self.start, self.length, vector) < 0:
  *                 _fail()
  *             for i in range(pages):             # <<<<<<<<<<<<<<
@@ -13750,7 +13915,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":645
+      /* "ivshmem/_core.pyx":650
  *                 _fail()
  *             for i in range(pages):
  *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -13762,7 +13927,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
 
   }
 
-  /* "ivshmem/_core.pyx":647
+  /* "ivshmem/_core.pyx":652
  *                 count += vector[i] & 1
  *         finally:
  *             free(vector)             # <<<<<<<<<<<<<<
@@ -13806,14 +13971,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":648
+  /* "ivshmem/_core.pyx":653
  *         finally:
  *             free(vector)
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     def atomic_u64(self, Py_ssize_t offset):
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 653, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   {
     PyObject *__pyx_temp;
@@ -13826,7 +13991,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   __pyx_t_14 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":631
+  /* "ivshmem/_core.pyx":636
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
@@ -13849,7 +14014,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_4resident(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":650
+/* "ivshmem/_core.pyx":655
  *         return count * page_size
  * 
  *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
@@ -13897,32 +14062,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 650, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 655, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 650, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 655, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 650, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 655, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 650, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 655, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 650, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 655, __pyx_L3_error)
     }
-    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 650, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 655, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 650, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 655, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13963,7 +14128,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/_core.pyx":656
+  /* "ivshmem/_core.pyx":661
  *             ValueError: there is no such word.
  *         """
  *         if offset < 0 or offset % 8 or offset > self.length - 8:             # <<<<<<<<<<<<<<
@@ -13999,7 +14164,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":657
+    /* "ivshmem/_core.pyx":662
  *         """
  *         if offset < 0 or offset % 8 or offset > self.length - 8:
  *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -14007,9 +14172,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 662, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 662, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned_64_bit_word_at;
     __pyx_t_7[1] = __pyx_t_5;
@@ -14022,7 +14187,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 657, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 662, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -14032,14 +14197,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 657, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 662, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 657, __pyx_L1_error)
+    __PYX_ERR(0, 662, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":656
+    /* "ivshmem/_core.pyx":661
  *             ValueError: there is no such word.
  *         """
  *         if offset < 0 or offset % 8 or offset > self.length - 8:             # <<<<<<<<<<<<<<
@@ -14048,7 +14213,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":658
+  /* "ivshmem/_core.pyx":663
  *         if offset < 0 or offset % 8 or offset > self.length - 8:
  *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
@@ -14056,7 +14221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
  *     def __len__(self):
 */
   __pyx_t_10 = NULL;
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 658, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_11 = 1;
   {
@@ -14064,7 +14229,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_callargs+__pyx_t_11, (3-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 658, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 663, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_3);
   }
   {
@@ -14078,7 +14243,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":655
  *         return count * page_size
  * 
  *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
@@ -14101,7 +14266,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_6atomic_u64(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":660
+/* "ivshmem/_core.pyx":665
  *         return AtomicU64(self, offset)
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -14127,7 +14292,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_5_core_7Mapping_9__len__(PyObject *__pyx_v_s
 static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_8__len__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":661
+  /* "ivshmem/_core.pyx":666
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -14140,7 +14305,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_8__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":660
+  /* "ivshmem/_core.pyx":665
  *         return AtomicU64(self, offset)
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -14154,7 +14319,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_5_core_7Mapping_8__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":663
+/* "ivshmem/_core.pyx":668
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -14194,27 +14359,27 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_10__getbuffer__(struct __pyx_obj_7i
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_core.pyx":664
+  /* "ivshmem/_core.pyx":669
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 664, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 669, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":665
+  /* "ivshmem/_core.pyx":670
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         self.views += 1
  * 
 */
-  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 665, __pyx_L1_error)
+  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 670, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":666
+  /* "ivshmem/_core.pyx":671
  *         self.check()
  *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         self.views += 1             # <<<<<<<<<<<<<<
@@ -14223,7 +14388,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_10__getbuffer__(struct __pyx_obj_7i
 */
   __pyx_v_self->views = (__pyx_v_self->views + 1);
 
-  /* "ivshmem/_core.pyx":663
+  /* "ivshmem/_core.pyx":668
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -14253,7 +14418,7 @@ static int __pyx_pf_7ivshmem_5_core_7Mapping_10__getbuffer__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":668
+/* "ivshmem/_core.pyx":673
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -14277,7 +14442,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_5_core_7Mapping_13__releasebuffer__(
 
 static void __pyx_pf_7ivshmem_5_core_7Mapping_12__releasebuffer__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_core.pyx":669
+  /* "ivshmem/_core.pyx":674
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.views -= 1             # <<<<<<<<<<<<<<
@@ -14286,7 +14451,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_12__releasebuffer__(struct __pyx_o
 */
   __pyx_v_self->views = (__pyx_v_self->views - 1);
 
-  /* "ivshmem/_core.pyx":668
+  /* "ivshmem/_core.pyx":673
  *         self.views += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -14298,7 +14463,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_12__releasebuffer__(struct __pyx_o
 
 }
 
-/* "ivshmem/_core.pyx":671
+/* "ivshmem/_core.pyx":676
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14368,7 +14533,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":678
+  /* "ivshmem/_core.pyx":683
  *                 changed then.
  *         """
  *         cdef char *address = self.start             # <<<<<<<<<<<<<<
@@ -14379,7 +14544,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":679
+  /* "ivshmem/_core.pyx":684
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -14391,7 +14556,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":680
+    /* "ivshmem/_core.pyx":685
  *         cdef char *address = self.start
  *         if address == NULL:
  *             return             # <<<<<<<<<<<<<<
@@ -14408,7 +14573,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":679
+    /* "ivshmem/_core.pyx":684
  *         """
  *         cdef char *address = self.start
  *         if address == NULL:             # <<<<<<<<<<<<<<
@@ -14417,7 +14582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":681
+  /* "ivshmem/_core.pyx":686
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -14429,7 +14594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_core.pyx":682
+    /* "ivshmem/_core.pyx":687
  *             return
  *         if self.views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -14438,14 +14603,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 */
     __pyx_t_4 = NULL;
 
-    /* "ivshmem/_core.pyx":683
+    /* "ivshmem/_core.pyx":688
  *         if self.views:
  *             raise BufferError(
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         self.start = NULL
 */
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 683, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_6[1] = __pyx_t_5;
@@ -14456,7 +14621,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 683, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -14465,14 +14630,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 682, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 687, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 682, __pyx_L1_error)
+    __PYX_ERR(0, 687, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":681
+    /* "ivshmem/_core.pyx":686
  *         if address == NULL:
  *             return
  *         if self.views:             # <<<<<<<<<<<<<<
@@ -14481,7 +14646,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":685
+  /* "ivshmem/_core.pyx":690
  *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
  *             )
  *         self.start = NULL             # <<<<<<<<<<<<<<
@@ -14490,7 +14655,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":691
  *             )
  *         self.start = NULL
  *         munmap(address, self.length)             # <<<<<<<<<<<<<<
@@ -14499,7 +14664,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
 */
   (void)(munmap(__pyx_v_address, __pyx_v_self->length));
 
-  /* "ivshmem/_core.pyx":671
+  /* "ivshmem/_core.pyx":676
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14524,7 +14689,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_14close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":688
+/* "ivshmem/_core.pyx":693
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14548,7 +14713,7 @@ static void __pyx_pw_7ivshmem_5_core_7Mapping_17__dealloc__(PyObject *__pyx_v_se
 static void __pyx_pf_7ivshmem_5_core_7Mapping_16__dealloc__(struct __pyx_obj_7ivshmem_5_core_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":689
+  /* "ivshmem/_core.pyx":694
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -14560,7 +14725,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_16__dealloc__(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":690
+    /* "ivshmem/_core.pyx":695
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -14569,7 +14734,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_16__dealloc__(struct __pyx_obj_7iv
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":689
+    /* "ivshmem/_core.pyx":694
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -14578,7 +14743,7 @@ static void __pyx_pf_7ivshmem_5_core_7Mapping_16__dealloc__(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":688
+  /* "ivshmem/_core.pyx":693
  *         munmap(address, self.length)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14796,7 +14961,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_7Mapping_20__setstate_cython__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":707
+/* "ivshmem/_core.pyx":712
  *     cdef Py_ssize_t offset
  * 
  *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):             # <<<<<<<<<<<<<<
@@ -14843,39 +15008,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 707, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 712, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 712, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 707, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 707, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 712, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 707, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 712, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 707, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 712, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 707, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 712, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_5_core_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 707, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 712, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 707, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 712, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14886,7 +15051,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 707, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 712, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9AtomicU64___cinit__(((struct __pyx_obj_7ivshmem_5_core_AtomicU64 *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -14912,7 +15077,7 @@ static int __pyx_pf_7ivshmem_5_core_9AtomicU64___cinit__(struct __pyx_obj_7ivshm
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":713
  * 
  *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
@@ -14924,7 +15089,7 @@ static int __pyx_pf_7ivshmem_5_core_9AtomicU64___cinit__(struct __pyx_obj_7ivshm
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/_core.pyx":709
+  /* "ivshmem/_core.pyx":714
  *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):
  *         self.mapping = mapping
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -14933,7 +15098,7 @@ static int __pyx_pf_7ivshmem_5_core_9AtomicU64___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/_core.pyx":707
+  /* "ivshmem/_core.pyx":712
  *     cdef Py_ssize_t offset
  * 
  *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):             # <<<<<<<<<<<<<<
@@ -14948,7 +15113,7 @@ static int __pyx_pf_7ivshmem_5_core_9AtomicU64___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":711
+/* "ivshmem/_core.pyx":716
  *         self.offset = offset
  * 
  *     cdef void *word(self) except NULL:             # <<<<<<<<<<<<<<
@@ -14963,17 +15128,17 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_word(struct __pyx_obj_7ivshmem_5
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":712
+  /* "ivshmem/_core.pyx":717
  * 
  *     cdef void *word(self) except NULL:
  *         self.mapping.check()             # <<<<<<<<<<<<<<
  *         return self.mapping.start + self.offset
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->check(__pyx_v_self->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 712, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->check(__pyx_v_self->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 717, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":713
+  /* "ivshmem/_core.pyx":718
  *     cdef void *word(self) except NULL:
  *         self.mapping.check()
  *         return self.mapping.start + self.offset             # <<<<<<<<<<<<<<
@@ -14986,7 +15151,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_word(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":711
+  /* "ivshmem/_core.pyx":716
  *         self.offset = offset
  * 
  *     cdef void *word(self) except NULL:             # <<<<<<<<<<<<<<
@@ -15003,7 +15168,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_word(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":715
+/* "ivshmem/_core.pyx":720
  *         return self.mapping.start + self.offset
  * 
  *     cdef void *own_word(self) except NULL:             # <<<<<<<<<<<<<<
@@ -15023,7 +15188,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("own_word", 0);
 
-  /* "ivshmem/_core.pyx":716
+  /* "ivshmem/_core.pyx":721
  * 
  *     cdef void *own_word(self) except NULL:
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -15032,7 +15197,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":722
  *     cdef void *own_word(self) except NULL:
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -15045,14 +15210,14 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshm
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 717, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 722, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 717, __pyx_L1_error)
+    __PYX_ERR(0, 722, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":716
+    /* "ivshmem/_core.pyx":721
  * 
  *     cdef void *own_word(self) except NULL:
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -15061,20 +15226,20 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":718
+  /* "ivshmem/_core.pyx":723
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.word()             # <<<<<<<<<<<<<<
  * 
  *     def load(self):
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_5_core_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 718, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_5_core_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 723, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":720
  *         return self.mapping.start + self.offset
  * 
  *     cdef void *own_word(self) except NULL:             # <<<<<<<<<<<<<<
@@ -15094,7 +15259,7 @@ static void *__pyx_f_7ivshmem_5_core_9AtomicU64_own_word(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":720
+/* "ivshmem/_core.pyx":725
  *         return self.word()
  * 
  *     def load(self):             # <<<<<<<<<<<<<<
@@ -15155,15 +15320,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_2load(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":727
  *     def load(self):
  *         """The value; what its writer stored before is seen, too (acquire)."""
  *         return ivshmem_load(self.word())             # <<<<<<<<<<<<<<
  * 
  *     def store(self, uint64_t value):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 722, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_load(__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 722, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_load(__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 727, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -15177,7 +15342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_2load(struct __pyx_obj_7ivs
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":720
+  /* "ivshmem/_core.pyx":725
  *         return self.word()
  * 
  *     def load(self):             # <<<<<<<<<<<<<<
@@ -15196,7 +15361,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_2load(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":724
+/* "ivshmem/_core.pyx":729
  *         return ivshmem_load(self.word())
  * 
  *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
@@ -15244,32 +15409,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 724, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 729, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 724, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 729, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 724, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 729, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, i); __PYX_ERR(0, 724, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, i); __PYX_ERR(0, 729, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 724, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 729, __pyx_L3_error)
     }
-    __pyx_v_value = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_value == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 724, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_value == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 729, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 724, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 729, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15300,18 +15465,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_4store(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_core.pyx":726
+  /* "ivshmem/_core.pyx":731
  *     def store(self, uint64_t value):
  *         """Set the value, after all that was stored before (release)."""
  *         ivshmem_store(self.own_word(), value)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 726, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 731, __pyx_L1_error)
   ivshmem_store(__pyx_t_1, __pyx_v_value);
 
 
-  /* "ivshmem/_core.pyx":724
+  /* "ivshmem/_core.pyx":729
  *         return ivshmem_load(self.word())
  * 
  *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
@@ -15331,11 +15496,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_4store(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":728
+/* "ivshmem/_core.pyx":733
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (acquire, release)."""
+ *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
 
@@ -15347,7 +15512,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9AtomicU64_6compare_exchange, "Set `desired` if the value is `expected`; return what it was (acquire, release).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9AtomicU64_6compare_exchange, "Set `desired` if the value is `expected`; return what it was (sequentially consistent).");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9AtomicU64_7compare_exchange = {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9AtomicU64_7compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9AtomicU64_6compare_exchange};
 static PyObject *__pyx_pw_7ivshmem_5_core_9AtomicU64_7compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -15380,39 +15545,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 728, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 733, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 728, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 733, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 728, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 733, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 728, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 733, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, i); __PYX_ERR(0, 728, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, i); __PYX_ERR(0, 733, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 728, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 733, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 728, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 733, __pyx_L3_error)
     }
-    __pyx_v_expected = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_expected == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 728, __pyx_L3_error)
-    __pyx_v_desired = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_desired == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 728, __pyx_L3_error)
+    __pyx_v_expected = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_expected == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 733, __pyx_L3_error)
+    __pyx_v_desired = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_desired == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 733, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 728, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 733, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15445,15 +15610,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_6compare_exchange(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/_core.pyx":730
+  /* "ivshmem/_core.pyx":735
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):
- *         """Set `desired` if the value is `expected`; return what it was (acquire, release)."""
+ *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_add(self, uint64_t amount):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 730, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_compare_exchange(__pyx_t_1, __pyx_v_expected, __pyx_v_desired)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 730, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 735, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_compare_exchange(__pyx_t_1, __pyx_v_expected, __pyx_v_desired)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 735, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -15467,11 +15632,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_6compare_exchange(struct __
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":728
+  /* "ivshmem/_core.pyx":733
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (acquire, release)."""
+ *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
 
@@ -15486,11 +15651,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_6compare_exchange(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":732
+/* "ivshmem/_core.pyx":737
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (acquire, release)."""
+ *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
 
@@ -15502,7 +15667,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9AtomicU64_8fetch_add, "Add, modulo 2**64; return what the value was (acquire, release).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9AtomicU64_8fetch_add, "Add, modulo 2**64; return what the value was (sequentially consistent).");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9AtomicU64_9fetch_add = {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9AtomicU64_9fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9AtomicU64_8fetch_add};
 static PyObject *__pyx_pw_7ivshmem_5_core_9AtomicU64_9fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -15534,32 +15699,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 732, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 737, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 732, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 737, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 732, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 737, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, i); __PYX_ERR(0, 732, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, i); __PYX_ERR(0, 737, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 732, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 737, __pyx_L3_error)
     }
-    __pyx_v_amount = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_amount == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 732, __pyx_L3_error)
+    __pyx_v_amount = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_amount == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 737, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 732, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 737, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15591,15 +15756,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_8fetch_add(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/_core.pyx":734
+  /* "ivshmem/_core.pyx":739
  *     def fetch_add(self, uint64_t amount):
- *         """Add, modulo 2**64; return what the value was (acquire, release)."""
+ *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
  *         return ivshmem_add(self.own_word(), amount)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 734, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_add(__pyx_t_1, __pyx_v_amount)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 734, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 739, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_add(__pyx_t_1, __pyx_v_amount)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 739, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -15613,11 +15778,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_8fetch_add(struct __pyx_obj
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":732
+  /* "ivshmem/_core.pyx":737
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (acquire, release)."""
+ *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
 
@@ -15838,7 +16003,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9AtomicU64_12__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":762
+/* "ivshmem/_core.pyx":767
  *     cdef bint open
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -15887,51 +16052,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_mapped,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 762, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 767, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 762, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 767, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 762, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 767, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 762, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 767, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 762, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 767, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 762, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 767, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 762, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 767, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 762, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 767, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 762, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 767, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 762, __pyx_L3_error)
-    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 762, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 762, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 767, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 767, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 767, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 762, __pyx_L3_error)
+      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 767, __pyx_L3_error)
     } else {
       __pyx_v_mapped = ((int)1);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 762, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 767, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15966,7 +16131,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_core.pyx":763
+  /* "ivshmem/_core.pyx":768
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
@@ -15975,11 +16140,11 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_e_7ivshmem_5_core_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 763, __pyx_L1_error)
+    __PYX_ERR(0, 768, __pyx_L1_error)
   }
   __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_5_core_REGISTER_PAGE, 0);
 
-  /* "ivshmem/_core.pyx":765
+  /* "ivshmem/_core.pyx":770
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -15988,7 +16153,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_core.pyx":766
+  /* "ivshmem/_core.pyx":771
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -15997,7 +16162,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":767
+  /* "ivshmem/_core.pyx":772
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -16006,7 +16171,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/_core.pyx":768
+  /* "ivshmem/_core.pyx":773
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -16015,7 +16180,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/_core.pyx":769
+  /* "ivshmem/_core.pyx":774
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -16024,7 +16189,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/_core.pyx":770
+    /* "ivshmem/_core.pyx":775
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -16033,7 +16198,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/_core.pyx":771
+    /* "ivshmem/_core.pyx":776
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -16042,7 +16207,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/_core.pyx":774
+    /* "ivshmem/_core.pyx":779
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -16054,17 +16219,17 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":775
+      /* "ivshmem/_core.pyx":780
  *             )
  *             if address == MAP_FAILED:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 775, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 780, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":774
+      /* "ivshmem/_core.pyx":779
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -16073,7 +16238,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
     }
 
-    /* "ivshmem/_core.pyx":776
+    /* "ivshmem/_core.pyx":781
  *             if address == MAP_FAILED:
  *                 _fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
@@ -16082,7 +16247,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/_core.pyx":777
+    /* "ivshmem/_core.pyx":782
  *                 _fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
@@ -16091,7 +16256,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/_core.pyx":769
+    /* "ivshmem/_core.pyx":774
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -16100,7 +16265,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":778
+  /* "ivshmem/_core.pyx":783
  *             self.page = <char *>address
  *             self.first = self.page + inside
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -16109,7 +16274,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/_core.pyx":762
+  /* "ivshmem/_core.pyx":767
  *     cdef bint open
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -16130,7 +16295,7 @@ static int __pyx_pf_7ivshmem_5_core_9Registers___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":780
+/* "ivshmem/_core.pyx":785
  *         self.open = True
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -16157,7 +16322,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":781
+  /* "ivshmem/_core.pyx":786
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -16169,7 +16334,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":782
+    /* "ivshmem/_core.pyx":787
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if not self.open:
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -16177,7 +16342,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 782, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 787, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -16196,14 +16361,14 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 782, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 787, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 782, __pyx_L1_error)
+    __PYX_ERR(0, 787, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":781
+    /* "ivshmem/_core.pyx":786
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -16212,7 +16377,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":783
+  /* "ivshmem/_core.pyx":788
  *         if not self.open:
  *             raise ClosedError("the device is closed")
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -16248,7 +16413,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":784
+    /* "ivshmem/_core.pyx":789
  *             raise ClosedError("the device is closed")
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
@@ -16256,9 +16421,9 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 784, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 789, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 784, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 789, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
     __pyx_t_8[1] = __pyx_t_3;
@@ -16271,7 +16436,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
     #endif
     __pyx_t_10 = 0;
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 784, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 789, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -16281,14 +16446,14 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 784, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 789, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 784, __pyx_L1_error)
+    __PYX_ERR(0, 789, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":783
+    /* "ivshmem/_core.pyx":788
  *         if not self.open:
  *             raise ClosedError("the device is closed")
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -16297,7 +16462,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":785
+  /* "ivshmem/_core.pyx":790
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -16310,7 +16475,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":780
+  /* "ivshmem/_core.pyx":785
  *         self.open = True
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -16333,7 +16498,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":787
+/* "ivshmem/_core.pyx":792
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -16381,32 +16546,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 787, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 792, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 787, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 792, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 787, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 792, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 787, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 792, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 787, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 792, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 787, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 792, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 787, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 792, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16440,7 +16605,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_core.pyx":789
+  /* "ivshmem/_core.pyx":794
  *     def load(self, Py_ssize_t at):
  *         """The register at `at` bytes."""
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
@@ -16449,17 +16614,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/_core.pyx":790
+  /* "ivshmem/_core.pyx":795
  *         """The register at `at` bytes."""
  *         cdef uint32_t value = 0
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if self.page != NULL:
  *             return ivshmem_load32(self.first + at)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 790, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":791
+  /* "ivshmem/_core.pyx":796
  *         cdef uint32_t value = 0
  *         self.check(at)
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -16471,14 +16636,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":792
+    /* "ivshmem/_core.pyx":797
  *         self.check(at)
  *         if self.page != NULL:
  *             return ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
  *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
  *             _fail()
 */
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(ivshmem_load32((__pyx_v_self->first + __pyx_v_at))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 792, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(ivshmem_load32((__pyx_v_self->first + __pyx_v_at))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 797, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -16491,7 +16656,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":791
+    /* "ivshmem/_core.pyx":796
  *         cdef uint32_t value = 0
  *         self.check(at)
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -16500,7 +16665,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":793
+  /* "ivshmem/_core.pyx":798
  *         if self.page != NULL:
  *             return ivshmem_load32(self.first + at)
  *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
@@ -16512,17 +16677,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":794
+    /* "ivshmem/_core.pyx":799
  *             return ivshmem_load32(self.first + at)
  *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
  *             _fail()             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 794, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 799, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":793
+    /* "ivshmem/_core.pyx":798
  *         if self.page != NULL:
  *             return ivshmem_load32(self.first + at)
  *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
@@ -16531,14 +16696,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":795
+  /* "ivshmem/_core.pyx":800
  *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
  *             _fail()
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 795, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 800, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -16551,7 +16716,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":787
+  /* "ivshmem/_core.pyx":792
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -16571,7 +16736,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_2load(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":797
+/* "ivshmem/_core.pyx":802
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -16620,39 +16785,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 797, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 802, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 797, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 797, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 797, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 802, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 797, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 802, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 797, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 802, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 797, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 802, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 797, __pyx_L3_error)
-    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 797, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 802, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 802, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 797, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 802, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16684,27 +16849,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_4store(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_core.pyx":799
+  /* "ivshmem/_core.pyx":804
  *     def store(self, Py_ssize_t at, uint32_t value):
  *         """Set the register at `at` bytes, after all that was written to memory before."""
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         self.put(at, value)
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 799, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 804, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":800
+  /* "ivshmem/_core.pyx":805
  *         """Set the register at `at` bytes, after all that was written to memory before."""
  *         self.check(at)
  *         self.put(at, value)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 800, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_core_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 805, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":797
+  /* "ivshmem/_core.pyx":802
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -16724,7 +16889,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_4store(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":802
+/* "ivshmem/_core.pyx":807
  *         self.put(at, value)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:             # <<<<<<<<<<<<<<
@@ -16734,46 +16899,107 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_4store(struct __pyx_obj_7iv
 
 static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_core_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
   int __pyx_r;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("put", 0);
 
-  /* "ivshmem/_core.pyx":803
+  /* "ivshmem/_core.pyx":808
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store32(self.first + at, value)
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *         elif not self.open:
 */
   __pyx_t_1 = (__pyx_v_self->page != NULL);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":804
+    /* "ivshmem/_core.pyx":809
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             _fail()
+ *         elif not self.open:
+ *             raise ClosedError("the device is closed")
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/_core.pyx":803
+    /* "ivshmem/_core.pyx":808
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store32(self.first + at, value)
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *         elif not self.open:
 */
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":805
+  /* "ivshmem/_core.pyx":810
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)
+ *         elif not self.open:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+*/
+  __pyx_t_1 = (!__pyx_v_self->open);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_core.pyx":811
+ *             ivshmem_store32(self.first + at, value)
+ *         elif not self.open:
+ *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
+ *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *             _fail()
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 811, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_device_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 811, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 811, __pyx_L1_error)
+
+    /* "ivshmem/_core.pyx":810
+ *         if self.page != NULL:
+ *             ivshmem_store32(self.first + at, value)
+ *         elif not self.open:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+*/
+  }
+
+  /* "ivshmem/_core.pyx":812
+ *         elif not self.open:
+ *             raise ClosedError("the device is closed")
  *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
  *             _fail()
  *         return 0
@@ -16783,19 +17009,19 @@ static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_co
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":806
- *             ivshmem_store32(self.first + at, value)
+    /* "ivshmem/_core.pyx":813
+ *             raise ClosedError("the device is closed")
  *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
  *             _fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 806, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 813, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":805
- *         if self.page != NULL:
- *             ivshmem_store32(self.first + at, value)
+    /* "ivshmem/_core.pyx":812
+ *         elif not self.open:
+ *             raise ClosedError("the device is closed")
  *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
  *             _fail()
  *         return 0
@@ -16803,7 +17029,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_co
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":807
+  /* "ivshmem/_core.pyx":814
  *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
  *             _fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -16816,7 +17042,7 @@ static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_co
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":802
+  /* "ivshmem/_core.pyx":807
  *         self.put(at, value)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:             # <<<<<<<<<<<<<<
@@ -16826,14 +17052,18 @@ static int __pyx_f_7ivshmem_5_core_9Registers_put(struct __pyx_obj_7ivshmem_5_co
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core.Registers.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":809
+/* "ivshmem/_core.pyx":816
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16890,7 +17120,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":818
  *     def close(self):
  *         """Unmap; may be called twice."""
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -16899,7 +17129,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
 */
   __pyx_v_self->open = 0;
 
-  /* "ivshmem/_core.pyx":812
+  /* "ivshmem/_core.pyx":819
  *         """Unmap; may be called twice."""
  *         self.open = False
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -16911,7 +17141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":813
+    /* "ivshmem/_core.pyx":820
  *         self.open = False
  *         if self.page != NULL:
  *             munmap(self.page, self.length)             # <<<<<<<<<<<<<<
@@ -16920,7 +17150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
 */
     (void)(munmap(__pyx_v_self->page, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":814
+    /* "ivshmem/_core.pyx":821
  *         if self.page != NULL:
  *             munmap(self.page, self.length)
  *             self.page = NULL             # <<<<<<<<<<<<<<
@@ -16929,7 +17159,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
 */
     __pyx_v_self->page = NULL;
 
-    /* "ivshmem/_core.pyx":812
+    /* "ivshmem/_core.pyx":819
  *         """Unmap; may be called twice."""
  *         self.open = False
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -16938,7 +17168,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":809
+  /* "ivshmem/_core.pyx":816
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16953,7 +17183,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_6close(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":816
+/* "ivshmem/_core.pyx":823
  *             self.page = NULL
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -16977,7 +17207,7 @@ static void __pyx_pw_7ivshmem_5_core_9Registers_9__dealloc__(PyObject *__pyx_v_s
 static void __pyx_pf_7ivshmem_5_core_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_5_core_Registers *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":817
+  /* "ivshmem/_core.pyx":824
  * 
  *     def __dealloc__(self):
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -16989,7 +17219,7 @@ static void __pyx_pf_7ivshmem_5_core_9Registers_8__dealloc__(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":818
+    /* "ivshmem/_core.pyx":825
  *     def __dealloc__(self):
  *         if self.page != NULL:
  *             munmap(self.page, self.length)             # <<<<<<<<<<<<<<
@@ -16998,7 +17228,7 @@ static void __pyx_pf_7ivshmem_5_core_9Registers_8__dealloc__(struct __pyx_obj_7i
 */
     (void)(munmap(__pyx_v_self->page, __pyx_v_self->length));
 
-    /* "ivshmem/_core.pyx":817
+    /* "ivshmem/_core.pyx":824
  * 
  *     def __dealloc__(self):
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -17007,7 +17237,7 @@ static void __pyx_pf_7ivshmem_5_core_9Registers_8__dealloc__(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":816
+  /* "ivshmem/_core.pyx":823
  *             self.page = NULL
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -17225,7 +17455,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Registers_12__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":860
+/* "ivshmem/_core.pyx":867
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -17276,7 +17506,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":861
+  /* "ivshmem/_core.pyx":868
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close             # <<<<<<<<<<<<<<
@@ -17285,21 +17515,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":862
+  /* "ivshmem/_core.pyx":869
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 862, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 869, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":863
+  /* "ivshmem/_core.pyx":870
  *         self.gone = True  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -17308,7 +17538,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":864
+  /* "ivshmem/_core.pyx":871
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -17317,7 +17547,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":865
+  /* "ivshmem/_core.pyx":872
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -17330,7 +17560,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 865, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 872, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -17338,7 +17568,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":866
+  /* "ivshmem/_core.pyx":873
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -17352,16 +17582,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 866, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 873, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 866, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":867
+  /* "ivshmem/_core.pyx":874
  *         self.own = FdArray()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -17375,16 +17605,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 867, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 874, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 867, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 874, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":868
+  /* "ivshmem/_core.pyx":875
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.gone = False             # <<<<<<<<<<<<<<
@@ -17393,7 +17623,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 0;
 
-  /* "ivshmem/_core.pyx":860
+  /* "ivshmem/_core.pyx":867
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -17415,7 +17645,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":872
+/* "ivshmem/_core.pyx":879
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -17474,7 +17704,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":873
+  /* "ivshmem/_core.pyx":880
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -17482,9 +17712,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 873, __pyx_L1_error)
+  __PYX_ERR(0, 880, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":872
+  /* "ivshmem/_core.pyx":879
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -17501,7 +17731,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":875
+/* "ivshmem/_core.pyx":882
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -17550,39 +17780,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 875, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 882, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 875, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 882, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 875, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 882, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 875, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 882, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 875, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 882, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 875, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 882, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 875, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 882, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 875, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 882, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17611,7 +17841,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":876
+  /* "ivshmem/_core.pyx":883
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -17619,9 +17849,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 876, __pyx_L1_error)
+  __PYX_ERR(0, 883, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":882
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -17638,7 +17868,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":880
+/* "ivshmem/_core.pyx":887
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -17687,37 +17917,37 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 880, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 887, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 880, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 887, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 880, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 887, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 880, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 887, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 880, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 887, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 880, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 887, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 880, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 887, __pyx_L3_error)
     } else {
       __pyx_v_urgent = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 880, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 887, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17755,7 +17985,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":885
+  /* "ivshmem/_core.pyx":892
  *         `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -17764,7 +17994,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":886
+  /* "ivshmem/_core.pyx":893
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -17773,7 +18003,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->urgent = __pyx_v_urgent;
 
-  /* "ivshmem/_core.pyx":887
+  /* "ivshmem/_core.pyx":894
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -17784,7 +18014,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":888
+    /* "ivshmem/_core.pyx":895
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -17793,11 +18023,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 888, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 895, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 888, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 895, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 888, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 895, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = 0;
     {
@@ -17807,12 +18037,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 888, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 895, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":887
+    /* "ivshmem/_core.pyx":894
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -17821,7 +18051,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":887
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -17846,7 +18076,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":890
+/* "ivshmem/_core.pyx":897
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -17911,7 +18141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":893
+  /* "ivshmem/_core.pyx":900
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -17936,7 +18166,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":894
+    /* "ivshmem/_core.pyx":901
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17962,7 +18192,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":895
+      /* "ivshmem/_core.pyx":902
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -17971,7 +18201,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 895, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 902, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = 0;
       {
@@ -17979,12 +18209,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 895, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 902, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/_core.pyx":894
+      /* "ivshmem/_core.pyx":901
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -17993,7 +18223,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":893
+    /* "ivshmem/_core.pyx":900
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -18002,7 +18232,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":896
+  /* "ivshmem/_core.pyx":903
  *             if not self.gone and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -18011,7 +18241,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":897
+  /* "ivshmem/_core.pyx":904
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
@@ -18020,7 +18250,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->urgent = 0;
 
-  /* "ivshmem/_core.pyx":890
+  /* "ivshmem/_core.pyx":897
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -18043,7 +18273,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":899
+/* "ivshmem/_core.pyx":906
  *         self.urgent = False
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -18091,32 +18321,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 899, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 906, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 899, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 906, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 899, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 906, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 899, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 906, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 899, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 906, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 899, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 906, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 899, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 906, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18156,7 +18386,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":905
+  /* "ivshmem/_core.pyx":912
  *             ProtocolError: it is no eventfd.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -18165,7 +18395,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 905, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 912, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -18173,12 +18403,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 905, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 912, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":906
+  /* "ivshmem/_core.pyx":913
  *         """
  *         self.own.take(fd)
  *         if not _counts(fd):             # <<<<<<<<<<<<<<
@@ -18190,7 +18420,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/_core.pyx":907
+    /* "ivshmem/_core.pyx":914
  *         self.own.take(fd)
  *         if not _counts(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")             # <<<<<<<<<<<<<<
@@ -18198,9 +18428,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 907, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 914, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 907, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 914, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
     __pyx_t_7[1] = __pyx_t_6;
@@ -18211,7 +18441,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 907, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 914, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_4 = 1;
@@ -18232,14 +18462,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 907, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 914, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 907, __pyx_L1_error)
+    __PYX_ERR(0, 914, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":906
+    /* "ivshmem/_core.pyx":913
  *         """
  *         self.own.take(fd)
  *         if not _counts(fd):             # <<<<<<<<<<<<<<
@@ -18248,7 +18478,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":908
+  /* "ivshmem/_core.pyx":915
  *         if not _counts(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -18259,7 +18489,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":909
+    /* "ivshmem/_core.pyx":916
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -18268,11 +18498,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 909, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 916, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_3 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 909, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 916, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 909, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 916, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_4 = 0;
     {
@@ -18282,12 +18512,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 909, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 916, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":908
+    /* "ivshmem/_core.pyx":915
  *         if not _counts(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -18296,7 +18526,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":899
+  /* "ivshmem/_core.pyx":906
  *         self.urgent = False
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
@@ -18321,7 +18551,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":911
+/* "ivshmem/_core.pyx":918
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -18370,39 +18600,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 911, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 918, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 911, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 918, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 911, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 918, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 911, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 918, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 911, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 918, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 911, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 918, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 911, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 918, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 911, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 918, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 911, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 918, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18438,7 +18668,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":913
+  /* "ivshmem/_core.pyx":920
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -18447,15 +18677,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 913, __pyx_L1_error)
+    __PYX_ERR(0, 920, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 913, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 920, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 913, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 920, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":914
+  /* "ivshmem/_core.pyx":921
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -18466,7 +18696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":915
+    /* "ivshmem/_core.pyx":922
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -18479,19 +18709,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 915, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 922, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 915, __pyx_L1_error)
+      __PYX_ERR(0, 922, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 915, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 922, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":914
+    /* "ivshmem/_core.pyx":921
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -18500,7 +18730,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":923
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -18509,7 +18739,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 916, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 923, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -18517,12 +18747,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 916, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 923, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":918
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -18546,7 +18776,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":918
+/* "ivshmem/_core.pyx":925
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -18594,32 +18824,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 918, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 925, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 918, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 925, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 918, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 925, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 918, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 925, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 918, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 925, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 918, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 925, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 918, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 925, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18653,7 +18883,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":923
+  /* "ivshmem/_core.pyx":930
  *         Reading 4 bytes tells how many interrupts it had since it was made.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -18662,7 +18892,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 923, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 930, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -18670,12 +18900,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 923, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 930, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":924
+  /* "ivshmem/_core.pyx":931
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -18684,7 +18914,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":918
+  /* "ivshmem/_core.pyx":925
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -18707,7 +18937,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":926
+/* "ivshmem/_core.pyx":933
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -18757,46 +18987,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 926, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 933, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 926, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 933, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 926, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 933, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 926, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 933, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 926, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 933, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 926, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 933, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 926, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 933, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 926, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 933, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 926, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 933, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_5_core_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 926, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 926, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 933, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 933, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 926, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 933, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18807,7 +19037,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, 0, "registers", 0))) __PYX_ERR(0, 926, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, 0, "registers", 0))) __PYX_ERR(0, 933, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -18834,7 +19064,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":931
+  /* "ivshmem/_core.pyx":938
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -18846,7 +19076,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":932
+  /* "ivshmem/_core.pyx":939
  *         """
  *         self.registers = registers
  *         self.doorbell = doorbell             # <<<<<<<<<<<<<<
@@ -18855,7 +19085,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
 */
   __pyx_v_self->doorbell = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":933
+  /* "ivshmem/_core.pyx":940
  *         self.registers = registers
  *         self.doorbell = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -18864,7 +19094,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":926
+  /* "ivshmem/_core.pyx":933
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -18879,7 +19109,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":935
+/* "ivshmem/_core.pyx":942
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -18927,32 +19157,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 935, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 942, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 935, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 942, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 935, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 942, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 935, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 942, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 935, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 942, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 935, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 942, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18982,7 +19212,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":937
+  /* "ivshmem/_core.pyx":944
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -18993,12 +19223,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 937, __pyx_L1_error)
+    __PYX_ERR(0, 944, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 937, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 944, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":935
+  /* "ivshmem/_core.pyx":942
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -19019,7 +19249,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":939
+/* "ivshmem/_core.pyx":946
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -19067,32 +19297,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 939, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 946, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 939, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 946, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 939, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 946, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 939, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 946, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 939, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 946, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 939, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 946, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19125,7 +19355,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":941
+  /* "ivshmem/_core.pyx":948
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -19134,15 +19364,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 941, __pyx_L1_error)
+    __PYX_ERR(0, 948, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 948, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 941, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 948, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":942
+  /* "ivshmem/_core.pyx":949
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -19154,7 +19384,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 942, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 949, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -19171,7 +19401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":939
+  /* "ivshmem/_core.pyx":946
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -19192,7 +19422,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":944
+/* "ivshmem/_core.pyx":951
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -19240,32 +19470,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 944, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 951, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 944, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 951, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 944, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 951, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 944, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 951, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 944, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 951, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 944, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 951, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19299,7 +19529,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":946
+  /* "ivshmem/_core.pyx":953
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -19308,15 +19538,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 946, __pyx_L1_error)
+    __PYX_ERR(0, 953, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 946, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 953, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 946, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray))))) __PYX_ERR(0, 953, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":947
+  /* "ivshmem/_core.pyx":954
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -19327,7 +19557,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":948
+    /* "ivshmem/_core.pyx":955
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -19341,12 +19571,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 948, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 955, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":947
+    /* "ivshmem/_core.pyx":954
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -19355,7 +19585,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":951
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -19378,7 +19608,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":950
+/* "ivshmem/_core.pyx":957
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -19410,14 +19640,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":953
+  /* "ivshmem/_core.pyx":960
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 953, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 960, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -19430,7 +19660,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":950
+  /* "ivshmem/_core.pyx":957
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -19449,7 +19679,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":955
+/* "ivshmem/_core.pyx":962
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -19481,14 +19711,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":958
+  /* "ivshmem/_core.pyx":965
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 958, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 965, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -19501,7 +19731,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":955
+  /* "ivshmem/_core.pyx":962
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -19520,7 +19750,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":960
+/* "ivshmem/_core.pyx":967
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -19540,7 +19770,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":961
+  /* "ivshmem/_core.pyx":968
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -19549,7 +19779,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":962
+    /* "ivshmem/_core.pyx":969
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -19557,7 +19787,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 962, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 969, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -19576,14 +19806,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 962, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 969, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 962, __pyx_L1_error)
+    __PYX_ERR(0, 969, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":961
+    /* "ivshmem/_core.pyx":968
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -19592,7 +19822,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":963
+  /* "ivshmem/_core.pyx":970
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -19605,7 +19835,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":960
+  /* "ivshmem/_core.pyx":967
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -19626,7 +19856,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":965
+/* "ivshmem/_core.pyx":972
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -19674,32 +19904,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 965, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 972, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 965, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 972, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 965, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 972, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 965, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 972, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 965, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 972, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 965, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 972, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 965, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 972, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19733,7 +19963,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":967
+  /* "ivshmem/_core.pyx":974
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -19742,7 +19972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":968
+    /* "ivshmem/_core.pyx":975
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -19759,7 +19989,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":967
+    /* "ivshmem/_core.pyx":974
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -19768,7 +19998,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":969
+  /* "ivshmem/_core.pyx":976
  *         if self.gone:
  *             return
  *         if anything:             # <<<<<<<<<<<<<<
@@ -19777,7 +20007,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   if (__pyx_v_anything) {
 
-    /* "ivshmem/_core.pyx":970
+    /* "ivshmem/_core.pyx":977
  *             return
  *         if anything:
  *             self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -19791,12 +20021,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 970, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 977, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":969
+    /* "ivshmem/_core.pyx":976
  *         if self.gone:
  *             return
  *         if anything:             # <<<<<<<<<<<<<<
@@ -19806,7 +20036,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":972
+  /* "ivshmem/_core.pyx":979
  *             self.queued.signal(0)
  *         else:
  *             _take(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -19814,12 +20044,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
  *     def fileno(self):
 */
   /*else*/ {
-    __pyx_t_4 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_4 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 972, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_4 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 979, __pyx_L1_error)
 
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":965
+  /* "ivshmem/_core.pyx":972
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -19841,7 +20071,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":974
+/* "ivshmem/_core.pyx":981
  *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -19908,17 +20138,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":982
+  /* "ivshmem/_core.pyx":989
  *         """
  *         cdef Epoll outer
  *         self.check()             # <<<<<<<<<<<<<<
  *         if self.outer is None:
  *             outer = Epoll()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 982, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 989, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":983
+  /* "ivshmem/_core.pyx":990
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -19929,7 +20159,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":984
+    /* "ivshmem/_core.pyx":991
  *         self.check()
  *         if self.outer is None:
  *             outer = Epoll()             # <<<<<<<<<<<<<<
@@ -19942,13 +20172,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 984, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 991, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_3);
     }
     __pyx_v_outer = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":985
+    /* "ivshmem/_core.pyx":992
  *         if self.outer is None:
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -19957,12 +20187,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 985, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 992, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 985, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 992, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 985, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 992, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_5 = 0;
     {
@@ -19971,12 +20201,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 985, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 992, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":986
+    /* "ivshmem/_core.pyx":993
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -19985,9 +20215,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 986, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 993, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 986, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 993, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -19996,12 +20226,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 986, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 993, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":987
+    /* "ivshmem/_core.pyx":994
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer             # <<<<<<<<<<<<<<
@@ -20013,7 +20243,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
     __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
     __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-    /* "ivshmem/_core.pyx":983
+    /* "ivshmem/_core.pyx":990
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -20022,14 +20252,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":988
+  /* "ivshmem/_core.pyx":995
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer
  *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll anything(self):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 988, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 995, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -20042,7 +20272,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":974
+  /* "ivshmem/_core.pyx":981
  *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -20065,7 +20295,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":990
+/* "ivshmem/_core.pyx":997
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -20093,7 +20323,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":998
+  /* "ivshmem/_core.pyx":1005
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -20104,7 +20334,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":999
+    /* "ivshmem/_core.pyx":1006
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -20117,13 +20347,13 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 999, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1006, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1000
+    /* "ivshmem/_core.pyx":1007
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -20132,11 +20362,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1000, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1007, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1000, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1007, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1000, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1007, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -20146,12 +20376,12 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1000, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1007, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1001
+    /* "ivshmem/_core.pyx":1008
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):             # <<<<<<<<<<<<<<
@@ -20165,7 +20395,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":1002
+      /* "ivshmem/_core.pyx":1009
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -20174,11 +20404,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
       __pyx_t_7 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_7);
-      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1002, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1009, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1002, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1009, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1002, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1009, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -20188,14 +20418,14 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1002, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1009, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1003
+    /* "ivshmem/_core.pyx":1010
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -20207,7 +20437,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1004
+      /* "ivshmem/_core.pyx":1011
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -20216,11 +20446,11 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1004, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1011, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1004, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1011, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1004, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1011, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -20230,12 +20460,12 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1004, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1011, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1003
+      /* "ivshmem/_core.pyx":1010
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -20244,7 +20474,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
     }
 
-    /* "ivshmem/_core.pyx":1005
+    /* "ivshmem/_core.pyx":1012
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -20256,7 +20486,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":998
+    /* "ivshmem/_core.pyx":1005
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -20265,7 +20495,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
 */
   }
 
-  /* "ivshmem/_core.pyx":1006
+  /* "ivshmem/_core.pyx":1013
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -20283,7 +20513,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":990
+  /* "ivshmem/_core.pyx":997
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -20308,7 +20538,7 @@ static struct __pyx_obj_7ivshmem_5_core_Epoll *__pyx_f_7ivshmem_5_core_9Doorbell
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1008
+/* "ivshmem/_core.pyx":1015
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -20324,7 +20554,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\ninterpreter, until a signal arrives: Linux has no eventfd write that never waits.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\ninterpreter, until a signal arrives. Signaller never waits, and costs four times as much.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -20356,48 +20586,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1008, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1015, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1008, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1015, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1008, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1015, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 1008, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 1015, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 1008, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 1015, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1008, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1015, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1008, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1015, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1009, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1016, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1008, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1015, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20450,7 +20680,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":1029
+  /* "ivshmem/_core.pyx":1036
  *         cdef int fd, code
  *         cdef Py_ssize_t number
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -20459,7 +20689,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":1031
+  /* "ivshmem/_core.pyx":1038
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -20470,27 +20700,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1032
+    /* "ivshmem/_core.pyx":1039
  *         cdef ssize_t n
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = peer
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1032, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1039, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1033
+    /* "ivshmem/_core.pyx":1040
  *         if self.registers is not None:
  *             self.check()
  *             number = peer             # <<<<<<<<<<<<<<
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_peer); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1033, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_peer); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1040, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1034
+    /* "ivshmem/_core.pyx":1041
  *             self.check()
  *             number = peer
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -20523,7 +20753,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1035
+      /* "ivshmem/_core.pyx":1042
  *             number = peer
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -20532,7 +20762,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1035, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1042, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -20540,12 +20770,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1035, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1042, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":1034
+      /* "ivshmem/_core.pyx":1041
  *             self.check()
  *             number = peer
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -20554,17 +20784,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1036
+    /* "ivshmem/_core.pyx":1043
  *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
  *             return
  *         while True:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core_9Registers_put(__pyx_v_self->registers, __pyx_v_self->doorbell, ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1036, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core_9Registers_put(__pyx_v_self->registers, __pyx_v_self->doorbell, ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1043, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1037
+    /* "ivshmem/_core.pyx":1044
  *                 self._missing(peer, vector)
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -20581,7 +20811,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1031
+    /* "ivshmem/_core.pyx":1038
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -20590,7 +20820,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1038
+  /* "ivshmem/_core.pyx":1045
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -20599,17 +20829,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1039
+    /* "ivshmem/_core.pyx":1046
  *             return
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1039, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1046, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1040
+    /* "ivshmem/_core.pyx":1047
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -20621,7 +20851,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_5, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":1041
+    /* "ivshmem/_core.pyx":1048
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -20633,7 +20863,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1042
+      /* "ivshmem/_core.pyx":1049
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -20645,7 +20875,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_5_core_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":1043
+      /* "ivshmem/_core.pyx":1050
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -20659,7 +20889,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":1044
+        /* "ivshmem/_core.pyx":1051
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
@@ -20668,7 +20898,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
         goto __pyx_L8_break;
 
-        /* "ivshmem/_core.pyx":1043
+        /* "ivshmem/_core.pyx":1050
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -20677,7 +20907,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":1041
+      /* "ivshmem/_core.pyx":1048
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -20686,7 +20916,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1045
+    /* "ivshmem/_core.pyx":1052
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -20695,7 +20925,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1045, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1052, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_8 = 0;
     {
@@ -20703,35 +20933,35 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1045, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1052, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   }
   __pyx_L8_break:;
 
-  /* "ivshmem/_core.pyx":1046
+  /* "ivshmem/_core.pyx":1053
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1046, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1053, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":1047
+  /* "ivshmem/_core.pyx":1054
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1047, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1047, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1054, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1054, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":1048
+  /* "ivshmem/_core.pyx":1055
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -20740,7 +20970,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1049
+    /* "ivshmem/_core.pyx":1056
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -20749,7 +20979,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":1050
+      /* "ivshmem/_core.pyx":1057
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -20762,7 +20992,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":1051
+            /* "ivshmem/_core.pyx":1058
  *             while True:
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
@@ -20771,7 +21001,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
             __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":1052
+            /* "ivshmem/_core.pyx":1059
  *                 with nogil:
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -20781,7 +21011,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":1050
+          /* "ivshmem/_core.pyx":1057
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -20798,7 +21028,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
           }
       }
 
-      /* "ivshmem/_core.pyx":1053
+      /* "ivshmem/_core.pyx":1060
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -20824,7 +21054,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":1054
+        /* "ivshmem/_core.pyx":1061
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
@@ -20841,7 +21071,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
         }
         goto __pyx_L11_return;
 
-        /* "ivshmem/_core.pyx":1053
+        /* "ivshmem/_core.pyx":1060
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -20850,7 +21080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":1055
+      /* "ivshmem/_core.pyx":1062
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -20862,17 +21092,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":1056
+        /* "ivshmem/_core.pyx":1063
  *                     return
  *                 if code != EINTR:
  *                     _fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1056, __pyx_L12_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1063, __pyx_L12_error)
 
 
-        /* "ivshmem/_core.pyx":1055
+        /* "ivshmem/_core.pyx":1062
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -20881,19 +21111,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":1057
+      /* "ivshmem/_core.pyx":1064
  *                 if code != EINTR:
  *                     _fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1057, __pyx_L12_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1064, __pyx_L12_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":1059
+  /* "ivshmem/_core.pyx":1066
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -20902,7 +21132,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1059, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1066, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       goto __pyx_L13;
     }
@@ -20924,7 +21154,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_16);
       __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1059, __pyx_L26_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1066, __pyx_L26_error) }
         __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_14);
@@ -20952,7 +21182,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     __pyx_L11_return: {
       __pyx_t_16 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1059, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 1066, __pyx_L1_error) }
       __pyx_f_7ivshmem_5_core_7FdArray_done(__pyx_v_bells);
       __pyx_r = __pyx_t_16;
       __pyx_t_16 = 0;
@@ -20961,7 +21191,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     __pyx_L13:;
   }
 
-  /* "ivshmem/_core.pyx":1008
+  /* "ivshmem/_core.pyx":1015
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -20991,7 +21221,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1061
+/* "ivshmem/_core.pyx":1068
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21039,24 +21269,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1061, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1068, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1061, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1068, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1061, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1068, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 1061, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 1068, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":1062
+      /* "ivshmem/_core.pyx":1069
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -21069,11 +21299,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1061, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1068, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1061, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1068, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -21086,7 +21316,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 1061, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 1068, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21099,7 +21329,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":1061
+  /* "ivshmem/_core.pyx":1068
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21140,17 +21370,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":1080
+  /* "ivshmem/_core.pyx":1087
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1080, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1087, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1081
+  /* "ivshmem/_core.pyx":1088
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -21161,15 +21391,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1082
+    /* "ivshmem/_core.pyx":1089
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1082, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1082, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1089, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1089, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -21183,7 +21413,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1081
+    /* "ivshmem/_core.pyx":1088
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -21192,17 +21422,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1083
+  /* "ivshmem/_core.pyx":1090
  *         if vector is None:
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1083, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1090, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":1084
+  /* "ivshmem/_core.pyx":1091
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -21219,7 +21449,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":1085
+    /* "ivshmem/_core.pyx":1092
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
@@ -21227,11 +21457,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
  *         if count:
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1085, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1092, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 1085, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 1092, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1085, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1092, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -21244,7 +21474,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1085, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1092, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -21266,14 +21496,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1085, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1092, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 1085, __pyx_L1_error)
+    __PYX_ERR(0, 1092, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1084
+    /* "ivshmem/_core.pyx":1091
  *             return self.wait_any(_deadline(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
@@ -21282,17 +21512,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1086
+  /* "ivshmem/_core.pyx":1093
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = self.take(index)             # <<<<<<<<<<<<<<
  *         if count:
  *             return count
 */
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1086, __pyx_L1_error)
+  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1093, __pyx_L1_error)
   __pyx_v_count = __pyx_t_14;
 
-  /* "ivshmem/_core.pyx":1087
+  /* "ivshmem/_core.pyx":1094
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = self.take(index)
  *         if count:             # <<<<<<<<<<<<<<
@@ -21304,14 +21534,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":1088
+    /* "ivshmem/_core.pyx":1095
  *         count = self.take(index)
  *         if count:
  *             return count             # <<<<<<<<<<<<<<
  *         deadline = _deadline(timeout)
  *         if deadline == 0 and not self.urgent:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1088, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1095, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -21324,7 +21554,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1087
+    /* "ivshmem/_core.pyx":1094
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
  *         count = self.take(index)
  *         if count:             # <<<<<<<<<<<<<<
@@ -21333,17 +21563,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1089
+  /* "ivshmem/_core.pyx":1096
  *         if count:
  *             return count
  *         deadline = _deadline(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0 and not self.urgent:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1089, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1096, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":1090
+  /* "ivshmem/_core.pyx":1097
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -21369,7 +21599,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":1091
+    /* "ivshmem/_core.pyx":1098
  *         deadline = _deadline(timeout)
  *         if deadline == 0 and not self.urgent:
  *             return 0             # <<<<<<<<<<<<<<
@@ -21387,7 +21617,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1090
+    /* "ivshmem/_core.pyx":1097
  *             return count
  *         deadline = _deadline(timeout)
  *         if deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -21396,14 +21626,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1092
+  /* "ivshmem/_core.pyx":1099
  *         if deadline == 0 and not self.urgent:
  *             return 0
  *         return self.wait_one(index, deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_v_index, __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1092, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_v_index, __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1099, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -21416,7 +21646,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1061
+  /* "ivshmem/_core.pyx":1068
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21443,7 +21673,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1094
+/* "ivshmem/_core.pyx":1101
  *         return self.wait_one(index, deadline)
  * 
  *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -21486,7 +21716,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":1100
+  /* "ivshmem/_core.pyx":1107
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = self.own.fds[index]             # <<<<<<<<<<<<<<
@@ -21495,7 +21725,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = (__pyx_v_self->own->fds[__pyx_v_index]);
 
-  /* "ivshmem/_core.pyx":1101
+  /* "ivshmem/_core.pyx":1108
  *         cdef int n, code
  *         fds[0].fd = self.own.fds[index]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -21504,7 +21734,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":1102
+  /* "ivshmem/_core.pyx":1109
  *         fds[0].fd = self.own.fds[index]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -21515,7 +21745,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
   (__pyx_v_fds[2]).fd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1103
+  /* "ivshmem/_core.pyx":1110
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -21526,7 +21756,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1104
+  /* "ivshmem/_core.pyx":1111
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -21535,7 +21765,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":1105
+  /* "ivshmem/_core.pyx":1112
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -21544,7 +21774,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1106
+    /* "ivshmem/_core.pyx":1113
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -21553,7 +21783,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":1107
+      /* "ivshmem/_core.pyx":1114
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -21565,7 +21795,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1108
+        /* "ivshmem/_core.pyx":1115
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -21589,7 +21819,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_5;
 
 
-        /* "ivshmem/_core.pyx":1109
+        /* "ivshmem/_core.pyx":1116
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -21598,7 +21828,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":1110
+        /* "ivshmem/_core.pyx":1117
  *                     nanoseconds = max(deadline - _now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -21607,7 +21837,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":1107
+        /* "ivshmem/_core.pyx":1114
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -21616,7 +21846,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1111
+      /* "ivshmem/_core.pyx":1118
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -21629,7 +21859,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":1114
+            /* "ivshmem/_core.pyx":1121
  *                     n = ppoll(
  *                         fds,
  *                         3 if self.urgent else 2,             # <<<<<<<<<<<<<<
@@ -21644,7 +21874,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
               __pyx_t_6 = 2;
             }
 
-            /* "ivshmem/_core.pyx":1115
+            /* "ivshmem/_core.pyx":1122
  *                         fds,
  *                         3 if self.urgent else 2,
  *                         NULL if deadline == INT64_MAX else &left,             # <<<<<<<<<<<<<<
@@ -21662,7 +21892,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             }
 
 
-            /* "ivshmem/_core.pyx":1112
+            /* "ivshmem/_core.pyx":1119
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(             # <<<<<<<<<<<<<<
@@ -21673,7 +21903,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
 
 
-            /* "ivshmem/_core.pyx":1118
+            /* "ivshmem/_core.pyx":1125
  *                         NULL,
  *                     )
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -21683,7 +21913,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":1111
+          /* "ivshmem/_core.pyx":1118
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -21700,7 +21930,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":1119
+      /* "ivshmem/_core.pyx":1126
  *                     )
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -21709,7 +21939,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":1120
+        /* "ivshmem/_core.pyx":1127
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -21717,7 +21947,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_9 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1120, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1127, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_11 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -21736,14 +21966,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1120, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1127, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_Raise(__pyx_t_8, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __PYX_ERR(0, 1120, __pyx_L4_error)
+        __PYX_ERR(0, 1127, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":1119
+        /* "ivshmem/_core.pyx":1126
  *                     )
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -21752,7 +21982,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1121
+      /* "ivshmem/_core.pyx":1128
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -21764,7 +21994,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1122
+        /* "ivshmem/_core.pyx":1129
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -21776,17 +22006,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":1123
+          /* "ivshmem/_core.pyx":1130
  *                 if n < 0:
  *                     if code != EINTR:
  *                         _fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1123, __pyx_L4_error)
+          __pyx_t_1 = __pyx_f_7ivshmem_5_core__fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1130, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":1122
+          /* "ivshmem/_core.pyx":1129
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -21795,17 +22025,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":1124
+        /* "ivshmem/_core.pyx":1131
  *                     if code != EINTR:
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1124, __pyx_L4_error)
+        __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1131, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":1125
+        /* "ivshmem/_core.pyx":1132
  *                         _fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -21814,7 +22044,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":1121
+        /* "ivshmem/_core.pyx":1128
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -21823,7 +22053,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1126
+      /* "ivshmem/_core.pyx":1133
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -21835,7 +22065,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1127
+        /* "ivshmem/_core.pyx":1134
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -21853,7 +22083,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":1126
+        /* "ivshmem/_core.pyx":1133
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -21862,17 +22092,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1128
+      /* "ivshmem/_core.pyx":1135
  *                 if n == 0:
  *                     return 0
  *                 count = self.take(index)             # <<<<<<<<<<<<<<
  *                 if count:
  *                     return count
 */
-      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_12 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1128, __pyx_L4_error)
+      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_12 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1135, __pyx_L4_error)
       __pyx_v_count = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":1129
+      /* "ivshmem/_core.pyx":1136
  *                     return 0
  *                 count = self.take(index)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -21884,14 +22114,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1130
+        /* "ivshmem/_core.pyx":1137
  *                 count = self.take(index)
  *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
  *                 if self.urgent and fds[2].revents:
  *                     self._news()
 */
-        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1130, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1137, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -21904,7 +22134,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_8 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":1129
+        /* "ivshmem/_core.pyx":1136
  *                     return 0
  *                 count = self.take(index)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -21913,7 +22143,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1131
+      /* "ivshmem/_core.pyx":1138
  *                 if count:
  *                     return count
  *                 if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -21935,7 +22165,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1132
+        /* "ivshmem/_core.pyx":1139
  *                     return count
  *                 if self.urgent and fds[2].revents:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -21949,12 +22179,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1132, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1139, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-        /* "ivshmem/_core.pyx":1131
+        /* "ivshmem/_core.pyx":1138
  *                 if count:
  *                     return count
  *                 if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -21963,17 +22193,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1134
+      /* "ivshmem/_core.pyx":1141
  *                     self._news()
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1134, __pyx_L4_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1141, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":1135
+      /* "ivshmem/_core.pyx":1142
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -21999,7 +22229,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":1136
+        /* "ivshmem/_core.pyx":1143
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -22017,7 +22247,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":1135
+        /* "ivshmem/_core.pyx":1142
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -22029,7 +22259,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1138
+  /* "ivshmem/_core.pyx":1145
  *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -22084,7 +22314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":1094
+  /* "ivshmem/_core.pyx":1101
  *         return self.wait_one(index, deadline)
  * 
  *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):             # <<<<<<<<<<<<<<
@@ -22113,7 +22343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1140
+/* "ivshmem/_core.pyx":1147
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -22161,24 +22391,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1140, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1147, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1140, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 1140, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 1147, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1140, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -22189,7 +22419,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 1140, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 1147, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22221,25 +22451,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":1142
+  /* "ivshmem/_core.pyx":1149
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(_deadline(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1142, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1149, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1143
+  /* "ivshmem/_core.pyx":1150
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(_deadline(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 1143, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1143, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_5_core__deadline(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 1150, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -22253,7 +22483,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1147
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -22272,7 +22502,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1145
+/* "ivshmem/_core.pyx":1152
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -22312,7 +22542,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __Pyx_RefNannySetupContext("wait_any", 0);
 
 
-  /* "ivshmem/_core.pyx":1147
+  /* "ivshmem/_core.pyx":1154
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
  *         cdef epoll_event event
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -22321,21 +22551,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":1148
+  /* "ivshmem/_core.pyx":1155
  *         cdef epoll_event event
  *         cdef int rounds = 0
  *         cdef int epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         cdef uint64_t count
  *         cdef int n
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1148, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = ((struct __pyx_obj_7ivshmem_5_core_Epoll *)__pyx_t_1)->epfd;
 
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_epfd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1151
+  /* "ivshmem/_core.pyx":1158
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -22344,7 +22574,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":1152
+  /* "ivshmem/_core.pyx":1159
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -22353,7 +22583,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1153
+    /* "ivshmem/_core.pyx":1160
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -22362,17 +22592,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":1154
+      /* "ivshmem/_core.pyx":1161
  *         try:
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 1154, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_5_core__epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 1161, __pyx_L4_error)
       __pyx_v_n = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":1155
+      /* "ivshmem/_core.pyx":1162
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -22381,7 +22611,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":1156
+        /* "ivshmem/_core.pyx":1163
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -22389,7 +22619,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1156, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1163, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -22408,14 +22638,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1156, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1163, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_Raise(__pyx_t_1, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __PYX_ERR(0, 1156, __pyx_L4_error)
+        __PYX_ERR(0, 1163, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":1155
+        /* "ivshmem/_core.pyx":1162
  *             while True:
  *                 n = _epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -22424,7 +22654,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1157
+      /* "ivshmem/_core.pyx":1164
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -22436,7 +22666,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1158
+        /* "ivshmem/_core.pyx":1165
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -22445,7 +22675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":1157
+        /* "ivshmem/_core.pyx":1164
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -22454,7 +22684,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1159
+      /* "ivshmem/_core.pyx":1166
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -22466,7 +22696,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1160
+        /* "ivshmem/_core.pyx":1167
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -22483,7 +22713,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":1159
+        /* "ivshmem/_core.pyx":1166
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -22492,7 +22722,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":1161
+      /* "ivshmem/_core.pyx":1168
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -22504,7 +22734,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1162
+        /* "ivshmem/_core.pyx":1169
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -22518,12 +22748,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1162, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1169, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":1163
+        /* "ivshmem/_core.pyx":1170
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -22532,7 +22762,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":1164
+          /* "ivshmem/_core.pyx":1171
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -22550,7 +22780,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":1163
+          /* "ivshmem/_core.pyx":1170
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -22559,7 +22789,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":1161
+        /* "ivshmem/_core.pyx":1168
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -22569,7 +22799,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":1165
+      /* "ivshmem/_core.pyx":1172
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -22581,17 +22811,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1166
+        /* "ivshmem/_core.pyx":1173
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_event.data.u64); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1166, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_event.data.u64); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1173, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":1167
+        /* "ivshmem/_core.pyx":1174
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)
  *                     if count:             # <<<<<<<<<<<<<<
@@ -22603,7 +22833,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":1168
+          /* "ivshmem/_core.pyx":1175
  *                     count = self.take(event.data.u64)
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -22611,11 +22841,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1168, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1175, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1168, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1175, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 1168, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 1175, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -22636,7 +22866,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1168, __pyx_L4_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1175, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           {
@@ -22650,7 +22880,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":1167
+          /* "ivshmem/_core.pyx":1174
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)
  *                     if count:             # <<<<<<<<<<<<<<
@@ -22659,7 +22889,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":1165
+        /* "ivshmem/_core.pyx":1172
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -22669,17 +22899,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":1170
+      /* "ivshmem/_core.pyx":1177
  *                         return Interrupt(event.data.u64, count)
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1170, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1177, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":1171
+      /* "ivshmem/_core.pyx":1178
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -22715,7 +22945,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1172
+        /* "ivshmem/_core.pyx":1179
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0             # <<<<<<<<<<<<<<
@@ -22724,7 +22954,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_deadline = 0;
 
-        /* "ivshmem/_core.pyx":1171
+        /* "ivshmem/_core.pyx":1178
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:             # <<<<<<<<<<<<<<
@@ -22734,7 +22964,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":1173
+      /* "ivshmem/_core.pyx":1180
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -22746,7 +22976,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":1174
+        /* "ivshmem/_core.pyx":1181
  *                     deadline = 0
  *                 elif deadline == 0:
  *                     rounds += 1             # <<<<<<<<<<<<<<
@@ -22755,7 +22985,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-        /* "ivshmem/_core.pyx":1175
+        /* "ivshmem/_core.pyx":1182
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -22767,7 +22997,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":1176
+          /* "ivshmem/_core.pyx":1183
  *                     rounds += 1
  *                     if rounds == BATCH:
  *                         return None             # <<<<<<<<<<<<<<
@@ -22784,7 +23014,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":1175
+          /* "ivshmem/_core.pyx":1182
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -22793,7 +23023,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":1173
+        /* "ivshmem/_core.pyx":1180
  *                 if deadline and deadline != INT64_MAX and _now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -22806,7 +23036,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1178
+  /* "ivshmem/_core.pyx":1185
  *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -22863,7 +23093,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":1145
+  /* "ivshmem/_core.pyx":1152
  *         return self.wait_any(_deadline(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -22894,7 +23124,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1180
+/* "ivshmem/_core.pyx":1187
  *             self.leave()
  * 
  *     cdef uint64_t take(self, Py_ssize_t index) except? 0:             # <<<<<<<<<<<<<<
@@ -22919,7 +23149,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/_core.pyx":1184
+  /* "ivshmem/_core.pyx":1191
  *         cdef int32_t count
  *         cdef ssize_t n
  *         if not self.uio:             # <<<<<<<<<<<<<<
@@ -22931,20 +23161,20 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1185
+    /* "ivshmem/_core.pyx":1192
  *         cdef ssize_t n
  *         if not self.uio:
  *             return _take(self.own.fds[index])             # <<<<<<<<<<<<<<
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1185, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_5_core__take((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 1192, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1184
+    /* "ivshmem/_core.pyx":1191
  *         cdef int32_t count
  *         cdef ssize_t n
  *         if not self.uio:             # <<<<<<<<<<<<<<
@@ -22953,7 +23183,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":1186
+  /* "ivshmem/_core.pyx":1193
  *         if not self.uio:
  *             return _take(self.own.fds[index])
  *         n = c_read(self.own.fds[index], &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -22962,7 +23192,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   __pyx_v_n = read((__pyx_v_self->own->fds[__pyx_v_index]), (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":1187
+  /* "ivshmem/_core.pyx":1194
  *             return _take(self.own.fds[index])
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -22974,7 +23204,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1188
+    /* "ivshmem/_core.pyx":1195
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:             # <<<<<<<<<<<<<<
@@ -22993,17 +23223,17 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1189
+      /* "ivshmem/_core.pyx":1196
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:
  *                 _fail()             # <<<<<<<<<<<<<<
  *             return 0
  *         if n != sizeof(count):
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 1189, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 1196, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":1188
+      /* "ivshmem/_core.pyx":1195
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:             # <<<<<<<<<<<<<<
@@ -23012,7 +23242,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":1190
+    /* "ivshmem/_core.pyx":1197
  *             if errno != EAGAIN and errno != EINTR:
  *                 _fail()
  *             return 0             # <<<<<<<<<<<<<<
@@ -23025,7 +23255,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1187
+    /* "ivshmem/_core.pyx":1194
  *             return _take(self.own.fds[index])
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -23034,7 +23264,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":1191
+  /* "ivshmem/_core.pyx":1198
  *                 _fail()
  *             return 0
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -23046,7 +23276,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":1192
+    /* "ivshmem/_core.pyx":1199
  *             return 0
  *         if n != sizeof(count):
  *             raise OSError(EINVAL, "what was opened is no UIO device")             # <<<<<<<<<<<<<<
@@ -23054,7 +23284,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
  *         self.uio_count = count
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1192, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1199, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = 1;
     {
@@ -23062,14 +23292,14 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1192, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 1192, __pyx_L1_error)
+    __PYX_ERR(0, 1199, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1191
+    /* "ivshmem/_core.pyx":1198
  *                 _fail()
  *             return 0
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -23078,7 +23308,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":1193
+  /* "ivshmem/_core.pyx":1200
  *         if n != sizeof(count):
  *             raise OSError(EINVAL, "what was opened is no UIO device")
  *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps             # <<<<<<<<<<<<<<
@@ -23087,7 +23317,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   __pyx_v_n = (((uint32_t)__pyx_v_count) - ((uint32_t)__pyx_v_self->uio_count));
 
-  /* "ivshmem/_core.pyx":1194
+  /* "ivshmem/_core.pyx":1201
  *             raise OSError(EINVAL, "what was opened is no UIO device")
  *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -23096,7 +23326,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":1195
+  /* "ivshmem/_core.pyx":1202
  *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
  *         self.uio_count = count
  *         return n             # <<<<<<<<<<<<<<
@@ -23109,7 +23339,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1180
+  /* "ivshmem/_core.pyx":1187
  *             self.leave()
  * 
  *     cdef uint64_t take(self, Py_ssize_t index) except? 0:             # <<<<<<<<<<<<<<
@@ -23132,7 +23362,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1197
+/* "ivshmem/_core.pyx":1204
  *         return n
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -23144,7 +23374,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1199
+  /* "ivshmem/_core.pyx":1206
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -23153,7 +23383,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":1200
+  /* "ivshmem/_core.pyx":1207
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -23175,7 +23405,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1201
+    /* "ivshmem/_core.pyx":1208
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -23184,7 +23414,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":1200
+    /* "ivshmem/_core.pyx":1207
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -23193,7 +23423,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":1197
+  /* "ivshmem/_core.pyx":1204
  *         return n
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -23205,7 +23435,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":1203
+/* "ivshmem/_core.pyx":1210
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -23224,7 +23454,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1204
+  /* "ivshmem/_core.pyx":1211
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -23238,12 +23468,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1204, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1211, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":1205
+  /* "ivshmem/_core.pyx":1212
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -23257,12 +23487,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1205, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1212, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":1206
+  /* "ivshmem/_core.pyx":1213
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -23276,12 +23506,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1206, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1213, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":1207
+  /* "ivshmem/_core.pyx":1214
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -23292,7 +23522,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":1208
+    /* "ivshmem/_core.pyx":1215
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -23306,12 +23536,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1208, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":1207
+    /* "ivshmem/_core.pyx":1214
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -23320,7 +23550,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1209
+  /* "ivshmem/_core.pyx":1216
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -23331,7 +23561,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":1210
+    /* "ivshmem/_core.pyx":1217
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -23345,12 +23575,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1210, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1217, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":1209
+    /* "ivshmem/_core.pyx":1216
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -23359,7 +23589,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1203
+  /* "ivshmem/_core.pyx":1210
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -23378,7 +23608,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1212
+/* "ivshmem/_core.pyx":1219
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -23449,7 +23679,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1214
+  /* "ivshmem/_core.pyx":1221
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -23458,7 +23688,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":1215
+    /* "ivshmem/_core.pyx":1222
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -23475,7 +23705,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1214
+    /* "ivshmem/_core.pyx":1221
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -23484,7 +23714,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1216
+  /* "ivshmem/_core.pyx":1223
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -23498,12 +23728,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1216, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":1217
+  /* "ivshmem/_core.pyx":1224
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -23512,7 +23742,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":1218
+  /* "ivshmem/_core.pyx":1225
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -23522,9 +23752,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 1218, __pyx_L1_error)
+    __PYX_ERR(0, 1225, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1218, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -23532,12 +23762,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1218, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1225, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1219
+    /* "ivshmem/_core.pyx":1226
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -23548,7 +23778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":1220
+      /* "ivshmem/_core.pyx":1227
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -23562,12 +23792,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1220, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1227, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1219
+      /* "ivshmem/_core.pyx":1226
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -23578,7 +23808,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":1221
+  /* "ivshmem/_core.pyx":1228
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -23587,12 +23817,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 1221, __pyx_L1_error)
+    __PYX_ERR(0, 1228, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 1221, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 1228, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1223
+  /* "ivshmem/_core.pyx":1230
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -23618,7 +23848,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":1224
+    /* "ivshmem/_core.pyx":1231
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -23632,12 +23862,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1224, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1231, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":1223
+    /* "ivshmem/_core.pyx":1230
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -23647,7 +23877,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":1226
+  /* "ivshmem/_core.pyx":1233
  *             self.wake.signal(0)
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -23659,7 +23889,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":1212
+  /* "ivshmem/_core.pyx":1219
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -23889,7 +24119,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1229
+/* "ivshmem/_core.pyx":1236
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -23914,7 +24144,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1235
+  /* "ivshmem/_core.pyx":1242
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -23923,7 +24153,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":1238
+  /* "ivshmem/_core.pyx":1245
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -23932,7 +24162,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_core.pyx":1239
+  /* "ivshmem/_core.pyx":1246
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -23941,7 +24171,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_core.pyx":1240
+  /* "ivshmem/_core.pyx":1247
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -23950,7 +24180,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1241
+    /* "ivshmem/_core.pyx":1248
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -23959,7 +24189,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_core.pyx":1242
+    /* "ivshmem/_core.pyx":1249
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -23971,7 +24201,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1243
+      /* "ivshmem/_core.pyx":1250
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count             # <<<<<<<<<<<<<<
@@ -23984,7 +24214,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1242
+      /* "ivshmem/_core.pyx":1249
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -23993,7 +24223,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1244
+    /* "ivshmem/_core.pyx":1251
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -24005,7 +24235,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/_core.pyx":1245
+      /* "ivshmem/_core.pyx":1252
  *             return count
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -24013,7 +24243,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
  *             return 0
 */
       __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1245, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1252, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_5 = 1;
       {
@@ -24021,14 +24251,14 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1245, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1252, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 1245, __pyx_L1_error)
+      __PYX_ERR(0, 1252, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":1244
+      /* "ivshmem/_core.pyx":1251
  *         if n == sizeof(count):
  *             return count
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -24037,7 +24267,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1246
+    /* "ivshmem/_core.pyx":1253
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -24049,7 +24279,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1247
+      /* "ivshmem/_core.pyx":1254
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -24062,7 +24292,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1246
+      /* "ivshmem/_core.pyx":1253
  *         if n >= 0:
  *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -24071,7 +24301,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1248
+    /* "ivshmem/_core.pyx":1255
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -24083,17 +24313,17 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1249
+      /* "ivshmem/_core.pyx":1256
  *             return 0
  *         if errno != EINTR:
  *             _fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 1249, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_5_core__fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 1256, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":1248
+      /* "ivshmem/_core.pyx":1255
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -24103,7 +24333,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_core.pyx":1229
+  /* "ivshmem/_core.pyx":1236
  * 
  * 
  * cdef uint64_t _take(int fd) except? 0:             # <<<<<<<<<<<<<<
@@ -24129,7 +24359,7 @@ static uint64_t __pyx_f_7ivshmem_5_core__take(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1252
+/* "ivshmem/_core.pyx":1259
  * 
  * 
  * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -24144,7 +24374,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1256
+  /* "ivshmem/_core.pyx":1263
  *     cdef char data[7]
  *     cdef iovec iov
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -24153,7 +24383,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_core.pyx":1257
+  /* "ivshmem/_core.pyx":1264
  *     cdef iovec iov
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -24161,7 +24391,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_core.pyx":1258
+  /* "ivshmem/_core.pyx":1265
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
@@ -24187,7 +24417,7 @@ static int __pyx_f_7ivshmem_5_core__counts(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1252
+  /* "ivshmem/_core.pyx":1259
  * 
  * 
  * cdef bint _counts(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -24270,7 +24500,7 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_FdArray(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_5_core_7FdArray_15__dealloc__(o);
+    __pyx_pw_7ivshmem_5_core_7FdArray_17__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -24301,9 +24531,10 @@ static PyMethodDef __pyx_methods_7ivshmem_5_core_FdArray[] = {
   {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_2eventfds},
   {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_4take},
   {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_10signal},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_16__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__setstate_cython__},
+  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_13drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_12drain},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_14close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_18__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_7FdArray_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_7FdArray_20__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -25981,14 +26212,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Signaller(__pyx_mstat
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Signaller", 0);
   /*--- Exttype __pyx_obj_7ivshmem_5_core_Signaller ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller)) __PYX_ERR(0, 196, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller = &__pyx_type_7ivshmem_5_core_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller);
@@ -25998,8 +26229,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Signaller(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Signaller) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26018,14 +26249,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
   __pyx_vtabptr_7ivshmem_5_core_Epoll = &__pyx_vtable_7ivshmem_5_core_Epoll;
   __pyx_vtable_7ivshmem_5_core_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_5_core_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_5_core_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll)) __PYX_ERR(0, 271, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll = &__pyx_type_7ivshmem_5_core_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll);
@@ -26035,9 +26266,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Epoll(__pyx_mstatetyp
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_vtabptr_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Epoll) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26054,14 +26285,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetyp
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_5_core_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer)) __PYX_ERR(0, 353, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer)) __PYX_ERR(0, 358, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer = &__pyx_type_7ivshmem_5_core_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer);
@@ -26071,8 +26302,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Timer(__pyx_mstatetyp
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Timer) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26091,7 +26322,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   __pyx_vtabptr_7ivshmem_5_core_Mapping = &__pyx_vtable_7ivshmem_5_core_Mapping;
   __pyx_vtable_7ivshmem_5_core_Mapping.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Mapping *))__pyx_f_7ivshmem_5_core_7Mapping_check;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping)) __PYX_ERR(0, 548, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -26107,7 +26338,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 548, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping);
@@ -26117,9 +26348,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Mapping(__pyx_mstatet
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_vtabptr_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 548, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 548, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Mapping) < (0)) __PYX_ERR(0, 548, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26139,14 +26370,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_AtomicU64(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_AtomicU64.word = (void *(*)(struct __pyx_obj_7ivshmem_5_core_AtomicU64 *))__pyx_f_7ivshmem_5_core_9AtomicU64_word;
   __pyx_vtable_7ivshmem_5_core_AtomicU64.own_word = (void *(*)(struct __pyx_obj_7ivshmem_5_core_AtomicU64 *))__pyx_f_7ivshmem_5_core_9AtomicU64_own_word;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_AtomicU64_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64)) __PYX_ERR(0, 697, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_AtomicU64_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64)) __PYX_ERR(0, 702, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64 = &__pyx_type_7ivshmem_5_core_AtomicU64;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 697, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64);
@@ -26156,9 +26387,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_AtomicU64(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_vtabptr_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 697, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 697, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 697, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_vtabptr_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_AtomicU64) < (0)) __PYX_ERR(0, 702, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26178,14 +26409,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Registers(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Registers.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Registers *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Registers_check;
   __pyx_vtable_7ivshmem_5_core_Registers.put = (int (*)(struct __pyx_obj_7ivshmem_5_core_Registers *, Py_ssize_t, uint32_t))__pyx_f_7ivshmem_5_core_9Registers_put;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers)) __PYX_ERR(0, 739, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers)) __PYX_ERR(0, 744, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers = &__pyx_type_7ivshmem_5_core_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 739, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers);
@@ -26195,9 +26426,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Registers(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_vtabptr_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 739, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 739, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 739, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_vtabptr_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Registers) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26222,14 +26453,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 833, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 840, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 833, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -26239,9 +26470,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 833, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 833, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 833, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 840, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26815,19 +27046,34 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":182
+  /* "ivshmem/_core.pyx":169
+ *                 _fail()
+ * 
+ *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+ *         return _take(self[index])
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_13drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_2) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":186
  *             self.release()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         self.closing = True
  *         if self.users == 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -26835,7 +27081,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -26849,7 +27095,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7FdArray_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -26857,34 +27103,34 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":220
+  /* "ivshmem/_core.pyx":225
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
  *         cdef iocb requests[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":254
+  /* "ivshmem/_core.pyx":259
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -26892,7 +27138,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -26906,7 +27152,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -26914,95 +27160,95 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":282
+  /* "ivshmem/_core.pyx":287
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 282, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":301
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":300
+  /* "ivshmem/_core.pyx":305
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":303
+  /* "ivshmem/_core.pyx":308
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":311
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":317
+  /* "ivshmem/_core.pyx":322
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -27010,7 +27256,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27024,7 +27270,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27032,49 +27278,49 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":365
+  /* "ivshmem/_core.pyx":370
  *             _fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 365, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":370
+  /* "ivshmem/_core.pyx":375
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 370, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":379
+  /* "ivshmem/_core.pyx":384
  *             _fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 379, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -27082,7 +27328,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27096,7 +27342,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27104,94 +27350,94 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":392
+  /* "ivshmem/_core.pyx":397
  * # -- messages with descriptors --------------------------------------------------------------------
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
  *     """Send messages without blocking, in batches of sendmmsg.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":468
+  /* "ivshmem/_core.pyx":473
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 473, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":596
+  /* "ivshmem/_core.pyx":601
  *         return 0
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 596, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 601, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 596, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 601, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":631
+  /* "ivshmem/_core.pyx":636
  *             self.views -= 1
  * 
  *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 636, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 636, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":655
  *         return count * page_size
  * 
  *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
  *         """The 64-bit word at `offset` bytes, a multiple of 8.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_7atomic_u64, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_atomic_u64, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_7atomic_u64, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_atomic_u64, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_atomic_u64, __pyx_t_2) < (0)) __PYX_ERR(0, 650, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_atomic_u64, __pyx_t_2) < (0)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":671
+  /* "ivshmem/_core.pyx":676
  *         self.views -= 1
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Unmap.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 671, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 671, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 676, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -27199,7 +27445,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27213,7 +27459,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_7Mapping_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27221,64 +27467,64 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":720
+  /* "ivshmem/_core.pyx":725
  *         return self.word()
  * 
  *     def load(self):             # <<<<<<<<<<<<<<
  *         """The value; what its writer stored before is seen, too (acquire)."""
  *         return ivshmem_load(self.word())
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 720, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 720, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 725, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":724
+  /* "ivshmem/_core.pyx":729
  *         return ivshmem_load(self.word())
  * 
  *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
  *         """Set the value, after all that was stored before (release)."""
  *         ivshmem_store(self.own_word(), value)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 724, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 729, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 724, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 729, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":728
+  /* "ivshmem/_core.pyx":733
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (acquire, release)."""
+ *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_7compare_exchange, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_compare_exchange, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 728, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_7compare_exchange, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_compare_exchange, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 733, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_compare_exchange, __pyx_t_2) < (0)) __PYX_ERR(0, 728, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_compare_exchange, __pyx_t_2) < (0)) __PYX_ERR(0, 733, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":732
+  /* "ivshmem/_core.pyx":737
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (acquire, release)."""
+ *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_9fetch_add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_fetch_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_9fetch_add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_fetch_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 737, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_fetch_add, __pyx_t_2) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_AtomicU64, __pyx_mstate_global->__pyx_n_u_fetch_add, __pyx_t_2) < (0)) __PYX_ERR(0, 737, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -27286,7 +27532,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27300,7 +27546,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9AtomicU64_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27308,49 +27554,49 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":787
+  /* "ivshmem/_core.pyx":792
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
  *         """The register at `at` bytes."""
  *         cdef uint32_t value = 0
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 787, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 792, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 787, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 792, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":797
+  /* "ivshmem/_core.pyx":802
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
  *         """Set the register at `at` bytes, after all that was written to memory before."""
  *         self.check(at)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 802, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 797, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 802, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":809
+  /* "ivshmem/_core.pyx":816
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Unmap; may be called twice."""
  *         self.open = False
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 809, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[40])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 816, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 809, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Registers, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 816, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -27358,7 +27604,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[40])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[41])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27372,7 +27618,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[41])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Registers_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[42])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -27380,235 +27626,235 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":872
+  /* "ivshmem/_core.pyx":879
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[42])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[43])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 879, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 872, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 879, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":882
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[43])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 875, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[44])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 882, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 875, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 882, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":880
+  /* "ivshmem/_core.pyx":887
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 880, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 887, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 880, __pyx_L1_error)
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[44])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 880, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 887, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[45])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 887, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_8, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_8) < (0)) __PYX_ERR(0, 880, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_8) < (0)) __PYX_ERR(0, 887, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":890
+  /* "ivshmem/_core.pyx":897
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[45])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 890, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[46])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 897, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_8) < (0)) __PYX_ERR(0, 890, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_8) < (0)) __PYX_ERR(0, 897, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":899
+  /* "ivshmem/_core.pyx":906
  *         self.urgent = False
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
  * 
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[46])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 899, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[47])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 906, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_8) < (0)) __PYX_ERR(0, 899, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_8) < (0)) __PYX_ERR(0, 906, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":918
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[47])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 911, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[48])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 918, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_8) < (0)) __PYX_ERR(0, 911, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_8) < (0)) __PYX_ERR(0, 918, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":918
+  /* "ivshmem/_core.pyx":925
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
  * 
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[48])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 918, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[49])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 925, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_8) < (0)) __PYX_ERR(0, 918, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_8) < (0)) __PYX_ERR(0, 925, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":926
+  /* "ivshmem/_core.pyx":933
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[49])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 926, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[50])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 933, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_8) < (0)) __PYX_ERR(0, 926, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_8) < (0)) __PYX_ERR(0, 933, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":935
+  /* "ivshmem/_core.pyx":942
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[50])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 935, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[51])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 942, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_8) < (0)) __PYX_ERR(0, 935, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_8) < (0)) __PYX_ERR(0, 942, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":939
+  /* "ivshmem/_core.pyx":946
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[51])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 939, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[52])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 946, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_8) < (0)) __PYX_ERR(0, 939, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_8) < (0)) __PYX_ERR(0, 946, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":951
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[52])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 944, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[53])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 951, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_8) < (0)) __PYX_ERR(0, 944, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_8) < (0)) __PYX_ERR(0, 951, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":965
+  /* "ivshmem/_core.pyx":972
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[53])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 965, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[54])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 972, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_8) < (0)) __PYX_ERR(0, 965, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_8) < (0)) __PYX_ERR(0, 972, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":974
+  /* "ivshmem/_core.pyx":981
  *             _take(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
  * 
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[54])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 974, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[55])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 981, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_8) < (0)) __PYX_ERR(0, 974, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_8) < (0)) __PYX_ERR(0, 981, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1147
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[55])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1140, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[56])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1147, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_8, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_8) < (0)) __PYX_ERR(0, 1140, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_8) < (0)) __PYX_ERR(0, 1147, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/_core.pyx":1212
+  /* "ivshmem/_core.pyx":1219
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[56])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1212, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[57])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 1219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_8) < (0)) __PYX_ERR(0, 1212, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_8) < (0)) __PYX_ERR(0, 1219, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
   /* "(tree fragment)":1
@@ -27616,7 +27862,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_37__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[57])); if (unlikely(!__pyx_t_8)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_37__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[58])); if (unlikely(!__pyx_t_8)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
@@ -27630,7 +27876,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[58])); if (unlikely(!__pyx_t_8)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[59])); if (unlikely(!__pyx_t_8)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_8);
@@ -27730,7 +27976,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":311
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -27739,7 +27985,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 311, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -27780,47 +28026,47 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{14},{4},{14},{4},{8},{44},{15},{1},{2},{9},{12},{20},{1},{78},{179},{124},{35},{8},{11},{11},{12},{7},{6},{2},{9},{14},{17},{26},{50},{15},{26},{20},{22},{37},{26},{20},{24},{37},{23},{19},{23},{7},{21},{32},{9},{27},{29},{26},{19},{14},{15},{11},{9},{27},{29},{19},{21},{16},{20},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{16},{14},{12},{9},{7},{25},{27},{18},{13},{16},{16},{12},{9},{8},{13},{9},{27},{29},{15},{14},{15},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{7},{6},{6},{8},{5},{18},{2},{10},{5},{6},{18},{5},{4},{11},{16},{8},{5},{4},{8},{7},{4},{8},{3},{4},{3},{4},{6},{8},{6},{8},{2},{3},{9},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{4},{6},{7},{8},{6},{6},{1},{10},{7},{6},{3},{4},{2},{5},{4},{9},{5},{4},{8},{3},{8},{8},{7},{9},{6},{8},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{5},{4},{7},{5},{5},{6},{5},{6},{6},{7},{4},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{64},{17},{17},{27},{7},{32},{32},{43},{105},{22},{15},{17},{40},{17},{15},{20},{15},{48},{30},{33},{85},{126},{132},{73},{81},{22},{25},{66},{66},{82},{193},{64},{75},{297},{85},{85},{29},{47}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{14},{4},{14},{4},{8},{44},{15},{1},{2},{9},{12},{20},{1},{78},{179},{124},{35},{8},{11},{11},{12},{7},{6},{2},{9},{14},{17},{26},{50},{15},{26},{20},{22},{37},{26},{20},{24},{37},{23},{19},{23},{7},{21},{32},{9},{27},{29},{26},{19},{14},{15},{11},{9},{27},{29},{19},{21},{16},{20},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{16},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{13},{16},{14},{12},{9},{7},{25},{27},{18},{13},{16},{16},{12},{9},{8},{13},{9},{27},{29},{15},{14},{15},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{7},{6},{6},{8},{5},{18},{2},{10},{5},{6},{18},{5},{4},{11},{16},{8},{5},{4},{8},{7},{4},{8},{5},{3},{4},{3},{4},{6},{8},{6},{8},{2},{3},{9},{6},{6},{5},{3},{5},{1},{5},{3},{5},{7},{13},{5},{4},{4},{6},{7},{8},{6},{6},{1},{10},{7},{6},{3},{4},{2},{5},{4},{9},{5},{4},{8},{3},{8},{8},{7},{9},{6},{8},{8},{5},{3},{4},{7},{4},{4},{9},{4},{3},{10},{6},{4},{4},{4},{12},{5},{4},{7},{5},{5},{6},{5},{6},{6},{7},{4},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{9},{419},{343},{29},{29},{64},{17},{17},{27},{7},{32},{32},{43},{105},{22},{15},{17},{40},{15},{17},{15},{20},{15},{48},{30},{33},{85},{126},{132},{73},{81},{22},{25},{66},{66},{82},{193},{64},{75},{297},{85},{85},{29},{47}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (3164 bytes) */
-static const char cstring[] = "BZh91AY&SY \304\337o\000\001\257\177\377\377\377\377\377\377\377\377\363\277\377\377\375\377\377\377\377\300@@@@@@@@@@@@\000@\000`\014_t.;iWZ\006\330\320\275\334uEV\264\3334iK\217x\200\002\001\252~\204\223U<\231G\244h\364\237\252\014m\242\241\372H\323\311\351\261\023&d\236\246\215\t\244\365\007\224~\250i\372\241\344G\243SFe\036\232\233SM0\202P\200 \004\t\220\006\223MQ\345=A\240\323F@\000\320\000\000\000\000\365\000\r\250\032\000i\220$\211\036\244=O\324\322\030\214\232z\047\246I\372\240\320\032\000\320\000\000\000\000\032\r\r\000\320\003@\323SP\223@\000\000\320h\000\000\003@\032\000\000\003@\032\000\000\000\000\004\030\000&\000\010b`\230\000\0020\002d\3012`\000FF&#\001\014\000\000$P&\246\212z=M\241\032\247\262\247\223$b\r= \0314\000\000\000\000\000\000\320\032\000i\351\003J\331\277\325Ca\353\030\342\310\221\205\304}`\016\036\210\337D\032\017\344\341:\\0\224\232\376\243n\034\212\204\302A&\205\204\316 ]\0135MB\250\177\254\335\016\203Pi\004\325K\303\000`\267\376\351\212H\300\246\264\0359\004\254\2460\306\323\032\023`\233Llbc\006\320\223Lm4\246\211\324\342.\"\304\001\267I\343\332XC\0319\302HJK\020\013\023@\332ll\004j\014\023I\005b\210gJ\302\001\261(\022\023\033m\261\200\305\"\304 \210\001\023N\300J\321\2346\201\243w\n\227G5qe\023{\001\311sR\204\220AhG7\324Dt\007\235oB(\245\tR\340\311B\370\211\232\315EY\241;R\353cD\\(\323C\265\252\366\202\220\250\205P\271\274\004\020\242\305\344*\232\240\005\022\005#t\022\202\255\010\367\341\2561\316\272\016\306m,4\250\354qH\270\315\320?\207\227\313\352y\277\\Y\233\222h\023\372o\017\0225\r\177Q1\307\367\220\330\035\001R\036\200\362\361#@w\347j\245\2010\014\247\361\267rNZ\323\372\027\210\037\313\214!|\270\232\026\331\2358\037\262r \350\323\223\214i\316\351+\332\037M\366\\\255%$\353\007\337\2563\031c\374\224\254*}\2130\312\027MH(\244\335\363\360\367\375g\030u\254\3040\341D\016;nV\335\244y\005\n\003\217t\004(276\367%\247\r\233\257\304\264\260\324\341\330>a\265\032\333u^\016*\245\2608]6\372[\273\250\330\203\301C<-\260\324\306.\023:1\253\363x""\356\352\207G\312\365\346\222\177\207\273c\240A\241\010:\002\247r\210vT\272\247z\027\305\305<\335;\275\341)\243T\363\331c7\357\341\351\321\244\205\325!\300,:\203\200A\023\342\372dN^\324h\314\242\261J>\263\211\004\034\214D\224\010\302\021#\"\302\302\317c\327K\322j\320E\245\250\265\026\310\222\225t\375\251r\312\024\241\350D\214Ue\276\004 \225#Q\357\317\177={=d\245F\205\237o\330\"_\355\016\307\013\"ta\005Cp6\023\357\227x\034\321\016\3509\004)4\\\321\010\n\241\256X5\220 \260A\341(\022\257\337\256\030R\226k\247\227\216\313N=\256]\336\007G\331\354\364x.\224\31437\032&\233?w\213-M\345\375>\226\315\246\231S[~\307\3070\317\204\250Ot\266\314\t\353\rz\371\215\234$H\221-\036#\336L\234;q\276`P\225\216Dt\223P~6\331\002\317K\237Q\327q\244\277E\261\177\222\027\306\356P\374\255\323\227\035{\030?}\347\"Z\267*\034\200\343\220\3558A\036\244\025H=\316r\257\006e\200\263\353\263\303\263\242\007\047V\254K\300\270\347\303\030\320\241\331J\"bdY]X\226XYgU\226\tR\375=DM\276^\216\335*\225\321\371wB\020\270\270\325\276!\030\302_\207Q)KV\033\tT\322\360\313:A\256\300\323\322\204X\221\265\333\210\203\023\000\227;\320\240\2604\202\211\332\330y\\@\000\322h\364\356\375H\216\006\310\217\2128y\203\000\232\301\301\047\262\365=\247:|A\240*\004(\276(\310v\021\002\271df)\031\243\333\025\267b]-\010/\241\027\301s\363haE.R\325j`Ek\240\253_A\177\310\222?\265\346*\047\265\375\255\350\221\330\340\273\047\314b\031|{o\222\247\361DY\230\233\332\262Al\2072m\310\240\363e\250S\022\026X@\316\366\311 \3536\306\230\033\210\352\316(o\234\236U\010\252\305\231\242\303\242\366\026=\3565\364\034\013Q\001O;\253\207\271\354\364\303\201!K\014pL\212\242O\255\211`\316\027\000E\261\361\330AC\270\341}:i?\001\036\010\237\342\360/\276K\010\261b9\3028\200\252\250#\304\016\032\001\246\207\"G\035\314\234\256c\271\023\247G2\263#\334\304\027d\020\036\246Y\275e\2117!.\366 \347\321\276}\n\310|\007)\3066\004v\n\305\216\263\004V\005\227%qr4-[\331\014\316\010\325\213\216\033i\t\022\006\211\343\327\034v\361X\241\3032]\220\321mC\250bT\250a$\222I$""\222I25\306Kzb\315>$\326\317\360qZ\3145\020\047=f[\314\332\t\312!RN\212%\361A\035\007\301<\353\307\305\302.\nE \335\200%s\260\007\216\253\330\225\313f\360\254\234\202\254)\214\025\r\032n\321\261\210\357W\226\334/\272MW9UU\026\345f\307\030\304\253B\376.@\226\025s-[,f\205\302\343j\346\371\323QT\037\230\326S$H\261\024-z\213\313\246L\3355\212(\313\270\325\310\335\016nm\226\313\314\366\300q\276\306dv\016VQ\047\253\263#\257\253\326\352@0^+\275\223\032@\007B\202\013\005K\321\276o\313JM\232\344:\321\244\233FP`\211r,\342\337\270\202\n\234\314\371- 8d\363 \263\307\267\220N\253\023\333\010\261L\331vu\327lb\253wB$\027\021\224\271\312\3045\331\316\203^<\361\305\n\327\022\210\225\024E\276\030Y\254\300\342\003O\271\243\251Sf\366|[.l\241vA\306\330\266\024\326\267\273\253\251\371\242\021a\240a\264\344[m\210\310\261\220mDP\230VvF\272\331\214($\333\254*&\204=\342\372\240\346\264\253[PB\263-\261Y,\310\342\321T\343T\272\312Q\016\001\000\341h\202\337b\006D\226+\263\343\340\220beG\275YFN$\020\r\215\300\354\031\211\005o\305}\330+j\224\034\250X\305\\\316\305Z\204\330\002B\241\314\256\201($\272U&\360bs\263\275\332C\014\020\010l\273\206\202\331b\202\032raH+\340\2248\245o\022\233\243\256{zNE$\030j\267\225\t\315\204\026\243\220\030\244\024@\271\326\301j\371J\\a\005J\030mT7\230\306\233\233n\344\203=\261\033cR\031\254\031 \030(\243\224\315Hn\214\255\322\003<\311\332\256 \345\201\214\267dn\0354\266k\0006\353\013!\347\240O\232W\210V\352\340\203\216\027\315\254q\317\335\331\337\324\257a\031\002h\201\304\032\242YGu\26321\005\2213\t\234\202\350aFm\323\020X\222\301\240m\2467\247s\237\035\224\023\004e\213\202fX\350\312d\275\200\3144\212\223\327\271\354\333\337\272T\017\214\334\350-86t2\017J\303\3013\346\242j:\007$\021DQMCi\237^v\312*\241\313\312o\351\362F\377\005\034\353\321<\367\261\315\203Cj\262\022\031\024\360\236\226\312$\206bH\311\003\275|Di|\013\235Z\351\330o\353<k\200&\250\013\254\234w\276\375\254/?D\314\344\256p\013\234\336\276@\304\231H-G\313\303\\\036a\233D\246\216\315L\360W\031\213*F\023,T""\016\231\210JX\225\306\252,,\345\341\307\215\220\316\326\304\277s\337j\353\214\334\314\346ff\353o\r$\261\2129!\272z>\262\2132\023\232\220\311B1\022vV0\242\214p\331!7\266h\210G\005o\014\253e\214M\231\032\326H\271\020,\203\236eiH\3345\221J\355\353D\221Xh\224D\2320\311\207\047l\035\343[\243G\030E\310\206\030\302V\330\355\350\235\207\004\340\034;;\315\264=\\K\301r\335\304\266\030\370,3\2249;FN6\367)\255c\001\2528\266f\215\223\\\246\324\247c*+i$F\214U\306\035\022\204\002uD7\246\375\375p&]{!\233\325X,[\302\304B\304\260\260;\374xIEERD\222\\\334\316\321/\325\277p\236&\344s+k\317Y)\320\205x7D\030p\351W#\035\331\264v\256q/\205(B\020K_\370\364\301\277t\311\3079\352\333\326\006\225\306\211\001\301\232\256\233mU\305\177\004hl\r\304\003P\222\210\t\010I \246\350(\204\204\010H\047\233\251\026\014\002:\342\330\240F\221\016\377\004\022\024\002Q\n\002\200\231\306\006\024\005\033`c\010\201{\330c\303\030\024\005 \020R\300\201(\007\267Or\242\260 \336\000\261\024x6\001$\201\362q\205qb\036\340 \2340\212\\\274 $B\372aJ\207d\021+\212>\020=b\013\022\n~s\245\313\210\001/\277\316\217\203\230\020A\333imy,u\000\231\246\315\303\302\017\0017<}\230\003\317\005\367\t\344L\363P\361\323\200y\377j\022-\245\224%\253\234\336\216\256o\352\310rM\0029+\231\201\007\035\235\226|\0070\375\336\331\307\017h\032\375\300\264\"\001\034\203\211\026M|d\030\316T\t\214\216\202\204\225\370\373\375\273\316\262\3446\221\006\362[f\033\312\036g\210\336\324\273\31640\360\377\310\254\227&\"\200\225\204\304y\245\337\227\222`H\274@\302\372N\344U}\270<>M\256l\0361\306\371\177Y^\047aF\0008\273\2415J_\326\t\343Lw\225\230\275\3131Y\347B\362j\271\n]\235\351{\337\352\254\367\220>\347\"\231\325\010B\r\273\267\267\245)rR\332zw\233\313\325])\374\036YU\246p\277\003\001x-\213w>\253R\356\255\311`\201BP\231U\317\247\361A-]\232\355\320\311\374\270\375\215\320c-\236\014\235 {\357$\312\223\017\256\345m,8Hi\225,rZ\334\267\272\362\206[\216\004\207h\346\235\020-z\326\233p\206tv\254\204\006\315\271\005\225\017\324\372+\211,\016~}|\025\263\307z!""\024n]\263\001\212\276\200\320\211<\335\010\202\227m\307\330\2544\020y\366\213k\350\240\016\331\210z\001NlJ\326Qx\344\036\230\336\21248\243\305_\024\211$\210\033\256+\230\342\007\317\331\261c\335\355\035\220l,\177.\016\325u\220\305X|}c\235\237\233~\311\312\030\025\206\355[\350/\234\332\247kQu2\341\246!\204\352z\025Wc\323\253K\232\032\177?R\2410\376\033t\205$\267-(S0\236\225\274\301\324\351\223\330\351\373\375/\006\375o&fwg\346\"\217\271\253\321\024h\215f\350\365qe\375=iE\037\276\347\333RH\306U\032oT\310\301\016L\364\362s*\302{\247/\363\374\252\374Z\177\005\370i\333\316\347\365\370}^uz>\326G\261A\213\341\021\036\207\205\306K\n^\324\310\2518.\366\210\225B\355`\323\305\253X\252\305\047\273\211\272\n\035S\247O%\350\321\333\305:\233\273B}:\312r9e\223\224&\216YF*^\021\301\245\214\004\256l\201t\251\301\207)\345\024\364\360-\t\340B\006\004a\n\210\305\0149H\033Im\363&\301\277n\364\347&4S\311Y\375\3622-\t\013 9\002\215\ri\210\301k\235\323\263\007\037\370\273\222)\302\204\201\006&\373x";
-    PyObject *data = __Pyx_DecompressString(cstring, 3164, 2);
+    #if (CYTHON_COMPRESS_STRINGS) == 2 /* compression: bz2 (3166 bytes) */
+static const char cstring[] = "BZh91AY&SY\303\340\230\327\000\001\260\377\377\377\377\377\377\377\377\377\363\277\377\377\375\377\377\377\377\300@@@@@@@@@@@@\000@\000`\014\177u\351\257=\333\266\263z\006\3545Gv\035\005kM\331\242\235\033\202\360\000A\341\252~\204\223T\312y&\232cI\372\246\230f\2116A\246\2361\002fI\352h\322i\244\3652mG\242i\372\243dG\242m\047\204\236\247\246@\010%\010\002\023\002h \002\rS56P4=L@\000\000\000\000\000\017P\000h\000\006\231\002H\244\366\244\304\361F\233S\t\351\222z\236Q\223@\032h\017Q\240\000\000\001\240\000\000\r\0004\tORB\247\250d\006\206@\000\320\3204\000\0004\000\00044\001\2204h\032h\000\000A\200\002`\000\206&\t\200\000#\000&L\023&\000\004dbb0\020\300\000\002E\032 \211\352\233BO\325<\323J\036\320\243\312z\217S 2\000\000\000\000\000\000\000\000\006\236\2104\266\315\315\351j>A\204\3312r\310O\325\000\343\347\r\363\201\240\376\2163\237\307(\206\272\023\267\016EBa \223B\302g\020.\205\232\246\241T?\326n\217E\2504\202\212\323X.\013\257\377\272\"\204\\\250\266\016\214\004Y\\\003\006\230\320\233\004\260\212$\"\n\004,\014\"\303\021\\\025\332-\342\336-\2006kL5\326 \300\245%\010J\0260\0266\201\264\330\330\010\332\013\250\222\013f\211eJ\302A\251\022 Lm\261\261\200\305\005\210@\340\000D\323\260\022\264\014\341\264\r\032P\251o\246\256,\242oT9.jP\243\030\345J\352E\342S\241\006\334\"\251\227\026]\244\031\030aQj;X\334\320\235\251u\261\242-\364i\241\336j\275\240\244*!T.n\371\004(\261y\n\246\220\002\211\002\221\272\tAV\204{\257\333\030\345\\\307a6\225\371\324v\030$\\d\350\037\273\317\347\337\365z\037fm\351`O\365\266\367\021\247hq\022\374z\260\032\353\240*C\320\035\375\304h\016\274\315\216X\023\201\322\277\211\245$\345\274\237\320\274@\376\\a\013\335\211\241m\231\323\201\373\047\"\016\215:8\236\266:J\366\207\321}\227+II:\301\3736\306c,\177\202\225\205O\255e\370\302\351\251F2\331\317\026\214\373\333\353\201&#n \341]mz\313%\047\304\344T8l\250D\241\310\334\333\334\226\2346nV%\245\207%\303\260|\303j7\233u^\006*\245\2608\275GO-\335Tj\275z\030\262\026\330h\306\016\023*1\247\344\361]\325\016""\217\221\3433\223\374>\r]\002\r\010A\320\0256\010a\306\251uN\364/fp^n\235\336\360\224\321\252y\354q\233\367\347i\350\323!q$m4l\231\202\211x\2769SguJ\266\2279\027]\027\333R\210\232\221R\312\025\245*V\302\302\302\317_\326K\321j\360E\345\350\275\027\301\n-\317\366\245\313*V\247\314p\347$\345\306\004 \225#Q\357\313\217={=d\245F\205\237g\310\006\317dv8Y\023\243D\014\027!s4\272\235\371F\304\245$\242$\326\330\321\261$,\260\270HI(=P \360\224\tW\356\326\373\351K6\323\315\333\255\247oy\313\277\276\350\373\035}>E\316\231\006F\3634\317_\331\347\343\243y\277?\251\256\343<i\265\277S\343\220e\311*\023\361\360\236\372\001MC]y\315\334\262$H\226\217\021\357&N\035\374o\230\024%c\221\035$\332\037\205\267@\263\324\350\332v\\g/\315l_\343\206\310\335\314\037\215\272\261\357m\325\203\366\3548%\253r\241\300\034p;\347$\021\352AT\203\334\347*\3623,\005\237e\235\332\364@\341\327\246\006\300.9\357\3024(v\322\210\230\030\226WL\013,,\263\252\302\301*l\317\371\242n\363tw\363\252W7\343\341\204!q\244klT+ZG\343\232\"6\261XE\246w\2122\244\032l\014\374\371M\211\032\375P\202!\210\000K\235@\240\2604\202\211\332\325yZ\340\001\246h\360]\370b5\266\003\376\373\373* 3X8$\366^\247\264\347O\2024\005@\205\027\317\214\207_\020+\216&B\221\232=\260[uK\245\231\005\362\305\360\\\275\\\313\350\245\312Z\255K\310\255s\025jyT\377\002H\376\273\014\024OG\365\267\246GW\005\330\276c\020\307\342\333\262J\237\275\021f`qj\311\005\262\034\311\312\362\"\353\266a\033PM\254\306\345\345\036!\347r\212\212\007J:\223l7\016\016*\225n\262\224\253\"u\211\016\273\3639=1\230\306\2203\260\3523v\372> r\022\024\260\302\364\304\252$\372\330\225\354\341o\004[\037\035H(x\016M\224\351\245\273\305s%\307\200\030ac\245dbS\230\246Pm\241@\2036\250\032\272\246\272G\r\354\234\256c\300\007NnefG\271\210.\260@z\230\344\365\226\004\334\204\273\230\203\237F\371\264+!\354+\340\347H4\352\206\205`\242\326@\205X\246h\231\231\241\310\235\035\233M\352\310t[\341 \364U7/wN\330\306\235\016g\021^u\242\217X8\225\212\321\241*\252\252\252\253Ypc\3474\325\216l\245\252\333.""\376\355\253-\240\275 Nz\314\267\271\264\023\224NaoL\332T\301\236b[\227\244\"\2341\320E4\2560\t\\\254\001\343\252\366%r\333\304++\220U\215p\202\241\233Q\331\265b;\374\362\333~\313\244\325s\225UQnVl0\214J\2646s\271\002W\325\314\265lp\232\027\013\205\253\223\347M\n\240\374\206\224sp\345\020\211U\34741\201\003\250\274\2129\376\333\237\273\250<\272\357U47U\205\216\313\031\221\327\271YD\236\235\230\235}^v\210\005\353\332\274Y0\272\200N\227\010tkY\033\206\344gI\263L\227\010\322M\243\222\014\021\035\322\353\323\245\001\222>\327vu 8d\365PY\341\336\340\047U\211\354\304X\246L\272\235u\335\030\254\032\356\204H\256\003)s\225\210m\263\235\006\330<\361E\n\327\002\210\225\024E\276\027Y\264\274\355\001\247\340h\350\251\257\026|[\036lav!\333lZ\372m]\216\352\352~H\204Xh\027\356\035\301\255\265\343#\236\034\036#@\047\t:w\352X\200\365Qg1\034\202\013\330i4\017*\242V\266\240\205f[b\262Y\211\332\321T\355\252]e(\207 P3c\020\360\304\203!\013\036L\270r\2401\262\321\350\266\047\016d\233\000j*\261\343R\324\t\351n\230\322\266\251A\312\205\214U\314\354\031\226\204\330\002Aa\302/\"\345\257\206[\020\002\047;;\335\2440\301\000\206\303\270h-\226(cZ!\026\032]\n\307\205[\004\246\370\355\236\356\223\202\222\013\364\267\225\t\315\204\026\244\320H\272\214A\245<tw\304Dn\210-*b\275T\320\3064\335\033x\242\006\352\270UQQ\342\227\206(\005\352(\3452R\033\343+s\200\3171v\227\020r\300\302[\3617\216\232[5\200\033\266\205\220\366\210\023\346\226\301\n\335[\320p\340\351agq\255\261\306\344q\014 \311\202h\201\25691,\243\233\26121\005\2213\t\250\215$\2655d-\341\030U\006\001XE\317hnO=WD\026\004\032\271Y\024\325\334u4\332\240)lb\244\365\340\366k\237\276T\017\206\334\350-9\033*\030\207\251a\337\231\362\300\320\350\034\220E\021E4\033<\272\362\266QU\016^S\217O\241\035\234|\235\364\231\273XC\205\241N\241L,$S\302z[\010\222\031\211#$\016\243\315\357\325\323%\017&\214\3449\243c\364\002j\200\273I\307\213\366nay\372&e%s\200\\\246\365\364\003\002e \265\037/\roy~M\022\231\273%2\275\\d,\251\030L\261P:f!)`W\n\250\260\263\227\223""\267\266\310ek`l\336\367\332\273c739\231\222\342\255\234\254\3253\264\352\343\177\031\256\222`\306Z\001\020\235\3031\274:\246w\317\047\210\253\312qp:\223\3206\246\365\030\23325\254\221r Y\007<\306\322\221\270k\"\225\335\326\211\"\260\315(\2114a\222\376\035\350;\304\267F\216/\213\221\013\360\204\255\261\333\th3,\301\233F\371\226\343\241\246`\013\226\362\021\250\307\312\260\312T\340\3275wtq5\310(s\272\335\360Cz`G\203\341%&+g$F\214U\305\375\022\204\002uD8\247\036=p&]\261\220\311\352\254\026.\300\261\020\261,,\016\357\025\362QQT\221$\22773\263M\232q\336\211\347\267\0072\266\334\266\222\204F\237\223\250@\262\316d\305\r\230\353\307\321X8\340*\240\222f\336\376\276\200\004\373C\177\262>g\236\255\007\210\251$\n\036s\324\313\275>\357\272_\367L(\016\312\261\002\220\2521\341\030\205 \205\027\321\354\212`\340&.Rh\031d\266\341\361\305(\n\003\003\002\350\344\226\006+\222e0/\275\255\3012P(\2021\265B\3503z{\373\272T#|\rI\234\303\345\212\241\256\306)[RF\032.\006\230\322\374\261\002e\047\022\251\256j\244I+:\203\0108]\211\030Q\245X\264\231\256\252\202g\033\243V\016\031$\224\213\311\274\346Cz\023\020\327\216m\336\020x\t\272\003\353\300\036h/\270O]3\364\241\342\247\000\364>\304$[K(K\047m\356\356N\317\003\310)\027\301\024\223b\000\306\ns\213>\003\230z\036\321\277\017R4\374\201gB\0029\006\342,z\027\310/\234\250\022\371\035\004\353\325!\335\331\361\346:\263\220\330D\032\311\226\314/\224<\317\021[[6\326\001\203W\373\367\242\262Z\224\211\302V\027\344|$\327\223zPH\266@\325}&r*\276\333\033~\315.\033\274\003u\362\376z\274OeE\3207<\2413\212\\\317\t\300\227\357+1{~R\263L\205\344\316r\024\2653\322y\275\252\263[@\373\234\212fT!\0106-[\326\220\245\231\013ff[owMr\346\332\367H\255+\205\310\030\013ajX\263\371W\223Ql\311\004\n\022t\252\256}?\311\311^\324\266\255\006OK\217\350\334\2062U\330\301\313\007e\344\225RQ\371\331\243\227\253\252CJ\251Sz\277z\306\243\312\031l\270\022\035[ \326\002\277\323]\273\3043\242\257T 5lF*\250\177\033\271LGP}YT\356\321\312\036hD19t\314\006\032t\205(S\341\310\204)v\234]\252""\"\222\017\216\221m\n\310\003\264a\037 S\206\362\265T]\330\307\316\047\241\211\r\350\257S\275\032G\032\006\354\nf(A\370\366\352T\346xN\2105\026,\233\276\032k\031\206\210\352u\217_+\"\345S\306\027U\206\246=\304\027\016F9\322\315\\\334*\030\242\205\003\233\362U^\317\317;\023\206\206/\343\320\306&\207\355\247\2101\022\304\230\224\023\014\236u\2141\320\347\223\332\347\363y\333Z\364}\230}~\337\340D\377\267;\226\047\317\031\355\313\351\336\302\356\365\244\023\377[=\374h\342\034i\370\257c`]\241\2036.\016\036=\003\3458^.~\327Y\273\263\316\327\343\363y[\356_\317\243y\331\360u:N\005\301\240\222hx\\\204\260\245\355L\212\223\202\357h\211T.\326\r<Z\265\212\254R{\270\233\240\241\325:t\362^\215\035\274S\251\273\264\047\321\254\247#\226Y9Bh\345\224b\245\341\034\032X\300J\346\310\027J\234\030r\236QOO\002\320\235h@\300\214!Q\030\241\207)\003i-\277\222l\033\366oO91\242\236J\317\317#\"\320\220\262\301\310\024jc\244E\255YM)\244L\377\305\334\221N\024$0\370&5\300";
+    PyObject *data = __Pyx_DecompressString(cstring, 3166, 2);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (3261 bytes) */
-static const char cstring[] = "x\332uW\313{\323V\026\307y@BC\023\203\t\201\226\216\022\036)\264\244\343$@\312\367\315\3643y@\246\024\310\023\350\3147B\226\256\035\025[\262%\331\216ig\206\245\227Zj\251\245\226^z\351\245\227^z\231?\201?a~\347^\311V0-Itu\316\325y\376\316\243R\266\3560[\022\177\315\234\344\034\261\242\244\033\222\244\333\222aJ\254\312\014\047\247\021G\2522\3251-[\252\352\254f?\222,V`\212\315\244\"+\232V\235\023%\305\320$\305\262\224\272-\345t\313v\276u,\306\244\234\245\344\213\220sgii\351\007\215U\177x\317,\363\021\251\262\030\2563\211\316\320\307\014\255d\352\206#\035)\266\364S&T(\254\212\263k`[\025#/\275\265t#o\277\225\034\275\010\353m\335P\231\244\013~A\261\351\240;L\223r\246\265\364\334t\030\304(\216\264^w\216L\203\374\323XA\3172KqX\241.\331\216\245\253\016\263\350\222!\275\334|youm\225;d\261\337`\010\344W\262*\304\332\"P\331\212^p\020(\247^b\366\222\264\235\223\352fE2\030\3649\246T\302\275\370\007\360\325\220l\346\320AZT\014\303t\024G7\r\031\237\303\207EI\323-(\321\253\214\276\336R\n6[R`\240\255Zz\211\202\220\263\314\"\377\330fV\025Vr\037M\333\tCW\262L\225A%E\3161M\251\250\030u\311,AiN/@\377\267\226\242\333\024\034|\245\027u\347{\n\n\362l;\n\005\255\246;G\322\333\ngI\367\214\267w\2240\370\213v\334\210S\230P4M\206\033L\345\336@c)~up\204\004\335V\262\005\306\014\372\233Wa\010?iz\325>\002z\226\230e\341Z\370\366\203\254\232\026[*\325\217\241J)\350y\003\021}\260z/K\2115-\340\313!#4\226S*\005G\222e\213i\025\225\311\262\244Ux\360\014\323\270\207\\Vu\245\000\256\252\033\272#\303P\2441\257\333\224`Ed!n!\201PE8\231&8U\235\220d\307h}\360}\236J\351\020d\251v\204\210s\350!\261\374R\311,\024$3K(:\375\271(\235?\243\001\\\025\344,[\227N\323\021\351\222@5|R4h\221L\243P\347\340@\270\224B\201Y\247eR}\304Ix5+\216H\247#)\222Q)f\tV\274\334jT$\252Rd\\C\234HN\022\246\240\\ \341`\373E\030\254\214c\026u\365\340\301j\377\260\324\317\214\312\013N\226\343,\224\002\240\347|\216\251\232\305\022\362!\263c\025\225\230\037\210^\3121G=\222\201\273\001\251`*\2617\033\246\262u\356\343&aj\3034\255,+\024\354\376a""\330\2528k\310\252\030\223\340N\307OH\">1\342\247\3724\313,\311%\306\342w\n\004DC\256\350f\214X\324mt\260|\214b\240\245\306^\251\331\311\331\372\247\024\233\025r1\032|\220\313\025VaZ\214X1j\nb\027\243\020>e^\311\247\210\247.q\264\014^\251\223\030\346\346\313\027\317\236m\356\356\362\347\323\203\227\374\271\375\234?^\034\354o\022\330\371\237\341PG\344\2410\013\006\302)\016\\\2578\206:\371\271hjz\256.\316\026\252\241\032\336!W\266\264\014\215\235\3601\254z\300\030R\036\261\270\326\350%\354qv\364.\n+zs\224wl\333@/\261*%\347\027\224#\362\020>\206U\017\030C\252#\226\302\021,W\036\254F\024nL\364R2K\225\002\276\213\336-f\353\032\354{n\356U\324\243C\216\300\027\362\372\263\027\233\2577\327_\310\273\033/\236?{\363\3222\035S5\013\274\020v\303\336g\367\017\303v\306YC\226\016\230\334\262\301+\025\340\340\215\027\340^\324\204\372\207aeq\326\220\262\001\223+\033\274\212,\354S7\343\177\206\345F\344!\231\202\301\345\211\243@\2268S\315\310\362\313\3721~7\260\005\310\317\331\261\263\313r\262\034Nj\214\027Y\326\210COS\245G\256b\360g>R\205\377\212\212n\360\247\251U\n\234b\240\221\322\023\363L\016\257\321\261\352\320\004$F\271\242\024\242K\321(\033r\253O`\307\364B\366F\337\3301\365C^\3132\326:2:\352^\261\236%:\325\240?\311\272M\243\027\203A7X\254EE\215\211\267\243\250\t\rZO\254\341Dm&\326\\DK\201R\374\000\266\266\242\321\264P\212f\305\300\346\001+!\206/\214\212]7T\335\\\352[`+\316\240,\270\251\352Q\305xg\253\0052\017av,EeYE}\307\223\252\232\032~\201\022\225\326*\373\323!\242\232\206c\231\220A\2125\210\32609I\022\266\000l^\232f\342\030v:\014u\374\330\314\314\261RN\023\313I\324\017\370\323f\307%\350aZ\016\377\354\376T\022\210\302_\2546|\373\0052\362\226Y3t\035\022\217u\263\212m\264\030\3559\321\362\303\327\035\276xQ)\321J\047\346{Q\024{\221\202\226g\266h~\002W\006\345^s*%\322\307Ch\346rH\003|\240\361l\332\210 \263J\370\214~e[\177\317\0176e\231\257+(U\364\224\250\255\320\022A\013\004\026P\206\0054\332\223l\321c-\206\344\332\216\0355\035\276rc\373\306\217MaG\244l\254v\004\005\354u\232,\350""\024$\372\t\3274Q\270d\210m\252\357`\210J8\325\325\"\003N5\3365\250\247\206\213\211c\276\203\000\324]\241b\345q\252\342\300\370\037[@7\374?\021\202YM1\234\017\211\336\330\371\306w\356\316\207\304\307\233g\306\347\334ro\354\262\273\323\033K\271\031\342\334h\3544\216\334\254w\326\323\374\233\276\026\334\014\264\346|o\342\313\206\322x\357]\362\236\370\351\336\304Tc\323\275\354*\370tj\272QvG\334\357=\305s\374\264\377\330\317\006\211\210\370\235\267\323\233\202Tw\327=\366~\017\346\203\225@\t\312\003\322\177\203\030\377\177\340\0357\313\255D\237\324\375K\272\231\354ML7\352\260%\353\217B\374v\360\257V\222\324?\305\225C\357\221\177\030\374\2555\322}\364\254\223\351M|\321Xn\3546\270IUw\317K\364f\222\321\371\234g\373\363\374=\351&O\231\177\221\233^\366\047\202D\000\366%\367\2767\352\255qO\216\202w\255\213\2554\335\271\351\252\336\234\237\364\027`\301^\223;x\354\226\275\021\017Bg\335<\374\274\274D\2765\307\232\231\346n\323j]k\257u\322\235\307\235w\3357\277\236\014,\273\320\033;\367\241L\006\2547j\256\322\233\232q\317\3421s\005\302\022\024\343\242\007}\027>\236=3>\325Xs\323H\321\3553\343\327\275\314\311\330\254\253|\23483>\3318\007A\010J\305}\002;W|\305wx\\\235\346JSi:\255\225\226\322*S0V\241\201y\367\375\263H\311Hp#8l.7\017[\313\255\275v\202\\\272\353e\274\177\007\351\340),&\362a{\271}\010\233\327;\345A\200j^\016\201P\350\376\274\373\210\322I\231=\347\376\201\000m!\241\351\210\360;\302\313/\245\335\247\020\374\306W\203+\315\211V\002\331\342\351|\345=\365\177F|F\233\351ff@z\016dA\202\343>\244H\362(\3608\337\t\r{\323R\333\251\366N\033\026\314R\270\246\341\223\352%\351j\335O\370\263\376\373\346\034T\314\\%\032\345\2162\222\372\nA\344$\021\354\244{\325\233\367\036\370\327\202\265f\2727\366E#\375!#\002\344\270\313\000>\354\006R=\205\242\352\270}f\025\030,\377\031\263\356\215y[\376\r\177/\030\013\340\3177\002\376\024\270\237\335r\364=a\020\210J\273\033\224\334\251\3066j.\023\241W\3667\202\321 }\2320\321L\010B_\212\360\0278\231\3608\013eH\217YW\203\247\270\370\304M\323\305\225\206""\352&\205\262\014\361\347`_&\324I\374\373\356(.F\374\023.\232\343\021\2474\211?\207\\\243\016N\250@\000\367\274\267\2174\314\237\276\032J\343\346\212\267}o\326\253\371\212(\263W\336\206\237\350%\257y\267\2019\205.l\271\267\275\304\311\347\0026\343\216\343~\306\3339\211\\;\341\367\347]\036\304\r7\341\246(Z\021u\315[\365\312\342\365T\254N\"kb\021\047\030\256\302\035\2150\331\227>\335\370\035(X\365\352d\200 \374\341\245a\362\270\317\365Lw\247\027\3752\230\333\315}\224o\232hh\213\210\363\035\177\325\347\272\257#(\263(\267t\300\025>p/\271\034\313\033\350O\212w\354\327\002x}\241q@^\014\335\247\216Q\365\366\374\363\301\255\340\023i[\324_I\336\0252?\351\316\272\374\3027^\030\304y\221\343\030\244\376\216\344\334\364\363\301nP\026\331\245p\035\300\277\207\376b0\327L5_\267v[N{\245\235\357\354\204=\017uJB\347\375\224\377\032\337\275Gk[Au%O&$?\021\206\031\265\322M.\370\267y/\204\334\207\356\r\252\017\244~R\324\236\342:h:\253~\035\265=\322B\311\322\340\340\311$\345\274\352f\321LG\375e\237g6!4\363R\372\220A[\233\234\022h\342@\214\025W\004\365\224\030\031O\340\310<\364\3240{nC\323B\3531l\275\330N\307\232\273\350\2313I\201\336\262H5\201l!\234B}\034\375\352\361\226\366\017W\031\330P\003\304\017\370|\273C\215St\241Ud\210\222b\243]\356c\366\314\244\334-o\221\307\232\247\342\231\250\343\276\240i\314\3042:\270\352]\361\303\n\377\325\253\372;\342\370O\014\225\211\346\010\034\230\344\246\303\311\2378\004k\320z#\330\tr\315-x\226\341\t\202\300\363g&/\300\342q\200N\tK;\242\376\342%c\372\237{\363\202q\335\013\307\336\036\\\037\005\232\2678*v\020\265\233\030\006\307\255r{\274\375\252\263\325\335\335\357\356\037\304bw\231j\353\343\024\205\342\241\273\340>\346\036\214 r\353\010y\026S\354)\002\256\204c\242{\375\307V\262\365\035\332\260\326\231\027\3638Ai\026\022b&\213$\206c\365\236W\356J\0171\320\307Z\033\355sm\253\223\214.\320\270\344\203O\343\321px\236\2634\032\204\304\257\272\327\376\n\023\236aN\241\217%(\320\327\204\377\034\242<\376\034\221\027z\227g\251\333\377\350?A\025m\000\223c\255\355""\366\353\316n\247\326=|%\006\302(\032\177\312?\240x\367R\227{3\013>\2378\025w\035f\002C\016\241\226\272\351\242\177\221\352\234\213\274\346\335\362,?\331\233\373\n8\274\201|~}\253{\353A\223\265\322\255\314\311\327w\202d0\337\233\223\250\331]\354\315\\#\344\023\330\317\363\264|yf\362\033j\236\344\355\232\273BS\353B/j\242\034\357\275\231\273\030\235\253A\371$\352\250\264[Q\203\314D\337\277\362yg\353o)b\204\255x\205`\201\272\347t\303F\3262\004\376\024\346\334I\212\227\035]\023\367E\261\177\234\021P\377t\220\221\322\003.N\005\264o\007b\343\022)\301\260\361\276\005m$\340\233\r\204y\023\030\264s\301%\350\235\231\243\304\213\265L\234\261\302\355\017^~\017\356bf\277jeZ;\003~\377\370\237\276\204\301\361*\252|\215\367G>\257\251-\220\241\267\\\213\006z\252\233\272\345\357\240X\356\362B\331j\317\363\255*C\231]\346N\245\256\360\236z\026\353\306l`\243\215\316]\345\021\341\322\251|3\344EV\254\005\327\273\327a9*\343\267\366H{\241\275\336\256ur(\013\021\250\013\002\\\261\221\233r7=\2760\246\302)\260\354\277\n\326\203\362\200\264\010d\355\210Z\246\350MzI\261%<\360\222\3351,!\204\334y\177\222\340r\302\0472\337\235\047\351\356\024f\337!\\\177(\026 \213\217\022\300\321\342\375s\304\277\345W\261\260\245\233\217\233:\372\370\375\316xg\247\243t\307\200\336~\253&M?\362]K\301\032\004\215\337\007a\267\340\313CX&\237-\271?\202\364\377\001\231\251\253\370";
-    PyObject *data = __Pyx_DecompressString(cstring, 3261, 1);
+    #elif (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (3275 bytes) */
+static const char cstring[] = "x\332uWK{\323V\032\306\271@BC\211\301\204@KG\t\227\000-\3518\t\220\362<3}L.\220)\005r\005:\363\214\220\245cG\305\226lI\266c\350\314\260\364RK-\265\324\322K/\275\364\322K/\363\023\370\t\363~\347H\266\202)\261\255s\276s\364]\337\357\202\224\255;\314\226\304\257\231\223\234CV\224tC\222t[2L\211U\231\341\3444:\221\252LuL\313\226\252:\253\331\217$\213\025\230b3\251\310\212\246U\347DI14I\261,\245nK9\335\262\235\333\216\305\230\224\263\224|\021|\356,..\376\250\261\352\217\357\231e>\"Q\026\303u&\321\032\362\230\241\225L\335p\244C\305\226~\316\204\002\205V\361\343\032\216\255\212\221\227\336Z\272\221\267\337J\216^\204\366\266n\250L\322\305yA\261i\241;L\223r\246\265\370\334t\030\330(\216\264Vw\016M\203\354\323XA\3172KqX\241.\331\216\245\253\016\263\350\222!\275\334xyoeu\205\033d\261\337\241\010\370W\262*\330\332\302Q\331\212^p\340(\247^b\366\242\264\225\223\352fE2\030\3449\246T\302\275\370\013\260\325\220l\346\320BZP\014\303t\024G7\r\031\257\303\206\005I\323-\010\321\253\214\336\336T\n6[T\240\240\255Zz\211\234\220\263\314\"\177\331fV\025Zr\033M\333\t]W\262L\225A$y\3161M\251\250\030u\311,AhN/@\376mK\321mr\016\336\322\213\272\363\0039\005q\266\035\205\234V\323\235C\351m\205\037I\367\214\267w\224\320\371\013v\\\211\023\230P4M\206\031L\345\326@b)~u\260\004\007\335V\262\005\306\014\372\315\253P\204\2574\275j\037\002=\213\314\262p-\334\375(\253\246\305\026K\365#\210R\nz\336\200G\037\254\334\313R`M\013\370rH\t\215\345\224J\301\221d\331bZEe\262,i\025\356<\3034\356!\226U])\340T\325\r\335\221\241(\302\230\327m\n\260\"\242\020\327\220@\250\302\235L\023\047U\235\220d\307h}\360}\231J\341\020d\251v\010\217s\350!\260\374R\311,\024$3K(:\371\272H\235?\243\001\\\025\304,[\227N\322\341\351\222@5lR4H\221L\243P\347\340\200\273\224B\201Y\047yR~\304I\330\232\025G\204\323\221\024\311\250\024\263\004+\236n5J\022U)2.!N$#\tS\020.\220\260\277\365\"tV\3061\213\272\272\377`\245\277X\354GF\345\t\047\313\361#\244\002\240\347|\351P5\213%\304CfG*21?`\275\230c\216z(\003w\003R\301Tb;\033\252\2625n\343\006aj\3354""\255,+\024\354\376bX\253\370\321\220V\261C\202;-?#\t\377\304\210\237\313\323,\263$\227\030\213\337)\020\020\r\271\242\2331bQ\267Q\301\3621\212\201\222\032\333R\261\223\263\365\317)6+\344b4\330 \227+\254\302\264\030\261b\324\024\370.F!|\312<\223O\020O\\\342h\031l\251\222\030\346\306\313\027\317\236m\354\354\360\347\323\375\227\374\271\365\234?^\354\357m\020\330\371\317\260\253#\362\220\233\305\001\334)\026\\\256X\2062\371\272hjz\256.\326\026\262\241\032\336!S6\265\014\265\235\3601,zp0$<:\342R\243\215\206ziD\233\260\340\331\321^dY\264s\224wl\313@a\261*%\347W\344&\202\022>\206\365\030\034\014\351\021\035)\034\316r\345\301JD\341\232E\233\222Y\252\024\360^\264\267\230\255k\320\357\271\271[Q\017\0178\034_\310k\317^l\274\336X{!\357\254\277x\376\354\315K\313tL\325,\360\254\330\t\013\241\335_\014\353\031?\032\322tp\3105\033l)\033\007;\236\215\273QE\352/\206\205\305\217\206\204\r\016\271\260\301VDa\217J\033\377\031\346\033\221\207x\212\003\316O,\005\314\304\232\022H\226_\326\217\360]\307H ?gG\316\016\313\311r\330\266\321kdY\243\023z\232*=r\025\203?\363\221(\374+\002B\374ij\225\002\247\030\250\252\364Ds\223\303k\264\254:\324\016\351\240\\Q\n\321\245\250\257\r\231\325\047\260#\332\220\276\321;vL\374\220\325\262\214\031\217\224\216JY\254\200\211\2625(V\262nS\037F\227\320\r\026\253WQ\225\342\265)\252H\203:\024\253>Q\315\211U\032Q_ \024\037\300\326V4j\035J\321\254\030\030C\240%\330\360\351Q\261\353\206\252\233\213}\rl\305\031\244\005WU=\254\030\357l\265@\352\301\315\216\245\250,\253\250\357xPUS\303\027(Qi\306\262?\357(\252i8\226\t\036$X\003k\rm\2248a$\300\030\246i&\226a\331\343\205\000m\036\037\233\2319V\312ib\\\211\212\002\177\332\354\250\004aL\313\341\317\356\367)\001+\374b\330\341\3630\340\221\267\314\232\241\353\340x\244\233U\314\247\305h\362\211\306!>\000\361Q\214\362\211\206<\321\361\213\"\343\213\344\271<\263E9\024\3402\010\000\232S)\221<\356G3\227C,`\0105l\323\206\033\231U\302k\364\225m\375=_\330\024j>\300 _QX\242\332Bc\005\215\024\030I\031F\322hr\262E\325\265\030\"l;vTy""\370\020\216y\034\037\233|\017O\331\030\366\010\017\230\3644Y\320\311I\364\t\0077\221\275\244\210m\252\357\240\210J`\325\325\"\003X5^:\250\260\206\243\212c\276\003\003$_\241b\345\261\252b\301\370\217-\360\033\376\337\204\260VS\014\347c\2427v\266\361\275\273\3751\361\351\306\251\361Y\267\334\033\273\344n\367\306Rn\206N\2567\266\033\207n\326;\355i\376\r_\013n\004Zs\2567\361uCi\274\367.zO\374tob\252\261\341^r\025\274:u\276QvG\334\037<\305s\374\264\377\330\317\006\211\210\370\275\267\335\233\002Ww\307=\362>\004s\301r\240\004\345\001\351\277A\354\374\1778;j\226[\211>\251\373\227t3\331\2338\337\250C\227\254?\n\366[\301\277ZI\022\377\024W\016\274G\376A\360\267\326H\367\321\263N\2467\361Uc\251\261\323\340*U\335]/\321\233NF\3533\236\355\317\361}\322M\236P\377\002W\275\354O\004\211\000\307\027\335\373\336\250\267\312-9\014\336\265.\264\322t\347\206\253z\263~\322\237\207\006\273Mn\340\221[\366F<0\235q\363\260\363\322\"\331\326\034kf\232;M\253u\265\275\332Iw\036w\336u\337\374v<\320\354\\o\354\314\3072)\260\326\250\271Joj\332=\215\307\364e0K\220\217\213\036\344\235\373t\372\324\370Tc\325M#D\267N\215_\3632\307c3\256\362i\342\324\370d\343\014\030\301)\025\367\t\364\\\366\025\337\341~u\232\313M\245\351\264\226[J\253L\316X\201\004\346\335\367O#$#\301\365\340\240\271\324<h-\265v\333\t2\351\256\227\361\376\035\244\203\247\320\230\310\007\355\245\366\001t^\353\224\007\016\252y98B\241\373s\356#\n\047E\366\214\373\007\034\264\211\200\246#\302\007\270\227_J\273O\301\370\215\257\006\227\233\023\255\004\242\305\303\371\312{\352\377\002\377\2146\323\315\314\200\364\034\310\002\007\307}H\236\344^\340~\276\023*\366\246\245\266S\355\35564\230!w\235\207M\252\227\244\253u?\341\317\370\357\233\263\0201}\205h\024;\212H\352\0338\221\223\204\263\223\356\025o\316{\340_\rV\233\351\336\330W\215\364\307\214p\220\343.\001\370\320\033H\365\024\362\252\343\366\017\253\300`\371\317\016\353\336\230\267\351_\367w\203\261\000\366|\047\340O\216\373\305-G\357\023\006\201\250\264\273N\301\235jl!\3472\021ze\177=""\030\r\322\047\t\023\315\204 \364\271\010{\201\223\t\217\037!\r\3511\343j\260\024\027\237\270i\272\270\334P\335\244\020\226\241\363Y\350\227\te\322\371}w\024\027\243\363c\316\232\343\021\2534\261?\203X#\017\216)A\000\367\274\267\2070\314\235\274\032r\343\352\212\335\2367\343\325|E\244\331+o\335O\364\222W\275[\300\234B\0276\335[^\342\370K\016\233v\307q?\343m\037G\246\035\363\373s.w\342\272\233pS\344\255\210\272\352\255xe\261=\341\253\343H\233\230\307\t\206+0G#L\366\271S\306d\240p\322\233\023\333\017\000\305\212W\047}\004\341\017/\r\013\306}.\366|\367\374\202_\306\341Vs\017\331\234&\032\252$\334~\307_\361\271*\327\340\243\031d_:\340\362\037\270\027]\016\355u\224+\305;\362k\001\234p\256\261OF\r\335\247\002R\365v\375\263\301\315\3403n\233Tn\211\337e\262&\351\316\270\374\302w^\350\3239\021\362\030\302\376\216X\335\360\363\301NP\026\301&\357\355\303\276\207\376B0\333L5_\267vZN{\271\235\357l\207%\020iKL\347\374\224\377\032\357\275G\245[F\262%\217\047$?\021z\035\251\323M\316\373\267xi\004\337\207\356uJ\027 aR\244\242\342:\250A+~\035\251>\322B\006S\037\341\261%\341<\tgP[G\375%\237\007:!$\363\314\372\230A\225\233\234\022\340\342\270\214\345Z\204\374\224\350 O`\310\034\344\324\320\212nA\322|\3531t\275\320N\307j\275(\241\323I\001\346\262\210<an>lJ}X\375\346\361\n\367\017W\031\350P\003\342\367y\273\273CuT\024\245\025D\210\202b\243z\356\241\025M\247\334Mo\201\373\232\207\342\231H\353>\243\363h\221e\024t\325\273\354\207\t\377\233W\365\267\305\362\237\3501\023\315\021\0300\311U\207\221?s\010\326 \365z\260\035\344\232\233\260,\303\003\004\206gOM\236\203\306\343\000\235\022fzD\375\325K\306\344?\047D\323\3015/\354\202\2730}\024h\336\344\250\330\206\327n\2407\034\265\312\355\361\366\253\316fwg\257\273\267\037\363\335%J\265OS\344\212\207\356\274\373\230[0\002\317\255\301\345Y4\265\247p\270\022v\215\356\265\237Z\311\326\367\250\312ZgN\264\347\004\205Yp\210\251,\202\030v\331{^\271+=D\177\037k\255\267\317\264\255N2\272@\335\223\367A\215{\303\341q\316R\247\020\034\277\351^\375+Tx\206\266""\205\262\226 G_\025\366s\210r\377sD\236\353]\232\241\342\377\223\377\004Y\264\016L\216\265\266\332\257;;\235Z\367\340\225\350\017\243\350\003)\177\237\374\335K]\352M\317\373\274\001U\3345\250\t\0149\204Z*\256\013\376\005\312s\316\362\252w\323\263\374do\366\033\340\360:\342\371\355\315\356\315\007M\326J\2672\307\337\336\t\222\301\\oV\242\332w\2417}\225\220O`?\313\303\362\365\251\311\357\250\226\222\265\253\35625\261s\275\250\246r\274\367\246\357\242\223\256\004\345\343\250\300\322\250E\3652\023\275\377\312\347\205\256?\264\210\216\266\354\025\202y*\246\347\0336\242\226!\360\247\320\366\216S<\355\350\232\270/\222\375\323\264\200\372\347}\215\204\356sv*\240}+\020\003\230\010\tz\217w\033\264\221\200\017:`\346M\240\357\316\006\027!wz\226\002/\2464\261\306D\2677\330|\010\356\242\205\277jeZ\333\203\363\376\362?}\016\203\345\025d\371*\257\217\274}SY Eo\272\026\365\367T7u\323\337F\262\334\345\211\262\331\236\343CV\206\"\273\304\215J]\3465\3654\246\217\231\300F\031\235\275\302=\302\271S\372f\310\212\254\230\022\256u\257Asd\306\357\355\221\366|{\255]\353\344\220\026\302Q\347\004\270b\0358\345nx|~L\205]`\311\177\025\254\005\345\001i\001\310\332\026\271L\336\233\364\222bhx\340%\273c\230I\010\271s\376$\301\345\2307h>JO\322\335)\264\302\003\230\376P\314C\026o%\200\243\305\353\347\210\177\323\257b~K7\0377u\324\361\373\235\361\316vG\351\216\001\275\375RM\222~\342\243\227\202\251\010\022\177\010\302j\301g\2110M\276\230r\177\004\351\377\003\360\310\270\267";
+    PyObject *data = __Pyx_DecompressString(cstring, 3275, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (4460 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of them \377in  is n\377o eventf\375d\026\001 vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \337fragmE\000).\377../dev/zoero:g\001re,\000\363e \010\001m\000endp\377oint hasG ?Aj\004\220\003\023\tw\034\000\377rung `ri\377ngs` tim\376\301\000since i\273t \034\001las\005\001i\377ted for.\357Note\332\000at \277Cython\334\001d\377eliberat\377ely stri\357cter!\001n P\277EP-484\314\002r\373ej\367\000s sub\345cT\000s\254 \246 bui\373lt\246 types\377. If you\367 nem\000to p\363as$\n\324 n se\375t\334! \047anno\177tation_<\000\276\301\000\047 dir\334 i\375v\242\000o Fals\377e.a descgrip\363 \301 om8\002\317serv\243\000\337\002os}t\264$procep\000\376\266!too man\277y open\205@l\336\335@(rai\251@it\377s limit,\334\221!\345@sta\261!wi\337th `u\026\002 -on`)a\347D\047sy\t\336\207jadd_\304\000ec\304\311\002o\000p\244\t\261\007?\000is\277ableen\002\001g\371c\206\000\005\002divsh\236\273`.err\325`\007\004/\377_core.py}x\374`align\277@o64-b\325Aor\335`\375t\225\204\001defaul\377t __redu\177ce__ du\270\"\357non-\311@via\375l\033\000cinit_~\246\000 regis\335A\371a\200C\226\tare c\377losedthe\226\364 vi\306as\t\010\223\204\006i\370\001\022\217\204\001;\003 whil_e wai\233`gK\001\377epoll ob\302\302a 2\n\265\205\003\000\021\373\205\001in\177 use by\260b\336\"\007mapp\320\204\003 r\377eading o\327nly\266\001s\254 al\307lerZ\013\234\205\001\007\tim\357eout\335\206\003t a\037 numb\323a\334\206\001\275\000\177at came\236b\260\357\206\003\017\003\364\205\001\320aed\227\207\004U\373IO\246$Atomi\257cU64\000\006.\221Fcv\354\205\002__\017\tset\370`\367te_\013\017comp\376\215@_exchan\373geH\007fetchy_\365`[\007loadi\007\253st\270`C\303BE\320aD\377oorbells\000\000\006\204\017\017\t\205\016-\010\353\204\001H\001\004\014\370\217\211\003U\010`\rdrop_\257peery\010l\205\204\001n\357_uio\216\010mis\357sing\240\010new\234\256\t\351\210\001_by\301\010\r\002s\367elf\325\010set_\277queued\352\010uGnwa\271 \374\010\234\204\001_\331\212\002\360\010""\n\030\n\215\205\002\261\047file\377noEPOLLE\273RR\003\002HUP\013\002I=N\022\002OUTE\351\204\001\000\002p\357O\017\005\354N*\003add3\003\360\205\206\002>\003m\004\276\205\001.mod\367ifyV\003remosveb\003\347\205\001FdA\363\213\001\000\000\004\352o\017\007\351n,\005\373\206\0029\005\361\214\004\361sI\005\323\205\003W\005take\377Interrup\377tMapping\240\000\004\345\204\017\017\007\344\204\016,\005a\271\205\002_\307u64>\005\210\210\002K\005po\277pulate[\005r\377esidentN\277oSuchV\222\216\002O\377_CLOEXEC\377O_RDONLY\377Protocol\n\204\205\002R\365\210\004s\000\006\215\206\017\017\t\216\206\016@.\007\242\211\002=\007\375\205\001K\007\374\205\002S\375\207\005\000\000\006\372\206\017\017\t\373\206\016.\007\217\212\002=\007\331\210\003\037Timer\000\002\322\207\017\017\005\200\317\207\016*\003\337\212\0025\003\310\204\003A\003\260\205\001_\357_Pyx\001\000Dic\377t_NextRe\367f__\243\216\004e___\263_d\026\001\004\001oc\013\001f\313un\003\002g\303\210\005!\000ma\373in\047\001modul.0\002nam8\002pZ\000\354\210\003\315_\007\001vt\216\215\001R\001qu\303al\035\005\303\214\005\252\211\016\335\214\006ex\310\206\001\340\206\001Q\005st\010\305\211\016__\217test\272\000\266\210\005\272\211\001_\352\303\222\003_\225\211\002_\227\210\006_is\376\367\215\001outine_\252\231\210\007_\222\210\004_\213\210\001_\376\207\004_\252\362\207\006_\347\207\007_\340\207\004_\323\207\007_\376\363\207\002addaddr\337essad\327\215\001am\377ountanyt\357hing\254\223\002asy\377ncio.cor\316|\003sat\215\205\007\300\212\002ch?unkscl\233\001\344 \377tracebac\375k\264\216\002codeco\273ll\301\221\001ons\265\213\rc?ontrol\025\000v\000\275dX\000deadF\001d\377esireddo\367ned\247\213\004ende\377ndseofep\343fd\227\220\003\210\207\005\213\225\002sex\377pectedfd\347fds\215\214\006\232\211\003fil\361l\027\000\372\224\001\227`grow\367niiO\000xiov\037items\357\220\004\365\220\005\352\220\002\274\217\222\002\310\214\001lost\332\216\003m:\321\207\003m\261!ges\367\210\003\322c=n\321adtup\214\212\001\276\"?offset\301\000\357\222""\001\377osouterp\367age\000\001_siz\362\004\002s\202\214\001\334\225\002ersp\343op\317\207\005\301\217\001\275\217\001rec\257eive\240\221\005s\336\211\003r\227equ\301`s\355\207\005\356\225\002r\177unrunss\360 \336\247 seen\202\214\001se\267nd_\022\003nt\336\216\001e\361t\240\222\004\222\220\003\205\001sock\372\206\000c\372\216\001icmet\247hod\262\216\002\320\211\001t\223\220\003t\377okentota\377lurgentv\212\006\000e\000\002s\376\227\003\203\230\004\340\221\001w\377ant\200\001\330\004\n\377\210+\220Q\200\001\360$\377\000\005\030\220q\330\004\025\177\220Q\330\004\024\220A\026\001\377#\210Q\210h\220b\230\377\006\230d\240$\240d\250\377$\250d\260!\330\010\016\377\210a\210z\230\023\230G\377\2401\330\010\014\210E\220\367\025\220a8\000\014\017\210q\377\220\002\220,\230a\230t\377\2401\240B\240b\250\001}\330\016\004+\230Q\330\014S\000\377\220R\220x\230{\250!\277\2503\250a\250q\t\007~\365\250\025\010\177\031\000x\260q\270\375\001*\006\320\0371\260\021\330\357\010\017\210y\211\000b\240\003\336\\\000I\250\\\270\020\000\014\210\377H\220A\220V\230:\240\377V\250=\270\002\320:L\377\310A\330\010\013\2102\210\373R\210]\000\017\210v\220S\237\230\001\330\020\021\206\001\010\001\007\357\230s\240!\013\002\021\220\021\372\262\n\022\266\002q\240\010\250\001\375\250,\000\023\2205\230\003\230\3758\305\002h\250k\270\022\270\3771\330\014\022\220$\220c\377\230\030\240\021\240\"\240I\367\250S\260\334\002x\220q\230\273\002\230R\000\026\220g\345\000\025\375.\330\001\260\004\260A\260R\377\260r\270\032\3008\3101\377\310B\310k\320YZ\340~\220\007\r\330\004\007\200q\274!\377C\210w\220a\330\014\020[\220\006\004\000\020\027J\000\001\340!\373m\230m\000\r\360\006\000\005\337\014\2108\2201\240@&\000\377\005\035\230A\340\004\026\220\377a\360\010\000\005\t\210\007\334\340\000\222 u\220G\245\0003\240\367a\240t\323\"t\2603\260\377a\260t\2703\270a\270\356_\000\013\2104_\000e\2305\373\240\006\220@\002\250#\250V\377\2602\260V\2702\270S\375\300\236@\022\220*\230A\230\237^\2501\250H\257\000\023\001V\357\3002\300V""\261\000C\310q\316\326Gw\230f\320@\245\000\022\220\347!\220:\313A\353A\007\220|\352\350@F\316@1\345C\007\220{|\334 \245 !\2201\220HV\000\377Y\240c\250\027\260\010\270\371\001\253@\375BW\230H\240K\377\250q\260\003\2601\260A\345\330\n\006N\327`\277`t\2207\350\306!\201\"\343\")\222\004Y\270c\037\300\024\300Q\300\247 \375\000\324a\355w\207@\021\330\256 y\240\001\277\240\026\240z\260\030\216`\020c\031\230\021\000\270A\216A\024\033\302 \374\016\002\347#\021\220\031\230!\230\3776\240\032\2508\2601\330\337\004\013\2101\200\251b4\210\337t\2202\220Q\334A+\230\267Q\230a\347at\220\024\006v\333\220R\334\204\001\022\220\t\021y\230\377\004\230F\240#\240S\250\313\004\250\315\000\036\371\204\003\225\205\001K\220l\367$\376c\014\023\220 D\230\332@\237\014\210I\220Qv\001\270\204\003_\277\240D\250\003\2501\003\013\010\303\260\001\034\003=\006\352\003\245`\010\230\356\026\002\016\210a\272\001\026\220d~\371`\010\014\210G\2201\366\204\001\3573\210c\220\272\204\0021\220A\212\332\001\030\235\000A\244\206\001q\000\226\205\0015C\220\003&\000\210\002\035\000\216\204\0014\246\205\001\365\r\262\205\0011\203\204\001\007\220w\230\377a\230q\340\014\021\220\021\377\220$\220g\230T\240\021\217\240!\200A\037\t\275\002\371\206\001H\375\220U\004T\230\026\230w\240\375a\341\205\003W\230D\240\001\330\317\021\032\230&\361`\313 \014\210\237F\220&\230\001g\003\242,\020o\220\005\220W\377`Q\340\323\005\343\340\010,\001\276`\332\207\001D\220\001\363\220\024\252!\016\0058\2304\230\001q\212\001\263\047\247\"2\001\211\002\354\204\001\353$j\250\204\0014\314\000d\220\204\001\020\220\264\"\337\340\010\017\210{\203`4\230\371y\256A\324\001\017\210|\2301\356\260\000\005\240Q\n\002\320\017\047\373\240q\314@I\260T\270\032}\300\241`\340\010\025\220Q\345 \257)\2404\240w\002\035\222 \026\337\240t\2501\250\351\207\0026\220\373\023\220\307\204\002D\230\006\230a\337\230x\240w\250\301`\r\210\267U\220!\302a\340\010#\n\017\377\210x\220v\230S\240\n\327\250%\250?\014F\334\211\001\013\210\2776\220\027\230\001\330\376 \026\311\220\346""\002\322`\330\213\047\326\010\023\220\377>\240\021\240$\240g\250\353R\250\346\206\0025\252\"U\230!\377\2307\240\047\250\030\260\024\377\260X\270R\270t\3003\217\300g\310QN\001\302\211\002\273\"!\357\240\024\240X5\000z\270\022\377\2703\270c\300\021\340\010\367 \240\001\366$\330\010\021\320\357\021\"\240&\207\211\002\010\013\210\2477\220#\234\205\001\243`\t\366\205\003a\357\220t\2308\214 y\260\010\277\270\002\270!\330\020\265\213\001\014\274\311Ay\0011\330\020\031\216`q_\240\003\2402\240\325B\001\352\211\001\372\213\212\001R\317\001\360\006\000\t\014\311\210\364b\222\205\001A\357\205\010\251\210\003c\230\325\024\255\213\003G\306\000!\364 w\250\367d\260&g\000\"\270B\270\337c\300\022\3001\311\212\005\001\330\034\255\211\004\340\212\001\020\220\007\206\214\001\347A\222\206\001\335\"\377\213\004\010\014\210\302cZ\230\276\356\211\002J\220a\200A|\005w/\220g\230U\333\214\002)\265\211\001\257\214\001\367t\2204\237@T\240\026\240\377s\250#\250T\260\021\330?\020\024\220F\230\047\347\"\313\204\002\371L\302\206\003@\006\017\210a\210q\177\220\006\220c\230\027\240\333\206\004\337Z\230v\240Q\363\205\003[\240_\010\250\010\260\002\276\000\t\266\002\357\010\013\210?\376bw\240d\377\250#\250Q\250f\260F\317\270\"\270A\234B\227\000\n\000K\t\r\257\000\005\362`\271\205\002G\210\210\001\315\360\021\002M\230\361\214\002y\004N\230\355!)\003\035\230\360\214\004S\220\010\277\230\003\2301\230F\221bQ\377\250d\260$\260a\260x\377\270q\300\005\300W\310F\277\320RT\320TU\261(\025\366\206\210\001\360\014\213A7\220\"\220\375B\275\002\002\240\"\240C\240\177w\250b\260\004\260H\356 \376\362\212\002*\230A\320\0359\270\377\021\270+\300Q\300d\310%!\212\216\003\001\343A\312 \014\246\n\356\213\003\376\221\217\002\022\220-\230q\320 \3777\260q\270\004\270D\300\037\007\300r\310\021\236\216\001\221\214\001\253\215\001*\364\214\002d\214\206\002t\343Bb\227\213\001L\003\377\033\320\0320\260\004\260L\177\300\001\330\010\030\230\001\262a\235\032\372\003F\220!\370\217\001\306@\330\377\010\t\330\014\r\330\025\026\377\330\024""\033\2309\240G\250\3371\250D\260\010i\000I\300\377X\310R\310w\320VW\373\330\020\307\216\0036\240\024\240U~\354!\330\024\025\330\020\"\245\214\001\177\017\210u\220C\220q\303\213\0019t\250\213\001\312\211\001\047\240\022\344\206\001N\002\377\032\230%\230r\240\021\330\277\030\033\2307\240#\315@\034\377%\320%6\260e\2701\377\270A\340\034)\250\021\250\357!\330\030 \351\210\001\022\330\020_\032\230!\2301\303\210\001\n\222B\317\016\000\t\036\271\211\001\214\220\0018\220\3413\341\216\001\341\211\002\353\211\002\310\213\002\330\020*?\250!\2504\250q\357\210\001\233\212\002\274\330\221\001\316\213\001A\200A\360;\002W\347\240A\340\331\221\t\275\214\0033\230l\273\250\"\353\213\001\017\210s\263@A~\335\220\001\024\031\230\021\340\024\362\205\002\374\267\207\001\217\222\003\010\017\210q\200A\303\360\020\351\205\003\271\214\r\205\214\001\250\207\0013\230\307c\240\021\351\206\001\240\222\002\206\220\003c\230\377\021\230(\240&\250\002\250\376\325\220\002a\220q\230\010\240\001\237\240\030\250\023\250l\000\213@\2305\026\221\222\003\020\007\002\230~\242\205\003\007\003\377{\250*\260A\260W\270OA\270Q\330\027\006\002\006}9\006}\230\002\006\031\240!\2408\313\211\002\270\276\216\002\251\215\001\353\221\001%\220r\315\216\001\024\177\320\024%\240Q\240dT\000\316\245\205\001F\300!\321\221\002\365\000\023\220\3552\231\216\002\024\027\317\211\002\006\240c\337\250\026\250s\260\223@\031\330p\216!z\002\273\206\001\241 \026\220b\244\222\002\377\024\035\320\0351\260\021\260\377$\260j\300\002\300\"\300\377C\300w\310f\320TU\246\243#\r\210\330b\200\210\005\021\265\224\001E\353\230\021\213\212\001\024\377\212\0042\240W\333\250C\274\224\001\021\220\r\003\047\240u\024\232\002#\304\224\001\020\220\t\241\206\001\377\017\210t\2206\230\021\320\357\004\033\2301\354\210\001!\240\t\246\253a\340\010\216\216\001\267\225\002\t\362\222\001\014\257\230A\230V\370\0007\373\220\003r\366\306\213\002\020\027\365\000\026\230q\240\377\002\240%\240v\250V\260\3771\260B\260i\270t\300\3775\310\005\310Q\310a\320O\004\"\240!\242\212""\006f\0019\347\221\002\357a\240z\260o\000,\250A\214\250\207\003\376\217\002\014\210\242\205\002\202\223\003\344\205\014|\003\2501";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 4460, 6346);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (4483 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of them \377in  is n\377o eventf\375d\026\001 vecto\377rs views\377: releas\377e memory\376\020\002 and ar\377rays fir\377st(tree \337fragmE\000).\377../dev/zoero:g\001re,\000\363e \010\001m\000endp\377oint hasG ?Aj\004\220\003\023\tw\034\000\377rung `ri\377ngs` tim\376\301\000since i\273t \034\001las\005\001i\377ted for.\357Note\332\000at \277Cython\334\001d\377eliberat\377ely stri\357cter!\001n P\277EP-484\314\002r\373ej\367\000s sub\345cT\000s\254 \246 bui\373lt\246 types\377. If you\367 nem\000to p\363as$\n\324 n se\375t\334! \047anno\177tation_<\000\276\301\000\047 dir\334 i\375v\242\000o Fals\377e.a descgrip\363 \301 om8\002\317serv\243\000\337\002os}t\264$procep\000\376\266!too man\277y open\205@l\336\335@(rai\251@it\377s limit,\334\221!\345@sta\261!wi\337th `u\026\002 -on`)a\347D\047sy\t\336\207jadd_\304\000ec\304\311\002o\000p\244\t\261\007?\000is\277ableen\002\001g\371c\206\000\005\002divsh\236\273`.err\325`\007\004/\377_core.py}x\374`align\277@o64-b\325Aor\335`\375t\225\204\001defaul\377t __redu\177ce__ du\270\"\357non-\311@via\375l\033\000cinit_~\246\000 regis\335A\371a\200C\226\tare c\377losedthe\226\364 vi\306as\t\010\223\204\006i\370\001\022\217\204\001;\003 whil_e wai\233`gK\001\377epoll ob\302\302a 2\n\265\205\003\000\021\373\205\001in\177 use by\260b\336\"\007mapp\320\204\003 r\377eading o\327nly\266\001s\254 al\307lerZ\013\234\205\001\007\tim\357eout\335\206\003t a\037 numb\323a\334\206\001\275\000\177at came\236b\260\357\206\003\017\003\364\205\001\320aed\227\207\004U\373IO\246$Atomi\257cU64\000\006.\221Fcv\354\205\002__\017\tset\370`\367te_\013\017comp\376\215@_exchan\373geH\007fetchy_\365`[\007loadi\007\253st\270`C\303BE\320aD\377oorbells\000\000\006\204\017\017\t\205\016-\010\353\204\001H\001\004\014\370\217\211\003U\010`\rdrop_\257peery\010l\205\204\001n\357_uio\216\010mis\357sing\240\010new\234\256\t\351\210\001_by\301\010\r\002s\367elf\325\010set_\277queued\352\010uGnwa\271 \374\010\234\204\001_\331\212\002\360\010""\n\030\n\215\205\002\261\047file\377noEPOLLE\273RR\003\002HUP\013\002I=N\022\002OUTE\351\204\001\000\002p\357O\017\005\354N*\003add3\003\360\205\206\002>\003m\004\276\205\001.mod\367ifyV\003remosveb\003\347\205\001FdA\363\213\001\200\000\004\352o\017\007\351n,\005\373\206\0029\005dOrainF\005\376\214\004sV\005\374\340\205\003d\005takeIn\377terruptM?apping\000\004\362\204\017\350\017\007\361\204\016,\005a\306\205\002_u6\3614>\005\225\210\002K\005popu\357late[\005res\377identNoS\357uchV\237\216\002O_C\377LOEXECO_\377RDONLYPr\277otocol\221\205\002R\002\202\211\004s\000\006\232\206\017\017\t\233\206\016.\007\257\211\002\020=\007\212\206\001K\007\211\206\002S\212\210\005\000\006\207\207\017\300\017\t\210\207\016.\007\234\212\002=\007\346\210\003Ti\007mer\000\002\337\207\017\017\005\334\207\016*\003\340\354\212\0025\003\325\204\003A\003\275\205\001__P\373yx\001\000Dict_\377NextRef_\375_\260\216\004e____d\354\026\001\004\001oc\013\001fun\222\003\002g\320\210\005!\000m\300`\047\001m\357odul0\002nam\3228\002pZ\000\371\210\003_\007\001vt<\233\215\001R\001qual\035\005\320\214\005\214\267\211\016\352\214\006ex\206\001\355\206\001Q\005s\374t\010\322\211\016__test\250\272\000\303\210\005\307\211\001_\320\222\003_\242\211\002_\356\244\210\006_is\204\216\001out\257ine_\246\210\007_\237\210\004_\252\230\210\001_\213\210\004_\377\207\006_\364\207\007_\352\355\207\004_\340\207\007_\200\210\002add\377addressa\375d\344\215\001amount\377anything\376\271\223\002asyncio\357.cor|\003sat\374\215\205\007\315\212\002chunks\373cl\233\001in_tr\177aceback\301\216\002\377codecoll\356\316\221\001ons\302\213\rconOtrol\025\000v\000dX\000\357deadF\001des\377ireddone\371d\264\213\004\204\207\002enden\377dseofepf\361d\251\220\003\215\207\005\235\225\002sexp\377ectedfdf\363ds\237\214\006\254\211\003fill\370\027\000\214\225\001\234`grown\373iiO\000xiovi\017tems\201\221\004\207\221\005\374\220\002\241\222\002^\332\214\001lost\354\216\003m\326\207\003\235m\266!ges\211\211\003\327cn\236\326adtup\236\212\001""\303\"o\237ffset\306\000\201\223\001o\377souterpa{ge\000\001_siz\004\002\371s\224\214\001\356\225\002erspo\361p\324\207\005\323\217\001\317\217\001rece\327ive\262\221\005s\360\211\003re\313qu\306`s\362\207\005\200\226\002ru?nrunss\365 \247 \357seen\224\214\001sen\333d_\022\003nt\360\216\001etx\262\222\004\244\220\003\205\001sock\206\000\375c\214\217\001icmeth\323od\304\216\002\325\211\001t\245\220\003to\377kentotal\177urgentv\006\000\305e\000\002s\220\230\003\225\230\004\362\221\001wa\377nt\200\001\330\004\n\210\377+\220Q\200\001\360$\000\377\005\030\220q\330\004\025\220\277Q\330\004\024\220A\026\001#\377\210Q\210h\220b\230\006\377\230d\240$\240d\250$\377\250d\260!\330\010\016\210\377a\210z\230\023\230G\240\3771\330\010\014\210E\220\025\373\220a8\000\014\017\210q\220\377\002\220,\230a\230t\240\3771\240B\240b\250\001\330\276\016\004+\230Q\330\014S\000\220\377R\220x\230{\250!\250\3373\250a\250q\t\007~\250\372\025\010\177\031\000x\260q\270\001\376*\006\320\0371\260\021\330\010w\017\210y\211\000b\240\003\\\000\357I\250\\\270\020\000\014\210H\377\220A\220V\230:\240V\377\250=\270\002\320:L\310\377A\330\010\013\2102\210R\375\210]\000\017\210v\220S\230\317\001\330\020\021\206\001\010\001\007\230ws\240!\013\002\021\220\021\262\n\375\022\266\002q\240\010\250\001\250\376,\000\023\2205\230\003\2308\376\305\002h\250k\270\022\2701\377\330\014\022\220$\220c\230\377\030\240\021\240\"\240I\250\373S\260\334\002x\220q\230\002\335\230R\000\026\220g\345\000\025.\376\330\001\260\004\260A\260R\260\377r\270\032\3008\3101\310\177B\310k\320YZ\340\220\007\277\r\330\004\007\200q\274!C\377\210w\220a\330\014\020\220\255\006\004\000\020\027J\000\001\340!m\375\230m\000\r\360\006\000\005\014\357\2108\2201\240@&\000\005\377\035\230A\340\004\026\220a\177\360\010\000\005\t\210\007\340\000\356\222 u\220G\245\0003\240a\373\240t\323\"t\2603\260a\177\260t\2703\270a\270_\000\367\013\2104_\000e\2305\240\375\006\220@\002\250#\250V\260\3772\260V\2702\270S\300\376\236@\022\220*\230A\230^\317\2501\250H\257\000""\023\001V\300w2\300V\261\000C\310q\326G\347w\230f\320@\245\000\022\220!s\220:\313A\353A\007\220|\350@uF\316@1\345C\007\220{\334 \276\245 !\2201\220HV\000Y\377\240c\250\027\260\010\270\001\374\253@\375BW\230H\240K\250\377q\260\003\2601\260A\330r\n\006N\327`\277`t\2207\306!\364\201\"\343\")\222\004Y\270c\300\217\024\300Q\300\247 \375\000\324aw\366\207@\021\330\256 y\240\001\240\337\026\240z\260\030\216`\020\0311\230\021\000\270A\216A\024\033\302 \016\002\376\347#\021\220\031\230!\2306\377\240\032\2508\2601\330\004\357\013\2101\200\251b4\210t\357\2202\220Q\334A+\230Q\333\230a\347at\220\024\006v\220\355R\334\204\001\022\220\t\021y\230\004\377\230F\240#\240S\250\004e\250\315\000\036\371\204\003\225\205\001K\220\367$\266\376c\014\023\220 D\230\332@\014\317\210I\220Qv\001\270\204\003_\240\337D\250\003\2501\003\013\010\260a\001\034\003=\006\352\003\245`\010\230\026\002w\016\210a\272\001\026\220d\371`\277\010\014\210G\2201\366\204\0013w\210c\220\272\204\0021\220A\332\001\305\030\235\000A\244\206\001q\000\226\205\0015\220\241\003&\000\210\002\035\000\216\204\0014\246\205\001\r\372\262\205\0011\203\204\001\007\220w\230a\377\230q\340\014\021\220\021\220\377$\220g\230T\240\021\240\307!\200A\037\t\275\002\371\206\001H\220\376U\004T\230\026\230w\240a\376\341\205\003W\230D\240\001\330\021\347\032\230&\361`\313 \014\210F\317\220&\230\001g\003\242,\020\220\267\005\220W\377`Q\340\323\005\340\361\010,\001\276`\332\207\001D\220\001\220\371\024\252!\016\0058\2304\230q\000\212\001\263\047\247\"2\001\211\002\354\204\001\353$\250\204\001\2654\314\000d\220\204\001\020\220\264\"\340~\255\205\002A\220T\230\021\230\321\002w\017\210{\222`4\230y\275A\276\343\001\017\210|\2301\277\000\005\373\240Q\n\002\320\017\047\240q~\333@I\260T\270\032\300\260`\337\340\010\025\220Q\364 )\240\3534\240\206\002\035\241 \026\240t\367\2501\250\370\207\0026\220\023\220\376\326\204\002D\230\006\230a\230x\367\240w\250\320`\r\210U\220\355!\321a\340\010#\n\017\210x\377\220v\230S\240\n\250%\365\250?\014F\353\211\001\013""\2106\220o\027\230\001\330\215@\026\220\365\002\362\341`\330\232\047\345\010\023\220>\240\377\021\240$\240g\250R\250\372\365\206\0025\271\"U\230!\2307\377\240\047\250\030\260\024\260X\377\270R\270t\3003\300g\343\310QN\001\321\211\002\312\"!\240\024\373\240X5\000z\270\022\2703\377\270c\300\021\340\010 \240\375\001\205D\330\010\021\320\021\"\373\240&\226\211\002\010\013\2107\220\351#\253\205\001\262`\t\205\206\003a\220t\373\2308\214 y\260\010\270\002/\270!\330\020\304\213\001\014\330Ay\001\3571\330\020\031\235`q\240\003\227\2402\240\344B\001\371\211\001\232\212\001R~\317\001\360\006\000\t\014\210\203\204\002r\241\205\001A\376\205\010\270\210\003c\230\024\274\213\003\365G\306\000!\364 w\250d\260\375&g\000\"\270B\270c\3007\022\3001\330\212\005\001\330\274\211\004\357\212\001G\020\220\007\225\214\001\366A\241\206\001\"\216\214\004\267\010\014\210\321cZ\230\375\211\002J\357\220a\200A|\005w\220g\313\230U\352\214\002)\304\211\001\276\214\001t\220\3754\237@T\240\026\240s\250\377#\250T\260\021\330\020\024O\220F\230\047\347\"\332\204\002L\321\206\003\376@\006\017\210a\210q\220\006\337\220c\230\027\240\352\206\004Z\230\367v\240Q\202\206\003[\240\010\250\327\010\260\002\276\000\t\266\002\010\013\373\210?\376bw\240d\250#\377\250Q\250f\260F\270\"\363\270A\234B\227\000\n\000\t\rR\257\000\005\362`\310\205\002G\227\210\001\360\021\002\223M\230\200\215\002y\004N\316\204\001\025\001\035\375\230\377\214\004S\220\010\230\003\230\3671\230F\221bQ\250d\260\377$\260a\260x\270q\300\377\005\300W\310F\320RT\327\320TU\261(\025\225\210\001\360\014\276\213A7\220\"\220B\275\002\002\377\240\"\240C\240w\250b\317\260\004\260H\356 \201\213\002*\230\377A\320\0359\270\021\270+\277\300Q\300d\310!\231\216\003\001\304\343A\312 \014\246\n\375\213\003\240\217\002\022\220\377-\230q\320 7\260q\377\270\004\270D\300\007\300rC\310\021\255\216\001\240\214\001\272\215\001\203\215\002d\214\206\002\345t\343Bb\246\213\001L\003\033\320\032\3770\260\004\260L\300\001\330\257\010\030\230\001\262a\032\372\003F\363\220!\207""\220\001\306@\330\010\t\330\377\014\r\330\025\026\330\024\033\377\2309\240G\2501\250D\373\260\010i\000I\300X\310R\177\310w\320VW\330\020\326\216\003\3376\240\024\240U\354!\330\024\357\025\330\020\"\264\214\001\017\210u/\220C\220q\322\213\001t\267\213\001\331\211\001\347\047\240\022\344\206\001N\002\032\230%\377\230r\240\021\330\030\033\230\3677\240#\315@\034%\320%\3776\260e\2701\270A\340\377\034)\250\021\250!\330\030\375 \370\210\001\022\330\020\032\230!\353\2301\322\210\001\n\222B\016\000\t9\036\310\211\001\233\220\0018\2203\360\216\001\360\211\002\374\372\211\002\327\213\002\330\020*\250!\250\2074\250q\376\210\001\252\212\002\347\221\001\335\213\001A\367\200A\360;\002W\240A\340|\350\221\t\314\214\0033\230l\250\"\372\213\001\327\017\210s\263@A\354\220\001\024\031\217\230\021\340\024\362\205\002\267\207\001\236\222\003\010\177\017\210q\200A\360\020\351\205\003\370\310\214\r\224\214\001\250\207\0013\230c\240\021\370\351\206\001\257\222\002\225\220\003c\230\021\230(\337\240&\250\002\250\344\220\002a\220\377q\230\010\240\001\240\030\250\263\023\250l\000\213@\230\026\240\222\003\020\346\007\002\230~\242\205\003\007\003{\250*\377\260A\260W\270A\270Q\251\330\027\006\002\006}9\006\230\002\006\031\017\240!\2408\313\211\002\315\216\002\270\215\001\372\221\001\367%\220r\334\216\001\024\320\024%\317\240Q\240dT\000\245\205\001F\300\271!\340\221\002\365\000\023\2202\250\216\002\024\375\027\317\211\002\006\240c\250\026\250\033s\260\223@\031\330\216!z\002\273\206\001\356\241 \026\220b\263\222\002\024\035\320\377\0351\260\021\260$\260j\377\300\002\300\"\300C\300w\337\310f\320TU\243#\r\210t\330b\200\210\005\021\304\224\001E\230\021\213\212\001}\024\377\212\0042\240W\250C\313\224\001\273\021\220\r\003\047\240\024\232\002#\356\323\224\001\020\220\t\241\206\001\017\210t\377\2206\230\021\320\004\033\230\3351\354\210\001!\240\t\253a\340\010\364\235\216\001\306\225\002\t\201\223\001\014\230A\230\325V\370\0007\212\221\003r\306\213\002\020\027\376\365\000\026\230q\240\002\240%\377\240v\250V""\2601\260B\377\260i\270t\3005\310\005\377\310Q\310a\320\004\"\240\351!\242\212\006f\0019\366\221\002a\240z\235\260o\000,\250A\250\207\003\215\220\002\014q\210\242\205\002\221\223\003\344\205\014|\2501";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 4483, 6379);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (6346 bytes) */
-static const char bytes[] = " bytes bytes of them in  is no eventfd of  vectors views: release memoryviews and arrays first(tree fragment).../dev/zero: there are : this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdadd_notecannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno aligned 64-bit word at no default __reduce__ due to non-trivial __cinit__no register at the descriptors are closedthe device is closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlythe signaller is closedthe timer is closedtimeout is not a numbervector what came for vector what was opened is no UIO deviceAtomicU64AtomicU64.__reduce_cython__AtomicU64.__setstate_cython__AtomicU64.compare_exchangeAtomicU64.fetch_addAtomicU64.loadAtomicU64.storeClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.atomic_u64Mapping.closeMapping.populateMapping.residentNoSuchVecto""rO_CLOEXECO_RDONLYProtocolErrorRegistersRegisters.__reduce_cython__Registers.__setstate_cython__Registers.closeRegisters.loadRegisters.storeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceamountanythingarrayasyncio.coroutinesatatomic_u64bellschunkscline_in_tracebackclosecodecollectionscompare_exchangecontrolscountdatadeadlinedesireddonedoorbellendendseofepfderrorseventfdseventsexpectedfdfdsfetch_addfilenofilledfirstgetgrowniindexiovitemsivshmemivshmem._corelimitloadlostmappedmappingmessagesmodifymodulennamedtuplenothingoffsetoneopenosouterpagepage_sizepagespeerpointerspoppopulatereadonlyreceiveregistersremoverequestsresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodstoretaketimeouttokentotalurgentvaluevaluesvectorvectorswaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330""\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D""\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210q\330\014\r\330\010\013\2101\330\014\020\220\007\220w\230a\230q\340\014\021\220\021\220$\220g\230T\240\021\240!\200A\340\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\020\220\005\220W\230A\230Q\340\014\020\220\010\230\001\200A\340\010\014\210F\220!\2201\330\010\014\210D\220\001\220\024\220Q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\014\210H\220A\330\010\013\2104\210v\220S\230\001\330\014\022\220!\2204\220w\230d\240!\330\014\020\220\010\230\001\200A\340\010\017\210{\230!\2304\230y\250\004\250A\200A\340\010\017\210|\2301\230D\240\005\240Q\200A\340\010\017\320\017\047\240q\250\004\250I\260T\270\032\3001\200A\340\010\025\220Q\220d\230)\2404\240q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010\036\230a\330\010\014\210F\220!\2201\330\010\013\2104\210v\220S\230\001\330\014\023\220>\240\021\240$\240g\250R\250q\330\010\013\2105\220\001\220\024\220U\230!\2307\240\047\250\030\260\024\260X\270R\270t\3003\300g\310Q\330\014""\021\220\021\330\010\017\210q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210L\230\001\330\010\014\210N\230!\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\014\2107\220\"\220B\220c\230\027\240\002\240\"\240C\240w\250b\260\004\260H\270B\270a\330\014\022\220*\230A\320\0359\270\021\270+\300Q\300d\310!\330\010\017\210y\230\001\230\026\230q\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210w\220a\220q\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r""\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!\330\030\031\330\024\031\230\021\330\020""\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021\320\004,\250A\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501";
+    #else /* compression: none (6379 bytes) */
+static const char bytes[] = " bytes bytes of them in  is no eventfd of  vectors views: release memoryviews and arrays first(tree fragment).../dev/zero: there are : this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)a vector\047s descriptor is no eventfdadd_notecannot map descriptor descriptors disableenablegcisenabledivshmem.errorsivshmem/_core.pyxno aligned 64-bit word at no default __reduce__ due to non-trivial __cinit__no register at the descriptors are closedthe device is closedthe endpoint is closedthe endpoint was closed while waitingthe epoll object is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlythe signaller is closedthe timer is closedtimeout is not a numbervector what came for vector what was opened is no UIO deviceAtomicU64AtomicU64.__reduce_cython__AtomicU64.__setstate_cython__AtomicU64.compare_exchangeAtomicU64.fetch_addAtomicU64.loadAtomicU64.storeClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.drainFdArray.eventfdsFdArray.signalFdArray.takeInterruptMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.atomic_u64Mapping.closeMapping.populateMapping.reside""ntNoSuchVectorO_CLOEXECO_RDONLYProtocolErrorRegistersRegisters.__reduce_cython__Registers.__setstate_cython__Registers.closeRegisters.loadRegisters.storeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddaddressadviceamountanythingarrayasyncio.coroutinesatatomic_u64bellschunkscline_in_tracebackclosecodecollectionscompare_exchangecontrolscountdatadeadlinedesireddonedoorbelldrainendendseofepfderrorseventfdseventsexpectedfdfdsfetch_addfilenofilledfirstgetgrowniindexiovitemsivshmemivshmem._corelimitloadlostmappedmappingmessagesmodifymodulennamedtuplenothingoffsetoneopenosouterpagepage_sizepagespeerpointerspoppopulatereadonlyreceiveregistersremoverequestsresidentringsrunrunssecondsseenselfsend_runssentsetsetdefaultsignalsizesockspecstaticmethodstoretaketimeouttokentotalurgentvaluevaluesvectorvectorswaitwant\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001""\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\021\220\021\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330""\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\016\210a\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210q\330\014\r\330\010\013\2101\330\014\020\220\007\220w\230a\230q\340\014\021\220\021\220$\220g\230T\240\021\240!\200A\340\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\020\220\005\220W\230A\230Q\340\014\020\220\010\230\001\200A\340\010\014\210F\220!\2201\330\010\014\210D\220\001\220\024\220Q\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\014\210H\220A\330\010\013\2104\210v\220S\230\001\330\014\022\220!\2204\220w\230d\240!\330\014\020\220\010\230\001\200A\340\010\017\210u\220A\220T\230\021\230!\200A\340\010\017\210{\230!\2304\230y\250\004\250A\200A\340\010\017\210|\2301\230D\240\005\240Q\200A\340\010\017\320\017\047\240q\250\004\250I\260T\270\032\3001\200A\340\010\025\220Q\220d\230)\2404\240q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\340\010\036\230a\330\010\014\210F\220!\2201\330\010\013\2104\210v\220S\230\001\330\014\023\220>\240\021\240$\240g\250R\250q\330\010\013\2105\220\001\220\024\220U\230!\2307""\240\047\250\030\260\024\260X\270R\270t\3003\300g\310Q\330\014\021\220\021\330\010\017\210q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\025\220Q\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\021\220\021\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210L\230\001\330\010\014\210N\230!\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\025\220Q\200A\360\014\000\t\014\2107\220\"\220B\220c\230\027\240\002\240\"\240C\240w\250b\260\004\260H\270B\270a\330\014\022\220*\230A\320\0359\270\021\270+\300Q\300d\310!\330\010\017\210y\230\001\230\026\230q\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210w\220a\220q""\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\032\230!\2301\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\031\230\021\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c""\250\026\250s\260!\330\030\031\330\024\031\230\021\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\033\2301\360\006\000\t!\240\t\250\021\250!\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\014\230A\230V\2408\2507\260!\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230Y\240a\240z\260\021\320\004,\250A\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 255; i++) {
+    for (int i = 0; i < 257; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 45) PyUnicode_InternInPlace(&string);
@@ -27831,8 +28077,8 @@ static const char bytes[] = " bytes bytes of them in  is no eventfd of  vectors 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 255; i < 298; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-255].length;
+    for (int i = 257; i < 301; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-257].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -27842,15 +28088,15 @@ static const char bytes[] = " bytes bytes of them in  is no eventfd of  vectors 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 298; i++) {
+    for (Py_ssize_t i = 0; i < 301; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 255;
-      for (Py_ssize_t i=0; i<43; ++i) {
+      PyObject **table = stringtab + 257;
+      for (Py_ssize_t i=0; i<44; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -27951,284 +28197,289 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_uAT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 186};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 225};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_requests, __pyx_mstate->__pyx_n_u_pointers, __pyx_mstate->__pyx_n_u_ends, __pyx_mstate->__pyx_n_u_nothing, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 254};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 282};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 287};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 296};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 311};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_G1_AV87_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 322};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 365};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 370};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 370};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 375};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 379};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 384};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 392};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 397};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 468};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 473};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 596};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 601};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_advice, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_page, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_seen};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 631};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 636};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_pages, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_Q_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 650};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 655};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_offset};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_atomic_u64, __pyx_mstate->__pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_atomic_u64, __pyx_mstate->__pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 671};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 676};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_address};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 720};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 725};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 724};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 729};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_Qd_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_Qd_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 728};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 733};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_expected, __pyx_mstate->__pyx_n_u_desired};
-    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_compare_exchange, __pyx_mstate->__pyx_kp_b_iso88591_A_q_IT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_compare_exchange, __pyx_mstate->__pyx_kp_b_iso88591_A_q_IT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 732};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 737};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_amount};
-    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fetch_add, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fetch_add, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 787};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 792};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 797};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 802};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 809};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 816};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_4vS_4wd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[40] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_4vS_4wd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[40])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[40] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[40])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[41] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[41])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[41] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[41])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[42] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[42])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 872};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 879};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[42] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[42])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[43] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[43])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 875};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 882};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[43] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[43])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[44] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[44])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 880};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 887};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
-    __pyx_mstate_global->__pyx_codeobj_tab[44] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[44])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[45] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[45])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 890};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 897};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[45] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[45])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[46] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[46])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 899};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 906};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[46] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[46])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[47] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4waq_q_7q_D_r_4wgQ_d_4t4w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[47])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 911};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 918};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[47] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[47])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[48] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[48])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 918};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 925};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[48] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[48])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[49] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[49])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 926};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 933};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
-    __pyx_mstate_global->__pyx_codeobj_tab[49] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_L_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[49])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[50] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_L_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[50])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 935};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 942};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
-    __pyx_mstate_global->__pyx_codeobj_tab[50] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[50])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[51] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[51])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 939};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 946};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[51] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[51])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[52] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[52])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 944};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 951};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[52] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[52])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[53] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[53])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 965};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 972};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
-    __pyx_mstate_global->__pyx_codeobj_tab[53] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1_waq_gT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[53])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[54] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1_waq_gT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[54])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 974};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 981};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
-    __pyx_mstate_global->__pyx_codeobj_tab[54] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[54])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[55] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[55])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1140};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1147};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[55] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[55])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[56] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9AYaz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[56])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1212};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1219};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[56] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[56])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[57] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[57])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[57] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[57])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[58] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[58])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[58] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[58])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[59] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[59])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -30308,6 +30559,174 @@ bad:
 #endif
 }
 
+/* PyFrozenDict (used by GetItemInt) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
+    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
+}
+#endif
+
+/* GettItemInt_wraparound (used by GetItemInt) */
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static int __Pyx_GetItemInt_wraparound(PyObject *o, PySequenceMethods *sm, Py_ssize_t *i) {
+    assert(*i < 0);
+    if (likely(sm->sq_length)) {
+        Py_ssize_t l = sm->sq_length(o);
+        if (likely(l >= 0)) {
+            *i += l;
+        } else {
+            if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+                return -1;
+            PyErr_Clear();
+        }
+    }
+    return 0;
+}
+#endif
+
+/* GetItemInt */
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j) {
+    PyObject *r;
+    if (unlikely(!j)) return NULL;
+    r = PyObject_GetItem(o, j);
+    Py_DECREF(j);
+    return r;
+}
+static PyObject *__Pyx_GetItemInt_Generic_size(PyObject *o, Py_ssize_t i) {
+    return __Pyx_GetItemInt_Generic(o, PyLong_FromSsize_t(i));
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyList_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    return __Pyx_PyList_GetItemRef(o, wrapped_i);
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyList_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_PyList_GET_ITEM_REF(o, wrapped_i, unsafe_shared);
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_LIMITED_API
+    return PySequence_ITEM(o, wrapped_i);
+    #else
+    if (unlikely(wrapped_i < 0)) {
+        PyErr_SetString(PyExc_IndexError, "tuple index out of range");
+        return NULL;
+    }
+    return PySequence_GetItem(o, wrapped_i);
+    #endif
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyTuple_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_NewRef(__Pyx_PyTuple_GET_ITEM(o, wrapped_i));
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast_mapping(PyObject *o, binaryfunc getitem, Py_ssize_t i) {
+    PyObject *r, *key = PyLong_FromSsize_t(i);
+    if (unlikely(!key)) return NULL;
+    r = getitem(o, key);
+    Py_DECREF(key);
+    return r;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_ASSUME_SAFE_SIZE
+    if (PyList_CheckExact(o)) {
+        return __Pyx_GetItemInt_List_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    if (PyTuple_CheckExact(o)) {
+        return __Pyx_GetItemInt_Tuple_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #endif
+#else
+    if ((!wraparound || i >= 0) & PyList_CheckExact(o)) {
+        return boundscheck ? __Pyx_PyList_GetItemRef(o, i) : __Pyx_PyList_GET_ITEM_REF(o, i, unsafe_shared);
+    } else
+#endif
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+    if (PyDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyDict_Type.tp_as_mapping->mp_subscript, i);
+    #if defined(PyFrozenDict_CheckExact)
+    } else if (PyFrozenDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyFrozenDict_Type.tp_as_mapping->mp_subscript, i);
+    #endif
+    } else
+    {
+        PyTypeObject *obj_type = Py_TYPE(o);
+        int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
+        if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (mm && mm->mp_subscript)
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+        PySequenceMethods *sm = obj_type->tp_as_sequence;
+        if (likely(sm && sm->sq_item)) {
+            if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
+                return NULL;
+            return sm->sq_item(o, i);
+        }
+        if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (likely(mm && mm->mp_subscript))
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+    }
+#else
+    if (!PyMapping_Check(o)) {
+        return PySequence_GetItem(o, i);
+    }
+#endif
+    (void)wraparound;
+    (void)boundscheck;
+    return __Pyx_GetItemInt_Generic_size(o, i);
+}
+
 /* FormatTypeName (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static __Pyx_TypeName
@@ -30627,174 +31046,6 @@ static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
         "Expected %.42s, got " __Pyx_FMT_TYPENAME,
         expected, obj);
     return 0;
-}
-
-/* PyFrozenDict (used by GetItemInt) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
-    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
-}
-#endif
-
-/* GettItemInt_wraparound (used by GetItemInt) */
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-static int __Pyx_GetItemInt_wraparound(PyObject *o, PySequenceMethods *sm, Py_ssize_t *i) {
-    assert(*i < 0);
-    if (likely(sm->sq_length)) {
-        Py_ssize_t l = sm->sq_length(o);
-        if (likely(l >= 0)) {
-            *i += l;
-        } else {
-            if (!PyErr_ExceptionMatches(PyExc_OverflowError))
-                return -1;
-            PyErr_Clear();
-        }
-    }
-    return 0;
-}
-#endif
-
-/* GetItemInt */
-static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j) {
-    PyObject *r;
-    if (unlikely(!j)) return NULL;
-    r = PyObject_GetItem(o, j);
-    Py_DECREF(j);
-    return r;
-}
-static PyObject *__Pyx_GetItemInt_Generic_size(PyObject *o, Py_ssize_t i) {
-    return __Pyx_GetItemInt_Generic(o, PyLong_FromSsize_t(i));
-}
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_AVOID_BORROWED_REFS
-    CYTHON_UNUSED_VAR(boundscheck);
-    Py_ssize_t wrapped_i = i;
-    if (wraparound & unlikely(i < 0)) {
-        Py_ssize_t size = __Pyx_PyList_GET_SIZE(o);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(size < 0)) return NULL;
-        #endif
-        wrapped_i += size;
-    }
-    return __Pyx_PyList_GetItemRef(o, wrapped_i);
-#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    Py_ssize_t wrapped_i = i;
-    Py_ssize_t size = (wraparound | boundscheck) ? PyList_GET_SIZE(o) : -1;
-    if (wraparound & unlikely(i < 0)) {
-        wrapped_i += size;
-    }
-    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
-        return __Pyx_PyList_GET_ITEM_REF(o, wrapped_i, unsafe_shared);
-    }
-    return __Pyx_GetItemInt_Generic_size(o, i);
-#else
-    (void)wraparound;
-    (void)boundscheck;
-    return PySequence_GetItem(o, i);
-#endif
-}
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_AVOID_BORROWED_REFS
-    CYTHON_UNUSED_VAR(boundscheck);
-    Py_ssize_t wrapped_i = i;
-    if (wraparound & unlikely(i < 0)) {
-        Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(o);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(size < 0)) return NULL;
-        #endif
-        wrapped_i += size;
-    }
-    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_LIMITED_API
-    return PySequence_ITEM(o, wrapped_i);
-    #else
-    if (unlikely(wrapped_i < 0)) {
-        PyErr_SetString(PyExc_IndexError, "tuple index out of range");
-        return NULL;
-    }
-    return PySequence_GetItem(o, wrapped_i);
-    #endif
-#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    Py_ssize_t wrapped_i = i;
-    Py_ssize_t size = (wraparound | boundscheck) ? PyTuple_GET_SIZE(o) : -1;
-    if (wraparound & unlikely(i < 0)) {
-        wrapped_i += size;
-    }
-    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
-        return __Pyx_NewRef(__Pyx_PyTuple_GET_ITEM(o, wrapped_i));
-    }
-    return __Pyx_GetItemInt_Generic_size(o, i);
-#else
-    (void)wraparound;
-    (void)boundscheck;
-    return PySequence_GetItem(o, i);
-#endif
-}
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast_mapping(PyObject *o, binaryfunc getitem, Py_ssize_t i) {
-    PyObject *r, *key = PyLong_FromSsize_t(i);
-    if (unlikely(!key)) return NULL;
-    r = getitem(o, key);
-    Py_DECREF(key);
-    return r;
-}
-#endif
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
-                                                     int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_ASSUME_SAFE_SIZE
-    if (PyList_CheckExact(o)) {
-        return __Pyx_GetItemInt_List_Fast(o, i, wraparound, boundscheck, unsafe_shared);
-    } else
-    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-    if (PyTuple_CheckExact(o)) {
-        return __Pyx_GetItemInt_Tuple_Fast(o, i, wraparound, boundscheck, unsafe_shared);
-    } else
-    #endif
-#else
-    if ((!wraparound || i >= 0) & PyList_CheckExact(o)) {
-        return boundscheck ? __Pyx_PyList_GetItemRef(o, i) : __Pyx_PyList_GET_ITEM_REF(o, i, unsafe_shared);
-    } else
-#endif
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-    if (PyDict_CheckExact(o)) {
-        return __Pyx_GetItemInt_Fast_mapping(o, PyDict_Type.tp_as_mapping->mp_subscript, i);
-    #if defined(PyFrozenDict_CheckExact)
-    } else if (PyFrozenDict_CheckExact(o)) {
-        return __Pyx_GetItemInt_Fast_mapping(o, PyFrozenDict_Type.tp_as_mapping->mp_subscript, i);
-    #endif
-    } else
-    {
-        PyTypeObject *obj_type = Py_TYPE(o);
-        int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
-        if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
-            PyMappingMethods *mm = obj_type->tp_as_mapping;
-            if (mm && mm->mp_subscript)
-                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
-        }
-        PySequenceMethods *sm = obj_type->tp_as_sequence;
-        if (likely(sm && sm->sq_item)) {
-            if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
-                return NULL;
-            return sm->sq_item(o, i);
-        }
-        if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
-            PyMappingMethods *mm = obj_type->tp_as_mapping;
-            if (likely(mm && mm->mp_subscript))
-                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
-        }
-    }
-#else
-    if (!PyMapping_Check(o)) {
-        return PySequence_GetItem(o, i);
-    }
-#endif
-    (void)wraparound;
-    (void)boundscheck;
-    return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
 /* ExtTypeTest */
@@ -35870,85 +36121,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const aio_context_t neg_one = (aio_context_t) -1, const_zero = (aio_context_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(aio_context_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(aio_context_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(aio_context_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(aio_context_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(aio_context_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(aio_context_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(aio_context_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
@@ -35993,6 +36165,85 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const aio_context_t neg_one = (aio_context_t) -1, const_zero = (aio_context_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(aio_context_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(aio_context_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(aio_context_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(aio_context_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(aio_context_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(aio_context_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(aio_context_t));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

@@ -225,13 +225,13 @@ cdef extern from *:
     }
     static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
     {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_ACQ_REL,
-                                    __ATOMIC_ACQUIRE);
+        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_SEQ_CST);
         return expected;
     }
     static inline uint64_t ivshmem_add(void *word, uint64_t amount)
     {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_ACQ_REL);
+        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
     }
     """
     uint32_t ivshmem_load32(const void *address) nogil

@@ -6,6 +6,10 @@
      +-- RegionError (ValueError)     a size or a source that cannot be shared memory
      +-- NoSuchPeer (LookupError)     nobody with that id is connected
      +-- NoSuchVector (LookupError)   that peer, or this endpoint, has no such vector
+     +-- NoDirectory (LookupError)    the region has no directory of names
+     +-- NoSuchName (LookupError)     nobody has published that name
+     +-- NameTaken                    somebody else has published that name, and lives
+     +-- DirectoryFull                every slot of the directory has an entry of the living
      +-- NoFreeId                     every id is taken, or known to somebody who is connected
      +-- NoSuchDevice (LookupError)   no ivshmem device there, or several and none named
      +-- NoInterrupts                 the way a device was opened, or its variant, has none
@@ -19,10 +23,14 @@ that ran out before an object existed is the built-in TimeoutError.
 __all__ = [
     "ClosedError",
     "DeviceGone",
+    "DirectoryFull",
     "IvshmemError",
+    "NameTaken",
+    "NoDirectory",
     "NoFreeId",
     "NoInterrupts",
     "NoSuchDevice",
+    "NoSuchName",
     "NoSuchPeer",
     "NoSuchVector",
     "ProtocolError",
@@ -53,6 +61,22 @@ class NoSuchPeer(IvshmemError, LookupError):
 
 class NoSuchVector(IvshmemError, LookupError):
     """A vector number outside 0..vectors-1."""
+
+
+class NoDirectory(IvshmemError, LookupError):
+    """The region has no directory of names, or one of a version that is not known here."""
+
+
+class NoSuchName(IvshmemError, LookupError):
+    """Nobody who is alive has published that name."""
+
+
+class NameTaken(IvshmemError):
+    """Somebody else who is alive has published that name."""
+
+
+class DirectoryFull(IvshmemError):
+    """No slot is left in the directory of names."""
 
 
 class NoFreeId(IvshmemError):

@@ -137,6 +137,18 @@ class TestServe:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert result.stdout == "nobody else is here\n"
 
+    def test_names(self, serve: Serve, path: str, name: str) -> None:
+        server = serve("--names", "-l", "4K", "--name", name, "--quiet")
+        assert server.process.stdout is not None
+        lines = [server.process.stdout.readline() for _ in range(4)]
+        assert lines[3] == "  names:   15 slots in the last 2K, from 0x800 on\n"
+        with ivshmem.connect(path, timeout=TIMEOUT) as client:
+            assert ivshmem.Directory.open(client).entries() == []
+        other = [path + "2", "--name", name, "--names", "3"]
+        refused = run("serve", "-S", *other, status=1)
+        assert "has a directory already, of 15 slots, not 3" in one_error_line(refused)
+        assert server.end() == (0, "")
+
     def test_a_stale_socket_is_replaced(self, serve: Serve, path: str) -> None:
         server = serve()
         server.process.kill()
@@ -298,6 +310,8 @@ BAD = {
     "4 exabytes": (["-l", "4E"], "choose a smaller size"),
     "no size": (["-l", "many"], "'many' is no size"),
     "negative": (["-l", "-4M"], None),
+    "no slots": (["--names", "0"], None),
+    "more slots than fit": (["--names", "32", "-l", "4K"], "takes 4224 bytes"),
     "70,000 vectors": (["-n", "70000"], None),
     "no number of vectors": (["-n", "x"], None),
     "a socket path too long": (["-S", "/tmp/" + "x" * 200], "at most 107 bytes"),
@@ -307,7 +321,10 @@ BAD = {
     "a socket's directory that is missing": (["-S", "/no/such/dir/s"], "no such file"),
     "no name": (["-M", "a/b"], "no POSIX shared memory name"),
     "no huge pages of that size": (["--hugepages", "3M"], "no huge pages of 3M; it offers"),
-    "huge pages elsewhere": (["--hugepages", "--file", "/tmp/x"], "name a hugetlbfs mount"),
+    "huge pages elsewhere": (
+        ["--hugepages", "--file", "/tmp/ivshmem-no-file"],
+        "name a hugetlbfs mount",
+    ),
     "nothing to attach to": (["--existing", "require"], "give --name or --file"),
     "a name that is missing": (
         ["--existing", "require", "-M", "ivshmem-no-such-name"],
@@ -320,7 +337,7 @@ BAD = {
 def test_bad_input_gets_one_line(case: str, path: str) -> None:
     arguments, message = BAD[case]
     socket_option = [] if "-S" in arguments else ["-S", path]
-    before = set(os.listdir("/dev/shm"))
+    before = shared_names()
     result = run("serve", *socket_option, *arguments, status=2 if message is None else 1)
     if message is None:
         assert len(result.stderr.splitlines()) == 1
@@ -329,7 +346,12 @@ def test_bad_input_gets_one_line(case: str, path: str) -> None:
     else:
         assert message in one_error_line(result)
     assert not os.path.exists(path)
-    assert set(os.listdir("/dev/shm")) == before
+    assert shared_names() == before
+
+
+def shared_names() -> set[str]:
+    """What stands in /dev/shm, but for what other runs of these tests have there."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("ivshmem-test-")}
 
 
 def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
@@ -476,6 +498,51 @@ class TestConnect:
         serve("--quiet")
         result = run("connect", "-S", path, "--readonly", "-c", "write 0 u8 1", status=1)
         assert "mapped for reading only" in one_error_line(result)
+
+    def test_names(self, serve: Serve, path: str) -> None:
+        serve("--quiet", "--vectors", "2", "--names")
+        with (
+            ivshmem.connect(path, timeout=TIMEOUT) as peer,
+            ivshmem.Directory.open(peer) as directory,
+        ):
+            directory.publish("me", "test", range(1, 2))
+            result = run(
+                "connect", "-S", path, "-c", "names; publish you; names; int me 0; int me all"
+            )
+            assert result.stdout.splitlines() == [
+                "me: peer 0, vector 1, test",
+                "published you",
+                "me: peer 0, vector 1, test",
+                "you: peer 1, vectors 0 to 1",
+                "rang 1 doorbell",
+                "rang 1 doorbell",
+            ]
+            assert (peer.wait(0, 0), peer.wait(1, 0)) == (1, 1)
+            result = run("connect", "-S", path, "--json", "-c", "publish you role; names")
+            assert [json.loads(line) for line in result.stdout.splitlines()] == [
+                {"published": "you"},
+                {
+                    "names": [
+                        {"name": "me", "role": "test", "peer": 0, "vectors": [1], "alive": None},
+                        {
+                            "name": "you",
+                            "role": "role",
+                            "peer": 2,
+                            "vectors": [0, 1],
+                            "alive": True,
+                        },
+                    ]
+                },
+            ]
+            assert [entry.name for entry in directory.entries()] == ["me"]
+            nobody = run("connect", "-S", path, "-c", "int them 0", status=1)
+            assert "no entry 'them' in the directory (there: me)" in one_error_line(nobody)
+
+    @pytest.mark.parametrize("command", ["names", "publish me"])
+    def test_no_names(self, serve: Serve, path: str, command: str) -> None:
+        serve("--quiet")
+        result = run("connect", "-S", path, "-c", command, status=1)
+        assert "no directory of names: make one by" in one_error_line(result)
 
     def test_on_a_terminal(self, serve: Serve, path: str) -> None:
         serve("--quiet", "--vectors", "2")

@@ -23,9 +23,12 @@ FLOORS: list[list[str]] = [
     ["protocol"],
     ["region"],
     ["endpoint", "sockets"],
+    ["directory"],
     ["engine"],
-    ["server", "client", "guest"],
+    ["server", "client"],
+    ["guest"],
     ["channel", "aio", "qemu"],
+    ["doctor"],
     ["cli"],
     ["__main__"],
 ]

@@ -8,7 +8,7 @@ import sys
 
 from ..client import connect
 from .serve import DEFAULT_SOCKET, vectors
-from .shell import Shell
+from .shell import ClientShell
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,13 +51,15 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Connect and run commands."""
-    with connect(
-        options.socket,
-        timeout=options.timeout,
-        vectors=options.vectors,
-        readonly=options.readonly,
-    ) as client:
-        shell = Shell(client, json=options.json)
+    with (
+        connect(
+            options.socket,
+            timeout=options.timeout,
+            vectors=options.vectors,
+            readonly=options.readonly,
+        ) as client,
+        ClientShell(client, json=options.json) as shell,
+    ):
         if options.command is not None:
             for line in options.command:
                 shell.run_line(line)
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _edit_lines(shell: Shell) -> None:
+def _edit_lines(shell: ClientShell) -> None:
     """Line editing, history and completion for input(), where this Python has readline."""
     with contextlib.suppress(ImportError):
         import readline

@@ -13,6 +13,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+# What `in_background` hands over, to be called when all is set up.
+Ready = Callable[[], None]
+
 # SIGHUP: the terminal is closed.
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -87,7 +90,7 @@ def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)  # the end has begun
 
 
-def in_background(run: Callable[[Callable[[], None]], int], *, silent: bool) -> int:
+def in_background(run: Callable[[Ready], int], *, silent: bool) -> int:
     """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
 
     What the daemon prints to stderr before it is ready is seen, its status returned. Afterwards it

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .. import pages, qemu, sockets
+from ..directory import MAX_SLOTS, SLOT_BYTES, Directory
 from ..engine import Peer
 from ..errors import RegionError
 from ..protocol import MAX_VECTORS
@@ -92,6 +93,15 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="attach for reading only: nobody can write (QEMU refuses such memory, clients do not)",
     )
     memory.add_argument("--keep", action="store_true", help="leave a name that was made here")
+    memory.add_argument(
+        "--names",
+        nargs="?",
+        const=0,
+        metavar="SLOTS",
+        type=slots,
+        help="make a directory of names at its end, in which peers publish who they are; with room"
+        " for SLOTS of them, 63 if there is space",
+    )
     process = parser.add_argument_group("the process")
     process.add_argument("-p", "--pid-file", metavar="PATH", help="to lock and write the pid to")
     process.add_argument("-F", "--foreground", action="store_true", help="stay (the default)")
@@ -114,6 +124,17 @@ def vectors(text: str) -> int:
     return number
 
 
+def slots(text: str) -> int:
+    """A number of slots for names from the command line."""
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if not 1 <= number <= MAX_SLOTS:
+        raise argparse.ArgumentTypeError(f"{text} slots: allowed are 1 to {MAX_SLOTS}")
+    return number
+
+
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
     memory = Memory.from_options(options)
@@ -126,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
         pid_file=options.pid_file,
         quiet=options.quiet,
         level=level,
+        names=options.names,
     )
     if options.daemon and not options.foreground:
         from . import guarded  # here, for the package imports this module
@@ -143,8 +165,12 @@ def serve(
     pid_file: str | None,
     quiet: bool,
     level: int = logging.INFO,
+    names: int | None = None,
 ) -> int:
-    """Open the memory, serve it until a signal says to end, and leave nothing behind."""
+    """Open the memory, serve it until a signal says to end, and leave nothing behind.
+
+    With `names`, it has a directory of so many slots (0: the usual number).
+    """
     _raise_fd_limit()
     # Signals wait until there is something to stop, and again from the end on: what was made is
     # removed, whenever they come.
@@ -159,18 +185,19 @@ def serve(
             listener,
             region,
             vectors,
-            on_join=None if quiet else partial(_tell, news, "joined"),
-            on_leave=None if quiet else partial(_tell, news, "left"),
+            on_join=None if quiet else partial(tell_peer, news, "joined"),
+            on_leave=None if quiet else partial(tell_peer, news, "left"),
         ) as server,
     ):
-        print(banner(server), flush=True)
+        directory = None if names is None else Directory.create(region, names or None)
+        print(banner(server, directory), flush=True)
         ready()
         with daemon.ended_by_signals(server.stop):
             server.serve_forever()
     return 0
 
 
-def banner(server: Server) -> str:
+def banner(server: Server, directory: Directory | None = None) -> str:
     """What a person needs next: the lines to paste."""
     region = server.region
     pages = f" in pages of {format_size(region.page_size)}"
@@ -182,12 +209,20 @@ def banner(server: Server) -> str:
         f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
         f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
         f"  host:    {qemu.shell(connect)}"
+        + ("" if directory is None else f"\n  names:   {room(directory)}")
     )
 
 
-def _tell(news: News, verb: str, peer: Peer) -> None:
+def tell_peer(news: News, verb: str, peer: Peer) -> None:
+    """Say that a peer "joined" or "left"."""
     who = f"{peer.process} (pid {peer.pid}), {count(peer.vectors)}"
     news.tell(f"peer {peer.id} {verb}: {who}")
+
+
+def room(directory: Directory) -> str:
+    """What a directory of names takes, and has to offer."""
+    taken = format_size(directory.slots * SLOT_BYTES + SLOT_BYTES)
+    return f"{directory.slots} slots in the last {taken}, from {directory.start:#x} on"
 
 
 def count(vectors: int) -> str:

@@ -1,4 +1,4 @@
-"""The commands of `ivshmem connect`.
+"""The commands of `ivshmem connect` and `ivshmem guest`.
 
 Knows: words that a person types, and how results are shown. Does not know: terminals, sockets.
 """
@@ -12,14 +12,17 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from .._core import Interrupt
 from ..client import Client
-from ..endpoint import Event, PeerJoined, PeerLeft, ServerLost
-from ..errors import ClosedError, IvshmemError
+from ..directory import Directory
+from ..endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from ..errors import ClosedError, IvshmemError, NoDirectory
 from ..sizes import format_size, parse_size
 from .serve import count
+
+_S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 
 _INTEGERS = {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
 _ROW = 16  # bytes in a row of a hex dump
@@ -30,16 +33,27 @@ class CommandError(IvshmemError, ValueError):
 
 
 class Shell(cmd.Cmd):
-    """One client, one line after the other; also its own help."""
+    """One endpoint, one line after the other; also its own help.
+
+    A context manager: what was published is withdrawn at the end.
+    """
 
     intro = "Type help for the commands, Ctrl-D to leave."
     doc_header = "Commands (help COMMAND tells more):"
 
-    def __init__(self, client: Client, *, json: bool = False) -> None:
+    def __init__(self, endpoint: Endpoint, *, json: bool = False) -> None:
         super().__init__()
-        self.client = client
+        self.endpoint = endpoint
         self.json = json
-        self.prompt = f"ivshmem {client.id}> "
+        self.prompt = f"ivshmem {endpoint.id}> "
+        self._names: Directory | None = None
+
+    def __enter__(self: _S) -> _S:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._names is not None:
+            self._names.close()
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -62,8 +76,6 @@ class Shell(cmd.Cmd):
                 print(error, file=sys.stderr)
 
     def _ask(self) -> bool:
-        for event in self.client.news():
-            self._show_event(event)
         try:
             line = input(self.prompt)
         except EOFError:
@@ -83,38 +95,7 @@ class Shell(cmd.Cmd):
     def _tell(self, text: str, **values: Any) -> None:
         print(json_module.dumps(values) if self.json else text, flush=True)
 
-    # -- who is there -----------------------------------------------------------------------------
-
-    def do_dump(self, rest: str) -> None:
-        """dump: this client's id and vectors, the region, and the peers."""
-        _words(rest, 0, "dump")
-        client = self.client
-        peers = client.peers
-        info = client.region.info()
-        lines = [
-            f"id {client.id}, {count(client.vectors)}",
-            f"region {format_size(info.size)}, {format_size(info.resident)} in memory"
-            + (", sealed" if info.sealed else "")
-            + (", read-only" if info.readonly else ""),
-            f"server {client.path}" + ("" if client.connected else " (lost)"),
-        ]
-        lines += [f"peer {peer}, {count(client.vectors)}" for peer in peers]
-        self._tell(
-            "\n".join(lines),
-            id=client.id,
-            vectors=client.vectors,
-            size=info.size,
-            resident=info.resident,
-            server=client.path,
-            connected=client.connected,
-            peers=peers,
-        )
-
-    def do_peers(self, rest: str) -> None:
-        """peers: the ids of the other peers."""
-        _words(rest, 0, "peers")
-        peers = self.client.peers
-        self._tell(" ".join(map(str, peers)) or "nobody else is here", peers=peers)
+    # -- what happens ------------------------------------------------------------------------------
 
     def do_watch(self, rest: str) -> None:
         """watch [SECONDS]: show interrupts, and peers that join and leave, until Ctrl-C."""
@@ -122,7 +103,7 @@ class Shell(cmd.Cmd):
         end = time.monotonic() + _seconds(words[0]) if words else None
         while True:
             left = None if end is None else max(end - time.monotonic(), 0)
-            event = self.client.next_event(left)
+            event = self.endpoint.next_event(left)
             if event is None:
                 return
             self._show_event(event)
@@ -147,26 +128,71 @@ class Shell(cmd.Cmd):
             rings=event.rings,
         )
 
+    # -- names ------------------------------------------------------------------------------------
+
+    def do_names(self, rest: str) -> None:
+        """names: who has published a name in the region's directory."""
+        _words(rest, 0, "names")
+        entries = self._directory().entries()
+        lines = [
+            f"{entry.name}: peer {entry.id}, {_listed(entry.vectors)}"
+            + (f", {entry.role}" if entry.role else "")
+            for entry in entries
+        ]
+        values = [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "peer": entry.id,
+                "vectors": list(entry.vectors),
+                "alive": entry.alive,
+            }
+            for entry in entries
+        ]
+        self._tell("\n".join(lines) or "nobody has published a name", names=values)
+
+    def do_publish(self, rest: str) -> None:
+        """publish NAME [ROLE]: enter this peer into the directory, until the shell ends."""
+        words = [*_words(rest, 2, "publish NAME [ROLE]", least=1), ""]
+        entry = self._directory().publish(words[0], words[1])
+        self._tell(f"published {entry.name}", published=entry.name)
+
+    def _directory(self) -> Directory:
+        if self._names is None:
+            self._names = Directory.open(self.endpoint)
+        return self._names
+
+    def _peer(self, word: str, vectors: range) -> tuple[int, range]:
+        """An id and its vectors from a number or a published name."""
+        try:
+            return int(word, 0), vectors
+        except ValueError:
+            pass
+        try:
+            entry = self._directory().lookup(word)
+        except NoDirectory:
+            raise CommandError(
+                f"{word!r} is no peer: give a number (the region has no directory of names)"
+            ) from None
+        return entry.id, entry.vectors
+
     # -- interrupts -------------------------------------------------------------------------------
 
     def do_int(self, rest: str) -> None:
-        """int PEER VECTOR: ring one vector.  int PEER all: all of a peer.  int all: all of all."""
-        words = _words(rest, 2, "int PEER VECTOR, int PEER all, or int all", least=1)
-        client = self.client
-        if words == ["all"]:
-            peers = client.peers
-        else:
-            peers = [_number(words[0], "peer")]
-            if len(words) == 1:
-                raise CommandError("which vector? int PEER VECTOR, or int PEER all")
-        if words[-1] == "all":
-            vectors = range(client.vectors)
-        else:
+        """int PEER VECTOR: ring one vector of a peer (id or name).  int PEER all: all of them."""
+        words = _words(rest, 2, "int PEER VECTOR, or int PEER all", least=1)
+        if len(words) == 1:
+            raise CommandError("which vector? int PEER VECTOR, or int PEER all")
+        peer, vectors = self._peer(words[0], range(self.endpoint.vectors))
+        if words[1] != "all":
             vector = _number(words[1], "vector")
             vectors = range(vector, vector + 1)
+        self._ring([peer], vectors)
+
+    def _ring(self, peers: list[int], vectors: range) -> None:
         for peer in peers:
             for vector in vectors:
-                client.ring(peer, vector)
+                self.endpoint.ring(peer, vector)
         total = len(peers) * len(vectors)
         self._tell(f"rang {total} doorbell{'' if total == 1 else 's'}", rang=total)
 
@@ -175,10 +201,10 @@ class Shell(cmd.Cmd):
         words = _words(rest, 2, "wait [VECTOR|any [SECONDS]]")
         timeout = _seconds(words[1]) if len(words) == 2 else None
         if not words or words[0] == "any":
-            event = self.client.wait(None, timeout)
+            event = self.endpoint.wait(None, timeout)
         else:
             vector = _number(words[0], "vector")
-            rings = self.client.wait(vector, timeout)
+            rings = self.endpoint.wait(vector, timeout)
             event = Interrupt(vector, rings) if rings else None
         if event is None:
             raise CommandError(f"no interrupt within {timeout:g} seconds")
@@ -216,9 +242,9 @@ class Shell(cmd.Cmd):
                 raise
             raise CommandError(f"{value!r} is no {kind}: {error}") from None
         start = self._range(address, len(data))
-        if self.client.region.readonly:
+        if self.endpoint.region.readonly:
             raise CommandError("the memory is mapped for reading only")
-        with memoryview(self.client.region) as memory:
+        with memoryview(self.endpoint.region) as memory:
             memory[start : start + len(data)] = data
         self._tell(f"wrote {len(data)} bytes at {start:#x}", wrote=len(data), address=start)
 
@@ -228,26 +254,26 @@ class Shell(cmd.Cmd):
         if len(words) == 3:
             words = [words[0], "256"]
         start = parse_size(words[0])
-        length = min(parse_size(words[1]), max(self.client.region.size - start, 1))
+        length = min(parse_size(words[1]), max(self.endpoint.region.size - start, 1))
         data = self._bytes(words[0], length)
         self._tell("\n".join(_dumped(data, start)), address=start, hex=data.hex())
 
     def do_info(self, rest: str) -> None:
         """info: what the region is made of."""
         _words(rest, 0, "info")
-        values = self.client.region.info().__dict__
+        values = self.endpoint.region.info().__dict__
         self._tell("\n".join(f"{key} {value}" for key, value in values.items()), **values)
 
     def _range(self, address: str, length: int) -> int:
         start = parse_size(address)
-        size = self.client.region.size
+        size = self.endpoint.region.size
         if start + length > size:
             raise CommandError(f"{start:#x} + {length} bytes is beyond the region of {size} bytes")
         return start
 
     def _bytes(self, address: str, length: int) -> bytes:
         start = self._range(address, length)
-        with memoryview(self.client.region) as memory:
+        with memoryview(self.endpoint.region) as memory:
             return bytes(memory[start : start + length])
 
     # -- leaving ----------------------------------------------------------------------------------
@@ -258,6 +284,57 @@ class Shell(cmd.Cmd):
         return True
 
     do_exit = do_quit
+
+
+class ClientShell(Shell):
+    """What a client knows on top: who else is connected."""
+
+    def __init__(self, client: Client, *, json: bool = False) -> None:
+        super().__init__(client, json=json)
+        self.client = client
+
+    def _ask(self) -> bool:
+        for event in self.client.news():
+            self._show_event(event)
+        return super()._ask()
+
+    def do_int(self, rest: str) -> None:
+        """int PEER VECTOR|all: ring one vector or all of a peer (id or name).  int all: of all."""
+        if rest.split() == ["all"]:
+            self._ring(self.client.peers, range(self.client.vectors))
+        else:
+            super().do_int(rest)
+
+    def do_dump(self, rest: str) -> None:
+        """dump: this client's id and vectors, the region, and the peers."""
+        _words(rest, 0, "dump")
+        client = self.client
+        peers = client.peers
+        info = client.region.info()
+        lines = [
+            f"id {client.id}, {count(client.vectors)}",
+            f"region {format_size(info.size)}, {format_size(info.resident)} in memory"
+            + (", sealed" if info.sealed else "")
+            + (", read-only" if info.readonly else ""),
+            f"server {client.path}" + ("" if client.connected else " (lost)"),
+        ]
+        lines += [f"peer {peer}, {count(client.vectors)}" for peer in peers]
+        self._tell(
+            "\n".join(lines),
+            id=client.id,
+            vectors=client.vectors,
+            size=info.size,
+            resident=info.resident,
+            server=client.path,
+            connected=client.connected,
+            peers=peers,
+        )
+
+    def do_peers(self, rest: str) -> None:
+        """peers: the ids of the other peers."""
+        _words(rest, 0, "peers")
+        peers = self.client.peers
+        self._tell(" ".join(map(str, peers)) or "nobody else is here", peers=peers)
 
 
 def _split(line: str) -> Iterator[str]:
@@ -286,6 +363,12 @@ def _words(rest: str, most: int, usage: str, *, least: int = 0) -> list[str]:
     if not least <= len(words) <= most:
         raise CommandError(f"usage: {usage}")
     return words
+
+
+def _listed(vectors: range) -> str:
+    if len(vectors) > 1:
+        return f"vectors {vectors[0]} to {vectors[-1]}"
+    return f"vector {vectors[0]}" if vectors else "no vectors"
 
 
 def _number(text: str, what: str) -> int:

@@ -1,0 +1,767 @@
+"""A directory of names at the end of a region, so that peers find one another by name.
+
+Knows: the table's format, claiming and losing a place in it, who still lives.
+Does not know: how a region or an endpoint came about; what names mean.
+
+Invariants:
+1. Shared bytes are copied once, and only the copy is looked at. Whatever stands in the table, at
+   any moment: an entry that is returned is valid, nothing but the documented errors is raised, and
+   every loop is bounded by the number of slots.
+2. A slot is taken and freed by compare-exchange of its owner alone; only who won writes into it.
+3. The memory is never exported across a call (struct copies out, 64-bit stores copy in), so that
+   somebody else's `region.close()` does not meet a view of ours.
+4. Nothing is asked of the endpoint, which has locks of its own, while the lock is held.
+"""
+
+from __future__ import annotations
+
+import atexit
+import operator
+import os
+import secrets
+import struct
+import threading
+import time
+import warnings
+import weakref
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol, SupportsIndex, cast
+
+from . import _core
+from .endpoint import Endpoint
+from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
+from .protocol import MAX_ID, MAX_VECTORS
+from .region import Region
+from .sizes import format_size
+
+BEAT = 1.0  # seconds between the signs of life of an entry
+LEASE = 5.0  # seconds without one, after which its owner is dead
+
+# The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this
+# package is for, so that _core's atomics, which have the machine's order, need no conversion.
+SLOT_BYTES = 128  # of a slot, and of the trailer behind the last one
+NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
+MAX_SLOTS = 4095
+DEFAULT_SLOTS = 63
+MAGIC, VERSION = b"IVSHNAME", 1
+
+_RAW = struct.Struct(f"{SLOT_BYTES}s")
+_SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
+_TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots
+_OWNER, _BEAT = 0, 8  # offsets in a slot
+
+_SHOWN = 20  # names in an error message
+_LAST_BEAT = 1.0  # seconds that closing waits for the keeper's last step
+_LOOKS = (0.002, 0.05)  # seconds between looks for a name, the first and the longest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a peer says of itself. A claim, not a proof: every peer can write every byte.
+
+    Attributes:
+        id: the peer to ring, 0..65535. Several processes of a guest have the same.
+        name, role: printable text; the role may be empty.
+        vectors: those that this name listens on.
+        alive: True: it was seen at work within the last seconds. None: it was not watched long
+            enough to tell. (Those who are known to be dead are not listed.)
+    """
+
+    id: int
+    name: str
+    role: str
+    vectors: range
+    alive: bool | None
+
+
+class _Slot(NamedTuple):
+    """A slot as it was when its 128 bytes were copied."""
+
+    number: int
+    owner: int  # 0: free
+    entry: Entry | None  # None: free, being written, or nonsense
+    alive: bool | None  # False: dead
+
+
+@dataclass
+class _Watch:
+    """When a slot last showed a sign of life, by this process's clock. Peers share no clock."""
+
+    owner: int
+    beat: int
+    since: float
+    moved: bool = False  # ever since it is watched
+
+
+class _Refusal(NamedTuple):
+    """Why an entry cannot stand in the table; if not `final`, watching may show that it can."""
+
+    error: NameTaken | DirectoryFull
+    final: bool
+
+
+class _Follower(Protocol):
+    """An endpoint that is told who is connected; on a host, a Client."""
+
+    id: int
+
+    @property
+    def vectors(self) -> int: ...
+    @property
+    def peers(self) -> list[int]: ...
+    @property
+    def connected(self) -> bool: ...
+
+
+class Directory:
+    """The names in a region; made by `create` or `open`. A context manager.
+
+    What is published stands in the table until it is withdrawn or the directory is closed; a thread
+    keeps it there. Calls may come from several threads. A forked child may close its copy, which
+    withdraws nothing, and do nothing else with it. An object that has only read needs no `close()`.
+
+    Attributes:
+        start: where the directory begins: the region's bytes before it are the user's.
+        slots: how many entries there can be.
+    """
+
+    # What __del__ finds where __init__ was interrupted.
+    _closed = True
+    _thread: threading.Thread | None = None
+
+    def __init__(
+        self,
+        place: Endpoint | Region,
+        slots: int,
+        *,
+        beat: float = BEAT,
+        lease: float = LEASE,
+    ) -> None:
+        """Use a table that is known to be there; see `create` and `open`."""
+        if not 0 < 2 * beat < lease:
+            raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
+        self._region, self._endpoint = _memory(place)
+        self.slots = slots
+        self.start = _start(self._region.size, slots)
+        self._beat = beat
+        self._lease = lease
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # of all below; a signal handler may come in between
+        self._watch: list[_Watch | None] = [None] * slots
+        self._looked = 0.0  # when that was last done
+        self._publications: list[Publication] = []
+        self._closing = threading.Event()
+        self._at_exit = partial(_forgotten, weakref.ref(self))
+        self._look(None)  # from now on the entries that stand there are watched
+        self._closed = False
+
+    # -- making one -------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        place: Endpoint | Region,
+        slots: SupportsIndex | None = None,
+        *,
+        beat: float = BEAT,
+        lease: float = LEASE,
+    ) -> Directory:
+        """Make the directory of a region, or open the one that is there.
+
+        It takes the last (slots + 1) * 128 bytes, whatever they held before. One peer does that,
+        before the others use those bytes for something else: it is by agreement that they do not.
+
+        Args:
+            slots: how many entries there can be, 1..4095. None: 63, which take 8 KiB, or as many as
+                half of a smaller region holds; or as many as the one that is there has.
+            beat, lease: as in `open`.
+
+        Raises:
+            RegionError: they do not fit; a directory of another size is there; or there is none and
+                the region is mapped for reading only.
+            NoDirectory: one of another version is there.
+            ClosedError: the region is closed.
+        """
+        region, _ = _memory(place)
+        wanted = None if slots is None else operator.index(slots)
+        if wanted is not None and not 1 <= wanted <= MAX_SLOTS:
+            raise RegionError(f"a directory of {wanted} slots: allowed are 1 to {MAX_SLOTS}")
+        there = _slots(region)
+        if there is None:
+            there = wanted or default_slots(region.size)
+            _format(region, there)
+        elif wanted not in (None, there):
+            raise RegionError(f"the region has a directory already, of {there} slots, not {wanted}")
+        return cls(place, there, beat=beat, lease=lease)
+
+    @classmethod
+    def open(
+        cls, place: Endpoint | Region, *, beat: float = BEAT, lease: float = LEASE
+    ) -> Directory:
+        """Open the directory that a region has.
+
+        Args:
+            place: an endpoint, whose id and vectors are then published; a client also knows which
+                peers have left. Or a region alone.
+            beat: seconds between signs of life of what is published here.
+            lease: seconds without one after which others are taken for dead. Both are an agreement
+                between all peers.
+
+        Raises:
+            NoDirectory: the region has none, or one of another version.
+            ValueError: the lease is not longer than two beats.
+            ClosedError: the region is closed.
+        """
+        region, _ = _memory(place)
+        slots = _slots(region)
+        if slots is None:
+            raise NoDirectory(
+                "the region has no directory of names: make one by `ivshmem serve --names`, or by"
+                " Directory.create"
+            )
+        return cls(place, slots, beat=beat, lease=lease)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """Everyone who is not known to be dead, by name.
+
+        Whether an owner is at work shows only while it is watched: by calling this now and then, or
+        by having published something, which watches all the time. A client leaves out whoever its
+        server says is not connected.
+
+        Raises:
+            ClosedError: the directory or the region is closed.
+        """
+        self._check()
+        connected = self._connected()
+        with self._lock:
+            own = self._own()
+            found = [
+                slot.entry
+                for slot in self._look(connected)
+                if slot.entry is not None
+                and slot.alive is not False
+                and (connected is None or slot.entry.id in connected or slot[:2] in own)
+            ]
+        return sorted(found, key=lambda entry: (entry.name, not entry.alive, entry.id))
+
+    def lookup(self, name: str, timeout: float | None = 0) -> Entry:
+        """The entry of that name, if it stands in the table or appears within `timeout` seconds.
+
+        Args:
+            timeout: 0: look once; None: as long as it takes.
+
+        Raises:
+            NoSuchName: it does not; the message has those that do.
+            ClosedError: the directory or the region is closed, perhaps while waiting.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause, longest = _LOOKS
+        while True:
+            entries = self.entries()
+            for entry in entries:
+                if entry.name == name:
+                    return entry  # those seen at work come first
+            left = longest if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise NoSuchName(f"no entry {name!r} in the directory (there: {_names(entries)})")
+            self._closing.wait(min(pause, left))
+            pause = min(pause * 2, longest)
+
+    # -- publishing -------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        name: str,
+        role: str = "",
+        vectors: range | None = None,
+        *,
+        id: SupportsIndex | None = None,  # noqa: A002 - what it is called everywhere else
+    ) -> Publication:
+        """Enter a name into the table, and keep it there until it is withdrawn.
+
+        An entry of this id and name is taken over at once: it is from before a restart. (But not if
+        the endpoint has no vectors: all plain devices have id 0.) Another's, and a full
+        table, is watched until it is known who lives: a beat if they do, the lease if they do not.
+
+        The thread that keeps it touches the memory about once a second: where that can vanish, as
+        sysfs's mapping of a device does when it is unplugged, close the directory before.
+
+        Args:
+            name: printable text without a space at either end, 1 to 47 bytes of UTF-8.
+            role: the same, 0 to 31 bytes.
+            vectors: those that this name listens on; None: all of the endpoint's.
+            id: of the peer; None: the endpoint's.
+
+        Raises:
+            NameTaken: a living entry has the name.
+            DirectoryFull: every slot has a living entry.
+            RegionError: the region is mapped for reading only.
+            ValueError: a name, role, range or id that is not allowed; or no id is known, since the
+                directory was opened on a region alone.
+            ClosedError: the directory or the region is closed, perhaps while waiting.
+        """
+        self._check()
+        if self._region.readonly:
+            raise RegionError("the region is mapped for reading only: nothing can be published")
+        endpoint = self._endpoint
+        offered = 0 if endpoint is None else endpoint.vectors
+        if id is not None:
+            peer = operator.index(id)
+        elif endpoint is not None:
+            peer = endpoint.id
+        else:
+            raise ValueError(
+                "a region alone has no id: open the directory on an endpoint, or give id="
+            )
+        if not 0 <= peer <= MAX_ID:
+            raise ValueError(f"id {peer}: allowed are 0 to {MAX_ID}")
+        if vectors is None:
+            vectors = range(offered)
+        elif offered and vectors.stop > offered:
+            raise ValueError(f"{vectors}: the endpoint has {offered} vectors")
+        publication = Publication(self, peer, name, role, vectors)
+        # It is decided within the lease, unless this process is stopped meanwhile, or somebody does
+        # what only a hostile peer does.
+        deadline = time.monotonic() + 2 * self._lease
+        while True:
+            connected = self._connected()
+            with self._lock:
+                self._check()
+                refusal = self._enter(publication, connected, take_over=offered > 0)
+                if refusal is None:
+                    self._publications.append(publication)
+                    try:
+                        self._start_keeper()
+                    except BaseException:  # no more threads, or Ctrl-C
+                        self._withdraw(publication)
+                        raise
+                    return publication
+            if refusal.final or time.monotonic() > deadline:
+                raise refusal.error
+            # At random, so as not to stay in step with somebody who tries the same.
+            self._closing.wait(secrets.randbelow(20) / 1000)
+
+    def _enter(
+        self, publication: Publication, connected: frozenset[int] | None, *, take_over: bool
+    ) -> _Refusal | None:
+        """Try once to get a slot for it, under the lock; None: it stands in the table."""
+        own = self._own()
+        table = self._look(connected)
+        for number, slot in enumerate(table):
+            rival = slot.entry is not None and slot.entry.name == publication.name
+            mine = rival and slot.entry is not None and slot.entry.id == publication.id
+            if slot.alive is False or (mine and take_over and slot[:2] not in own):
+                self._free(slot.number, slot.owner)
+                table[number] = _Slot(number, 0, None, None)
+            elif rival:
+                return _Refusal(_taken(publication.name, slot), slot.alive is True)
+        owner = secrets.randbits(64) or 1
+        for slot in table:
+            if not slot.owner and self._word(slot.number, _OWNER).compare_exchange(0, owner) == 0:
+                break
+        else:
+            error = DirectoryFull(
+                f"all {self.slots} slots of the directory are taken: make it with more of them"
+            )
+            return _Refusal(error, all(slot.alive for slot in table))
+        publication.number, publication.owner = slot.number, owner
+        self._write(publication)
+        # Two who enter the same name at the same time both write before they look: one sees the
+        # other, or both do. Who sees one withdraws, so that a name never stands there twice for
+        # good.
+        for slot in self._look(connected):
+            if slot.number == publication.number:
+                if slot.owner == owner:
+                    continue
+            elif slot.entry is None or slot.entry.name != publication.name or slot.alive is False:
+                continue
+            self._free(publication.number, owner)
+            publication.owner = 0
+            return _Refusal(_taken(publication.name, slot), False)
+        return None
+
+    def _own(self) -> set[tuple[int, int]]:
+        """Slots that are ours, and what makes them so: anybody can copy a slot to another place."""
+        return {(publication.number, publication.owner) for publication in self._publications}
+
+    def _write(self, publication: Publication) -> None:
+        """Fill a slot that is ours; others see it when the checksum is right."""
+        data = publication.data()
+        for offset in range(16, SLOT_BYTES, 8):
+            word = int.from_bytes(data[offset : offset + 8], "little")
+            self._word(publication.number, offset).store(word)
+        self._word(publication.number, _BEAT).fetch_add(1)
+
+    def _withdraw(self, publication: Publication) -> None:
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if publication not in self._publications:
+                return
+            self._publications.remove(publication)
+            try:
+                self._free(publication.number, publication.owner)
+            except ClosedError:
+                return  # the region: the others will see that the beat has stopped
+
+    # -- the table --------------------------------------------------------------------------------
+
+    def _word(self, number: int, offset: int) -> _core.AtomicU64:
+        return self._region.atomic_u64(self.start + number * SLOT_BYTES + offset)
+
+    def _free(self, number: int, owner: int) -> None:
+        """Free a slot if it still is `owner`'s."""
+        if owner:
+            self._word(number, _OWNER).compare_exchange(owner, 0)
+
+    def _look(self, connected: frozenset[int] | None) -> list[_Slot]:
+        """Copy the table, and note who has shown a sign of life since the last look."""
+        with self._lock:
+            now = time.monotonic()
+            if self._thread is not None and now - self._looked > self._lease / 2:
+                # The keeper looks at every beat: this process has been stopped, and perhaps so were
+                # the others. Nobody is dead because we did not look.
+                for watch in self._watch:
+                    if watch is not None:
+                        watch.since = now
+            self._looked = now
+            own = self._own()
+            return [self._examine(n, now, own, connected) for n in range(self.slots)]
+
+    def _examine(
+        self, number: int, now: float, own: set[tuple[int, int]], connected: frozenset[int] | None
+    ) -> _Slot:
+        raw = _copy(self._region, self.start + number * SLOT_BYTES)
+        owner, beat = _SLOT.unpack(raw)[:2]
+        if not owner:
+            self._watch[number] = None
+            return _Slot(number, 0, None, None)
+        watch = self._watch[number]
+        if watch is None or watch.owner != owner:
+            watch = self._watch[number] = _Watch(owner, beat, now)
+        elif watch.beat != beat:
+            watch.beat, watch.since, watch.moved = beat, now, True
+        entry = parse(raw)
+        lease = self._lease
+        if entry is not None and connected is not None and entry.id not in connected:
+            # It has left, or the server's news of it are still to come. (A broker's clients are
+            # told of a peer by way of the directory itself, so they can be a second late.)
+            lease = min(lease, 2 * self._beat)
+        if (number, owner) in own:
+            alive: bool | None = True
+        elif now - watch.since > lease:
+            alive = False
+        else:
+            alive = True if watch.moved else None
+        if entry is not None:
+            entry = Entry(entry.id, entry.name, entry.role, entry.vectors, alive)
+        return _Slot(number, owner, entry, alive)
+
+    def _connected(self) -> frozenset[int] | None:
+        """Ids of those who are connected now, this one included; None if nobody says."""
+        if not hasattr(type(self._endpoint), "peers"):
+            return None  # a guest's device, or no endpoint at all
+        follower = cast(_Follower, self._endpoint)
+        if not follower.vectors:
+            return None  # version 0 of the protocol announces peers by their vectors
+        peers = follower.peers
+        return frozenset([*peers, follower.id]) if follower.connected else None
+
+    # -- keeping ----------------------------------------------------------------------------------
+
+    def _start_keeper(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(
+                target=_keep_alive,
+                args=(weakref.ref(self), self._closing, self._beat),
+                name="ivshmem-directory",
+                daemon=True,
+            )
+            thread.start()
+            self._thread = thread
+            atexit.register(self._at_exit)
+
+    def _keep(self) -> bool:
+        """A beat: show that our entries live, restore lost ones, remove the dead.
+
+        Returns:
+            Whether there will be another.
+        """
+        try:
+            connected = self._connected()
+            with self._lock:
+                if self._closed:
+                    return False
+                for publication in self._publications:
+                    self._keep_one(publication, connected)
+                for slot in self._look(connected):
+                    if slot.alive is False:
+                        self._free(slot.number, slot.owner)
+                if _slots(self._region) is None:  # somebody wrote over it, and we are still here
+                    _write_trailer(self._region, self.slots)
+        except ClosedError:
+            return False  # the region was closed
+        except NoDirectory:
+            pass  # another version's: ours will be written over
+        return True
+
+    def _keep_one(self, publication: Publication, connected: frozenset[int] | None) -> None:
+        owner = publication.owner
+        raw = _copy(self._region, self.start + publication.number * SLOT_BYTES)
+        if owner and int.from_bytes(raw[:8], "little") == owner:
+            if raw[16:] == publication.data()[16:]:
+                self._word(publication.number, _BEAT).fetch_add(1)
+            else:
+                self._write(publication)  # somebody wrote over it
+            return
+        # This machine was stopped for longer than the lease, or somebody wrote over the owner.
+        publication.owner = 0
+        refusal = self._enter(publication, connected, take_over=False)
+        publication.lost = "" if refusal is None else str(refusal.error)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Also before the lock is taken: a thread of a forked child's parent may have held it."""
+        if self._closed:
+            raise ClosedError("the directory is closed")
+        if os.getpid() != self._pid:
+            raise RuntimeError("a forked child may only close the directory")
+
+    def close(self) -> None:
+        """Withdraw everything that was published here; may be called twice, from any thread."""
+        if os.getpid() != self._pid:
+            self._closed = True  # without the lock, which a thread of the parent may have held
+            return
+        with self._lock:
+            for publication in list(self._publications):
+                self._withdraw(publication)
+            self._closed = True
+            self._closing.set()
+        thread = self._thread
+        if thread is not None:
+            atexit.unregister(self._at_exit)
+            if thread is not threading.current_thread():
+                # A signal handler can be here while its own thread holds the lock.
+                thread.join(_LAST_BEAT)
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.slots} slots from {self.start:#x}"
+        return f"<ivshmem.Directory, {state}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        if not self._closed and self._thread is not None and os.getpid() == self._pid:
+            try:
+                _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            finally:
+                self.close()
+
+
+class Publication:
+    """An entry of this process's own; made by `Directory.publish`. A context manager.
+
+    Attributes:
+        id, name, role, vectors: as in Entry.
+        lost: why it does not stand in the table at the moment, "" if it does. It comes back by
+            itself when that is over.
+    """
+
+    def __init__(
+        self, directory: Directory, peer: int, name: str, role: str, vectors: range
+    ) -> None:
+        self.id = peer
+        self.name = name
+        self.role = role
+        self.vectors = vectors
+        self.lost = ""
+        self.number = 0  # its slot, and
+        self.owner = 0  # what stands in there while the slot is ours; both are the directory's
+        self._directory = directory
+        _check_text("name", name, 1, NAME_BYTES)
+        _check_text("role", role, 0, ROLE_BYTES)
+        if vectors.step != 1 or not 0 <= vectors.start <= vectors.stop <= MAX_VECTORS:
+            raise ValueError(f"{vectors}: vectors are a range within 0 to {MAX_VECTORS}")
+
+    def data(self) -> bytes:
+        """The slot's bytes, as far as they are not the beat."""
+        return pack(self.owner, self.id, self.name, self.role, self.vectors)
+
+    def withdraw(self) -> None:
+        """Take it out of the table; may be called twice."""
+        self._directory._withdraw(self)
+
+    def __enter__(self) -> Publication:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.withdraw()
+
+    def __repr__(self) -> str:
+        return f"<ivshmem.Publication {self.name!r} of peer {self.id}>"
+
+
+def _keep_alive(
+    directory: weakref.ReferenceType[Directory], closing: threading.Event, beat: float
+) -> None:
+    """What the thread does: it has no hold on the directory, so that a forgotten one is found."""
+    while not closing.wait(beat):
+        it = directory()
+        if it is None or not it._keep():
+            return
+        del it
+
+
+def _forgotten(directory: weakref.ReferenceType[Directory]) -> None:
+    """At the end of the program, while the thread still runs and can be waited for."""
+    it = directory()
+    if it is not None:
+        it.__del__()
+
+
+# -- the format -----------------------------------------------------------------------------------
+
+
+def default_slots(size: int) -> int:
+    """How many slots a region of `size` bytes gets if nobody says: at most half of it."""
+    return max(1, min(DEFAULT_SLOTS, size // 2 // SLOT_BYTES - 1))
+
+
+def pack(owner: int, peer: int, name: str, role: str, vectors: range) -> bytes:
+    """A slot's 128 bytes, the beat being 0."""
+    fields = peer, vectors.start, len(vectors), name.encode(), role.encode()
+    crc = _checksum(_SLOT.pack(owner, 0, 0, *fields))
+    return _SLOT.pack(owner, 0, crc, *fields)
+
+
+def parse(raw: bytes) -> Entry | None:
+    """The entry in a slot's 128 bytes, `alive` being None; None if they are not a valid one."""
+    owner, _, crc, peer, first, count, name, role = _SLOT.unpack(raw)
+    if not owner or crc != _checksum(raw) or first + count > MAX_VECTORS:
+        return None
+    name, role = _text(name), _text(role)
+    if not name or role is None:
+        return None
+    return Entry(peer, name, role, range(first, first + count), None)
+
+
+def _checksum(raw: bytes) -> int:
+    """Of a slot or the trailer: all but the beat and the checksum, which stand in bytes 8 to 19."""
+    return zlib.crc32(raw[:8] + raw[20:])
+
+
+def _text(field: bytes) -> str | None:
+    """The text of a field that is filled up with zeros; None if it is not one that is allowed."""
+    data, end, rest = field.partition(b"\0")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    return text if end and not any(rest) and _is_plain(text) else None
+
+
+def _is_plain(text: str) -> bool:
+    """No control characters, nothing invisible or that turns a terminal's line around."""
+    return text.isprintable() and text == text.strip(" ")
+
+
+def _check_text(what: str, text: str, least: int, most: int) -> None:
+    if not _is_plain(text):
+        raise ValueError(f"{what} {text!r}: printable characters only, no space at either end")
+    if not least <= len(text.encode()) <= most:
+        raise ValueError(f"{what} {text!r}: {least} to {most} bytes of UTF-8 are allowed")
+
+
+def _slots(region: Region) -> int | None:
+    """How many slots the directory of a region has; None if there is no valid directory.
+
+    Raises:
+        NoDirectory: it is of another version.
+    """
+    if region.size < 2 * SLOT_BYTES:
+        return None
+    raw = _copy(region, region.size - SLOT_BYTES)
+    magic, crc, version, slots = _TRAILER.unpack(raw)
+    if magic != MAGIC or crc != _checksum(raw):
+        return None
+    if version != VERSION:
+        raise NoDirectory(
+            f"the region has a directory of version {version}, which is not known here (version"
+            f" {VERSION} is)"
+        )
+    if not 1 <= slots <= MAX_SLOTS or not _fits(region.size, slots):
+        return None
+    return int(slots)
+
+
+def _format(region: Region, slots: int) -> None:
+    """Make a directory where there is none. Valid entries, which lost their trailer, stay."""
+    if not _fits(region.size, slots):
+        raise RegionError(
+            f"a directory of {slots} slots takes {(slots + 1) * SLOT_BYTES} bytes at a multiple of"
+            f" {SLOT_BYTES}, and the region has {format_size(region.size)}"
+        )
+    if region.readonly:
+        raise RegionError("the region is mapped for reading only: no directory can be made in it")
+    start = _start(region.size, slots)
+    for offset in range(start, start + slots * SLOT_BYTES, SLOT_BYTES):
+        raw = _copy(region, offset)
+        if any(raw[:8]) and parse(raw) is None:
+            region.atomic_u64(offset + _OWNER).store(0)
+    _write_trailer(region, slots)
+
+
+def _write_trailer(region: Region, slots: int) -> None:
+    crc = _checksum(_TRAILER.pack(MAGIC, 0, VERSION, slots))
+    data = _TRAILER.pack(MAGIC, crc, VERSION, slots)
+    start = region.size - SLOT_BYTES
+    for offset in range(0, SLOT_BYTES, 8):
+        word = int.from_bytes(data[offset : offset + 8], "little")
+        region.atomic_u64(start + offset).store(word)
+
+
+def _start(size: int, slots: int) -> int:
+    return size - (slots + 1) * SLOT_BYTES
+
+
+def _fits(size: int, slots: int) -> bool:
+    return size % SLOT_BYTES == 0 and _start(size, slots) >= 0
+
+
+def _copy(region: Region, offset: int) -> bytes:
+    """128 bytes, copied once, in one call: nothing else runs while the memory is exported.
+
+    They begin at a multiple of 128, so memcpy makes aligned accesses only, as device memory needs.
+    """
+    (raw,) = _RAW.unpack_from(region, offset)
+    return cast(bytes, raw)
+
+
+def _memory(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
+    return (place.region, place) if isinstance(place, Endpoint) else (place, None)
+
+
+def _taken(name: str, slot: _Slot) -> NameTaken:
+    if slot.entry is None:
+        return NameTaken(f"{name!r} is being published by somebody else at this moment")
+    return NameTaken(f"{name!r} is the name of peer {slot.entry.id}: choose another")
+
+
+def _names(entries: list[Entry]) -> str:
+    names = _unique(entry.name for entry in entries)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "nobody") + more
+
+
+def _unique(names: Iterator[str]) -> list[str]:
+    return list(dict.fromkeys(names))
