@@ -29,8 +29,10 @@ from .protocol import Member, Roster
 
 _log = logging.getLogger("ivshmem.server")
 
-# Tokens of the epoll object: a peer's is its serial number after these.
-_LISTENER, _WAKE, _RETRY, _EXTRA, _FIRST_PEER = range(5)
+# Tokens of the epoll object: a peer's is its serial number after these; those of other descriptors
+# that somebody wants watched are beyond all peers'.
+_LISTENER, _WAKE, _RETRY, _FIRST_PEER = range(4)
+_FIRST_WATCHED = 1 << 62
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
@@ -98,6 +100,7 @@ class Engine:
         memory: the region's descriptor, as an array of one.
         answer: what is told to those who only ask (`sockets.ask`), beside the number of peers.
         on_join, on_leave: called at the end of a step. What they raise is logged, and harms nobody.
+        shared_id: all who connect have this id, and are told only of peers that `admit` announces.
     """
 
     def __init__(
@@ -108,12 +111,13 @@ class Engine:
         answer: dict[str, int],
         on_join: Callable[[Peer], object] | None,
         on_leave: Callable[[Peer], object] | None,
+        shared_id: int | None = None,
     ) -> None:
         self._listener = listener
         self._vectors = vectors
         self._answer = answer
         self._on_join, self._on_leave = on_join, on_leave
-        self._roster = Roster(vectors, memory)
+        self._roster = Roster(vectors, memory, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}
         self._dirty: set[int] = set()  # tokens of those to whom something may have to be sent
         self._starved: set[int] = set()  # tokens of those for whom sending failed for a shortage
@@ -121,7 +125,9 @@ class Engine:
         self._spare: _core.FdArray | None = None  # eventfds for the next newcomer
         self.paused = ""  # why newcomers wait in the queue at the moment
         self._complaint = ("", 0.0)  # the last one, and when it was logged
-        self._act: Callable[[], object] = lambda: None
+        self._watched: dict[int, Callable[[], object]] = {}  # by token
+        self._tokens: dict[int, int] = {}  # of what is watched, by descriptor
+        self._next_token = _FIRST_WATCHED
         self._small_buffers = not _is_privileged()
         with contextlib.ExitStack() as undo:
             self._epoll = _core.Epoll()
@@ -143,14 +149,18 @@ class Engine:
         """Let a step that waits return; from any thread or a signal handler."""
         self._wake.signal(0)
 
-    def watch(self, sock: socket.socket, act: Callable[[], object]) -> None:
-        """Let a step return when `sock` is readable, and do this before; one at a time."""
-        self._act = act
-        self._epoll.add(sock.fileno(), _EXTRA, _core.EPOLLIN)
+    def watch(self, fd: int, act: Callable[[], object]) -> None:
+        """Let a step do this when `fd` is readable; what it raises ends the step."""
+        self._epoll.add(fd, self._next_token, _core.EPOLLIN)
+        self._watched[self._next_token] = act
+        self._tokens[fd] = self._next_token
+        self._next_token += 1
 
-    def unwatch(self, sock: socket.socket) -> None:
-        """Undo `watch`."""
-        self._epoll.remove(sock.fileno())
+    def unwatch(self, fd: int) -> None:
+        """Undo `watch`, before `fd` is closed; nothing if it was not watched."""
+        if fd in self._tokens:
+            del self._watched[self._tokens.pop(fd)]
+            self._epoll.remove(fd)
 
     @property
     def peers(self) -> list[Peer]:
@@ -166,8 +176,8 @@ class Engine:
                 os.eventfd_read(self._wake[0])
             elif token == _RETRY:
                 self._retry()
-            elif token == _EXTRA:
-                self._act()
+            elif token in self._watched:
+                self._watched[token]()
             elif token in self._connections:  # not gone by an event before this one
                 if events & (_core.EPOLLHUP | _core.EPOLLERR):
                     self._leave(token)
@@ -248,15 +258,34 @@ class Engine:
         connection = self._connections.pop(token)
         self._dirty.discard(token)
         self._starved.discard(token)
-        for member in self._roster.leave(connection.member):
-            other = _FIRST_PEER + member.serial
-            if not self._connections[other].stalled:
-                self._dirty.add(other)
+        self._tell_of_leave(connection.member)
         self._epoll.remove(connection.socket.fileno())
         _hang_up(connection)
         if self._on_leave is not None:
             self._reports.append((self._on_leave, connection.peer))
         self._listen_again()
+
+    def _tell_of_leave(self, left: Member) -> None:
+        for member in self._roster.leave(left):
+            token = _FIRST_PEER + member.serial
+            if token in self._connections and not self._connections[token].stalled:
+                self._dirty.add(token)
+
+    # -- peers that are elsewhere -----------------------------------------------------------------
+
+    def admit(self, peer_id: int, vectors: _core.FdArray) -> Member:
+        """Announce a peer that does not connect here; `vectors` stay the caller's."""
+        member = self._roster.admit(peer_id, vectors)
+        self._dirty.update(t for t, c in self._connections.items() if not c.stalled)
+        return member
+
+    def dismiss(self, member: Member) -> None:
+        """Say that an admitted peer is gone; its vectors are not used any more."""
+        self._tell_of_leave(member)
+
+    def bells(self, vector: int) -> list[int]:
+        """The eventfds of this vector, one for each client; they belong to the connections."""
+        return [connection.vectors[vector] for connection in self._connections.values()]
 
     # -- sending ----------------------------------------------------------------------------------
 

@@ -126,7 +126,8 @@ def explained(size: int, page: int, place: str | None) -> Iterator[None]:
         raise
 
 
-def _huge_pages_short(size: int, page: int) -> OSError:
+def huge_pages_for(size: int, page: int) -> tuple[str, str]:
+    """What there is of huge pages for a region, and the command by which root gets what lacks."""
     knobs = HUGE_PAGES / f"hugepages-{page // 1024}kB"
     total, free, reserved = (
         int((knobs / name).read_text())
@@ -134,11 +135,16 @@ def _huge_pages_short(size: int, page: int) -> OSError:
     )
     needed = size // page
     available = max(free - reserved, 0)
-    return OSError(
-        errno.ENOMEM,
-        f"{needed} huge pages of {format_size(page)} are needed, {available} of {total} are free;"
-        f" as root: echo {total + max(needed - available, 0)} > {knobs}/nr_hugepages",
+    mend = f"echo {total + needed - available} > {knobs}/nr_hugepages" if needed > available else ""
+    return (
+        f"{needed} huge pages of {format_size(page)} are needed, {available} of {total} are free",
+        mend,
     )
+
+
+def _huge_pages_short(size: int, page: int) -> OSError:
+    numbers, mend = huge_pages_for(size, page)
+    return OSError(errno.ENOMEM, f"{numbers}; as root: {mend}" if mend else numbers)
 
 
 def _space_short(size: int, place: str) -> OSError:

@@ -21,6 +21,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence, Sized
+from itertools import islice
 from typing import NamedTuple
 
 from .errors import NoFreeId, ProtocolError
@@ -274,12 +275,23 @@ class Run(NamedTuple):
 class Member:
     """A client as the roster sees it: who it is, and what it was told."""
 
-    __slots__ = ("current", "greeted", "id", "owed", "partial", "serial", "told", "vectors")
+    __slots__ = (
+        "current",
+        "greeted",
+        "id",
+        "owed",
+        "partial",
+        "secret",
+        "serial",
+        "told",
+        "vectors",
+    )
 
-    def __init__(self, peer_id: int, serial: int, vectors: Sized) -> None:
+    def __init__(self, peer_id: int, serial: int, vectors: Sized, *, secret: bool = False) -> None:
         self.id = peer_id
         self.serial = serial  # its place in the order of joins
         self.vectors = vectors
+        self.secret = secret  # the others are not told of it
         self.greeted = 0  # messages of the greeting (version, id, memory) that it was sent
         self.told = -1  # everyone in the order of joins up to here was announced to it
         self.current: Member | None = None  # the one that is being announced,
@@ -288,7 +300,7 @@ class Member:
 
     def knows(self, other: Member) -> bool:
         """Whether it was sent any message about `other`."""
-        return other.serial <= self.told or self.current is other
+        return not other.secret and (other.serial <= self.told or self.current is other)
 
 
 class Roster:
@@ -302,13 +314,16 @@ class Roster:
     Args:
         vectors: of every member, 0..2048.
         memory: the region's descriptor, as a collection of one.
+        shared_id: the clients are one peer to the world: they all have this id, and are not told
+            of one another but only of those who are announced by `admit`.
     """
 
-    def __init__(self, vectors: int, memory: Sized) -> None:
+    def __init__(self, vectors: int, memory: Sized, *, shared_id: int | None = None) -> None:
         if not 0 <= vectors <= MAX_VECTORS:
             raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
         self.vectors = vectors
         self._memory = memory
+        self._shared_id = shared_id
         self._order: list[Member] = []  # who is connected, in the order of joins
         self._serial = 0  # of the next to join
         self._unused = 0  # ids from here on were never given out
@@ -333,6 +348,8 @@ class Roster:
         """
         if len(vectors) != self.vectors:
             raise ValueError(f"{len(vectors)} vectors given, {self.vectors} wanted")
+        if self._shared_id is not None:
+            return self._append(self._shared_id, vectors, secret=True)
         if self.full:
             raise NoFreeId(
                 f"all {MAX_ID + 1} ids are taken or known to a connected peer"
@@ -343,7 +360,19 @@ class Roster:
         else:
             peer_id = self._unused
             self._unused += 1
-        member = Member(peer_id, self._serial, vectors)
+        return self._append(peer_id, vectors)
+
+    def admit(self, peer_id: int, vectors: Sized) -> Member:
+        """With a shared id: let all clients ring a peer that is elsewhere, until it leaves.
+
+        Whoever chooses the id sees to it that QEMU is no client, or that no id comes twice.
+        """
+        if self._shared_id is None or peer_id == self._shared_id or len(vectors) != self.vectors:
+            raise ValueError(f"peer {peer_id} with {len(vectors)} vectors cannot be admitted")
+        return self._append(peer_id, vectors)
+
+    def _append(self, peer_id: int, vectors: Sized, *, secret: bool = False) -> Member:
+        member = Member(peer_id, self._serial, vectors, secret=secret)
         self._serial += 1
         self._order.append(member)
         return member
@@ -362,6 +391,8 @@ class Roster:
                 if self.vectors:
                     other.owed.append(member.id)
                     affected.append(other)
+        if self._shared_id is not None:
+            return affected  # no ids are given out
         if affected:
             self._known.append((self._serial, member.id))
         else:
@@ -392,7 +423,12 @@ class Roster:
         position = member.told if current is None else current.serial
         start = bisect_right(self._order, position, key=lambda m: m.serial)
         room = max(limit - len(runs), 0) // self.vectors + 1
-        runs += [self._announce(m, 0) for m in self._order[start : start + room]]
+        if self._shared_id is None:
+            news: Iterable[Member] = self._order[start : start + room]
+        else:
+            told = (m for m in self._order[start:] if not m.secret or m is member)
+            news = islice(told, room)
+        runs += [self._announce(m, 0) for m in news]
         return runs
 
     @staticmethod

@@ -71,6 +71,10 @@ class Region(_core.Mapping):
     Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
     BufferError while a memoryview or an array still looks at the memory. A name or file outlives
     the region until `unlink()`.
+
+    Attributes:
+        source, name, page_size: as in RegionInfo.
+        offset: of the region in the file behind it, bytes; not 0 only for a device's memory.
     """
 
     # What __del__ and __repr__ find where __init__ was interrupted.
@@ -94,6 +98,7 @@ class Region(_core.Mapping):
         self.source = source
         self.name = name
         self.page_size = page_size
+        self.offset = offset
         self._path = path
 
     # -- making one -------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 from . import _core, sockets
 from .engine import Engine, Peer
@@ -32,6 +32,8 @@ from .region import Region
 from .sizes import check_size
 
 _log = logging.getLogger("ivshmem.server")
+
+_S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
 
 
 class Server:
@@ -54,6 +56,8 @@ class Server:
         ValueError: a number of vectors that is not allowed; RegionError for a size.
         OSError: EADDRINUSE where a live server listens, or as of bind(2). Nothing is left behind.
     """
+
+    _shared_id: int | None = None  # see Engine
 
     def __init__(
         self,
@@ -93,7 +97,15 @@ class Server:
                 "size": self.region.size,
                 "page_size": self.region.page_size,
             }
-            self._engine = Engine(listener.socket, shared, self.vectors, answer, on_join, on_leave)
+            self._engine = Engine(
+                listener.socket,
+                shared,
+                self.vectors,
+                answer,
+                on_join,
+                on_leave,
+                self._shared_id,
+            )
             listener.listen()
             self._resources = undo.pop_all()
         self._closed = False
@@ -135,7 +147,7 @@ class Server:
         finally:
             self._stopping = False
 
-    def start(self) -> Server:
+    def start(self: _S) -> _S:
         """Serve in a thread of its own, until `close()`; returns self."""
         self._check()
         if self._thread is not None:
@@ -177,13 +189,13 @@ class Server:
                 signal.set_wakeup_fd(before)
                 yield
                 return
-            self._engine.watch(near, lambda: near.recv(4096))
+            self._engine.watch(near.fileno(), lambda: near.recv(4096))
             try:
                 yield
             finally:
                 signal.set_wakeup_fd(-1)
                 if not self._closed:
-                    self._engine.unwatch(near)
+                    self._engine.unwatch(near.fileno())
 
     @property
     def peers(self) -> list[Peer]:
@@ -239,7 +251,7 @@ class Server:
                 "a forked child shares this server's epoll object: it may only close"
             )
 
-    def __enter__(self) -> Server:
+    def __enter__(self: _S) -> _S:
         return self
 
     def __exit__(self, *error: object) -> None:

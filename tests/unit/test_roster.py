@@ -290,3 +290,71 @@ def test_peers_cost_no_square() -> None:
         client.send_all()
     assert footprint(roster) < 200 * 4
     assert sys.getsizeof(clients[0].member) < 200
+
+
+# -- clients that share an id ---------------------------------------------------------------------
+
+
+def shared_roster(vectors: int) -> Roster:
+    return Roster(vectors, [MEMORY_FD], shared_id=5)
+
+
+def test_clients_of_a_shared_id_do_not_hear_of_one_another() -> None:
+    roster = shared_roster(2)
+    first, second = joined(roster, 2)
+    assert first.id == second.id == 5
+    for client in (first, second):
+        client.send_all()
+        client.check_knows([client])
+    assert roster.leave(first.member) == []
+    assert told(second) == []
+    third = Client(roster, 2)
+    third.send_all()
+    third.check_knows([third])
+
+
+def test_who_is_admitted_is_announced_to_all_and_leaves() -> None:
+    roster = shared_roster(2)
+    early, late = Client(roster, 0), Client(roster, 1)
+    early.send_all()
+    remote = roster.admit(9, [token(9, 0), token(9, 1)])
+    assert told(early) == [(9, 0, 2)]
+    for client in (early, late):
+        client.send_all()
+        assert client.session.peers == [9]
+        assert client.qemu.alive[9] == [token(9, 0), token(9, 1)]
+    assert [member.id for member in roster.leave(remote)] == [5, 5]
+    for client in (early, late):
+        client.send_all()
+        client.check_knows([client])
+
+
+def test_a_crowd_of_a_shared_id_hides_nobody() -> None:
+    """What is pending is limited by what is announced, not by who stands between."""
+    roster = shared_roster(1)
+    first = Client(roster, 0)
+    first.send_all()
+    joined(roster, 50, 1)
+    roster.admit(9, [token(9, 0)])
+    assert told(first, limit=1) == [(9, 0, 1)]
+
+
+def test_one_caught_in_the_middle_of_an_announcement() -> None:
+    roster = shared_roster(3)
+    client = Client(roster, 0)
+    client.send_all()
+    remote = roster.admit(9, [token(9, v) for v in range(3)])
+    client.send(1)
+    roster.leave(remote)
+    assert told(client) == [(9, 0, 1)]
+    client.send_all()
+    client.check_knows([client])
+
+
+def test_a_shared_id_wants_admittance_and_nobody_else_has_it() -> None:
+    with pytest.raises(ValueError, match="cannot be admitted"):
+        make_roster(1).admit(9, [0])
+    with pytest.raises(ValueError, match="cannot be admitted"):
+        shared_roster(1).admit(5, [0])
+    with pytest.raises(ValueError, match="cannot be admitted"):
+        shared_roster(2).admit(9, [0])

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+import ivshmem
+
 from . import image
 from .harness import Guest, MakeGuest
+from .host import TIMEOUT, Events
 
 HERE = Path(__file__).parent
 
@@ -41,3 +44,28 @@ def guest() -> Iterator[MakeGuest]:
             return made
 
         yield make
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def server(tmp_path: Path, events: Events) -> Iterator[ivshmem.Server]:
+    """1 MiB and four vectors."""
+    with ivshmem.Server(
+        tmp_path / "socket",
+        "1M",
+        vectors=4,
+        on_join=events.joined.append,
+        on_leave=events.left.append,
+    ).start() as server:
+        yield server
+
+
+@pytest.fixture
+def host(server: ivshmem.Server) -> Iterator[ivshmem.Client]:
+    """A client of that server."""
+    with ivshmem.connect(server.path, timeout=TIMEOUT) as client:
+        yield client

@@ -58,6 +58,7 @@ class Guest:
         env: the program's environment, on top of a small one of our own; tests/vm/inside precedes
             its PYTHONPATH.
         kernel_args: more kernel parameters.
+        modules: more sets of modules to load (image.MODULES); after "vfio", if that is one.
         python: the host's interpreter to run; one in a virtual environment sees its packages.
         pass_fds: fds that QEMU inherits under the same numbers. They stay the caller's.
     """
@@ -74,6 +75,7 @@ class Guest:
         iommu: bool = False,
         env: Mapping[str, str] | None = None,
         kernel_args: Sequence[str] = (),
+        modules: Sequence[str] = (),
         python: str = sys.executable,
         pass_fds: Sequence[int] = (),
     ) -> None:
@@ -81,7 +83,7 @@ class Guest:
         self.lines: list[str] = []
         self.boot_seconds: float | None = None
         self._program, self._argv, self._python, self._env = program, argv, python, env or {}
-        self._machine = Machine(args, memory, cpus, iommu, kernel_args)
+        self._machine = Machine(args, memory, cpus, iommu, kernel_args, modules)
         self._pass_fds = pass_fds
         self._exit = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None

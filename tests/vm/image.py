@@ -25,11 +25,12 @@ from pathlib import Path
 QEMU = "qemu-system-x86_64"
 INIT = Path(__file__).parent / "inside" / "init"
 
-# What a guest needs to reach the host's files and its program's channel; what vfio needs on top.
-# The modules that these depend on are added.
+# What a guest needs to reach the host's files and its program's channel; what vfio needs on top;
+# drivers that take any PCI device they are told to. The modules that these depend on are added.
 MODULES = {
     "base": ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay"),
     "vfio": ("irqbypass", "vfio_virqfd", "vfio_iommu_type1", "vfio_pci"),
+    "drivers": ("uio_pci_generic", "pci_stub"),
 }
 # Modules that some kernels lack: built in, or merged into another (vfio_virqfd, in newer ones).
 OPTIONAL = {"overlay", "irqbypass", "vfio_virqfd"}

@@ -40,6 +40,7 @@ class Machine:
     cpus: int
     iommu: bool
     kernel_args: Sequence[str]
+    modules: Sequence[str]
 
     def command(self, folder: Path, program: int, monitor: int) -> list[str]:
         """QEMU's command line: logs go to the folder; the two fds are connected sockets."""
@@ -59,7 +60,8 @@ class Machine:
         ]
 
     def _kernel_line(self, folder: Path) -> str:
-        modules, iommu = ("base vfio", ["intel_iommu=on"]) if self.iommu else ("base", [])
+        sets, iommu = (["vfio"], ["intel_iommu=on"]) if self.iommu else ([], [])
+        modules = " ".join(["base", *sets, *self.modules])
         # What the kernel does not know it hands to init, as environment.
         orders = (f'vm_folder="{folder}"', f'vm_modules="{modules}"')
         return " ".join([*KERNEL_ARGS, *iommu, *orders, *self.kernel_args])

@@ -23,11 +23,11 @@ from .harness import MakeGuest
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 SHOW = """
-    from raw.sysfs import SysfsDevice
-    with SysfsDevice() as device:
-        print("SEES", device.id, len(device.memory), flush=True)
+    from ivshmem import guest
+    with guest.open() as device, memoryview(device.region) as memory:
+        print("SEES", device.id, len(memory), flush=True)
         input()
-        device.memory[:5] = b"guest"
+        memory[:5] = b"guest"
 """
 
 

@@ -15,9 +15,9 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ..errors import IvshmemError
-from . import connect, qemu, serve
+from . import connect, doctor, guest, qemu, serve
 
-SUBCOMMANDS = (serve, connect, qemu)
+SUBCOMMANDS = (serve, connect, guest, qemu, doctor)
 
 
 class Parser(argparse.ArgumentParser):

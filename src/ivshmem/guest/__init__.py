@@ -9,8 +9,10 @@ Interrupts come by vfio, which needs an IOMMU in the guest; `python -m ivshmem d
 missing and what mends it.
 """
 
+from .broker import Broker
 from .device import GuestDevice
 from .device import open_device as open  # noqa: A004 - `guest.open()` reads as it should
+from .measure import Speed, measure
 from .pci import Device, devices
 
-__all__ = ["Device", "GuestDevice", "devices", "open"]
+__all__ = ["Broker", "Device", "GuestDevice", "Speed", "devices", "measure", "open"]

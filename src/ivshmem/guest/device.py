@@ -34,6 +34,15 @@ IVPOSITION, DOORBELL, REGISTER_BYTES = 8, 12, 256
 Access: TypeAlias = Literal["vfio", "noiommu", "uio", "sysfs"]
 Memory: TypeAlias = Literal["vfio", "uio", "resource2", "resource2_wc"]
 
+# What vfio, UIO and resource2 map is device memory, on which arm64 allows aligned accesses only,
+# and memcpy makes others.
+_UNALIGNED_IS_FINE = platform.machine() in ("x86_64", "i686")
+
+# The file of sysfs to map the memory by, if none is chosen.
+RESOURCE: Memory = "resource2" if _UNALIGNED_IS_FINE else "resource2_wc"
+
+_VFIO = "vfio-pci"  # the driver
+
 # How QEMU gives a guest what vfio needs.
 IOMMU_HINT = (
     "give QEMU `-machine q35,kernel-irqchip=split -device intel-iommu,intremap=on`, and the"
@@ -65,7 +74,7 @@ def open_device(
     """
     device = choose(address)
     if access is not None:
-        return _WAYS[access](device, memory)
+        return (_PLAIN_WAYS if device.variant == "plain" else _WAYS)[access](device, memory)
     return _open_best(device, memory)
 
 
@@ -92,9 +101,10 @@ def choose(address: str | None) -> pci.Device:
 
 def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
     if device.variant == "plain":
-        # Without interrupts sysfs does as well, and leaves drivers alone; but see lockdown(7).
-        if pci.locked_down() and device.iommu_group is not None:
-            return VfioDevice(device, memory)
+        # Without interrupts sysfs does as well, and leaves drivers alone; but see lockdown(7), and
+        # who was given the device by vfio has it so.
+        if device.iommu_group is not None and (device.driver == _VFIO or pci.locked_down()):
+            return PlainVfioDevice(device, memory)
         return SysfsDevice(device, memory)
     if uio.name(device) is not None and device.driver != "uio_pci_generic":
         return UioDevice(device, memory)
@@ -105,6 +115,8 @@ def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
             return NoIommuDevice(device, memory)
         why = f"this guest has no IOMMU, which vfio needs: {IOMMU_HINT}"
     except Unusable as error:
+        if device.driver == _VFIO:  # sysfs is no way out then
+            raise
         why = f"vfio cannot be used: {error.strerror}"
     return SysfsDevice(device, memory, why=why)
 
@@ -151,15 +163,19 @@ class GuestDevice(Endpoint):
 
     def _undo(self, action: Callable[[], object]) -> None:
         """Do this at the end, after what is registered later; not in a forked child."""
-        self._resources.callback(self._if_mine, action)
+        # Nothing of this refers to the device, or one that is forgotten would stay until there is
+        # a garbage collection.
+        pid = self._pid
 
-    def _if_mine(self, action: Callable[[], object]) -> None:
-        if os.getpid() == self._pid:
-            try:
-                action()
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):  # the device is unplugged
-                    raise
+        def undo() -> None:
+            if os.getpid() == pid:
+                try:
+                    action()
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENODEV):  # the device is unplugged
+                        raise
+
+        self._resources.callback(undo)
 
     def _map_registers(self, fd: int, offset: int, *, mapped: bool = True) -> None:
         self._registers = _core.Registers(fd, offset, REGISTER_BYTES, mapped=mapped)
@@ -198,7 +214,8 @@ class GuestDevice(Endpoint):
             raise NoInterrupts(_PLAIN)
         if not 0 <= peer <= MAX_ID:
             raise NoSuchPeer(f"peer {peer}: ids are 0 to {MAX_ID}")
-        raise NoSuchVector(f"vector {vector}: the device has {self.device.vectors} vectors")
+        there = self.device.vectors or f"at most {MAX_VECTORS}"
+        raise NoSuchVector(f"vector {vector}: the device has {there} vectors")
 
     def close(self) -> None:
         """Give the device back: unmap, close, restore the driver. May be called twice.
@@ -222,7 +239,7 @@ class VfioDevice(GuestDevice):
     _iommu = True
 
     def _open(self, memory: Memory | None) -> None:
-        if not pci.load_driver("vfio-pci"):
+        if not pci.load_driver(_VFIO):
             raise Unusable(errno.ENODEV, "this kernel has no vfio-pci: load or install that module")
         group = self._bind()
         self._vfio = Vfio(self.device.address, group, iommu=self._iommu)
@@ -231,8 +248,7 @@ class VfioDevice(GuestDevice):
         registers = self._vfio.region(pci.REGISTERS)
         # A BAR that does not begin a page is not mapped: the page is not this device's alone.
         self._map_registers(self._vfio.device, registers.offset, mapped=registers.mappable)
-        if memory is None:
-            memory = "vfio" if _UNALIGNED_IS_FINE else "resource2_wc"
+        memory = memory or ("vfio" if _UNALIGNED_IS_FINE else RESOURCE)
         if memory == "vfio":
             offset = self._vfio.region(pci.MEMORY).offset
             self._map_memory(os.dup(self._vfio.device), offset, "vfio", self.device.address)
@@ -243,7 +259,7 @@ class VfioDevice(GuestDevice):
     def _bind(self) -> int:
         """Let vfio-pci have the device until the end; returns its group."""
         try:
-            restore = pci.bind(self.device, "vfio-pci")
+            restore = pci.bind(self.device, _VFIO)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -311,13 +327,32 @@ class UioDevice(GuestDevice):
             self._map_resource(memory)
 
 
-class SysfsDevice(GuestDevice):
+class _Deaf(GuestDevice):
+    """A device without interrupts: what waits for them raises, instead of waiting for ever."""
+
+    def _no_interrupts(self) -> NoReturn:
+        raise NoInterrupts(_PLAIN)
+
+    def wait(self, vector: object = None, timeout: object = None) -> NoReturn:
+        """Raise NoInterrupts: the message says what is missing."""
+        self._no_interrupts()
+
+    def fileno(self) -> NoReturn:
+        """Raise NoInterrupts: the message says what is missing."""
+        self._no_interrupts()
+
+    def _wait_event(self, timeout: float | None = None) -> NoReturn:
+        self._no_interrupts()
+
+
+class SysfsDevice(_Deaf):
     """By sysfs: registers and memory, without a driver and without interrupts."""
 
     access: Access = "sysfs"
 
     def __init__(self, device: pci.Device, memory: Memory | None, *, why: str = "") -> None:
-        self._why = why or f"by way of sysfs there are none: open it by vfio; {IOMMU_HINT}"
+        need = "" if device.iommu_group is not None else f", which needs an IOMMU: {IOMMU_HINT}"
+        self._why = why or f"by way of sysfs there are none: open it by vfio{need}"
         super().__init__(device, memory)
 
     def _open(self, memory: Memory | None) -> None:
@@ -342,25 +377,20 @@ class SysfsDevice(GuestDevice):
                 self._map_registers(fd, pci.bar_start(device, pci.REGISTERS) % PAGE)
             finally:
                 os.close(fd)
-        if memory is None:
-            memory = "resource2" if _UNALIGNED_IS_FINE else "resource2_wc"
-        self._map_resource(memory)
+        self._map_resource(memory or RESOURCE)
 
     def _no_interrupts(self) -> NoReturn:
-        raise NoInterrupts(
-            _PLAIN if self.device.variant == "plain" else f"no interrupts here: {self._why}"
-        )
+        if self.device.variant == "plain":
+            super()._no_interrupts()
+        raise NoInterrupts(f"no interrupts here: {self._why}")
 
-    def wait(self, vector: object = None, timeout: object = None) -> NoReturn:
-        """Raise NoInterrupts: the message says what is missing."""
-        self._no_interrupts()
 
-    def fileno(self) -> NoReturn:
-        """Raise NoInterrupts: the message says what is missing."""
-        self._no_interrupts()
+class PlainVfioDevice(_Deaf, VfioDevice):
+    """A plain device by vfio: memory only."""
 
-    def _wait_event(self, timeout: float | None = None) -> NoReturn:
-        self._no_interrupts()
+
+class PlainNoIommuDevice(_Deaf, NoIommuDevice):
+    """A plain device by vfio without an IOMMU: memory only."""
 
 
 _WAYS: dict[Access, type[GuestDevice]] = {
@@ -369,6 +399,11 @@ _WAYS: dict[Access, type[GuestDevice]] = {
     "uio": UioDevice,
     "sysfs": SysfsDevice,
 }
+_PLAIN_WAYS: dict[Access, type[GuestDevice]] = {
+    **_WAYS,
+    "vfio": PlainVfioDevice,
+    "noiommu": PlainNoIommuDevice,
+}
 
 _MEMORIES = "resource2 and resource2_wc are for all ways, vfio and uio for their own"
 
@@ -376,10 +411,6 @@ _PLAIN = (
     "a plain device has no doorbells and no interrupts: give the guest ivshmem-doorbell, with a"
     " server (`ivshmem serve` on the host)"
 )
-
-# What vfio, UIO and resource2 map is device memory, on which arm64 allows aligned accesses only,
-# and memcpy makes others.
-_UNALIGNED_IS_FINE = platform.machine() in ("x86_64", "i686")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import subprocess
 from collections.abc import Callable
@@ -140,13 +141,33 @@ def set_command(device: Device, bits: int) -> None:
 
 
 def locked_down() -> str:
-    """Why the kernel keeps even root from the hardware: "integrity", "confidentiality"; or ""."""
+    """Why the kernel keeps even root from the hardware: "integrity", "confidentiality"; or "".
+
+    "unknown", where securityfs is not mounted: then only trying (as root) shows that it is so.
+    """
     try:
         text = LOCKDOWN.read_text()
-    except OSError:  # a kernel without it, or securityfs is not mounted: the kernel's message knows
-        return ""
+    except OSError:
+        return "unknown" if any(map(_mapping_is_forbidden, devices())) else ""
     mode = text.partition("[")[2].partition("]")[0]
     return "" if mode == "none" else mode
+
+
+def _mapping_is_forbidden(device: Device) -> bool:
+    """Whether even who may open the memory may not map it; nothing is mapped for longer."""
+    try:
+        fd = _open(device.path / "resource2", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        mmap.mmap(fd, mmap.PAGESIZE).close()
+    except PermissionError:
+        return True
+    except OSError:
+        return False  # EINVAL: a driver has claimed it
+    finally:
+        os.close(fd)
+    return False
 
 
 def group_mates(device: Device) -> dict[str, str]:
@@ -179,15 +200,16 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
         return lambda: None
     override = (device.path / "driver_override").read_text().strip()
 
+    # The override first, both ways: who may not write that has changed nothing then.
     def restore() -> None:
+        _write(device.path / "driver_override", "\n" if override in ("", "(null)") else override)
         _unbind(device)
-        _write(device.path / "driver_override", "\n" if override == "(null)" else override)
         if now.driver:
             _write(SYSFS / "drivers" / now.driver / "bind", device.address)
 
     try:
-        _unbind(device)
         _write(device.path / "driver_override", driver)
+        _unbind(device)
         with contextlib.suppress(OSError):  # whether it worked is seen below
             _write(SYSFS / "drivers_probe", device.address)
         if _link(device.path / "driver") != driver:

@@ -1,0 +1,310 @@
+"""`ivshmem guest`: the device inside a virtual machine, by hand, from a script, or for others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+
+from .. import guest, sockets
+from ..errors import IvshmemError, NoInterrupts
+from ..guest import pci
+from ..guest.device import RESOURCE
+from ..sizes import format_size, parse_size
+from . import daemon
+from .news import News
+from .serve import DEFAULT_SOCKET, count, tell_peer
+from .shell import Shell
+
+_NOISE = 1.5  # between rates that may be the same
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "guest",
+        help="inside a virtual machine: its devices, ring, wait, look into the memory, share it",
+        description="Use the ivshmem device of this virtual machine. `ivshmem doctor` says what is"
+        " missing where something does not work.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, text in _COMMANDS:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        _ARGUMENTS[name](command)
+        if name != "serve":
+            command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    """All devices are meant, and none is opened."""
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-a",
+        "--address",
+        metavar="ADDRESS",
+        help="the device's PCI address (`guest list`); the only one need not be named",
+    )
+    parser.add_argument(
+        "--access",
+        choices=("vfio", "noiommu", "uio", "sysfs"),
+        help="how to open it (default: the first of these that works here)",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=("vfio", "uio", "resource2", "resource2_wc"),
+        help="how to map its memory (`guest measure` compares them)",
+    )
+
+
+def _add_ring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("peer", metavar="PEER", help="its id, or its name in the directory")
+    parser.add_argument("vector", metavar="VECTOR", nargs="?", default="0", help="(default: 0)")
+    _add_device(parser)
+
+
+def _add_wait(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vector", metavar="VECTOR", nargs="?", default="any", help="(default: any)")
+    parser.add_argument("-t", "--timeout", metavar="SECONDS", help="(default: none)")
+    _add_device(parser)
+
+
+def _add_dump(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("start", metavar="OFFSET", nargs="?", default="0", help="(default: 0)")
+    parser.add_argument("length", metavar="LENGTH", nargs="?", help="(default: 256)")
+    parser.add_argument("--raw", action="store_true", help="write the bytes themselves to stdout")
+    _add_device(parser)
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "What other peers write meanwhile to the bytes that are measured is lost."
+    parser.add_argument("-a", "--address", metavar="ADDRESS", help="the device's PCI address")
+    parser.add_argument("--offset", default="0", help="of the bytes to copy (default: 0)")
+    parser.add_argument("--length", help="how many (default: 1M, or all there are)")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        default=DEFAULT_SOCKET,
+        help="to listen on; clients connect as on the host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="IDS",
+        type=_ids,
+        default=[],
+        help="whom clients can ring, such as 0,2,5-7, beside those in the directory of names",
+    )
+    parser.add_argument("-p", "--pid-file", metavar="PATH", help="to lock and write the pid to")
+    parser.add_argument("--daemon", action="store_true", help="go into the background once ready")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="say nothing of joins and leaves"
+    )
+
+
+_ARGUMENTS = {
+    "list": _add_nothing,
+    "info": _add_device,
+    "ring": _add_ring,
+    "wait": _add_wait,
+    "names": _add_device,
+    "dump": _add_dump,
+    "measure": _add_measure,
+    "serve": _add_serve,
+}
+
+
+def _ids(text: str) -> list[int]:
+    """Ids and ranges of ids from the command line."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise argparse.ArgumentTypeError(f"{part!r} is no id and no range, such as 5-7")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _open(options: argparse.Namespace) -> guest.GuestDevice:
+    return guest.open(options.address, access=options.access, memory=options.memory)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace) -> int:
+    devices = guest.devices()
+    if options.json:
+        print(json.dumps([asdict(device) for device in devices]))
+    for device in devices if not options.json else ():
+        print("\t".join([device.address, *_described(device).values()]))
+    if not devices:
+        print("ivshmem: no ivshmem device in this machine", file=sys.stderr)
+    return 0 if devices else 1
+
+
+def _described(device: guest.Device) -> dict[str, str]:
+    vectors = "? vectors" if device.vectors is None else count(device.vectors)
+    group = "no IOMMU group" if device.iommu_group is None else f"IOMMU group {device.iommu_group}"
+    return {
+        "size": format_size(device.size),
+        "variant": device.variant,
+        "vectors": vectors,
+        "driver": f"driver {device.driver}" if device.driver else "no driver",
+        "group": group,
+    }
+
+
+def _info(options: argparse.Namespace) -> int:
+    with _open(options) as device:
+        bits = pci.command(device.device)
+        try:
+            device.fileno()
+            interrupts = count(device.vectors)
+        except NoInterrupts as error:
+            interrupts = str(error)
+        values = {
+            **asdict(device.device),
+            "id": device.id,
+            "access": device.access,
+            "memory": device.memory,
+            "interrupts": interrupts,
+            "memory_decoding": bool(bits & pci.COMMAND_MEMORY),
+            "bus_master": bool(bits & pci.COMMAND_MASTER),
+        }
+    if options.json:
+        print(json.dumps(values))
+    else:
+        for key, value in values.items():
+            print(f"{key:<16}{'-' if value in (None, '') else value}")
+    return 0
+
+
+def _ring(options: argparse.Namespace) -> int:
+    return _run(options, f"int {options.peer} {options.vector}")
+
+
+def _wait(options: argparse.Namespace) -> int:
+    return _run(options, f"wait {options.vector} {options.timeout or ''}")
+
+
+def _names(options: argparse.Namespace) -> int:
+    return _run(options, "names")
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    """Run a command of the shell."""
+    with _open(options) as device, Shell(device, json=options.json) as shell:
+        shell.run_line(command)
+    return 0
+
+
+def _dump(options: argparse.Namespace) -> int:
+    if not options.raw:
+        return _run(options, f"hexdump {options.start} {options.length or ''}")
+    with _open(options) as device:
+        start = parse_size(options.start)
+        size = parse_size(options.length) if options.length else device.region.size - start
+        if start + size > device.region.size:
+            raise IvshmemError(f"the region ends at {device.region.size:#x}")
+        with memoryview(device.region) as memory:
+            sys.stdout.buffer.write(memory[start : start + size])
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    speeds = guest.measure(
+        options.address,
+        offset=parse_size(options.offset),
+        length=parse_size(options.length) if options.length else None,
+    )
+    if options.json:
+        print(json.dumps([asdict(speed) for speed in speeds]))
+        return 0
+    for speed in speeds:
+        if speed.error:
+            print(f"{speed.memory:<14}{speed.error}")
+        else:
+            read, write = (f"{rate / 1e6:8.0f} MB/s" for rate in (speed.read, speed.write))
+            print(f"{speed.memory:<14}read {read}   write {write}")
+    for what in ("read", "write"):
+        rates = {getattr(speed, what): speed.memory for speed in speeds if not speed.error}
+        if rates and max(rates) > _NOISE * min(rates):
+            print(f"fastest to {what}: {rates[max(rates)]}")
+        else:
+            print(f"to {what} there is no difference to speak of")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    work = partial(_run_broker, options)
+    if options.daemon:
+        from . import guarded  # here, for the package imports this module
+
+        return daemon.in_background(partial(guarded, work), silent=True)
+    return work(lambda: None)
+
+
+def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
+    """Share the device until a signal says to end, and give it back."""
+    with (
+        daemon.signals_held(),
+        daemon.pid_file(options.pid_file),
+        News(sys.stderr, logging.INFO) as news,
+        sockets.Listener(options.socket) as listener,
+        _open_to_share(options) as device,
+        guest.Broker(
+            device,
+            listener,
+            peers=options.peers,
+            on_join=None if options.quiet else partial(tell_peer, news, "joined"),
+            on_leave=None if options.quiet else partial(tell_peer, news, "left"),
+        ) as broker,
+    ):
+        print(_banner(broker, device), flush=True)
+        ready()
+        with daemon.ended_by_signals(broker.stop):
+            broker.serve_forever()
+    return 0
+
+
+def _open_to_share(options: argparse.Namespace) -> guest.GuestDevice:
+    """The device with its memory in a file, to hand on, and heard, if it is not a plain one."""
+    device = guest.open(options.address, access=options.access, memory=options.memory or RESOURCE)
+    if device.device.variant == "doorbell":
+        try:
+            device.fileno()
+        except NoInterrupts:
+            device.close()
+            raise
+    return device
+
+
+def _banner(broker: guest.Broker, device: guest.GuestDevice) -> str:
+    whom = ", ".join(map(str, broker.remote)) or "nobody yet (--peers, or a directory of names)"
+    return (
+        f"sharing {device.device.address}, id {device.id}, {format_size(device.region.size)},"
+        f" {count(device.vectors)}, on {broker.path}, pid {os.getpid()}\n"
+        f"  clients can ring: {whom}"
+    )
+
+
+_COMMANDS = (
+    ("list", _list, "list the ivshmem devices of this machine"),
+    ("info", _info, "say all about a device: its id, how it is opened, its interrupts"),
+    ("ring", _ring, "interrupt a vector of a peer"),
+    ("wait", _wait, "wait for an interrupt; exit status 1 when the time is over"),
+    ("names", _names, "list who has published a name in the region's directory"),
+    ("dump", _dump, "print bytes of the memory, as `hexdump -C`"),
+    ("measure", _measure, "compare the ways to map the memory: which is fastest to read, to write"),
+    ("serve", _serve, "share the device with other processes of this machine"),
+)

@@ -1,0 +1,100 @@
+"""What a check finds, and how checks follow each other.
+
+Knows: results, which check rests on which, how commands are written that mend something.
+Does not know: what is checked.
+
+Invariants:
+1. `mend` is one line that a shell runs as it stands, or, where it begins with a dash, what QEMU's
+   command line needs.
+2. What rests on a failed check is skipped, and says on which.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+State: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: a device's PCI address; "host" or "guest".
+        name: what was checked.
+        state: "failed" if sharing needs it and it is not so; "warning" if others may need it.
+        found: what is there; of what was skipped, why.
+        mend: the one command, or QEMU option, that mends what failed. It may be empty of a warning,
+            and of a failure that nobody foresaw.
+    """
+
+    subject: str
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+class Finding(NamedTuple):
+    """A check's result before it has a name."""
+
+    state: State
+    found: str
+    mend: str = ""
+
+
+class Step(NamedTuple):
+    """A check to be made, unless one of those that it rests on has failed."""
+
+    name: str
+    look: Callable[[], Finding]
+    rests_on: tuple[str, ...] = ()
+
+
+def ok(found: str) -> Finding:
+    return Finding("ok", found)
+
+
+def warning(found: str, mend: str = "") -> Finding:
+    return Finding("warning", found, mend)
+
+
+def failed(found: str, mend: str = "") -> Finding:
+    return Finding("failed", found, mend)
+
+
+def skipped(why: str) -> Finding:
+    return Finding("skipped", why)
+
+
+def run(subject: str, steps: Iterable[Step]) -> Iterator[Check]:
+    """Make the checks one after the other, each when it is asked for."""
+    causes: dict[str, str] = {}  # of what did not come off: the check that failed
+    for step in steps:
+        cause = next((causes[name] for name in step.rests_on if name in causes), None)
+        finding = step.look() if cause is None else skipped(f"rests on what failed: {cause}")
+        if finding.state == "failed" or cause is not None:
+            causes[step.name] = cause or step.name
+        yield Check(subject, step.name, *finding)
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def ours(*arguments: str) -> str:
+    """A command line of this package."""
+    return shlex.join([sys.executable, "-m", "ivshmem", *arguments])
+
+
+def as_root(command: str) -> str:
+    """A command that only root may run, for whoever we are."""
+    if os.geteuid() == 0:
+        return command
+    return f"{'sudo sh' if shutil.which('sudo') else 'su'} -c {shlex.quote(command)}"

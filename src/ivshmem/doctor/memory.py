@@ -1,0 +1,210 @@
+"""On a host: the memory to be shared, its size, who may use it, and whether there is room for it.
+
+Knows: files, mounts, huge pages. Does not know: who serves the memory.
+
+Invariant: no command here makes a file smaller, or takes its contents away: others may use it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+from .. import pages, qemu
+from ..errors import RegionError
+from ..region import posix_path
+from ..sizes import check_size, format_size, parse_size, roughly, round_up
+from . import access
+from .check import Finding, Step, as_root, failed, ok, skipped
+from .wishes import DEFAULT_SIZE, Wishes
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+_SERVED = "the server has it"
+
+
+class MemorySteps:
+    """The checks of the memory.
+
+    Args:
+        answer: what a server said that it serves; empty if there is none that answers.
+    """
+
+    def __init__(self, wishes: Wishes, answer: dict[str, int]) -> None:
+        self.wishes, self.answer = wishes, answer
+        self.target: str | None = None  # the file, or the directory to put one into
+        if wishes.name is not None:
+            self.target = posix_path(wishes.name)
+        elif wishes.place is not None:
+            self.target = os.path.abspath(wishes.place)
+        self._status: os.stat_result | None = None  # of the file, if it exists
+
+    def steps(self) -> list[Step]:
+        return [
+            Step("memory", self._memory),
+            Step("memory permission", self._permission, ("memory",)),
+            Step("huge pages", self._huge_pages, ("memory",)),
+            Step("space", self._space, ("memory", "huge pages")),
+        ]
+
+    @property
+    def _folder(self) -> str:
+        """Where a file is to be made."""
+        assert self.target is not None
+        return self.target if self.wishes.directory else os.path.dirname(self.target)
+
+    @property
+    def _page(self) -> int:
+        """The page size of the memory, by where it is."""
+        if self.target is None or not os.path.isdir(self._folder):
+            return pages.PAGE
+        return pages.page_size_of(self._folder)
+
+    @property
+    def _size(self) -> int:
+        """Of memory that is to be made."""
+        return parse_size(self.wishes.size or max(parse_size(DEFAULT_SIZE), self._page))
+
+    # -- what it is -------------------------------------------------------------------------------
+
+    def _memory(self) -> Finding:
+        if self.wishes.size is not None:
+            size = parse_size(self.wishes.size)
+            try:
+                check_size(size, self._page)
+            except RegionError as error:
+                nearest = format_size(max(round_up(size), self._page))
+                return failed(str(error), replace(self.wishes, size=nearest).serve())
+        if self.target is None:
+            return ok(_SERVED if self.answer else f"anonymous, {format_size(self._size)}")
+        if not os.path.isdir(self._folder) and _is_visible(self._folder):
+            return failed(f"no directory {self._folder}", f"mkdir -p {shlex.quote(self._folder)}")
+        if self.wishes.directory:
+            return ok(f"a file without a name in {self.target}, {format_size(self._size)}")
+        return self._file(self.target)
+
+    def _file(self, path: str) -> Finding:
+        try:
+            self._status = os.stat(path)
+        except FileNotFoundError:
+            return ok(f"{path} is to be made, {format_size(self._size)}")
+        except PermissionError:
+            return ok(path)  # the next check says why no more is known
+        if not stat.S_ISREG(self._status.st_mode):
+            return failed(f"{path} is no regular file", shlex.join(["mv", path, f"{path}.old"]))
+        size, wanted = self._status.st_size, self.wishes.size
+        try:
+            check_size(size, self._page, what=path)
+        except RegionError as error:
+            larger = max(round_up(size), self._page) if size else self._size
+            return failed(str(error), _grow(path, max(larger, parse_size(wanted or 0))))
+        if wanted is None or parse_size(wanted) == size:
+            return ok(f"{path}, {format_size(size)}")
+        what = f"{path} has {format_size(size)}, not the {wanted} asked for"
+        if size < parse_size(wanted):
+            return failed(what, _grow(path, parse_size(wanted)))
+        # To make it smaller would kill whoever uses the rest.
+        return failed(f"{what}: give QEMU its size", qemu.shell(qemu.plain(path, size)))
+
+    def _permission(self) -> Finding:
+        if self.target is None:
+            return skipped("anonymous memory goes to whoever may connect to the socket")
+        if self._status is None and _is_visible(self.target):
+            return access.permission(self._folder, "wx", self.wishes.user)
+        return access.permission(self.target, "rw", self.wishes.user)
+
+    # -- what it takes ----------------------------------------------------------------------------
+
+    def _huge_pages(self) -> Finding:
+        wishes, page = self.wishes, self._page
+        if not wishes.hugepages and page == pages.PAGE:
+            return skipped("not asked for")
+        try:
+            wanted = pages.huge_page_size(wishes.hugepages) or page
+        except RegionError as error:
+            offered = bool(pages.huge_page_sizes())
+            return failed(str(error), replace(wishes, hugepages=offered).serve())
+        if self.target is not None and page != wanted:
+            anonymous = replace(wishes, name=None, path=None, directory=None)
+            return failed(
+                f"{self.target} has pages of {format_size(page)}, not of {format_size(wanted)};"
+                " memory without a name can have them",
+                anonymous.serve(),
+            )
+        if self._status is not None or self.answer.get("page_size") == wanted:
+            return ok("taken when the memory was made")
+        size = max(self._size, wanted)
+        try:
+            check_size(size, wanted)
+        except RegionError as error:
+            return failed(str(error), replace(wishes, size=format_size(round_up(size))).serve())
+        numbers, mend = pages.huge_pages_for(size, wanted)
+        return failed(numbers, as_root(mend)) if mend else ok(numbers)
+
+    def _space(self) -> Finding:
+        if self.answer and self.target is None:
+            return skipped(_SERVED)
+        if self.wishes.hugepages or self._page > pages.PAGE:
+            return skipped("huge pages have been counted")
+        size = self._size
+        if self._status is not None:
+            # What the file lacks, if it is sparse, is missed only when somebody touches it.
+            size = max(self._status.st_size - self._status.st_blocks * 512, 0)
+        mount, kind = ("", "tmpfs") if self.target is None else _mount(self._folder)
+        if kind == "tmpfs" and not _fits(size):
+            smaller = self._size
+            while not _fits(smaller):
+                smaller //= 2
+            return failed(
+                f"{format_size(size)} do not fit into this machine's memory",
+                replace(self.wishes, size=format_size(smaller)).serve(),
+            )
+        if self.target is None:
+            return ok("the machine's memory suffices")
+        status = os.statvfs(self._folder)
+        free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+        what = f"{format_size(size)} needed, {roughly(free)} of {roughly(total)} free on {mount}"
+        if size <= free:
+            return ok(what)
+        if kind == "tmpfs":
+            room = -(-(total - free + size) // 2**20)
+            return failed(what, as_root(f"mount -o remount,size={room}M {shlex.quote(mount)}"))
+        named = replace(self.wishes, name=os.path.basename(self.target), path=None, directory=None)
+        return failed(f"{what}; there may be room in /dev/shm", named.serve())
+
+
+def _is_visible(path: str) -> bool:
+    """Whether we may know if there is such a file."""
+    return os.access(os.path.dirname(path), os.X_OK, effective_ids=True) or not os.path.isdir(
+        os.path.dirname(path)
+    )
+
+
+def _fits(size: int) -> bool:
+    try:
+        pages.check_memory(size, now=True)
+    except OSError:
+        return False
+    return True
+
+
+def _grow(path: str, size: int) -> str:
+    """The command that makes a file larger, and reserves its space."""
+    command = f"fallocate -l {size} {shlex.quote(path)}"
+    return command if os.access(path, os.W_OK, effective_ids=True) else as_root(command)
+
+
+def _mount(path: str) -> tuple[str, str]:
+    """The mount that a directory is on, and the type of its file system (proc(5), mountinfo)."""
+    found = ("/", "")
+    for line in _MOUNTS.read_text().splitlines():
+        fields = line.split()
+        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        inside = os.path.commonpath([place, os.path.realpath(path)]) == place
+        if inside and len(place) >= len(found[0]):  # of two on each other, the later one
+            found = place, fields[fields.index("-") + 1]
+    return found

@@ -1,0 +1,61 @@
+"""What somebody wants to share on a host, and the command that serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .check import ours
+
+# As of `ivshmem serve`.
+DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
+DEFAULT_SIZE = "4M"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to be shared, and by whom.
+
+    Attributes:
+        socket: a server's; None: the default one, or none where memory is named.
+        name, path, directory: where the memory is, as Region.create takes them; at most one.
+        size: of the memory; None: whatever it is.
+        hugepages: as Region.create takes it.
+        qemu: the program; None: the one for guests of this machine's kind.
+        user: who is to use socket and memory; None: who runs this, and libvirt's QEMU, if any.
+        lock: the memory will be locked (QEMU's `-overcommit mem-lock=on`, or vfio on the host).
+    """
+
+    socket: str | None = None
+    name: str | None = None
+    path: str | None = None
+    directory: str | None = None
+    size: str | None = None
+    hugepages: bool | str = False
+    qemu: str | None = None
+    user: str | None = None
+    lock: bool = False
+
+    @property
+    def place(self) -> str | None:
+        """Where the memory is, if that was said."""
+        return self.name or self.path or self.directory
+
+    @property
+    def server(self) -> str | None:
+        """The socket to look at; None where plain memory is shared, which needs none."""
+        return self.socket or (None if self.place else DEFAULT_SOCKET)
+
+    def serve(self) -> str:
+        """The command that serves what is wished for, and returns."""
+        words = ["serve", "--daemon", "--socket", self.socket or DEFAULT_SOCKET]
+        for option, value in (
+            ("--size", self.size),
+            ("--name", self.name),
+            ("--file", self.path),
+            ("--directory", self.directory),
+        ):
+            words += [option, value] if value else []
+        if self.hugepages:
+            words.append("--hugepages")
+            words += [] if self.hugepages is True else [str(self.hugepages)]
+        return ours(*words)

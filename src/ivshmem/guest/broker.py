@@ -1,0 +1,149 @@
+"""One device for several processes of a guest, which connect to it as to the host's server.
+
+Knows: what passes between the device and clients. Does not know: ways to a device (any endpoint
+will do), or how clients are served; Server does.
+
+To the world a virtual machine is one peer. So all clients here have its id, each interrupt of the
+device reaches all of them, and they are not told of one another. Whom they can ring, the device
+does not say: those who stand in the region's directory of names, and those given here.
+
+Invariants:
+1. A client can neither block nor end this process: its eventfds are signalled by the kernel, and
+   read without blocking.
+2. An interrupt that has been taken from the device has been signalled to every client.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from .. import _core, sockets
+from ..directory import Directory
+from ..endpoint import Endpoint
+from ..engine import Peer
+from ..errors import NoDirectory
+from ..protocol import MAX_ID, Member
+from ..server import Server
+
+_log = logging.getLogger("ivshmem.guest")
+
+_LOOK_SECONDS = 1.0  # between looks into the directory of names
+
+# Interrupts handed on in a row, before clients who connect and ring have their turn.
+_BATCH = 64
+
+
+class Broker(Server):
+    """Serves a guest's device to other processes of the guest, on a Unix socket.
+
+    Args:
+        device: an open one (or any endpoint), which stays the caller's. Its memory must be a file,
+            from its start on, so that it can be handed on: "resource2" or "resource2_wc".
+        path: of the socket, as Server takes it.
+        peers: ids that clients can ring, beside those in the directory of names.
+        on_join, on_leave: as Server's.
+
+    It runs as a Server does. When the device is unplugged, running it raises DeviceGone.
+
+    Raises:
+        ValueError: the device's memory is mapped in a way that cannot be handed on.
+        OSError: as of Server, or no asynchronous I/O in this kernel (io_setup(2)).
+    """
+
+    def __init__(
+        self,
+        device: Endpoint,
+        path: str | os.PathLike[str] | sockets.Listener,
+        *,
+        peers: Iterable[int] = (),
+        on_join: Callable[[Peer], object] | None = None,
+        on_leave: Callable[[Peer], object] | None = None,
+    ) -> None:
+        self._closed = True  # until there is something to close
+        if device.region.offset:
+            raise ValueError(
+                "memory that is mapped by vfio or UIO cannot be handed on: open the device with"
+                " memory='resource2'"
+            )
+        self.device = device
+        self._shared_id = device.id
+        self._fixed = frozenset(peers) - {device.id}
+        if wrong := [peer for peer in self._fixed if not 0 <= peer <= MAX_ID]:
+            raise ValueError(f"peer {wrong[0]}: ids are 0 to {MAX_ID}")
+        self._remote: dict[int, tuple[Member, _core.FdArray]] = {}
+        self._directory: Directory | None = None
+        super().__init__(path, device.region, device.vectors, on_join=on_join, on_leave=on_leave)
+        try:
+            self._signaller = _core.Signaller()
+            self._resources.callback(self._signaller.close)
+            self._timer = _core.Timer()
+            self._resources.callback(self._timer.close)
+            self._resources.callback(self._close_bells)
+            self._engine.watch(self._timer.fileno(), self._look)
+            if device.vectors:
+                self._engine.watch(device.fileno(), self._interrupts)
+            self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def remote(self) -> list[int]:
+        """Ids of the peers that clients can ring now, in ascending order."""
+        return sorted(self._remote)
+
+    def _interrupts(self) -> None:
+        """Hand on what the device has."""
+        for _ in range(_BATCH):
+            if (event := self.device.next_event(0)) is None:
+                break
+            if isinstance(event, _core.Interrupt):
+                self._signaller.signal(self._engine.bells(event.vector))
+
+    # -- peers elsewhere --------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Announce and dismiss peers by what the directory says now."""
+        self._timer.set(_LOOK_SECONDS)
+        wanted = self._fixed | self._published()
+        self._dismiss([peer for peer in self._remote if peer not in wanted])
+        for peer in sorted(wanted - self._remote.keys()):
+            try:
+                self._admit(peer)
+            except OSError as error:  # EMFILE and its like; the next look tries again
+                _log.warning("peer %d cannot be offered now: %s", peer, error.strerror)
+                break
+
+    def _published(self) -> set[int]:
+        if self._directory is None:
+            try:
+                self._directory = Directory.open(self.device.region)
+            except NoDirectory:
+                return set()
+            self._resources.callback(self._directory.close)
+        return {entry.id for entry in self._directory.entries()} - {self.device.id}
+
+    def _admit(self, peer: int) -> None:
+        bells = _core.FdArray.eventfds(self.vectors)
+        self._remote[peer] = self._engine.admit(peer, bells), bells
+        for vector in range(self.vectors):
+            self._engine.watch(bells[vector], partial(self._ring, peer, vector, bells))
+
+    def _ring(self, peer: int, vector: int, bells: _core.FdArray) -> None:
+        if bells.drain(vector):
+            self.device.ring(peer, vector)
+
+    def _dismiss(self, peers: Iterable[int]) -> None:
+        for peer in peers:
+            member, bells = self._remote.pop(peer)
+            self._engine.dismiss(member)
+            for vector in range(len(bells)):
+                self._engine.unwatch(bells[vector])
+            bells.close()
+
+    def _close_bells(self) -> None:
+        for _, bells in self._remote.values():
+            bells.close()

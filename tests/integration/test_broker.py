@@ -1,0 +1,196 @@
+"""One endpoint shared by several processes, over real sockets.
+
+A host's client stands for the guest's device, which is an endpoint like it; tests/vm/test_broker.py
+has the real one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.children import NOBODY, Child, python
+from support.waiting import PATIENCE, until
+
+import ivshmem
+from ivshmem.guest import Broker
+
+VECTORS = 2
+
+# Says which of its vectors is rung, and rings peer 0 back on the same.
+ECHO = """
+    import sys
+    import ivshmem
+    with ivshmem.connect(sys.argv[1], timeout=60) as client:
+        print("READY", client.id, client.vectors, client.peers)
+        while (event := client.wait(None, 60)) is not None:
+            print("RUNG", event.vector)
+            client.ring(0, event.vector)
+"""
+
+# Makes every write to its eventfds wait: counters full, and O_NONBLOCK cleared for all who share.
+HOSTILE = """
+    import fcntl, os, sys
+    import ivshmem
+    client = ivshmem.connect(sys.argv[1], timeout=60)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") != "anon_inode:[eventfd]":
+                continue
+        except FileNotFoundError:
+            continue
+        fd = int(name)
+        os.set_blocking(fd, False)
+        try:
+            os.eventfd_write(fd, 2**64 - 2)
+        except BlockingIOError:
+            pass
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    print("READY")
+    sys.stdin.readline()
+"""
+
+
+class Scene(NamedTuple):
+    """Somebody far away (id 0), the broker for id 1, and the real server between them."""
+
+    far: ivshmem.Client
+    broker: Broker
+
+    def child(self, stack: ExitStack, code: str, *, user: int | None = None) -> Child:
+        return stack.enter_context(python(code, self.broker.path, user=user))
+
+
+@pytest.fixture
+def scene(directory: Path) -> Iterator[Scene]:
+    with (
+        ivshmem.Server(directory / "host", "1M", vectors=VECTORS).start() as server,
+        ivshmem.connect(server.path) as far,
+        ivshmem.connect(server.path) as device,
+        Broker(device, directory / "guest", peers=[0]).start() as broker,
+    ):
+        yield Scene(far, broker)
+
+
+def test_interrupts_reach_every_client_and_rings_go_through(scene: Scene) -> None:
+    with ExitStack() as stack:
+        children = [scene.child(stack, ECHO) for _ in range(3)]
+        for child in children:
+            child.expect("READY 1 2 [0]")
+        for vector in (1, 0, 1):
+            scene.far.ring(1, vector)
+            for child in children:
+                child.expect(f"RUNG {vector}")
+            assert scene.far.wait(vector, PATIENCE)
+
+
+def test_the_memory_is_the_same(scene: Scene) -> None:
+    with ivshmem.connect(scene.broker.path) as client:
+        with memoryview(client.region) as here, memoryview(scene.far.region) as there:
+            here[:4] = b"near"
+            assert bytes(there[:4]) == b"near"
+
+
+def test_clients_do_not_see_one_another(scene: Scene) -> None:
+    with ivshmem.connect(scene.broker.path) as a, ivshmem.connect(scene.broker.path) as b:
+        assert (a.id, a.peers) == (b.id, b.peers) == (1, [0])
+        assert a.news() == []
+
+
+def test_a_killed_client_harms_nobody(scene: Scene) -> None:
+    with ExitStack() as stack:
+        children = [scene.child(stack, ECHO) for _ in range(3)]
+        for child in children:
+            child.expect("READY 1 2 [0]")
+        children[1].kill()
+        until(lambda: len(scene.broker.peers) == 2)
+        scene.far.ring(1, 1)
+        for child in (children[0], children[2]):
+            child.expect("RUNG 1")
+        assert scene.far.wait(1, PATIENCE)
+
+
+def test_a_hostile_client_holds_up_nobody(scene: Scene) -> None:
+    with ExitStack() as stack:
+        hostile = scene.child(stack, HOSTILE)
+        hostile.expect("READY")
+        friend = scene.child(stack, ECHO)
+        friend.expect("READY 1 2 [0]")
+        for _ in range(3):
+            for vector in range(VECTORS):
+                scene.far.ring(1, vector)
+                friend.expect(f"RUNG {vector}")
+                assert scene.far.wait(vector, PATIENCE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_client_of_another_user(scene: Scene) -> None:
+    os.chmod(scene.broker.path, 0o666)  # noqa: S103
+    with ExitStack() as stack:
+        child = scene.child(stack, ECHO, user=NOBODY)
+        child.expect("READY 1 2 [0]")
+        scene.far.ring(1, 0)
+        child.expect("RUNG 0")
+
+
+def test_peers_in_the_directory_are_offered_as_they_come_and_go(directory: Path) -> None:
+    with (
+        ivshmem.Server(directory / "host", "1M", vectors=VECTORS).start() as server,
+        ivshmem.connect(server.path) as far,
+        ivshmem.connect(server.path) as device,
+        Broker(device, directory / "guest").start() as broker,
+        ivshmem.connect(broker.path) as client,
+    ):
+        assert client.peers == []
+        with ivshmem.Directory.create(far) as names:
+            with names.publish("far"):
+                assert client.next_event(PATIENCE) == ivshmem.PeerJoined(far.id)
+                client.ring(far.id, 1)
+                assert far.wait(1, PATIENCE)
+            assert client.next_event(PATIENCE) == ivshmem.PeerLeft(far.id)
+        with pytest.raises(ivshmem.NoSuchPeer):
+            client.ring(far.id, 1)
+
+
+def test_memory_that_cannot_be_handed_on(directory: Path) -> None:
+    class Device(ivshmem.Endpoint):
+        id = 1
+
+    fd = os.memfd_create("test")
+    os.truncate(fd, 8192)
+    with Device() as device:
+        device.region = ivshmem.Region(fd, 4096, offset=4096, source="device", page_size=4096)
+        with pytest.raises(ValueError, match="cannot be handed on: open the device with memory="):
+            Broker(device, directory / "guest")
+    assert not (directory / "guest").exists()
+
+
+def test_ids_that_no_peer_has(directory: Path) -> None:
+    with (
+        ivshmem.Server(directory / "host", "4K").start() as server,
+        ivshmem.connect(server.path) as device,
+    ):
+        with pytest.raises(ValueError, match="peer 65536: ids are 0 to 65535"):
+            Broker(device, directory / "guest", peers=[3, 65536])
+    assert not (directory / "guest").exists()
+
+
+def test_an_unplugged_device_ends_it(directory: Path) -> None:
+    class Unplugged(ivshmem.Endpoint):
+        id = 1
+
+        def _next_news(self) -> None:
+            raise ivshmem.DeviceGone("the device was unplugged")
+
+    with Unplugged() as device:
+        device._add_vector(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        device.region = ivshmem.Region.create("4K")
+        device._ring_self(1)
+        with Broker(device, directory / "guest", peers=[3]) as broker:
+            device.ring(1, 0)
+            with pytest.raises(ivshmem.DeviceGone):
+                broker.serve_forever()

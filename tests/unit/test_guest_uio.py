@@ -1,0 +1,302 @@
+"""A device by UIO: over files that stand for its maps, and a socket for its interrupts.
+
+Drivers of that kind are out of tree, so no guest of ours has one. A socket of packets reads like
+/dev/uioN: 4 bytes at once, how many interrupts there were; readable when there was one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.fake_pci import FakePci
+from support.leaks import open_fds, shared_mappings
+from support.waiting import PATIENCE, Background
+
+from ivshmem import ClosedError, Interrupt, NoSuchVector, guest
+from ivshmem._core import Doorbells
+from ivshmem.guest import device as ways
+from ivshmem.guest import pci, uio
+
+A = "0000:00:04.0"
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MIB = 1 << 20
+
+
+class Counter:
+    """The kernel's side of /dev/uioN, whose count starts anywhere."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._theirs.setblocking(False)
+
+    def open(self) -> int:
+        """What open(2) of the device gives."""
+        return os.dup(self._theirs.fileno())
+
+    def interrupt(self, times: int = 1) -> None:
+        """The count goes on; one that was not read yet is replaced, as it is no queue."""
+        with contextlib.suppress(BlockingIOError):
+            self._theirs.recv(4)
+        self.count = (self.count + times) & 0xFFFFFFFF
+        self._ours.send(struct.pack("=I", self.count))
+
+    def end(self) -> None:
+        self._ours.close()
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+
+class Listener(Doorbells):
+    """An endpoint that has one vector, which is a UIO device's."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._listen_uio(counter.open())
+
+
+@pytest.fixture
+def counter() -> Iterator[Counter]:
+    counter = Counter()
+    yield counter
+    counter.close()
+
+
+@pytest.fixture
+def listener(counter: Counter) -> Iterator[Listener]:
+    listener = Listener(counter)
+    yield listener
+    listener.close()
+
+
+# -- counting -------------------------------------------------------------------------------------
+
+WAITS: list[tuple[Callable[[Listener, float | None], object], Callable[[int], object]]] = [
+    (lambda d, t: d.wait(0, t), lambda rings: rings),
+    (lambda d, t: d.wait(timeout=t), lambda rings: Interrupt(0, rings) if rings else None),
+    (lambda d, t: d._wait_event(t), lambda rings: Interrupt(0, rings) if rings else None),
+]
+each_wait = pytest.mark.parametrize(("wait", "result"), WAITS, ids=["one", "any", "event"])
+Wait = Callable[[Listener, float | None], object]
+Result = Callable[[int], object]
+
+
+@each_wait
+def test_rings_since_the_last_look(
+    counter: Counter, listener: Listener, wait: Wait, result: Result
+) -> None:
+    assert wait(listener, 0) == result(0)
+    assert wait(listener, 0.001) == result(0)
+    for times in (1, 2, 1000, 1):
+        counter.interrupt(times)
+        assert wait(listener, PATIENCE) == result(times)
+        assert wait(listener, 0) == result(0)
+    assert listener.vectors == 1
+    with pytest.raises(NoSuchVector, match="vector 1: this endpoint has 1 vectors"):
+        listener.wait(1, 0)
+
+
+@each_wait
+@pytest.mark.parametrize("start", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE])
+def test_a_count_that_wraps(start: int, wait: Wait, result: Result) -> None:
+    """It is 32 bits, in the kernel even with a sign."""
+    counter = Counter(start - 1)
+    listener = Listener(counter)
+    counter.interrupt()
+    assert wait(listener, 0)
+    for times in (1, 3, 0x7FFFFFFF):
+        counter.interrupt(times)
+        assert wait(listener, 0) == result(times)
+    listener.close()
+    counter.close()
+
+
+@each_wait
+def test_who_waits_is_woken(
+    counter: Counter, listener: Listener, wait: Wait, result: Result
+) -> None:
+    waiting = Background(lambda: wait(listener, None))
+    waiting.wait_until_asleep()
+    counter.interrupt()
+    assert waiting.result() == result(1)
+
+
+@each_wait
+def test_close_sends_waiters_home(
+    counter: Counter, listener: Listener, wait: Wait, result: Result
+) -> None:
+    waiting = Background(lambda: wait(listener, None))
+    waiting.wait_until_asleep()
+    listener.close()
+    with pytest.raises(ClosedError):
+        waiting.result()
+
+
+def test_fileno(counter: Counter, listener: Listener) -> None:
+    assert select.select([listener.fileno()], [], [], 0)[0] == []
+    counter.interrupt(2)
+    assert select.select([listener.fileno()], [], [], PATIENCE)[0] == [listener.fileno()]
+    assert listener.wait(timeout=0) == Interrupt(0, 2)
+    assert select.select([listener.fileno()], [], [], 0)[0] == []
+
+
+@each_wait
+def test_what_is_no_uio_device(
+    counter: Counter, listener: Listener, wait: Wait, result: Result
+) -> None:
+    """An error, not an endless loop: what is at its end is readable all the time."""
+    counter.end()
+    with pytest.raises(OSError, match="what was opened is no UIO device"):
+        wait(listener, PATIENCE)
+
+
+# -- finding --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePci:
+    monkeypatch.setattr(uio, "DEV", tmp_path)
+    return FakePci(tmp_path / "pci", monkeypatch)
+
+
+def add_maps(path: Path, *maps: tuple[int, int], name: str = "uio0") -> None:
+    """Maps of a UIO device, each with its address and the offset inside of the first page."""
+    for number, (address, offset) in enumerate(maps):
+        folder = path / "uio" / name / "maps" / f"map{number}"
+        folder.mkdir(parents=True)
+        (folder / "addr").write_text(f"{address:#x}\n")
+        (folder / "offset").write_text(f"{offset:#x}\n")
+
+
+def test_name(machine: FakePci) -> None:
+    path = machine.add(A)
+    device = pci.look(A)
+    assert uio.name(device) is None
+    (path / "uio").mkdir()
+    assert uio.name(device) is None
+    add_maps(path, (0, 0), name="uio12")
+    assert uio.name(device) == "uio12"
+
+
+def test_maps(machine: FakePci) -> None:
+    """Found by physical address, however the driver tells of a BAR inside a page."""
+    path = machine.add(A)
+    device = pci.look(A)
+    add_maps(
+        path, (0xFEBF1000, 0), (0x100000000, 0), (0x10001100, 0), (0x20002000, 0x300), (0x5000, 0)
+    )
+    assert uio.find_map(device, "uio0", 0xFEBF1000) == 0
+    assert uio.find_map(device, "uio0", 0x100000000) == PAGE
+    assert uio.find_map(device, "uio0", 0x10001100) == 2 * PAGE + 0x100
+    assert uio.find_map(device, "uio0", 0x20002300) == 3 * PAGE + 0x300
+    with pytest.raises(OSError, match="maps nothing at 0x20002000") as error:
+        uio.find_map(device, "uio0", 0x20002000)
+    assert error.value.errno == errno.ENODEV
+
+
+def test_open_device(machine: FakePci, tmp_path: Path) -> None:
+    (tmp_path / "uio0").touch()
+    fd = uio.open_device("uio0")
+    assert not os.get_blocking(fd)
+    assert not os.get_inheritable(fd)
+    os.write(fd, b"for writing, too")
+    os.close(fd)
+    with pytest.raises(FileNotFoundError):
+        uio.open_device("uio1")
+
+
+# -- the guest's device by it ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(machine: FakePci, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A device with a UIO driver: its registers in the first page of this file, then its memory."""
+    path = machine.add(A, driver="uio_ivshmem", vectors=4)
+    add_maps(path, (0xFEBF1000, 0), (0x100000000, 0))
+    file = os.memfd_create("device")
+    os.ftruncate(file, PAGE + MIB)
+    os.pwrite(file, struct.pack("<I", 6), ways.IVPOSITION)
+
+    # A socket cannot be mapped, so the maps are the file's.
+    def map_registers(self: ways.UioDevice, fd: int, offset: int) -> None:
+        ways.GuestDevice._map_registers(self, file, offset)
+
+    def map_memory(self: ways.UioDevice, fd: int, *rest: str) -> None:
+        os.close(fd)
+        ways.GuestDevice._map_memory(self, os.dup(file), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(uio, "open_device", lambda _: counter.open())
+    monkeypatch.setattr(ways.UioDevice, "_map_registers", map_registers)
+    monkeypatch.setattr(ways.UioDevice, "_map_memory", map_memory)
+    yield file
+    os.close(file)
+
+
+@pytest.mark.parametrize("access", [None, "uio"])
+def test_open(
+    machine: FakePci, memory: int, counter: Counter, access: guest.device.Access | None
+) -> None:
+    """Registers, memory and one vector; the driver keeps the device."""
+    before, mappings = open_fds(), shared_mappings()
+    with guest.open(access=access) as device:
+        assert (device.access, device.memory, device.id, device.vectors) == ("uio", "uio", 6, 1)
+        device.ring(9, 3)  # others have the four that the device has
+        assert struct.unpack("<I", os.pread(memory, 4, ways.DOORBELL)) == (9 << 16 | 3,)
+        with pytest.raises(NoSuchVector, match="vector 4: the device has 4 vectors"):
+            device.ring(9, 4)
+        counter.interrupt()
+        assert device.wait(0, 0) == 1
+        counter.interrupt(2)
+        assert next(device.events()) == Interrupt(0, 2)
+        with memoryview(device.region) as view:
+            assert len(view) == MIB
+            view[-1] = 7
+        assert os.pread(memory, 1, PAGE + MIB - 1) == b"\7"
+    assert (open_fds(), shared_mappings()) == (before, mappings)
+    assert machine.driver(A) == "uio_ivshmem"
+    assert machine.writes == []
+
+
+def test_memory_by_sysfs(machine: FakePci, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ways.UioDevice, "_map_memory")
+    with guest.open(memory="resource2") as device:
+        assert (device.access, device.memory) == ("uio", "resource2")
+        with memoryview(device.region) as view:
+            view[0] = 9
+    assert (machine.root / "devices" / A / "resource2").read_bytes()[0] == 9
+    before = open_fds()
+    with pytest.raises(ValueError, match="uio cannot map the memory by 'vfio'"):
+        guest.open(memory="vfio")
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("missing", range(2))
+def test_a_driver_that_does_not_map_it(machine: FakePci, memory: int, missing: int) -> None:
+    (machine.root / "devices" / A / f"uio/uio0/maps/map{missing}/addr").write_text("0x77000\n")
+    before, mappings = open_fds(), shared_mappings()
+    with pytest.raises(OSError, match="the driver uio_ivshmem maps nothing at 0x"):
+        guest.open()
+    assert (open_fds(), shared_mappings()) == (before, mappings)
+
+
+def test_no_uio_driver(machine: FakePci) -> None:
+    machine.add(A)
+    with pytest.raises(OSError, match="no UIO driver for ivshmem has the device"):
+        guest.open(access="uio")
+
+
+def test_uio_pci_generic_is_not_meant(machine: FakePci) -> None:
+    """It has a UIO device, with neither interrupts nor memory for this one."""
+    path = machine.add(A, driver="uio_pci_generic")
+    add_maps(path, (0, 0))
+    with pytest.raises(OSError, match="the driver uio_pci_generic has the device"):
+        guest.open()  # by sysfs, as there is no IOMMU

@@ -1,0 +1,444 @@
+"""`ivshmem doctor` in real guests: each trouble is made, found, and mended by what is printed."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ivshmem
+from ivshmem import qemu
+from ivshmem.doctor import Check
+
+from .harness import Guest, MakeGuest
+
+VECTORS = 3
+DOCTOR = f"{sys.executable} -m ivshmem doctor"
+SELF = f"{VECTORS} of {VECTORS} vectors"
+REGION_SIZE = 1 << 20
+
+NAMES = [
+    "device",
+    "permission",
+    "memory decoding",
+    "lockdown",
+    "driver",
+    "IOMMU",
+    "IOMMU group",
+    "vfio",
+    "interrupt remapping",
+    "free",
+    "opening",
+    "bus master",
+    "self-interrupt",
+]
+
+# Does what the test asks for, line by line, and answers each with a line of JSON.
+PROGRAM = """
+    import contextlib, io, json, subprocess, sys
+    from unittest import mock
+    import ivshmem.guest
+    from ivshmem.cli import main
+
+    def doctor(*arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            status = main(["doctor", "--json", *arguments])
+        return status, json.loads(output.getvalue())
+
+    def powerless(*arguments):
+        "The doctor, while bus mastering cannot be switched on."
+        from ivshmem.guest.device import VfioDevice
+        switch_on = VfioDevice._set_command
+        ignore = lambda self, bits: None if bits == 4 else switch_on(self, bits)
+        with mock.patch.object(VfioDevice, "_set_command", ignore):
+            return doctor(*arguments)
+
+    def addresses():
+        return [device.address for device in ivshmem.guest.devices()]
+
+    def access(address):
+        with ivshmem.guest.open(address) as device:
+            return device.access
+
+    def sh(command):
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def start(*command):
+        child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+        children[child.pid] = child
+        return child.pid, child.stdout.readline()
+
+    def stop(pid):
+        children[pid].terminate()
+        return children[pid].wait()
+
+    children = {}
+    print("READY", flush=True)
+    for line in iter(input, "end"):
+        what, *arguments = json.loads(line)
+        print(json.dumps(globals()[what](*arguments)), flush=True)
+    """
+
+
+class Patient:
+    """A guest that the doctor is called to, and one device of it, by number."""
+
+    def __init__(self, guest: Guest, number: int = 0) -> None:
+        self.guest = guest
+        if number == 0:
+            guest.expect("READY")
+        self.address = (self.call("addresses")[number:] or [""])[0]
+        self.path = f"/sys/bus/pci/devices/{self.address}"
+
+    def call(self, what: str, *arguments: object) -> Any:
+        self.guest.send(json.dumps([what, *arguments]))
+        return json.loads(self.guest.readline(60))
+
+    def sh(self, command: str) -> str:
+        status, output = self.call("sh", command)
+        assert status == 0, output
+        return str(output)
+
+    def doctor(self, *, status: int = 0, what: str = "doctor") -> dict[str, Check]:
+        """The checks by name."""
+        got, answer = self.call(what, self.address)
+        checks = checks_of(answer)
+        failed = [check for check in checks.values() if check.state == "failed"]
+        assert got == status, failed
+        assert answer["side"] == "guest"
+        assert answer["well"] == (got == 0) == (not failed)
+        return checks
+
+    def failure(self, *, what: str = "doctor") -> Check:
+        """What fails, alone, and keeps the device from being opened, or from interrupts."""
+        checks = self.doctor(what=what, status=1)
+        (failure,) = [check for check in checks.values() if check.state == "failed"]
+        last = checks["self-interrupt"]
+        if failure != last:
+            assert last.state == "skipped"
+            assert last.found == f"rests on what failed: {failure.name}"
+        return failure
+
+    def mend(self, name: str) -> str:
+        """One thing fails; the printed command, run, makes all well. Returns what was found."""
+        failure = self.failure()
+        assert failure.name == name, failure
+        self.sh(failure.mend)
+        checks = self.doctor()
+        if checks["device"].found.startswith("doorbell"):
+            assert checks["self-interrupt"].found == SELF
+        else:
+            assert checks["opening"].state == "ok"
+        return failure.found
+
+    def bind(self, driver: str) -> None:
+        """Give the device to a driver."""
+        self.sh(
+            f"echo {driver} > {self.path}/driver_override;"
+            f" echo {self.address} > /sys/bus/pci/drivers_probe; readlink {self.path}/driver"
+        )
+
+    def state(self) -> str:
+        """All that opening could change for longer."""
+        return self.sh(
+            f"cd {self.path}; od -A n -v -t x1 config; cat enable driver_override;"
+            " readlink driver; cat /proc/modules; true"
+        )
+
+
+def checks_of(answer: dict[str, Any]) -> dict[str, Check]:
+    checks = [Check(**check) for check in answer["checks"]]
+    return {check.name: check for check in checks}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ivshmem.Server]:
+    with ivshmem.Server(tmp_path / "socket", REGION_SIZE, vectors=VECTORS).start() as server:
+        yield server
+
+
+@pytest.fixture
+def doorbell(server: ivshmem.Server) -> list[str]:
+    return qemu.doorbell(server.path, server.vectors)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[list[str]]:
+    path = tmp_path / "memory"
+    with ivshmem.Region.create(REGION_SIZE, path=path):
+        yield qemu.plain(str(path), REGION_SIZE)
+
+
+class TestWell:
+    def test_exit_status_output_and_nothing_changed(
+        self, guest: MakeGuest, doorbell: list[str]
+    ) -> None:
+        a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
+        before = a.state()
+        checks = a.doctor()
+        assert a.state() == before
+        assert list(checks) == NAMES
+        assert {check.state for check in checks.values()} == {"ok"}
+        assert checks["device"].found == f"doorbell, {VECTORS} vectors, 1M"
+        assert checks["opening"].found == "by vfio, id 0, 1M"
+        assert checks["self-interrupt"].found == SELF
+        # It looks like a guest by itself, and a device may be named in short.
+        for arguments in ([], ["--guest"], [a.address.removeprefix("0000:")]):
+            status, answer = a.call("doctor", *arguments)
+            assert (status, checks_of(answer)) == (0, checks)
+        lines = a.sh(DOCTOR).splitlines()
+        assert lines[0] == f"guest {a.address}"
+        assert lines[-1] == "all is well"
+        assert lines[1] == f"  ok    device               doorbell, {VECTORS} vectors, 1M"
+        assert [line[8:].split("  ")[0] for line in lines[1:-1]] == NAMES
+
+    def test_each_device_and_a_plain_one_needs_no_iommu(
+        self, guest: MakeGuest, plain: list[str], doorbell: list[str]
+    ) -> None:
+        vm = guest(PROGRAM, args=[*plain, *doorbell])
+        a, b = Patient(vm), Patient(vm, 1)
+        status, answer = a.call("doctor")
+        assert status == 1  # because of the doorbell device
+        assert {c["subject"] for c in answer["checks"]} == {a.address, b.address}
+        assert {c["subject"] for c in answer["checks"] if c["state"] == "failed"} == {b.address}
+        before = a.state()
+        checks = a.doctor()
+        assert a.state() == before
+        assert checks["device"].found == "plain, 1M"
+        assert checks["opening"].found == "by sysfs, id 0, 1M"
+        skipped = [check for check in checks.values() if check.state == "skipped"]
+        assert {check.found for check in skipped} == {"plain: it has no interrupts"}
+        assert [check.name for check in skipped] == [*NAMES[5:10], *NAMES[11:]]
+
+
+class TestMended:
+    """By commands in the guest."""
+
+    def test_decoding_and_bus_master(self, guest: MakeGuest, doorbell: list[str]) -> None:
+        a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
+        clear = f"printf '\\001' | dd of={a.path}/config bs=1 seek=4 conv=notrunc status=none"
+        a.sh(clear)
+        before = a.state()
+        assert a.failure().mend == f"echo 1 > {a.path}/enable"
+        assert a.state() == before
+        assert "not enabled yet" in a.mend("memory decoding")
+        # It is enabled now, so the kernel does nothing more when it is enabled once again.
+        a.sh(clear)
+        a.sh(f"echo 1 > {a.path}/enable")
+        assert "somebody has cleared the bit" in a.mend("memory decoding")
+        failure = a.failure(what="powerless")
+        assert failure.name == "bus master"
+        assert failure.mend == f"setpci -s {a.address} COMMAND=4:4"
+
+    def test_driver(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
+        vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, modules=["drivers"])
+        a, b = Patient(vm), Patient(vm, 1)
+        for patient in (a, b):
+            for driver in ("pci-stub", "uio_pci_generic"):
+                patient.bind(driver)
+                before = patient.state()
+                failure = patient.failure()
+                assert (failure.name, failure.found) == ("driver", f"{driver} has the device")
+                assert patient.state() == before
+                patient.mend("driver")
+            # This one is not in the way.
+            patient.bind("vfio-pci")
+            before = patient.state()
+            checks = patient.doctor()
+            assert checks["driver"].found == "vfio-pci"
+            assert checks["opening"].found == "by vfio, id 0, 1M"
+            assert patient.state() == before
+
+    def test_held_by_another_process(self, guest: MakeGuest, doorbell: list[str]) -> None:
+        a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
+        # `guest serve` holds it, too, but for others.
+        pid, said = a.call("start", "-m", "ivshmem", "guest", "serve")
+        assert said.startswith(f"sharing {a.address}, ")
+        checks = a.doctor()
+        assert checks["free"].state == "warning"
+        assert checks["free"].found.startswith(f"pid {pid} ")
+        assert {checks[name].state for name in NAMES[10:]} == {"skipped"}
+        a.call("stop", pid)
+        code = (
+            "import time, ivshmem.guest as g; d = g.open(); print(d.id, flush=True); time.sleep(99)"
+        )
+        pid, said = a.call("start", "-c", code)
+        assert said == "0\n"
+        failure = a.failure()
+        assert (failure.name, failure.mend) == ("free", f"kill {pid}")
+        assert failure.found.startswith(f"pid {pid} ({sys.executable} -c 'import time, ")
+        a.sh(failure.mend)
+        a.call("stop", pid)
+        assert a.doctor()["self-interrupt"].found == SELF
+
+    def test_permission_and_modules(self, guest: MakeGuest, doorbell: list[str]) -> None:
+        a = Patient(guest(PROGRAM, args=doorbell, iommu=True))
+        user = f"setpriv --reuid 1000 --regid 1000 --clear-groups {DOCTOR}"
+        status, output = a.call("sh", f"{user} --json")
+        check = checks_of(json.loads(output))["permission"]
+        assert (status, check.state) == (1, "failed")
+        assert check.found == f"user 1000 may not write {a.path}/driver_override"
+        # What is to be run as root is the doctor himself.
+        *su, command = shlex.split(check.mend)
+        assert su == ["su", "-c"]
+        assert a.sh(command).endswith("\nall is well\n")
+        # A user who was given the device.
+        a.bind("vfio-pci")
+        a.sh("chmod 666 /dev/vfio/[0-9]*")
+        lines = a.sh(user).splitlines()
+        assert lines[-1] == "all is well"
+        assert "user 1000, who was given /dev/vfio/" in lines[2]
+        # Not even root, for instance in a container.
+        a.sh(f"echo {a.address} > {a.path}/driver/unbind; mount -o remount,ro /sys")
+        assert "root may not write" in a.mend("permission")
+        self.without_modules(a)
+
+    def without_modules(self, a: Patient) -> None:
+        """modprobe does not find the modules that this guest was booted with; ours does."""
+        install = f"apt-get install linux-image-{a.sh('uname -r').strip()}"
+        modprobe = "#!/bin/sh\nexit 0"
+        a.sh(f"mkdir /tmp/bin; echo '{modprobe}' >/tmp/bin/modprobe; chmod +x /tmp/bin/modprobe")
+        found = []
+        for module in ("vfio_iommu_type1", "vfio_pci"):
+            a.sh(f"/usr/sbin/rmmod {module}")
+            failure = a.failure()
+            assert (failure.name, failure.mend) == ("vfio", install)
+            assert failure.found.startswith("this kernel has no vfio")
+            status, output = a.call("sh", f"PATH=/tmp/bin:$PATH {DOCTOR} --json")
+            assert status == 1
+            found.append(checks_of(json.loads(output)))
+        assert found[0]["vfio"].found == "vfio_iommu_type1 is not loaded"
+        assert found[0]["vfio"].mend == "modprobe vfio_iommu_type1"
+        assert found[1]["vfio"].found == "not loaded yet: opening the device does it"
+        assert found[1]["opening"].state == "failed"  # this modprobe loads nothing
+
+    def test_group(self, guest: MakeGuest, doorbell: list[str]) -> None:
+        bridge = ["-device", "pcie-pci-bridge,id=bridge"]
+        mates = ["-device", "virtio-rng-pci,bus=bridge", "-device", "virtio-rng-pci,bus=bridge"]
+        doorbell[-1] += ",bus=bridge"
+        a = Patient(guest(PROGRAM, args=[*bridge, *doorbell, *mates], iommu=True))
+        found = a.mend("IOMMU group")
+        assert found.startswith("not for a program while virtio-pci has 0000:")
+        assert found.count("virtio-pci has") == 2
+
+
+class TestHost:
+    """What needs more power than tests have outside."""
+
+    def test_hard_limits(self, guest: MakeGuest) -> None:
+        a = Patient(guest(PROGRAM))
+        a.sh(f"{sys.executable} -m ivshmem serve --daemon --size 1M --vectors 64")
+        command = f"{DOCTOR} --host --json --qemu true --lock"
+        powerless = "setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock sh -c"
+        for limit, name in (("ulimit -n 150", "open files"), ("ulimit -l 64", "locked memory")):
+            _, output = a.call("sh", f"{powerless} {shlex.quote(f'{limit}; {command}')}")
+            check = checks_of(json.loads(output))[name]
+            assert check.state == "failed"
+            assert check.mend.startswith("prlimit --")
+            mended = shlex.quote(f"{limit}; {check.mend}; {command}")
+            _, output = a.call("sh", f"{powerless} {mended}")
+            assert checks_of(json.loads(output))[name].state == "ok"
+
+
+class TestMendedByQemu:
+    """By options that QEMU gets instead, or the guest's kernel."""
+
+    def test_no_device(self, guest: MakeGuest, server: ivshmem.Server) -> None:
+        a = Patient(guest(PROGRAM))
+        status, answer = a.call("doctor", "--guest")
+        (check,) = checks_of(answer).values()
+        assert (status, check.subject, check.name) == (1, "guest", "device")
+        assert check.found.startswith("no ivshmem device in this machine")
+        # With nothing to be a host with, it looks like a guest by itself, too.
+        status, output = a.call("sh", f"PATH=/none {DOCTOR} --json")
+        assert (status, json.loads(output)["side"]) == (1, "guest")
+        args = shlex.split(check.mend.replace("/tmp/ivshmem_socket", server.path))
+        b = Patient(guest(PROGRAM, args=args, iommu=True))
+        assert b.doctor()["self-interrupt"].found == "1 of 1 vectors"
+        status, answer = b.call("doctor", "0000:00:1e.7")
+        (check,) = checks_of(answer).values()
+        assert check.found == f"no ivshmem device at 0000:00:1e.7; there is {b.address}"
+        assert b.sh(check.mend).endswith("\nall is well\n")
+
+    def test_no_iommu_and_one_too_weak(self, guest: MakeGuest, doorbell: list[str]) -> None:
+        a = Patient(guest(PROGRAM, args=doorbell))
+        checks = a.doctor(status=1)
+        failed = [check.name for check in checks.values() if check.state == "failed"]
+        assert failed == ["IOMMU", "vfio"]  # nor did this guest load the modules
+        assert checks["IOMMU group"].found == "rests on what failed: IOMMU"
+        options = shlex.split(checks["IOMMU"].mend)
+
+        weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]
+        on = ["intel_iommu=on"]
+        b = Patient(guest(PROGRAM, args=[*doorbell, *weak], modules=["vfio"], kernel_args=on))
+        failure = b.failure()
+        assert failure.name == "interrupt remapping"
+        assert failure.found == "off, and vfio insists on it"
+        assert shlex.split(failure.mend) == options
+        b.sh("echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
+        assert b.doctor()["self-interrupt"].found == SELF
+
+        c = Patient(guest(PROGRAM, args=[*doorbell, *options], modules=["vfio"], kernel_args=on))
+        assert c.doctor()["self-interrupt"].found == SELF
+
+    @pytest.mark.parametrize(
+        ("parameter", "name"), [("intel_iommu", "IOMMU"), ("intremap", "interrupt remapping")]
+    )
+    def test_what_the_kernel_does_not_use(
+        self, guest: MakeGuest, doorbell: list[str], parameter: str, name: str
+    ) -> None:
+        off = [f"{parameter}=off"]
+        a = Patient(guest(PROGRAM, args=doorbell, iommu=True, kernel_args=off))
+        failure = a.failure()
+        assert failure.name == name
+        assert failure.found.startswith("the kernel does not use it")
+        option, line = shlex.split(failure.mend)
+        assert option == "-append"
+        now = a.sh("cat /proc/cmdline").split()
+        assert line.split() == [
+            *(word for word in now if not word.startswith(f"{parameter}=")),
+            f"{parameter}=on",
+        ]
+
+    def test_lockdown(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
+        kernel_args = ["lockdown=integrity"]
+        vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, kernel_args=kernel_args)
+        a, b = Patient(vm), Patient(vm, 1)
+        c = Patient(guest(PROGRAM, args=plain, modules=["vfio"], kernel_args=kernel_args))
+        for mode in ("unknown", "integrity"):
+            closed = f"{mode}: forbids to map the device by sysfs"
+            # Even a plain device goes by vfio then, and needs what that needs.
+            checks = a.doctor()
+            assert checks["lockdown"].found == f"{closed}, but not by vfio"
+            assert checks["opening"].found == "by vfio, id 0, 1M"
+            assert a.call("access", a.address) == "vfio"
+            checks = b.doctor()
+            assert checks["lockdown"].found == f"{closed}, but not by vfio"
+            assert checks["self-interrupt"].found == SELF
+            checks = c.doctor(status=1)
+            failed = [check for check in checks.values() if check.state == "failed"]
+            assert [check.name for check in failed] == ["lockdown", "IOMMU"]
+            assert failed[0].found == f"{closed}, and without an IOMMU vfio cannot"
+            assert failed[0].mend == failed[1].mend
+            if mode == "unknown":
+                for patient in (a, c):
+                    patient.sh("mount -t securityfs none /sys/kernel/security")
+
+    def test_a_server_with_fewer_vectors(
+        self, guest: MakeGuest, server: ivshmem.Server, tmp_path: Path
+    ) -> None:
+        with ivshmem.Server(tmp_path / "other", REGION_SIZE, vectors=0).start() as other:
+            few = qemu.doorbell(server.path, 5)
+            none = qemu.doorbell(other.path, 2, ident="other")
+            vm = guest(PROGRAM, args=[*few, *none], iommu=True)
+            failure = Patient(vm).failure()
+            assert failure.name == "self-interrupt"
+            assert failure.found == "3 of 5 vectors: nothing on 3, 4; the server has 3"
+            assert shlex.split(failure.mend) == qemu.doorbell(server.path, VECTORS)[2:]
+            failure = Patient(vm, 1).failure()
+            assert failure.found.startswith("0 of 2 vectors: nothing on 0, 1; ")
+            assert failure.mend == "ivshmem serve --vectors 2"
