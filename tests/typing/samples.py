@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing_extensions import assert_type
 
 import ivshmem
+from ivshmem import guest
 
 
 def client(path: str) -> None:
@@ -44,3 +45,17 @@ def server(path: str, memory: ivshmem.Region) -> None:
         assert_type(server, ivshmem.Server)
         assert_type(server.peers, list[ivshmem.Peer])
         assert_type(server.region, ivshmem.Region)
+
+
+def device(address: str | None) -> None:
+    for found in guest.devices():
+        assert_type(found, guest.Device)
+        assert_type(found.vectors, int | None)
+    with guest.open(address, access="vfio", memory="resource2_wc") as device:
+        assert_type(device, guest.GuestDevice)
+        assert_type(device.id, int)
+        assert_type(device.region, ivshmem.Region)
+        assert_type(device.device, guest.Device)
+        assert_type(device.wait(), ivshmem.Interrupt | None)
+        assert_type(device.wait(0, timeout=1), int)
+        assert_type(device.events(0), Iterator[ivshmem.Event])
