@@ -22,7 +22,7 @@ from support.mounts import HUGE, mounted, root
 
 import ivshmem
 from ivshmem import doctor, sockets
-from ivshmem.doctor import Check, host, memory, side
+from ivshmem.doctor import Check, guest, host, memory, side
 from ivshmem.guest import pci
 
 TIMEOUT = 60.0
@@ -623,6 +623,35 @@ class TestConfinement:
         check = here.examine()["confinement"]
         assert check.state == "warning"
         assert f"AppArmor keeps QEMUs of libvirt's from {here.socket}, unless" in check.found
+
+
+class TestKernelParameter:
+    """By the boot loader that is there; tests/vm/test_doctor.py has the case of none."""
+
+    def program(self, here: Host, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A program that leaves a file behind when it is run."""
+        path, ran = here.directory / name, here.directory / "ran"
+        path.write_text(f"#!/bin/sh\necho $* > {ran}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(here.directory), prepend=":")
+        return ran
+
+    def test_grub_as_debian_has_it(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran = self.program(here, "update-grub", monkeypatch)
+        monkeypatch.setattr("ivshmem.doctor.check.os.geteuid", lambda: 0)
+        folder = here.directory / "grub.d"
+        mend = guest._kernel_mend("intel_iommu=on")
+        assert "/etc/default/grub.d" in mend
+        here.run(mend.replace("/etc/default/grub.d", str(folder)))
+        assert ran.exists()
+        show = f'GRUB_CMDLINE_LINUX="quiet"; . {folder}/iommu.cfg; echo "$GRUB_CMDLINE_LINUX"'
+        assert shell(show).stdout == "quiet intel_iommu=on\n"
+
+    def test_grubby(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran = self.program(here, "grubby", monkeypatch)
+        monkeypatch.setattr("ivshmem.doctor.check.os.geteuid", lambda: 0)
+        here.run(guest._kernel_mend("intremap=on"))
+        assert ran.read_text() == "--update-kernel=ALL --args=intremap=on\n"
 
 
 class TestCommandLine:

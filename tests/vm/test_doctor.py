@@ -38,7 +38,7 @@ NAMES = [
 
 # Does what the test asks for, line by line, and answers each with a line of JSON.
 PROGRAM = """
-    import contextlib, io, json, subprocess, sys
+    import contextlib, io, json, os, subprocess, sys
     from unittest import mock
     import ivshmem.guest
     from ivshmem.cli import main
@@ -55,6 +55,9 @@ PROGRAM = """
         ignore = lambda self, bits: None if bits == 4 else switch_on(self, bits)
         with mock.patch.object(VfioDevice, "_set_command", ignore):
             return doctor(*arguments)
+
+    def path(value):
+        os.environ["PATH"] = value
 
     def addresses():
         return [device.address for device in ivshmem.guest.devices()]
@@ -308,9 +311,9 @@ class TestMended:
             failure = a.failure()
             assert (failure.name, failure.mend) == ("vfio", install)
             assert failure.found.startswith("this kernel has no vfio")
-            status, output = a.call("sh", f"PATH=/tmp/bin:$PATH {DOCTOR} --json")
-            assert status == 1
-            found.append(checks_of(json.loads(output)))
+            a.call("path", "/tmp/bin:/bin:/usr/bin")
+            found.append(a.doctor(status=1))
+            a.call("path", "/bin:/usr/bin")
         assert found[0]["vfio"].found == "vfio_iommu_type1 is not loaded"
         assert found[0]["vfio"].mend == "modprobe vfio_iommu_type1"
         assert found[1]["vfio"].found == "not loaded yet: opening the device does it"
@@ -354,8 +357,9 @@ class TestMendedByQemu:
         assert (status, check.subject, check.name) == (1, "guest", "device")
         assert check.found.startswith("no ivshmem device in this machine")
         # With nothing to be a host with, it looks like a guest by itself, too.
-        status, output = a.call("sh", f"PATH=/none {DOCTOR} --json")
-        assert (status, json.loads(output)["side"]) == (1, "guest")
+        a.call("path", "/none")
+        status, answer = a.call("doctor")
+        assert (status, answer["side"]) == (1, "guest")
         args = shlex.split(check.mend.replace("/tmp/ivshmem_socket", server.path))
         b = Patient(guest(PROGRAM, args=args, iommu=True))
         assert b.doctor()["self-interrupt"].found == "1 of 1 vectors"
@@ -365,16 +369,19 @@ class TestMendedByQemu:
         assert b.sh(check.mend).endswith("\nall is well\n")
 
     def test_no_iommu_and_one_too_weak(self, guest: MakeGuest, doorbell: list[str]) -> None:
-        a = Patient(guest(PROGRAM, args=doorbell))
+        weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]
+        on = ["intel_iommu=on"]
+        vms = [  # they boot at the same time
+            guest(PROGRAM, args=doorbell),
+            guest(PROGRAM, args=[*doorbell, *weak], modules=["vfio"], kernel_args=on),
+        ]
+        a, b = map(Patient, vms)
         checks = a.doctor(status=1)
         failed = [check.name for check in checks.values() if check.state == "failed"]
         assert failed == ["IOMMU", "vfio"]  # nor did this guest load the modules
         assert checks["IOMMU group"].found == "rests on what failed: IOMMU"
         options = shlex.split(checks["IOMMU"].mend)
 
-        weak = ["-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=off"]
-        on = ["intel_iommu=on"]
-        b = Patient(guest(PROGRAM, args=[*doorbell, *weak], modules=["vfio"], kernel_args=on))
         failure = b.failure()
         assert failure.name == "interrupt remapping"
         assert failure.found == "off, and vfio insists on it"
@@ -407,8 +414,8 @@ class TestMendedByQemu:
     def test_lockdown(self, guest: MakeGuest, doorbell: list[str], plain: list[str]) -> None:
         kernel_args = ["lockdown=integrity"]
         vm = guest(PROGRAM, args=[*plain, *doorbell], iommu=True, kernel_args=kernel_args)
-        a, b = Patient(vm), Patient(vm, 1)
-        c = Patient(guest(PROGRAM, args=plain, modules=["vfio"], kernel_args=kernel_args))
+        other = guest(PROGRAM, args=plain, modules=["vfio"], kernel_args=kernel_args)
+        a, b, c = Patient(vm), Patient(vm, 1), Patient(other)
         for mode in ("unknown", "integrity"):
             closed = f"{mode}: forbids to map the device by sysfs"
             # Even a plain device goes by vfio then, and needs what that needs.
