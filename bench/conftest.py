@@ -16,6 +16,7 @@ ROUNDS = 7
 
 Measure = Callable[[], float]
 Compare = Callable[[Measure, list[str]], tuple[float, float]]
+Build = Callable[[str, Path], None]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -27,13 +28,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(scope="session")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
-    """Runs a case of baseline.c and returns its nanoseconds."""
+def build() -> Build:
+    """Compiles a C file of this folder into a program."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the floor: apt-get install gcc")
+
+    def run(source: str, program: Path) -> None:
+        subprocess.run([compiler, "-O2", "-Wall", "-o", program, HERE / source], check=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def baseline(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Callable[..., float]:
+    """Runs a case of baseline.c and returns its nanoseconds."""
     program = tmp_path_factory.mktemp("baseline") / "baseline"
-    subprocess.run([compiler, "-O2", "-o", program, HERE / "baseline.c"], check=True)
+    build("baseline.c", program)
 
     def run(*arguments: object) -> float:
         command = [str(program), *map(str, arguments)]
