@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CYTHON := _fds _wire _memory _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py)
 
 .PHONY: help serve test check lint bench cython clean
@@ -14,7 +15,7 @@ help:
 	@echo "make test    lint and run all tests, real guests included"
 	@echo "make check   the same as CI: what cannot run is a failure"
 	@echo "make bench   measure; bench/README.md says what the figures mean"
-	@echo "make cython  generate src/ivshmem/_core.c from _core.pyx afresh"
+	@echo "make cython  generate the C files in src/ivshmem from those in Cython afresh"
 	@echo "make clean   remove what these made"
 
 serve: $(VENV)/installed
@@ -29,18 +30,20 @@ check:
 lint: $(VENV)/tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/_core.pyx src/ivshmem/_libc.pxd
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.pyx src/ivshmem/*.pxd
 	$(BIN)/codespell src tests bench README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest ivshmem._core --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
-	@cd src && ../$(BIN)/cython -3 ivshmem/_core.pyx -o ../build/fresh.c
-	@cmp build/fresh.c src/ivshmem/_core.c || { echo "_core.c is stale: make cython"; exit 1; }
+	$(BIN)/python -m mypy.stubtest $(CYTHON:%=ivshmem.%) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
+	@for name in $(CYTHON); do \
+	    (cd src && ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ../build/fresh.c) && \
+	    cmp build/fresh.c src/ivshmem/$$name.c || { echo "$$name.c is stale: make cython"; exit 1; }; \
+	done
 
 bench: $(VENV)/tested
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 cython: $(VENV)/tested
-	cd src && ../$(BIN)/cython -3 ivshmem/_core.pyx -o ivshmem/_core.c
+	cd src && for name in $(CYTHON); do ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ivshmem/$$name.c; done
 
 # What is run and tested is the wheel, installed, never the checkout.
 $(VENV)/installed: $(SOURCES) | $(VENV)

@@ -1,7 +1,7 @@
-"""Builds ivshmem._core; everything else about the package stands in pyproject.toml.
+"""Builds the modules in Cython; everything else about the package stands in pyproject.toml.
 
-Where Cython is importable the C file is generated afresh, so that a newer Cython can carry an old
-release to a newer Python; where it is not, the committed _core.c serves, and a C compiler is
+Where Cython is importable the C files are generated afresh, so that a newer Cython can carry an old
+release to a newer Python; where it is not, the committed C files serve, and a C compiler is
 enough.
 """
 
@@ -18,15 +18,23 @@ if SANITIZE:
     link = [f"-fsanitize={SANITIZE}"]
 
 
-def extension(source: str) -> Extension:
-    return Extension("ivshmem._core", [source], extra_compile_args=flags, extra_link_args=link)
+def extensions(suffix: str) -> list[Extension]:
+    return [
+        Extension(
+            f"ivshmem.{name}",
+            [f"src/ivshmem/{name}{suffix}"],
+            extra_compile_args=flags,
+            extra_link_args=link,
+        )
+        for name in ("_fds", "_wire", "_memory", "_core")
+    ]
 
 
 try:
     from Cython.Build import cythonize
 except ImportError:
-    modules = [extension("src/ivshmem/_core.c")]
+    modules = extensions(".c")
 else:
-    modules = cythonize([extension("src/ivshmem/_core.pyx")])
+    modules = cythonize(extensions(".pyx"))
 
 setup(ext_modules=modules)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ivshmem import _core
+from ivshmem import _wire
 
 from .conftest import Compare
 
@@ -24,7 +24,7 @@ VECTORS = 8
 def take(sock: socket.socket, count: int) -> None:
     """Read so many messages and close what comes with them."""
     while count:
-        chunks, eof = _core.receive(sock.fileno(), count)
+        chunks, eof = _wire.receive(sock.fileno(), count)
         assert not eof
         for data, fds in chunks:
             assert len(data) == 8

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from . import _core, sockets
+from . import _wire, sockets
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from .errors import NoSuchPeer, NoSuchVector, ProtocolError, ServerGone
 from .protocol import Framer, GotLeave, GotMemory, GotVector, Session, State
@@ -214,7 +214,7 @@ class Client(Endpoint):
         anything = False
         for _ in range(_BATCHES):
             try:
-                chunks, eof = _core.receive(self._socket.fileno(), _BATCH)
+                chunks, eof = _wire.receive(self._socket.fileno(), _BATCH)
             except ConnectionError as error:
                 self._lose(f"the connection to the server broke: {error.strerror}")
                 raise

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, SupportsIndex, cast
 
-from . import _core
+from . import _memory
 from .endpoint import Endpoint
 from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
 from .protocol import MAX_ID, MAX_VECTORS
@@ -41,7 +41,7 @@ BEAT = 1.0  # seconds between the signs of life of an entry
 LEASE = 5.0  # seconds without one, after which its owner is dead
 
 # The format, which ARCHITECTURE.md draws. All of it is little-endian, as the machines are that this
-# package is for, so that _core's atomics, which have the machine's order, need no conversion.
+# package is for, so that _memory's atomics, which have the machine's order, need no conversion.
 SLOT_BYTES = 128  # of a slot, and of the trailer behind the last one
 NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
 MAX_SLOTS = 4095
@@ -143,7 +143,7 @@ class Directory:
         """Use a table that is known to be there; see `create` and `open`."""
         if not 0 < 2 * beat < lease:
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
-        self._region, self._endpoint = _memory(place)
+        self._region, self._endpoint = _found_in(place)
         self.slots = slots
         self.start = _start(self._region.size, slots)
         self._beat = beat
@@ -185,7 +185,7 @@ class Directory:
             NoDirectory: one of another version is there.
             ClosedError: the region is closed.
         """
-        region, _ = _memory(place)
+        region, _ = _found_in(place)
         wanted = None if slots is None else operator.index(slots)
         if wanted is not None and not 1 <= wanted <= MAX_SLOTS:
             raise RegionError(f"a directory of {wanted} slots: allowed are 1 to {MAX_SLOTS}")
@@ -215,7 +215,7 @@ class Directory:
             ValueError: the lease is not longer than two beats.
             ClosedError: the region is closed.
         """
-        region, _ = _memory(place)
+        region, _ = _found_in(place)
         slots = _slots(region)
         if slots is None:
             raise NoDirectory(
@@ -411,7 +411,7 @@ class Directory:
 
     # -- the table --------------------------------------------------------------------------------
 
-    def _word(self, number: int, offset: int) -> _core.AtomicU64:
+    def _word(self, number: int, offset: int) -> _memory.AtomicU64:
         return self._region.atomic_u64(self.start + number * SLOT_BYTES + offset)
 
     def _free(self, number: int, owner: int) -> None:
@@ -747,7 +747,7 @@ def _copy(region: Region, offset: int) -> bytes:
     return cast(bytes, raw)
 
 
-def _memory(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
+def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
     return (place.region, place) if isinstance(place, Endpoint) else (place, None)
 
 

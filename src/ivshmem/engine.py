@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import _core, sockets
+from . import _fds, _wire, sockets
 from .protocol import Member, Roster
 
 _log = logging.getLogger("ivshmem.server")
@@ -77,7 +77,7 @@ class _Connection:
     __slots__ = ("announced", "events", "member", "peer", "socket", "vectors")
 
     def __init__(
-        self, sock: socket.socket, vectors: _core.FdArray, member: Member, peer: Peer
+        self, sock: socket.socket, vectors: _fds.FdArray, member: Member, peer: Peer
     ) -> None:
         self.socket = sock
         self.vectors = vectors
@@ -89,7 +89,7 @@ class _Connection:
     @property
     def stalled(self) -> bool:
         """It does not read; when it does, an event will say so."""
-        return bool(self.events & _core.EPOLLOUT)
+        return bool(self.events & _fds.EPOLLOUT)
 
 
 class Engine:
@@ -106,7 +106,7 @@ class Engine:
     def __init__(
         self,
         listener: socket.socket,
-        memory: _core.FdArray,
+        memory: _fds.FdArray,
         vectors: int,
         answer: dict[str, int],
         on_join: Callable[[Peer], object] | None,
@@ -122,7 +122,7 @@ class Engine:
         self._dirty: set[int] = set()  # tokens of those to whom something may have to be sent
         self._starved: set[int] = set()  # tokens of those for whom sending failed for a shortage
         self._reports: list[tuple[Callable[[Peer], object], Peer]] = []
-        self._spare: _core.FdArray | None = None  # eventfds for the next newcomer
+        self._spare: _fds.FdArray | None = None  # eventfds for the next newcomer
         self.paused = ""  # why newcomers wait in the queue at the moment
         self._complaint = ("", 0.0)  # the last one, and when it was logged
         self._watched: dict[int, Callable[[], object]] = {}  # by token
@@ -130,15 +130,15 @@ class Engine:
         self._next_token = _FIRST_WATCHED
         self._small_buffers = not _is_privileged()
         with contextlib.ExitStack() as undo:
-            self._epoll = _core.Epoll()
+            self._epoll = _fds.Epoll()
             undo.callback(self._epoll.close)
-            self._wake = _core.FdArray.eventfds(1)
+            self._wake = _fds.FdArray.eventfds(1)
             undo.callback(self._wake.close)
-            self._timer = _core.Timer()
+            self._timer = _fds.Timer()
             undo.callback(self._timer.close)
-            self._epoll.add(self._wake[0], _WAKE, _core.EPOLLIN)
-            self._epoll.add(self._timer.fileno(), _RETRY, _core.EPOLLIN)
-            self._epoll.add(listener.fileno(), _LISTENER, _core.EPOLLIN)
+            self._epoll.add(self._wake[0], _WAKE, _fds.EPOLLIN)
+            self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)
+            self._epoll.add(listener.fileno(), _LISTENER, _fds.EPOLLIN)
             self._undo = undo.pop_all()
 
     def fileno(self) -> int:
@@ -151,7 +151,7 @@ class Engine:
 
     def watch(self, fd: int, act: Callable[[], object]) -> None:
         """Let a step do this when `fd` is readable; what it raises ends the step."""
-        self._epoll.add(fd, self._next_token, _core.EPOLLIN)
+        self._epoll.add(fd, self._next_token, _fds.EPOLLIN)
         self._watched[self._next_token] = act
         self._tokens[fd] = self._next_token
         self._next_token += 1
@@ -179,7 +179,7 @@ class Engine:
             elif token in self._watched:
                 self._watched[token]()
             elif token in self._connections:  # not gone by an event before this one
-                if events & (_core.EPOLLHUP | _core.EPOLLERR):
+                if events & (_fds.EPOLLHUP | _fds.EPOLLERR):
                     self._leave(token)
                 else:
                     self._dirty.add(token)
@@ -208,7 +208,7 @@ class Engine:
                 return
             try:
                 if self._spare is None:
-                    self._spare = _core.FdArray.eventfds(self._vectors)
+                    self._spare = _fds.FdArray.eventfds(self._vectors)
                 sock, address = self._listener.accept()
             except BlockingIOError:
                 self.paused = ""
@@ -233,7 +233,7 @@ class Engine:
         with sock, contextlib.suppress(OSError):
             sock.send(json.dumps({**self._answer, "peers": len(self._connections)}).encode())
 
-    def _join(self, sock: socket.socket, vectors: _core.FdArray) -> None:
+    def _join(self, sock: socket.socket, vectors: _fds.FdArray) -> None:
         member = self._roster.join(vectors)
         token = _FIRST_PEER + member.serial
         try:
@@ -273,7 +273,7 @@ class Engine:
 
     # -- peers that are elsewhere -----------------------------------------------------------------
 
-    def admit(self, peer_id: int, vectors: _core.FdArray) -> Member:
+    def admit(self, peer_id: int, vectors: _fds.FdArray) -> Member:
         """Announce a peer that does not connect here; `vectors` stay the caller's."""
         member = self._roster.admit(peer_id, vectors)
         self._dirty.update(t for t, c in self._connections.items() if not c.stalled)
@@ -296,7 +296,7 @@ class Engine:
         full = False
         while not full and (runs := self._roster.pending(member)):
             try:
-                count = _core.send_runs(connection.socket.fileno(), runs)
+                count = _wire.send_runs(connection.socket.fileno(), runs)
             except OSError as error:
                 if error.errno in _SHORTAGES:
                     self._starve(token, error)
@@ -305,7 +305,7 @@ class Engine:
                 return
             self._roster.sent(member, runs, count)
             full = count < sum(run.length for run in runs)
-        self._watch(token, _core.EPOLLOUT if full else 0)
+        self._watch(token, _fds.EPOLLOUT if full else 0)
         if not connection.announced and self._roster.is_set_up(member):
             # Protocol version 0 cannot say that a set-up is complete. Shutting down this side's
             # receiving says it to a client that asks, and changes nothing for one that does not.
@@ -336,7 +336,7 @@ class Engine:
 
     def _listen_again(self) -> None:
         if self.paused:
-            self._epoll.modify(self._listener.fileno(), _LISTENER, _core.EPOLLIN)
+            self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN)
 
     def _retry(self) -> None:
         self._timer.set(0)

@@ -1,7 +1,7 @@
 """Where shared memory comes from: anonymous, a POSIX name, a file, a directory, huge pages.
 
 Knows: creating, attaching, sizing, sealing and reserving the file behind a region.
-Does not know: who shares it; mapping and access are `_core.Mapping`'s.
+Does not know: who shares it; mapping and access are `_memory.Mapping`'s.
 
 Invariants:
 1. A region that exists has its space: what tmpfs, a file system or hugetlbfs cannot give is refused
@@ -22,7 +22,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
 
-from . import _core, pages
+from . import _fds, _memory, pages
 from .errors import ClosedError, RegionError
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
@@ -65,7 +65,7 @@ class RegionInfo:
     sealed: bool
 
 
-class Region(_core.Mapping):
+class Region(_memory.Mapping):
     """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
 
     Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises
@@ -93,7 +93,7 @@ class Region(_core.Mapping):
         path: str | None = None,
         page_size: int,
     ) -> None:
-        self._fd = _core.FdArray()  # closes what it has when it goes, whatever happens
+        self._fd = _fds.FdArray()  # closes what it has when it goes, whatever happens
         self._fd.take(fd)
         self.source = source
         self.name = name

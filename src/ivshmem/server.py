@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, SupportsIndex, TypeVar
 
-from . import _core, sockets
+from . import _fds, sockets
 from .engine import Engine, Peer
 from .errors import ClosedError
 from .pages import PAGE
@@ -85,7 +85,7 @@ class Server:
                 self.region = undo.enter_context(Region.create(memory))
             # QEMU aborts on what is no power of two.
             check_size(self.region.size, PAGE, what="memory that guests share")
-            shared = _core.FdArray()
+            shared = _fds.FdArray()
             undo.callback(shared.close)
             shared.take(os.dup(self.region.fileno()))
             listener = path if isinstance(path, sockets.Listener) else sockets.Listener(path)

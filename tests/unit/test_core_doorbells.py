@@ -30,7 +30,8 @@ from support.waiting import (
 )
 
 from ivshmem import ClosedError, Interrupt, NoSuchPeer, NoSuchVector, ProtocolError
-from ivshmem._core import Doorbells, FdArray
+from ivshmem._core import Doorbells
+from ivshmem._fds import FdArray
 
 ME, OTHER, ABSENT = 3, 9, 77
 

@@ -20,7 +20,8 @@ from support.peer import Eventfds, memory_fd
 from support.waiting import PATIENCE, interrupt_when_asleep, signals
 
 from ivshmem import ClosedError
-from ivshmem._core import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Mapping, Timer
+from ivshmem._fds import EPOLLHUP, EPOLLIN, EPOLLOUT, Epoll, FdArray, Timer
+from ivshmem._memory import Mapping
 
 # -- FdArray --------------------------------------------------------------------------------------
 

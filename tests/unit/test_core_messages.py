@@ -17,7 +17,8 @@ from support.limits import free_fds
 from support.peer import Eventfds, eventfd_id, send_raw
 
 from ivshmem import ProtocolError
-from ivshmem._core import FdArray, receive, send_runs
+from ivshmem._fds import FdArray
+from ivshmem._wire import receive, send_runs
 from ivshmem.protocol import encode
 
 FULL = 278  # messages in a default socket buffer; other kernels may differ, so it is only a floor

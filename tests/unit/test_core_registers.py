@@ -20,7 +20,9 @@ from support.peer import Eventfds, memory_fd
 from support.waiting import PATIENCE, Background, in_child, until
 
 from ivshmem import ClosedError, DeviceGone, Interrupt, NoSuchPeer, NoSuchVector
-from ivshmem._core import AtomicU64, Doorbells, FdArray, Mapping, Registers, Signaller
+from ivshmem._core import Doorbells
+from ivshmem._fds import FdArray, Signaller
+from ivshmem._memory import AtomicU64, Mapping, Registers
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 BAR = 256  # bytes of registers

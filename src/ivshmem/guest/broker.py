@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from .. import _core, sockets
+from .. import _core, _fds, sockets
 from ..directory import Directory
 from ..endpoint import Endpoint
 from ..engine import Peer
@@ -73,13 +73,13 @@ class Broker(Server):
         self._fixed = frozenset(peers) - {device.id}
         if wrong := [peer for peer in self._fixed if not 0 <= peer <= MAX_ID]:
             raise ValueError(f"peer {wrong[0]}: ids are 0 to {MAX_ID}")
-        self._remote: dict[int, tuple[Member, _core.FdArray]] = {}
+        self._remote: dict[int, tuple[Member, _fds.FdArray]] = {}
         self._directory: Directory | None = None
         super().__init__(path, device.region, device.vectors, on_join=on_join, on_leave=on_leave)
         try:
-            self._signaller = _core.Signaller()
+            self._signaller = _fds.Signaller()
             self._resources.callback(self._signaller.close)
-            self._timer = _core.Timer()
+            self._timer = _fds.Timer()
             self._resources.callback(self._timer.close)
             self._resources.callback(self._close_bells)
             self._engine.watch(self._timer.fileno(), self._look)
@@ -127,12 +127,12 @@ class Broker(Server):
         return {entry.id for entry in self._directory.entries()} - {self.device.id}
 
     def _admit(self, peer: int) -> None:
-        bells = _core.FdArray.eventfds(self.vectors)
+        bells = _fds.FdArray.eventfds(self.vectors)
         self._remote[peer] = self._engine.admit(peer, bells), bells
         for vector in range(self.vectors):
             self._engine.watch(bells[vector], partial(self._ring, peer, vector, bells))
 
-    def _ring(self, peer: int, vector: int, bells: _core.FdArray) -> None:
+    def _ring(self, peer: int, vector: int, bells: _fds.FdArray) -> None:
         if bells.drain(vector):
             self.device.ring(peer, vector)
 

@@ -19,7 +19,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn, TypeAlias
 
-from .. import _core
+from .. import _fds, _memory
 from ..endpoint import Endpoint, Event
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
@@ -178,7 +178,7 @@ class GuestDevice(Endpoint):
         self._resources.callback(undo)
 
     def _map_registers(self, fd: int, offset: int, *, mapped: bool = True) -> None:
-        self._registers = _core.Registers(fd, offset, REGISTER_BYTES, mapped=mapped)
+        self._registers = _memory.Registers(fd, offset, REGISTER_BYTES, mapped=mapped)
         self._resources.callback(self._registers.close)
 
     def _map_memory(self, fd: int, offset: int, memory: Memory, name: str) -> None:
@@ -288,7 +288,7 @@ class VfioDevice(GuestDevice):
         self._vfio.listen(fds)
         # vfio has cleared the bit, and without it no interrupt reaches the processor.
         self._set_command(pci.COMMAND_MASTER)
-        removal = _core.FdArray.eventfds(1)
+        removal = _fds.FdArray.eventfds(1)
         self._resources.callback(removal.close)
         self._vfio.listen_for_removal(removal[0])
         self._watch(removal[0], urgent=True)

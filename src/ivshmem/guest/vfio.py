@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import _core
+from .. import _fds
 
 DEV = Path("/dev/vfio")
 NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
@@ -60,7 +60,7 @@ class Vfio:
     """
 
     def __init__(self, address: str, group: int, *, iommu: bool = True) -> None:
-        self._fds = _core.FdArray()
+        self._fds = _fds.FdArray()
         self.path = group_path(group, iommu=iommu)
         try:
             container = self._open(DEV / "vfio")

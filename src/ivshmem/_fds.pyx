@@ -1,0 +1,393 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.
+
+Knows: system calls, and how to wait, retry and clean up around them.
+Does not know: what a descriptor means, any default or policy.
+
+Invariants, of all modules in Cython:
+1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,
+   unless the name says `take`.
+2. A descriptor is not closed while a call that let go of the GIL is using it: the last user closes.
+3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,
+   but for one: see Doorbells.ring.
+4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset, strerror
+
+from ._libc cimport (
+    aio_context_t, c_close, c_eventfd, c_write, clock_gettime, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC,
+    EFD_NONBLOCK, EINTR, EINVAL, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
+    IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, ivshmem_io_destroy, ivshmem_io_getevents,
+    ivshmem_io_setup, ivshmem_io_submit, preadv2, RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK,
+    timerfd_create, timerfd_settime, timespec,
+)
+from ._libc cimport EPOLLERR as _EPOLLERR
+from ._libc cimport EPOLLHUP as _EPOLLHUP
+from ._libc cimport EPOLLIN as _EPOLLIN
+from ._libc cimport EPOLLOUT as _EPOLLOUT
+
+import os
+
+from .errors import ClosedError
+
+EPOLLIN = _EPOLLIN
+EPOLLOUT = _EPOLLOUT
+EPOLLERR = _EPOLLERR
+EPOLLHUP = _EPOLLHUP
+
+# -- time and errors ------------------------------------------------------------------------------
+
+cdef int64_t now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+
+
+cdef int64_t deadline_of(object timeout) except -1:
+    """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    seconds = timeout
+    if seconds != seconds:
+        raise ValueError("timeout is not a number")
+    if seconds <= 0:
+        return 0
+    if seconds > 1e9:  # 31 years
+        return INT64_MAX
+    return now() + <int64_t>(seconds * 1e9)
+
+
+cdef int fail() except -1:
+    PyErr_SetFromErrno(OSError)
+    return -1
+
+
+# -- descriptors ----------------------------------------------------------------------------------
+
+@cython.final
+cdef class FdArray:
+    """Owned file descriptors in order, for instance one eventfd for each vector of a peer.
+
+    `close()` closes all of them, once; while another thread's call is using one, that call closes
+    them when it returns. A closed array has length 0.
+    """
+
+    def __cinit__(self):
+        self.fds = NULL
+
+    @staticmethod
+    def eventfds(Py_ssize_t count):
+        """`count` new eventfds: counter mode, non-blocking, close-on-exec.
+
+        Raises:
+            OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
+        """
+        cdef FdArray array = FdArray()
+        cdef int fd
+        for _ in range(count):
+            fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if fd < 0:
+                try:
+                    fail()
+                finally:
+                    array.close()
+            array.take(fd)
+        return array
+
+    def take(self, int fd):
+        """Append `fd` and own it from now on, also when this call fails."""
+        cdef int *grown
+        if self.closing:
+            c_close(fd)
+            raise ClosedError("the descriptors are closed")
+        if self.count == self.room:
+            grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            if grown == NULL:
+                c_close(fd)
+                raise MemoryError
+            self.fds = grown
+            self.room = self.room * 2 + 1
+        self.fds[self.count] = fd
+        self.count += 1
+
+    def __len__(self):
+        return 0 if self.closing else self.count
+
+    def __getitem__(self, Py_ssize_t index):
+        """The descriptor, still owned by the array."""
+        if self.closing or index < 0 or index >= self.count:
+            raise IndexError(f"descriptor {index} of {len(self)}")
+        return self.fds[index]
+
+    def signal(self, Py_ssize_t index):
+        """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
+
+        Checked and written under the GIL, so that no other thread can close it in between.
+        """
+        cdef uint64_t one = 1
+        if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
+            if errno != EAGAIN:  # full: it is readable, and that is what matters
+                fail()
+
+    def drain(self, Py_ssize_t index):
+        """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
+        return take_count(self[index])
+
+    cdef void release(self) noexcept:
+        cdef Py_ssize_t i
+        cdef Py_ssize_t count = self.count
+        self.count = 0
+        for i in range(count):
+            c_close(self.fds[i])
+
+    cdef void done(self) noexcept:
+        """One user less."""
+        self.users -= 1
+        if self.closing and self.users == 0:
+            self.release()
+
+    def close(self):
+        self.closing = True
+        if self.users == 0:
+            self.release()
+
+    def __dealloc__(self):
+        self.release()
+        free(self.fds)
+
+
+@cython.final
+cdef class Signaller:
+    """Adds 1 to eventfds that are shared with other processes, and never waits for any.
+
+    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who
+    shares the eventfd can. The kernel's own signal does not: io_submit(2) sends it when a request
+    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about
+    four times as much as a write, for up to 64 eventfds.
+
+    Raises:
+        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.
+    """
+
+    cdef aio_context_t context
+    cdef int zero
+    cdef int pid
+
+    def __cinit__(self):
+        self.context = 0
+        self.zero = -1
+        self.pid = getpid()
+        self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        # Requests count until their ends are reaped, which each call does for its own.
+        if ivshmem_io_setup(BATCH, &self.context) < 0:
+            try:
+                fail()
+            finally:
+                self.close()
+
+    def signal(self, fds):
+        """Add 1 to each eventfd of a sequence; a full counter stays full."""
+        cdef iocb requests[BATCH]
+        cdef iocb *pointers[BATCH]
+        cdef io_event ends[BATCH]
+        cdef char nothing[1]
+        cdef Py_ssize_t first, i
+        cdef long count, done, n
+        if self.zero < 0:
+            raise ClosedError("the signaller is closed")
+        for first in range(0, len(fds), BATCH):
+            count = 0
+            for fd in fds[first : first + BATCH]:
+                memset(&requests[count], 0, sizeof(iocb))
+                requests[count].aio_lio_opcode = IOCB_CMD_PREAD
+                requests[count].aio_fildes = self.zero
+                requests[count].aio_buf = <uint64_t>&nothing[0]
+                requests[count].aio_nbytes = 1
+                requests[count].aio_flags = IOCB_FLAG_RESFD
+                requests[count].aio_resfd = fd
+                pointers[count] = &requests[count]
+                count += 1
+            done = 0
+            while done < count:
+                n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+                if n < 0:
+                    if errno == EINTR or errno == EAGAIN:
+                        continue
+                    fail()
+                done += n
+                i = 0
+                while i < n:
+                    i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+
+    def close(self):
+        if self.context and getpid() == self.pid:
+            ivshmem_io_destroy(self.context)
+        self.context = 0
+        if self.zero >= 0:
+            c_close(self.zero)
+        self.zero = -1
+
+    def __dealloc__(self):
+        self.close()
+
+
+@cython.final
+cdef class Epoll:
+    """An epoll object whose events carry a token instead of a descriptor.
+
+    A descriptor number is used again as soon as it is closed, so events that were already fetched
+    could speak of the wrong file; a token that is never used twice cannot.
+    """
+
+    def __cinit__(self):
+        self.epfd = -1
+        self.epfd = epoll_create1(EPOLL_CLOEXEC)
+        if self.epfd < 0:
+            fail()
+
+    def fileno(self):
+        if self.epfd < 0:
+            raise ClosedError("the epoll object is closed")
+        return self.epfd
+
+    cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events = events
+        event.data.u64 = token
+        if epoll_ctl(self.fileno(), op, fd, &event) < 0:
+            fail()
+        return 0
+
+    def add(self, int fd, uint64_t token, unsigned int events):
+        """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
+        self.control(EPOLL_CTL_ADD, fd, events, token)
+
+    def modify(self, int fd, uint64_t token, unsigned int events):
+        self.control(EPOLL_CTL_MOD, fd, events, token)
+
+    def remove(self, int fd):
+        self.control(EPOLL_CTL_DEL, fd, 0, 0)
+
+    def wait(self, timeout=None):
+        """A list of (token, events), empty when `timeout` seconds are over first."""
+        cdef epoll_event events[BATCH]
+        cdef int64_t deadline = deadline_of(timeout)
+        cdef int n
+        cdef int epfd = self.fileno()
+        while True:
+            n = epoll_sleep(epfd, events, BATCH, deadline)
+            if n >= 0:
+                return [(events[i].data.u64, events[i].events) for i in range(n)]
+
+    def close(self):
+        cdef int epfd = self.epfd
+        self.epfd = -1
+        if epfd >= 0:
+            c_close(epfd)
+
+    def __dealloc__(self):
+        if self.epfd >= 0:
+            c_close(self.epfd)
+
+
+cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:
+    """epoll_wait until `deadline`; -1 when a signal handler ran: the caller goes round again."""
+    cdef int64_t left
+    cdef int milliseconds, n, code
+    if deadline == INT64_MAX:
+        milliseconds = -1
+    else:
+        left = deadline - now() if deadline else 0
+        # Rounded up, or the last fraction of a millisecond would be spent spinning.
+        milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
+    with nogil:
+        n = epoll_wait(epfd, events, limit, milliseconds)
+        code = errno
+    if n >= 0:
+        return n
+    if code != EINTR:
+        fail_with(code)
+    PyErr_CheckSignals()
+    return -1
+
+
+cdef int fail_with(int code) except -1:
+    raise OSError(code, strerror(code).decode())
+
+
+@cython.final
+cdef class Timer:
+    """A clock as a descriptor that is readable when its time has come (timerfd_create(2))."""
+
+    cdef int fd
+
+    def __cinit__(self):
+        self.fd = -1
+        self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+        if self.fd < 0:
+            fail()
+
+    def fileno(self):
+        if self.fd < 0:
+            raise ClosedError("the timer is closed")
+        return self.fd
+
+    def set(self, double seconds):
+        """Be readable in so many seconds, from now on, and not before; 0: never."""
+        cdef itimerspec spec
+        memset(&spec, 0, sizeof(spec))
+        spec.it_value.tv_sec = <long>seconds
+        spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
+        if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
+            fail()
+
+    def close(self):
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            c_close(fd)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            c_close(self.fd)
+
+
+cdef uint64_t take_count(int fd) except? 0:
+    """The count of an eventfd, set back to 0; 0 when nobody rang. Never blocks.
+
+    RWF_NOWAIT does what O_NONBLOCK would, whatever other processes did to that flag; eventfds know
+    it since Linux 5.8, which is why that is the oldest kernel supported.
+    """
+    cdef uint64_t count = 0
+    cdef iovec iov
+    cdef ssize_t n
+    iov.iov_base = &count
+    iov.iov_len = sizeof(count)
+    while True:
+        n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+        if n == sizeof(count):
+            return count
+        if n >= 0:
+            raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+        if errno == EAGAIN:
+            return 0
+        if errno != EINTR:
+            fail()
+
+
+cdef bint is_eventfd(int fd) noexcept:
+    """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
+    cdef char data[7]
+    cdef iovec iov
+    iov.iov_base = data
+    iov.iov_len = sizeof(data)
+    return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
