@@ -1372,6 +1372,20 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         return syscall(SYS_io_destroy, context);
     }
+
+    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
     
 
     #include <stdint.h>
@@ -1423,6 +1437,15 @@ static int __Pyx_init_tpflags_variables(void) {
     static inline uint64_t ivshmem_add(void *word, uint64_t amount)
     {
         return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+    }
+    
+
+    /* Whether no other Python thread could want the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
     }
     
 #ifdef _OPENMP
@@ -1836,13 +1859,14 @@ static const char* const __pyx_f[] = {
 
 /*--- Type declarations ---*/
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
+struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
 struct __pyx_obj_7ivshmem_7_memory_Mapping;
 struct __pyx_obj_7ivshmem_7_memory_Registers;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
 
 /* "_fds.pxd":7
- * from ._libc cimport epoll_event
+ * from ._libc cimport aio_context_t, epoll_event
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
@@ -1852,7 +1876,7 @@ enum  {
   __pyx_e_7ivshmem_4_fds_BATCH = 64
 };
 
-/* "ivshmem/_core.pyx":31
+/* "ivshmem/_core.pyx":33
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1861,7 +1885,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":34
+  /* "ivshmem/_core.pyx":36
  *     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
  *     TOKEN_WAKE = 1 << 30
  *     TOKEN_NEWS = 1 << 29             # <<<<<<<<<<<<<<
@@ -1891,6 +1915,21 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 
 
 /* "_fds.pxd":32
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+struct __pyx_obj_7ivshmem_4_fds_Relay {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  aio_context_t context;
+  int pid;
+};
+
+
+/* "_fds.pxd":39
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1941,7 +1980,7 @@ struct __pyx_obj_7ivshmem_7_memory_Registers {
 };
 
 
-/* "ivshmem/_core.pyx":37
+/* "ivshmem/_core.pyx":39
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -1957,6 +1996,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
   Py_ssize_t doorbell;
   Py_ssize_t bells_each;
   int uio;
+  int uio_known;
   int32_t uio_count;
   struct __pyx_obj_7ivshmem_4_fds_FdArray *wake;
   struct __pyx_obj_7ivshmem_4_fds_FdArray *queued;
@@ -1966,6 +2006,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
   int gone;
   int watched;
   int urgent;
+  struct __pyx_obj_7ivshmem_4_fds_Relay *relay;
   int pid;
 };
 
@@ -1987,6 +2028,20 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 
 /* "_fds.pxd":32
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+
+struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+};
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+
+
+/* "_fds.pxd":39
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2029,7 +2084,7 @@ struct __pyx_vtabstruct_7ivshmem_7_memory_Registers {
 static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshmem_7_memory_Registers;
 
 
-/* "ivshmem/_core.pyx":37
+/* "ivshmem/_core.pyx":39
  * 
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -2040,6 +2095,7 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshm
 struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
   int (*check)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   struct __pyx_obj_7ivshmem_4_fds_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*read_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
   PyObject *(*wait_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int64_t);
   PyObject *(*wait_any)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t, int);
   uint64_t (*take)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
@@ -2465,6 +2521,12 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
     int ignore_unknown_kwargs
 );
 
+/* ArgTypeTestError.export */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+
+/* ArgTypeTest.proto */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
@@ -2584,12 +2646,6 @@ static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* 
 #else
 #define __Pyx_CallUnboundCMethod1(cfunc, self, arg)  __Pyx__CallUnboundCMethod1(cfunc, self, arg)
 #endif
-
-/* ArgTypeTestError.export */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
-
-/* ArgTypeTest.proto */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
 /* py_dict_pop.proto */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_Pop(PyObject *d, PyObject *key, PyObject *default_value);
@@ -3175,6 +3231,7 @@ static int __Pyx_State_RemoveModule(void*);
 
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_anything(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_read_one(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto*/
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_index, int64_t __pyx_v_deadline); /* proto*/
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int64_t __pyx_v_deadline, int __pyx_v_for_news); /* proto*/
 static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto*/
@@ -3235,23 +3292,24 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_peer, CYTHON_UNUSED PyObject *__pyx_v_vector); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_5_core_Doorbells(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 /* #### Code section: late_includes ### */
@@ -3279,6 +3337,7 @@ namespace {
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Registers;
@@ -3289,8 +3348,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[124];
+    PyObject *__pyx_codeobj_tab[18];
+    PyObject *__pyx_string_tab[129];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3369,101 +3428,106 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[26]
 #define __pyx_n_u_Doorbells__bells __pyx_string_tab[27]
 #define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[28]
-#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[29]
-#define __pyx_n_u_Doorbells__missing __pyx_string_tab[30]
-#define __pyx_n_u_Doorbells__news __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__watch __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[39]
-#define __pyx_n_u_Interrupt __pyx_string_tab[40]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[41]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[42]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[43]
-#define __pyx_n_u_annotate __pyx_string_tab[44]
-#define __pyx_n_u_doc __pyx_string_tab[45]
-#define __pyx_n_u_func __pyx_string_tab[46]
-#define __pyx_n_u_getstate __pyx_string_tab[47]
-#define __pyx_n_u_main __pyx_string_tab[48]
-#define __pyx_n_u_module __pyx_string_tab[49]
-#define __pyx_n_u_name __pyx_string_tab[50]
-#define __pyx_n_u_pyx_state __pyx_string_tab[51]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[52]
-#define __pyx_n_u_qualname __pyx_string_tab[53]
-#define __pyx_n_u_reduce __pyx_string_tab[54]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[55]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[56]
-#define __pyx_n_u_set_name __pyx_string_tab[57]
-#define __pyx_n_u_setstate __pyx_string_tab[58]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[59]
-#define __pyx_n_u_test __pyx_string_tab[60]
-#define __pyx_n_u_add_bell __pyx_string_tab[61]
-#define __pyx_n_u_add_vector __pyx_string_tab[62]
-#define __pyx_n_u_bells __pyx_string_tab[63]
-#define __pyx_n_u_drop_peer __pyx_string_tab[64]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[65]
-#define __pyx_n_u_listen_uio __pyx_string_tab[66]
-#define __pyx_n_u_missing __pyx_string_tab[67]
-#define __pyx_n_u_news __pyx_string_tab[68]
-#define __pyx_n_u_ring_by __pyx_string_tab[69]
-#define __pyx_n_u_ring_self __pyx_string_tab[70]
-#define __pyx_n_u_set_queued __pyx_string_tab[71]
-#define __pyx_n_u_unwatch __pyx_string_tab[72]
-#define __pyx_n_u_wait_event __pyx_string_tab[73]
-#define __pyx_n_u_watch __pyx_string_tab[74]
-#define __pyx_n_u_add __pyx_string_tab[75]
-#define __pyx_n_u_anything __pyx_string_tab[76]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[77]
-#define __pyx_n_u_bells_2 __pyx_string_tab[78]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[79]
-#define __pyx_n_u_close __pyx_string_tab[80]
-#define __pyx_n_u_collections __pyx_string_tab[81]
-#define __pyx_n_u_doorbell __pyx_string_tab[82]
-#define __pyx_n_u_errors __pyx_string_tab[83]
-#define __pyx_n_u_eventfds __pyx_string_tab[84]
-#define __pyx_n_u_fd __pyx_string_tab[85]
-#define __pyx_n_u_fileno __pyx_string_tab[86]
-#define __pyx_n_u_get __pyx_string_tab[87]
-#define __pyx_n_u_items __pyx_string_tab[88]
-#define __pyx_n_u_ivshmem __pyx_string_tab[89]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[90]
-#define __pyx_n_u_module_2 __pyx_string_tab[91]
-#define __pyx_n_u_namedtuple __pyx_string_tab[92]
-#define __pyx_n_u_outer __pyx_string_tab[93]
-#define __pyx_n_u_peer __pyx_string_tab[94]
-#define __pyx_n_u_pop __pyx_string_tab[95]
-#define __pyx_n_u_registers __pyx_string_tab[96]
-#define __pyx_n_u_remove __pyx_string_tab[97]
-#define __pyx_n_u_rings __pyx_string_tab[98]
-#define __pyx_n_u_self __pyx_string_tab[99]
-#define __pyx_n_u_setdefault __pyx_string_tab[100]
-#define __pyx_n_u_signal __pyx_string_tab[101]
-#define __pyx_n_u_take __pyx_string_tab[102]
-#define __pyx_n_u_timeout __pyx_string_tab[103]
-#define __pyx_n_u_urgent __pyx_string_tab[104]
-#define __pyx_n_u_values __pyx_string_tab[105]
-#define __pyx_n_u_vector __pyx_string_tab[106]
-#define __pyx_n_u_vectors __pyx_string_tab[107]
-#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_4q_1_waq_at7_aq __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_A_M_L_N __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb __pyx_string_tab[120]
-#define __pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6 __pyx_string_tab[121]
-#define __pyx_kp_b_iso88591_F_t9A_1 __pyx_string_tab[122]
-#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[123]
+#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[29]
+#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[30]
+#define __pyx_n_u_Doorbells__missing __pyx_string_tab[31]
+#define __pyx_n_u_Doorbells__news __pyx_string_tab[32]
+#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__watch __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[40]
+#define __pyx_n_u_Interrupt __pyx_string_tab[41]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[42]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[43]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
+#define __pyx_n_u_annotate __pyx_string_tab[45]
+#define __pyx_n_u_doc __pyx_string_tab[46]
+#define __pyx_n_u_func __pyx_string_tab[47]
+#define __pyx_n_u_getstate __pyx_string_tab[48]
+#define __pyx_n_u_main __pyx_string_tab[49]
+#define __pyx_n_u_module __pyx_string_tab[50]
+#define __pyx_n_u_name __pyx_string_tab[51]
+#define __pyx_n_u_pyx_state __pyx_string_tab[52]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
+#define __pyx_n_u_qualname __pyx_string_tab[54]
+#define __pyx_n_u_reduce __pyx_string_tab[55]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
+#define __pyx_n_u_set_name __pyx_string_tab[58]
+#define __pyx_n_u_setstate __pyx_string_tab[59]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_test __pyx_string_tab[61]
+#define __pyx_n_u_add_bell __pyx_string_tab[62]
+#define __pyx_n_u_add_vector __pyx_string_tab[63]
+#define __pyx_n_u_bells __pyx_string_tab[64]
+#define __pyx_n_u_drop_peer __pyx_string_tab[65]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[66]
+#define __pyx_n_u_listen_alone __pyx_string_tab[67]
+#define __pyx_n_u_listen_uio __pyx_string_tab[68]
+#define __pyx_n_u_missing __pyx_string_tab[69]
+#define __pyx_n_u_news __pyx_string_tab[70]
+#define __pyx_n_u_ring_by __pyx_string_tab[71]
+#define __pyx_n_u_ring_self __pyx_string_tab[72]
+#define __pyx_n_u_set_queued __pyx_string_tab[73]
+#define __pyx_n_u_unwatch __pyx_string_tab[74]
+#define __pyx_n_u_wait_event __pyx_string_tab[75]
+#define __pyx_n_u_watch __pyx_string_tab[76]
+#define __pyx_n_u_add __pyx_string_tab[77]
+#define __pyx_n_u_anything __pyx_string_tab[78]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[79]
+#define __pyx_n_u_bells_2 __pyx_string_tab[80]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[81]
+#define __pyx_n_u_close __pyx_string_tab[82]
+#define __pyx_n_u_collections __pyx_string_tab[83]
+#define __pyx_n_u_doorbell __pyx_string_tab[84]
+#define __pyx_n_u_errors __pyx_string_tab[85]
+#define __pyx_n_u_eventfds __pyx_string_tab[86]
+#define __pyx_n_u_fd __pyx_string_tab[87]
+#define __pyx_n_u_fileno __pyx_string_tab[88]
+#define __pyx_n_u_get __pyx_string_tab[89]
+#define __pyx_n_u_index __pyx_string_tab[90]
+#define __pyx_n_u_items __pyx_string_tab[91]
+#define __pyx_n_u_ivshmem __pyx_string_tab[92]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[93]
+#define __pyx_n_u_module_2 __pyx_string_tab[94]
+#define __pyx_n_u_namedtuple __pyx_string_tab[95]
+#define __pyx_n_u_outer __pyx_string_tab[96]
+#define __pyx_n_u_peer __pyx_string_tab[97]
+#define __pyx_n_u_pop __pyx_string_tab[98]
+#define __pyx_n_u_registers __pyx_string_tab[99]
+#define __pyx_n_u_relay __pyx_string_tab[100]
+#define __pyx_n_u_remove __pyx_string_tab[101]
+#define __pyx_n_u_rings __pyx_string_tab[102]
+#define __pyx_n_u_self __pyx_string_tab[103]
+#define __pyx_n_u_setdefault __pyx_string_tab[104]
+#define __pyx_n_u_signal __pyx_string_tab[105]
+#define __pyx_n_u_take __pyx_string_tab[106]
+#define __pyx_n_u_timeout __pyx_string_tab[107]
+#define __pyx_n_u_urgent __pyx_string_tab[108]
+#define __pyx_n_u_values __pyx_string_tab[109]
+#define __pyx_n_u_vector __pyx_string_tab[110]
+#define __pyx_n_u_vectors __pyx_string_tab[111]
+#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_A_4q_1_waq_at7_aq __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[120]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja __pyx_string_tab[121]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[122]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[123]
+#define __pyx_kp_b_iso88591_A_M_L_N __pyx_string_tab[124]
+#define __pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb __pyx_string_tab[125]
+#define __pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6 __pyx_string_tab[126]
+#define __pyx_kp_b_iso88591_F_t9A_1 __pyx_string_tab[127]
+#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[128]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -3482,6 +3546,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
@@ -3492,8 +3557,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<124; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<18; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<129; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3519,6 +3584,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
@@ -3529,8 +3595,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<124; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<18; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<129; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -3545,7 +3611,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_core.pyx":64
+/* "ivshmem/_core.pyx":68
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -3596,7 +3662,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":65
+  /* "ivshmem/_core.pyx":69
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close             # <<<<<<<<<<<<<<
@@ -3605,21 +3671,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":66
+  /* "ivshmem/_core.pyx":70
  *     def __cinit__(self, *args, **kwargs):
  *         self.gone = True  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 70, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":67
+  /* "ivshmem/_core.pyx":71
  *         self.gone = True  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -3628,7 +3694,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":68
+  /* "ivshmem/_core.pyx":72
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -3637,7 +3703,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":69
+  /* "ivshmem/_core.pyx":73
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -3650,7 +3716,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 73, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -3658,7 +3724,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":70
+  /* "ivshmem/_core.pyx":74
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -3672,16 +3738,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 70, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 74, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 70, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":71
+  /* "ivshmem/_core.pyx":75
  *         self.own = FdArray()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -3695,16 +3761,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 71, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 75, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":72
+  /* "ivshmem/_core.pyx":76
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.gone = False             # <<<<<<<<<<<<<<
@@ -3713,7 +3779,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->gone = 0;
 
-  /* "ivshmem/_core.pyx":64
+  /* "ivshmem/_core.pyx":68
  *     cdef int pid
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -3735,7 +3801,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":76
+/* "ivshmem/_core.pyx":80
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -3794,7 +3860,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":77
+  /* "ivshmem/_core.pyx":81
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -3802,9 +3868,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 77, __pyx_L1_error)
+  __PYX_ERR(0, 81, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":76
+  /* "ivshmem/_core.pyx":80
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -3821,7 +3887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":79
+/* "ivshmem/_core.pyx":83
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -3870,39 +3936,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 79, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 83, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 79, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 79, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 79, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 83, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 79, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 83, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 79, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 79, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 79, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 83, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3931,7 +3997,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":80
+  /* "ivshmem/_core.pyx":84
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -3939,9 +4005,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     # Bookkeeping, called with the GIL held.
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 80, __pyx_L1_error)
+  __PYX_ERR(0, 84, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":79
+  /* "ivshmem/_core.pyx":83
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -3958,7 +4024,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":84
+/* "ivshmem/_core.pyx":88
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -4007,37 +4073,37 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 84, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 88, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 88, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 84, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 88, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 84, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 88, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 88, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 84, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 84, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L3_error)
     } else {
       __pyx_v_urgent = ((int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 84, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 88, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4075,7 +4141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_watch", 0);
 
-  /* "ivshmem/_core.pyx":89
+  /* "ivshmem/_core.pyx":93
  *         `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -4084,7 +4150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->watched = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":90
+  /* "ivshmem/_core.pyx":94
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -4093,7 +4159,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   __pyx_v_self->urgent = __pyx_v_urgent;
 
-  /* "ivshmem/_core.pyx":91
+  /* "ivshmem/_core.pyx":95
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -4104,7 +4170,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":92
+    /* "ivshmem/_core.pyx":96
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -4113,11 +4179,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = 0;
     {
@@ -4127,12 +4193,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":91
+    /* "ivshmem/_core.pyx":95
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -4141,7 +4207,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":84
+  /* "ivshmem/_core.pyx":88
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -4166,7 +4232,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":94
+/* "ivshmem/_core.pyx":98
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -4231,7 +4297,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_unwatch", 0);
 
-  /* "ivshmem/_core.pyx":97
+  /* "ivshmem/_core.pyx":101
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -4256,7 +4322,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":98
+    /* "ivshmem/_core.pyx":102
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -4282,7 +4348,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":99
+      /* "ivshmem/_core.pyx":103
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -4291,7 +4357,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 99, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = 0;
       {
@@ -4299,12 +4365,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 99, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/_core.pyx":98
+      /* "ivshmem/_core.pyx":102
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.gone and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -4313,7 +4379,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":97
+    /* "ivshmem/_core.pyx":101
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -4322,7 +4388,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/_core.pyx":100
+  /* "ivshmem/_core.pyx":104
  *             if not self.gone and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -4331,16 +4397,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":101
+  /* "ivshmem/_core.pyx":105
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
  * 
- *     def _add_vector(self, int fd):
+ *     def _listen_alone(self, Relay relay not None):
 */
   __pyx_v_self->urgent = 0;
 
-  /* "ivshmem/_core.pyx":94
+  /* "ivshmem/_core.pyx":98
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
@@ -4363,8 +4429,144 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":103
+/* "ivshmem/_core.pyx":107
  *         self.urgent = False
+ * 
+ *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
+ *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_listen_alone(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_listen_alone, "Sleep in plain reads of the own eventfds, which nobody else has and which may block.\n\n        That is the quickest there is. `relay` leads from what is watched to all of them.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_listen_alone = {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_listen_alone};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_listen_alone(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_listen_alone (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_relay,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 107, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+    }
+    __pyx_v_relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)values[0]);
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Doorbells._listen_alone", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, 0, "relay", 0))) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = NULL;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_listen_alone", 0);
+
+  /* "ivshmem/_core.pyx":112
+ *         That is the quickest there is. `relay` leads from what is watched to all of them.
+ *         """
+ *         self.relay = relay             # <<<<<<<<<<<<<<
+ * 
+ *     def _add_vector(self, int fd):
+*/
+  __Pyx_INCREF((PyObject *)__pyx_v_relay);
+  __Pyx_GIVEREF((PyObject *)__pyx_v_relay);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->relay);
+  __Pyx_DECREF_SET(__pyx_v_self->relay, __pyx_v_relay);
+
+  /* "ivshmem/_core.pyx":107
+ *         self.urgent = False
+ * 
+ *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
+ *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":114
+ *         self.relay = relay
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
@@ -4372,16 +4574,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_unwatch(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_12_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_add_vector};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4411,32 +4613,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 114, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 114, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 103, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 114, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 114, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 114, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4447,7 +4649,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_12_add_vector(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4458,7 +4660,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -4476,7 +4678,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_vector", 0);
 
-  /* "ivshmem/_core.pyx":109
+  /* "ivshmem/_core.pyx":120
  *             ProtocolError: it is no eventfd.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -4485,7 +4687,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -4493,12 +4695,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":110
+  /* "ivshmem/_core.pyx":121
  *         """
  *         self.own.take(fd)
  *         if not is_eventfd(fd):             # <<<<<<<<<<<<<<
@@ -4510,7 +4712,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/_core.pyx":111
+    /* "ivshmem/_core.pyx":122
  *         self.own.take(fd)
  *         if not is_eventfd(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")             # <<<<<<<<<<<<<<
@@ -4518,9 +4720,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
     __pyx_t_7[1] = __pyx_t_6;
@@ -4531,7 +4733,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 111, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_4 = 1;
@@ -4552,14 +4754,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 111, __pyx_L1_error)
+    __PYX_ERR(0, 122, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":110
+    /* "ivshmem/_core.pyx":121
  *         """
  *         self.own.take(fd)
  *         if not is_eventfd(fd):             # <<<<<<<<<<<<<<
@@ -4568,7 +4770,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":112
+  /* "ivshmem/_core.pyx":123
  *         if not is_eventfd(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -4579,7 +4781,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":113
+    /* "ivshmem/_core.pyx":124
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -4588,11 +4790,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_3 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_4 = 0;
     {
@@ -4602,12 +4804,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 113, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":112
+    /* "ivshmem/_core.pyx":123
  *         if not is_eventfd(fd):
  *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -4616,8 +4818,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":103
- *         self.urgent = False
+  /* "ivshmem/_core.pyx":114
+ *         self.relay = relay
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
@@ -4641,7 +4843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":115
+/* "ivshmem/_core.pyx":126
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -4650,16 +4852,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_add_vector(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_bell(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_12_add_bell, "Ring the peer\047s next vector through `fd`; takes it.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_add_bell};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_bell(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_add_bell, "Ring the peer\047s next vector through `fd`; takes it.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_15_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_add_bell};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4690,39 +4892,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 115, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 126, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 115, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 126, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4733,7 +4935,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_add_bell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4744,7 +4946,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -4758,7 +4960,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_add_bell", 0);
 
-  /* "ivshmem/_core.pyx":117
+  /* "ivshmem/_core.pyx":128
  *     def _add_bell(self, peer, int fd):
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -4767,15 +4969,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 117, __pyx_L1_error)
+    __PYX_ERR(0, 128, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 117, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 128, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":118
+  /* "ivshmem/_core.pyx":129
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -4786,7 +4988,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":119
+    /* "ivshmem/_core.pyx":130
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
@@ -4799,19 +5001,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 119, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 130, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_1);
     }
     __Pyx_INCREF(__pyx_t_1);
     __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 119, __pyx_L1_error)
+      __PYX_ERR(0, 130, __pyx_L1_error)
     }
-    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 119, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 130, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":118
+    /* "ivshmem/_core.pyx":129
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -4820,7 +5022,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/_core.pyx":120
+  /* "ivshmem/_core.pyx":131
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
@@ -4829,7 +5031,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_bells);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 0;
   {
@@ -4837,12 +5039,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":115
+  /* "ivshmem/_core.pyx":126
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
@@ -4866,7 +5068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":122
+/* "ivshmem/_core.pyx":133
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -4875,16 +5077,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_add_bell(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_uio(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes tells how many interrupts it had since it was made.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_uio};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_uio(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_listen_uio};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4914,32 +5116,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 122, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 133, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 122, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 133, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 122, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 133, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 122, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 122, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 133, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4950,7 +5152,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_16_listen_uio(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4961,7 +5163,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -4973,8 +5175,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":127
- *         Reading 4 bytes tells how many interrupts it had since it was made.
+  /* "ivshmem/_core.pyx":138
+ *         Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
  *         self.uio = True
@@ -4982,7 +5184,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 138, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -4990,12 +5192,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":128
+  /* "ivshmem/_core.pyx":139
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -5004,7 +5206,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":122
+  /* "ivshmem/_core.pyx":133
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -5027,7 +5229,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":130
+/* "ivshmem/_core.pyx":141
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -5036,16 +5238,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_uio(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_ring_by(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_by(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_ring_by, "Ring everybody by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is taken to have.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_ring_by = {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_ring_by};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_ring_by(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_by, "Ring everybody by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is taken to have.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_by = {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_by};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_by(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5077,46 +5279,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 130, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 141, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 141, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 141, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 141, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 130, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 141, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 141, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 141, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 130, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 130, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 130, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 141, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5127,8 +5329,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 130, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
   goto __pyx_L0;
@@ -5149,12 +5351,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":135
+  /* "ivshmem/_core.pyx":146
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -5166,7 +5368,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":136
+  /* "ivshmem/_core.pyx":147
  *         """
  *         self.registers = registers
  *         self.doorbell = doorbell             # <<<<<<<<<<<<<<
@@ -5175,7 +5377,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
 */
   __pyx_v_self->doorbell = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":137
+  /* "ivshmem/_core.pyx":148
  *         self.registers = registers
  *         self.doorbell = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -5184,7 +5386,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":130
+  /* "ivshmem/_core.pyx":141
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -5199,7 +5401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":139
+/* "ivshmem/_core.pyx":150
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -5208,16 +5410,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_ring_by(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_self(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_self(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_self, "Let `peer`, this endpoint\047s own id, lead to its own vectors.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_self = {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_self};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_self(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_self, "Let `peer`, this endpoint\047s own id, lead to its own vectors.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_ring_self = {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_self};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_self(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5247,32 +5449,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 139, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 150, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 139, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 150, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 139, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 150, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 139, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 150, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 139, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 150, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 139, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 150, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5283,7 +5485,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_self(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5293,7 +5495,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5302,7 +5504,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":152
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -5313,12 +5515,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 141, __pyx_L1_error)
+    __PYX_ERR(0, 152, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 141, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":150
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -5339,7 +5541,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":143
+/* "ivshmem/_core.pyx":154
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -5348,16 +5550,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_ring_self(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_bells(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_bells, "How many doorbells `peer` has; None when it is unknown.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_bells = {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_bells};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_bells(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_bells, "How many doorbells `peer` has; None when it is unknown.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23_bells = {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_bells};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5387,32 +5589,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 143, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 154, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 143, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 154, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 143, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 154, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 143, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 154, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5423,7 +5625,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5433,7 +5635,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -5445,7 +5647,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":145
+  /* "ivshmem/_core.pyx":156
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -5454,15 +5656,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 145, __pyx_L1_error)
+    __PYX_ERR(0, 156, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 156, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":146
+  /* "ivshmem/_core.pyx":157
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
@@ -5474,7 +5676,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -5491,7 +5693,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":143
+  /* "ivshmem/_core.pyx":154
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -5512,7 +5714,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":148
+/* "ivshmem/_core.pyx":159
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -5521,16 +5723,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_bells(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_drop_peer(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_drop_peer(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_drop_peer, "Close the doorbells of `peer`, if there are any.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23_drop_peer = {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_drop_peer};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_drop_peer(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_drop_peer, "Close the doorbells of `peer`, if there are any.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_25_drop_peer = {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_drop_peer};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_drop_peer(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5560,32 +5762,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 148, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 159, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 159, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 148, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 159, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 148, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 159, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 159, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 148, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 159, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5596,7 +5798,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24_drop_peer(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5606,7 +5808,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -5619,7 +5821,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_drop_peer", 0);
 
-  /* "ivshmem/_core.pyx":150
+  /* "ivshmem/_core.pyx":161
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -5628,15 +5830,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 150, __pyx_L1_error)
+    __PYX_ERR(0, 161, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 161, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":151
+  /* "ivshmem/_core.pyx":162
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -5647,7 +5849,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":152
+    /* "ivshmem/_core.pyx":163
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -5661,12 +5863,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":151
+    /* "ivshmem/_core.pyx":162
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -5675,7 +5877,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":148
+  /* "ivshmem/_core.pyx":159
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
@@ -5698,7 +5900,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":154
+/* "ivshmem/_core.pyx":165
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5730,14 +5932,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":157
+  /* "ivshmem/_core.pyx":168
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
  *         return self.own.count             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5750,7 +5952,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":154
+  /* "ivshmem/_core.pyx":165
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5769,7 +5971,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":159
+/* "ivshmem/_core.pyx":170
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5801,14 +6003,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":173
  *     def closed(self):
  *         """Whether close() was called."""
  *         return self.gone             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->gone); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 173, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5821,7 +6023,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":159
+  /* "ivshmem/_core.pyx":170
  *         return self.own.count
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5840,7 +6042,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":164
+/* "ivshmem/_core.pyx":175
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -5860,7 +6062,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":165
+  /* "ivshmem/_core.pyx":176
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -5869,7 +6071,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   if (unlikely(__pyx_v_self->gone)) {
 
-    /* "ivshmem/_core.pyx":166
+    /* "ivshmem/_core.pyx":177
  *     cdef int check(self) except -1:
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5877,7 +6079,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 177, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5896,14 +6098,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 166, __pyx_L1_error)
+    __PYX_ERR(0, 177, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":165
+    /* "ivshmem/_core.pyx":176
  * 
  *     cdef int check(self) except -1:
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -5912,7 +6114,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":178
  *         if self.gone:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -5925,7 +6127,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":164
+  /* "ivshmem/_core.pyx":175
  *         return self.gone
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -5946,7 +6148,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":169
+/* "ivshmem/_core.pyx":180
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -5955,16 +6157,16 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_set_queued(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_25_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_set_queued};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_set_queued(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_set_queued};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5994,32 +6196,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 180, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 180, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 180, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 169, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 180, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 180, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6030,7 +6232,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_anything);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26_set_queued(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_anything);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6041,7 +6243,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6053,7 +6255,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":182
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -6062,7 +6264,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":172
+    /* "ivshmem/_core.pyx":183
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -6079,7 +6281,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":171
+    /* "ivshmem/_core.pyx":182
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -6088,7 +6290,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":184
  *         if self.gone:
  *             return
  *         if anything:             # <<<<<<<<<<<<<<
@@ -6097,7 +6299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
   if (__pyx_v_anything) {
 
-    /* "ivshmem/_core.pyx":174
+    /* "ivshmem/_core.pyx":185
  *             return
  *         if anything:
  *             self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -6111,12 +6313,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 185, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":173
+    /* "ivshmem/_core.pyx":184
  *         if self.gone:
  *             return
  *         if anything:             # <<<<<<<<<<<<<<
@@ -6126,7 +6328,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":176
+  /* "ivshmem/_core.pyx":187
  *             self.queued.signal(0)
  *         else:
  *             take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -6134,12 +6336,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
  *     def fileno(self):
 */
   /*else*/ {
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_4 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 176, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_4 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L1_error)
 
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":180
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -6161,7 +6363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":178
+/* "ivshmem/_core.pyx":189
  *             take_count(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -6170,16 +6372,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_set_queued(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26fileno};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28fileno};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6205,14 +6407,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_outer = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -6228,17 +6430,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_core.pyx":186
+  /* "ivshmem/_core.pyx":197
  *         """
  *         cdef Epoll outer
  *         self.check()             # <<<<<<<<<<<<<<
  *         if self.outer is None:
  *             outer = Epoll()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 186, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":187
+  /* "ivshmem/_core.pyx":198
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -6249,7 +6451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":188
+    /* "ivshmem/_core.pyx":199
  *         self.check()
  *         if self.outer is None:
  *             outer = Epoll()             # <<<<<<<<<<<<<<
@@ -6262,13 +6464,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 188, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_3);
     }
     __pyx_v_outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":189
+    /* "ivshmem/_core.pyx":200
  *         if self.outer is None:
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6277,12 +6479,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_6)->epfd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_5 = 0;
     {
@@ -6291,12 +6493,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":190
+    /* "ivshmem/_core.pyx":201
  *             outer = Epoll()
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6305,9 +6507,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_outer);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -6316,12 +6518,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 190, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/_core.pyx":191
+    /* "ivshmem/_core.pyx":202
  *             outer.add(self.anything().epfd, 0, _EPOLLIN)
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer             # <<<<<<<<<<<<<<
@@ -6333,7 +6535,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
     __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
     __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-    /* "ivshmem/_core.pyx":187
+    /* "ivshmem/_core.pyx":198
  *         cdef Epoll outer
  *         self.check()
  *         if self.outer is None:             # <<<<<<<<<<<<<<
@@ -6342,14 +6544,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":203
  *             outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *             self.outer = outer
  *         return self.outer.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll anything(self):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -6362,7 +6564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":178
+  /* "ivshmem/_core.pyx":189
  *             take_count(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -6385,7 +6587,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":194
+/* "ivshmem/_core.pyx":205
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -6413,7 +6615,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":202
+  /* "ivshmem/_core.pyx":213
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -6424,7 +6626,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":203
+    /* "ivshmem/_core.pyx":214
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -6437,13 +6639,13 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":204
+    /* "ivshmem/_core.pyx":215
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6452,11 +6654,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 215, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 215, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 215, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -6466,12 +6668,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":205
+    /* "ivshmem/_core.pyx":216
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):             # <<<<<<<<<<<<<<
@@ -6485,7 +6687,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":206
+      /* "ivshmem/_core.pyx":217
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6494,11 +6696,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_7 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_7);
-      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 206, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 217, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 206, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 217, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -6508,14 +6710,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":207
+    /* "ivshmem/_core.pyx":218
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6527,7 +6729,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":208
+      /* "ivshmem/_core.pyx":219
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6536,11 +6738,11 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 208, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 208, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 219, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 208, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 219, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -6550,12 +6752,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 208, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":207
+      /* "ivshmem/_core.pyx":218
  *             for i in range(self.own.count):
  *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6564,7 +6766,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
     }
 
-    /* "ivshmem/_core.pyx":209
+    /* "ivshmem/_core.pyx":220
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -6576,7 +6778,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":202
+    /* "ivshmem/_core.pyx":213
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -6585,7 +6787,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
   }
 
-  /* "ivshmem/_core.pyx":210
+  /* "ivshmem/_core.pyx":221
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -6603,7 +6805,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":194
+  /* "ivshmem/_core.pyx":205
  *         return self.outer.epfd
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -6628,7 +6830,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":212
+/* "ivshmem/_core.pyx":223
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6637,15 +6839,15 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29ring(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\ninterpreter, until a signal arrives. Signaller never waits, and costs four times as much.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29ring(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the\ninterpreter, until a signal arrives. Signaller never waits, and costs four times as much.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6676,48 +6878,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 212, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 223, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 223, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 223, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 212, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 223, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 223, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 212, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 223, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6728,7 +6930,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6739,7 +6941,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_v_found;
   int __pyx_v_fd;
@@ -6770,7 +6972,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":233
+  /* "ivshmem/_core.pyx":244
  *         cdef int fd, code
  *         cdef Py_ssize_t number
  *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -6779,80 +6981,81 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_core.pyx":235
+  /* "ivshmem/_core.pyx":246
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
  *             self.check()
- *             number = peer
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_self->registers) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":236
+    /* "ivshmem/_core.pyx":247
  *         cdef ssize_t n
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
- *             number = peer
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 247, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":237
+    /* "ivshmem/_core.pyx":248
  *         if self.registers is not None:
  *             self.check()
- *             number = peer             # <<<<<<<<<<<<<<
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
+ *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_peer); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 237, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 248, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":238
+    /* "ivshmem/_core.pyx":249
  *             self.check()
- *             number = peer
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
 */
-    __pyx_t_4 = (0 <= __pyx_v_number);
-    if (__pyx_t_4) {
-      __pyx_t_4 = (__pyx_v_number <= 0xFFFF);
-    }
-    if (__pyx_t_4) {
+    while (1) {
+      __pyx_t_4 = (0 <= __pyx_v_number);
+      if (__pyx_t_4) {
+        __pyx_t_4 = (__pyx_v_number <= 0xFFFF);
+      }
+      if (__pyx_t_4) {
 
-    } else {
+      } else {
+
+        __pyx_t_1 = __pyx_t_4;
+
+        goto __pyx_L6_bool_binop_done;
+      }
+      __pyx_t_4 = (0 <= __pyx_v_vector);
+      if (__pyx_t_4) {
+        __pyx_t_4 = (__pyx_v_vector < __pyx_v_self->bells_each);
+      }
 
       __pyx_t_1 = __pyx_t_4;
 
-      goto __pyx_L5_bool_binop_done;
-    }
-    __pyx_t_4 = (0 <= __pyx_v_vector);
-    if (__pyx_t_4) {
-      __pyx_t_4 = (__pyx_v_vector < __pyx_v_self->bells_each);
-    }
-
-    __pyx_t_1 = __pyx_t_4;
-
-    __pyx_L5_bool_binop_done:;
-    __pyx_t_4 = (!__pyx_t_1);
+      __pyx_L6_bool_binop_done:;
+      __pyx_t_4 = (!__pyx_t_1);
 
 
-    if (__pyx_t_4) {
 
+      if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":239
- *             number = peer
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+      /* "ivshmem/_core.pyx":250
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+ *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
  *             return
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 239, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 250, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -6860,31 +7063,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 239, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 250, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-
-      /* "ivshmem/_core.pyx":238
- *             self.check()
- *             number = peer
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
- *                 self._missing(peer, vector)
- *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
-*/
     }
 
-    /* "ivshmem/_core.pyx":240
- *             if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+    /* "ivshmem/_core.pyx":251
+ *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
  *             return
  *         while True:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *)__pyx_v_self->registers->__pyx_vtab)->put(__pyx_v_self->registers, __pyx_v_self->doorbell, ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *)__pyx_v_self->registers->__pyx_vtab)->put(__pyx_v_self->registers, __pyx_v_self->doorbell, ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":241
+    /* "ivshmem/_core.pyx":252
  *                 self._missing(peer, vector)
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -6901,16 +7096,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":235
+    /* "ivshmem/_core.pyx":246
  *         cdef uint64_t one = 1
  *         cdef ssize_t n
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
  *             self.check()
- *             number = peer
+ *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
 */
   }
 
-  /* "ivshmem/_core.pyx":242
+  /* "ivshmem/_core.pyx":253
  *             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -6919,17 +7114,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":243
+    /* "ivshmem/_core.pyx":254
  *             return
  *         while True:
  *             self.check()             # <<<<<<<<<<<<<<
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":244
+    /* "ivshmem/_core.pyx":255
  *         while True:
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -6941,7 +7136,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     __pyx_v_found = PyDict_GetItem(__pyx_t_5, __pyx_v_peer);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":245
+    /* "ivshmem/_core.pyx":256
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -6953,7 +7148,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":246
+      /* "ivshmem/_core.pyx":257
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:
  *                 bells = <FdArray>found             # <<<<<<<<<<<<<<
@@ -6965,7 +7160,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":247
+      /* "ivshmem/_core.pyx":258
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -6979,16 +7174,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":248
+        /* "ivshmem/_core.pyx":259
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:
  *                     break             # <<<<<<<<<<<<<<
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
 */
-        goto __pyx_L8_break;
+        goto __pyx_L9_break;
 
-        /* "ivshmem/_core.pyx":247
+        /* "ivshmem/_core.pyx":258
  *             if found != NULL:
  *                 bells = <FdArray>found
  *                 if 0 <= vector < bells.count:             # <<<<<<<<<<<<<<
@@ -6997,7 +7192,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":245
+      /* "ivshmem/_core.pyx":256
  *             self.check()
  *             found = PyDict_GetItem(self.bells, peer)
  *             if found != NULL:             # <<<<<<<<<<<<<<
@@ -7006,7 +7201,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":249
+    /* "ivshmem/_core.pyx":260
  *                 if 0 <= vector < bells.count:
  *                     break
  *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -7015,7 +7210,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 249, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 260, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_8 = 0;
     {
@@ -7023,104 +7218,147 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 249, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 260, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   }
-  __pyx_L8_break:;
+  __pyx_L9_break:;
 
-  /* "ivshmem/_core.pyx":250
+  /* "ivshmem/_core.pyx":261
  *                     break
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]             # <<<<<<<<<<<<<<
  *         bells.users += 1
  *         try:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 250, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 261, __pyx_L1_error) }
   __pyx_v_fd = (__pyx_v_bells->fds[__pyx_v_vector]);
 
-  /* "ivshmem/_core.pyx":251
+  /* "ivshmem/_core.pyx":262
  *             self._missing(peer, vector)
  *         fd = bells.fds[vector]
  *         bells.users += 1             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 251, __pyx_L1_error) }
-  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 251, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 262, __pyx_L1_error) }
+  if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 262, __pyx_L1_error) }
   __pyx_v_bells->users = (__pyx_v_bells->users + 1);
 
-  /* "ivshmem/_core.pyx":252
+  /* "ivshmem/_core.pyx":263
  *         fd = bells.fds[vector]
  *         bells.users += 1
  *         try:             # <<<<<<<<<<<<<<
  *             while True:
- *                 with nogil:
+ *                 if ivshmem_is_only_thread():
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":253
+    /* "ivshmem/_core.pyx":264
  *         bells.users += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
- *                 with nogil:
+ *                 if ivshmem_is_only_thread():
  *                     n = c_write(fd, &one, sizeof(one))
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":254
+      /* "ivshmem/_core.pyx":265
  *         try:
  *             while True:
- *                 with nogil:             # <<<<<<<<<<<<<<
+ *                 if ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno
 */
-      {
-          PyThreadState * _save;
-          _save = PyEval_SaveThread();
-          __Pyx_FastGIL_Remember();
-          /*try:*/ {
+      __pyx_t_4 = ivshmem_is_only_thread();
 
-            /* "ivshmem/_core.pyx":255
+      if (__pyx_t_4) {
+
+
+        /* "ivshmem/_core.pyx":266
  *             while True:
- *                 with nogil:
+ *                 if ivshmem_is_only_thread():
  *                     n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
  *                     code = errno
- *                 if n >= 0 or code == EAGAIN:
+ *                 else:
 */
-            __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
+        __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
 
-            /* "ivshmem/_core.pyx":256
- *                 with nogil:
+        /* "ivshmem/_core.pyx":267
+ *                 if ivshmem_is_only_thread():
  *                     n = c_write(fd, &one, sizeof(one))
  *                     code = errno             # <<<<<<<<<<<<<<
+ *                 else:
+ *                     with nogil:
+*/
+        __pyx_v_code = errno;
+
+        /* "ivshmem/_core.pyx":265
+ *         try:
+ *             while True:
+ *                 if ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
+ *                     n = c_write(fd, &one, sizeof(one))
+ *                     code = errno
+*/
+        goto __pyx_L17;
+      }
+
+      /* "ivshmem/_core.pyx":269
+ *                     code = errno
+ *                 else:
+ *                     with nogil:             # <<<<<<<<<<<<<<
+ *                         n = c_write(fd, &one, sizeof(one))
+ *                         code = errno
+*/
+      /*else*/ {
+        {
+            PyThreadState * _save;
+            _save = PyEval_SaveThread();
+            __Pyx_FastGIL_Remember();
+            /*try:*/ {
+
+              /* "ivshmem/_core.pyx":270
+ *                 else:
+ *                     with nogil:
+ *                         n = c_write(fd, &one, sizeof(one))             # <<<<<<<<<<<<<<
+ *                         code = errno
+ *                 if n >= 0 or code == EAGAIN:
+*/
+              __pyx_v_n = write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one)));
+
+              /* "ivshmem/_core.pyx":271
+ *                     with nogil:
+ *                         n = c_write(fd, &one, sizeof(one))
+ *                         code = errno             # <<<<<<<<<<<<<<
  *                 if n >= 0 or code == EAGAIN:
  *                     return
 */
-            __pyx_v_code = errno;
-          }
-
-          /* "ivshmem/_core.pyx":254
- *         try:
- *             while True:
- *                 with nogil:             # <<<<<<<<<<<<<<
- *                     n = c_write(fd, &one, sizeof(one))
- *                     code = errno
-*/
-          /*finally:*/ {
-            /*normal exit:*/{
-              __Pyx_FastGIL_Forget();
-              PyEval_RestoreThread(_save);
-              goto __pyx_L20;
+              __pyx_v_code = errno;
             }
-            __pyx_L20:;
-          }
-      }
 
-      /* "ivshmem/_core.pyx":257
- *                     n = c_write(fd, &one, sizeof(one))
+            /* "ivshmem/_core.pyx":269
  *                     code = errno
+ *                 else:
+ *                     with nogil:             # <<<<<<<<<<<<<<
+ *                         n = c_write(fd, &one, sizeof(one))
+ *                         code = errno
+*/
+            /*finally:*/ {
+              /*normal exit:*/{
+                __Pyx_FastGIL_Forget();
+                PyEval_RestoreThread(_save);
+                goto __pyx_L22;
+              }
+              __pyx_L22:;
+            }
+        }
+      }
+      __pyx_L17:;
+
+      /* "ivshmem/_core.pyx":272
+ *                         n = c_write(fd, &one, sizeof(one))
+ *                         code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
  *                     return
  *                 if code != EINTR:
@@ -7133,19 +7371,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 
         __pyx_t_4 = __pyx_t_1;
 
-        goto __pyx_L22_bool_binop_done;
+        goto __pyx_L24_bool_binop_done;
       }
       __pyx_t_1 = (__pyx_v_code == EAGAIN);
 
 
       __pyx_t_4 = __pyx_t_1;
 
-      __pyx_L22_bool_binop_done:;
+      __pyx_L24_bool_binop_done:;
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":258
- *                     code = errno
+        /* "ivshmem/_core.pyx":273
+ *                         code = errno
  *                 if n >= 0 or code == EAGAIN:
  *                     return             # <<<<<<<<<<<<<<
  *                 if code != EINTR:
@@ -7159,18 +7397,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        goto __pyx_L11_return;
+        goto __pyx_L12_return;
 
-        /* "ivshmem/_core.pyx":257
- *                     n = c_write(fd, &one, sizeof(one))
- *                     code = errno
+        /* "ivshmem/_core.pyx":272
+ *                         n = c_write(fd, &one, sizeof(one))
+ *                         code = errno
  *                 if n >= 0 or code == EAGAIN:             # <<<<<<<<<<<<<<
  *                     return
  *                 if code != EINTR:
 */
       }
 
-      /* "ivshmem/_core.pyx":259
+      /* "ivshmem/_core.pyx":274
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7182,17 +7420,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":260
+        /* "ivshmem/_core.pyx":275
  *                     return
  *                 if code != EINTR:
  *                     fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L12_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L13_error)
 
 
-        /* "ivshmem/_core.pyx":259
+        /* "ivshmem/_core.pyx":274
  *                 if n >= 0 or code == EAGAIN:
  *                     return
  *                 if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7201,19 +7439,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
       }
 
-      /* "ivshmem/_core.pyx":261
+      /* "ivshmem/_core.pyx":276
  *                 if code != EINTR:
  *                     fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             bells.done()
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 261, __pyx_L12_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L13_error)
 
     }
   }
 
-  /* "ivshmem/_core.pyx":263
+  /* "ivshmem/_core.pyx":278
  *                 PyErr_CheckSignals()
  *         finally:
  *             bells.done()             # <<<<<<<<<<<<<<
@@ -7222,11 +7460,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
   /*finally:*/ {
     /*normal exit:*/{
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 263, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 278, __pyx_L1_error) }
       ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->done(__pyx_v_bells);
-      goto __pyx_L13;
+      goto __pyx_L14;
     }
-    __pyx_L12_error:;
+    __pyx_L13_error:;
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
@@ -7244,7 +7482,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __Pyx_XGOTREF(__pyx_t_16);
       __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
       {
-        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 263, __pyx_L26_error) }
+        if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 278, __pyx_L28_error) }
         ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->done(__pyx_v_bells);
       }
       __Pyx_XGIVEREF(__pyx_t_14);
@@ -7258,7 +7496,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
       __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
       goto __pyx_L1_error;
-      __pyx_L26_error:;
+      __pyx_L28_error:;
       __Pyx_XGIVEREF(__pyx_t_14);
       __Pyx_XGIVEREF(__pyx_t_15);
       __Pyx_XGIVEREF(__pyx_t_16);
@@ -7269,19 +7507,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
       __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
       goto __pyx_L1_error;
     }
-    __pyx_L11_return: {
+    __pyx_L12_return: {
       __pyx_t_16 = __pyx_r;
       __pyx_r = 0;
-      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 263, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_bells)) { __Pyx_RaiseUnboundLocalError("bells"); __PYX_ERR(0, 278, __pyx_L1_error) }
       ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->done(__pyx_v_bells);
       __pyx_r = __pyx_t_16;
       __pyx_t_16 = 0;
       goto __pyx_L0;
     }
-    __pyx_L13:;
+    __pyx_L14:;
   }
 
-  /* "ivshmem/_core.pyx":212
+  /* "ivshmem/_core.pyx":223
  *         return self.epoll
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7311,7 +7549,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":265
+/* "ivshmem/_core.pyx":280
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7320,15 +7558,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28ring(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31wait(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30wait, "wait($self, vector=None, timeout=None)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any.\n\nReturns:\n    For a given vector: how often it was rung since the last look, 0 when the time is over.\n    For any: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31wait(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32wait, "wait($self, vector=None, timeout=None)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any.\n\nReturns:\n    For a given vector: how often it was rung since the last look, 0 when the time is over.\n    For any: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7359,24 +7597,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":266
+      /* "ivshmem/_core.pyx":281
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None):             # <<<<<<<<<<<<<<
@@ -7389,11 +7627,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7406,7 +7644,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7417,9 +7655,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout);
 
-  /* "ivshmem/_core.pyx":265
+  /* "ivshmem/_core.pyx":280
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7435,7 +7673,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout) {
   int64_t __pyx_v_deadline;
   Py_ssize_t __pyx_v_index;
   uint64_t __pyx_v_count;
@@ -7460,17 +7698,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":299
  *         cdef Py_ssize_t index
  *         cdef uint64_t count
  *         self.check()             # <<<<<<<<<<<<<<
  *         if vector is None:
  *             return self.wait_any(deadline_of(timeout), False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":285
+  /* "ivshmem/_core.pyx":300
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -7481,15 +7719,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":286
+    /* "ivshmem/_core.pyx":301
  *         self.check()
  *         if vector is None:
  *             return self.wait_any(deadline_of(timeout), False)             # <<<<<<<<<<<<<<
  *         index = vector
  *         if not 0 <= index < self.own.count:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 286, __pyx_L1_error)
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 301, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_3, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     {
@@ -7503,7 +7741,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":285
+    /* "ivshmem/_core.pyx":300
  *         cdef uint64_t count
  *         self.check()
  *         if vector is None:             # <<<<<<<<<<<<<<
@@ -7512,22 +7750,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":287
+  /* "ivshmem/_core.pyx":302
  *         if vector is None:
  *             return self.wait_any(deadline_of(timeout), False)
  *         index = vector             # <<<<<<<<<<<<<<
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
 */
-  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L1_error)
   __pyx_v_index = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":288
+  /* "ivshmem/_core.pyx":303
  *             return self.wait_any(deadline_of(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
- *         count = self.take(index)
+ *         if timeout is None and self.relay is not None:
 */
   __pyx_t_2 = (0 <= __pyx_v_index);
   if (__pyx_t_2) {
@@ -7539,19 +7777,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/_core.pyx":289
+    /* "ivshmem/_core.pyx":304
  *         index = vector
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
- *         count = self.take(index)
- *         if count:
+ *         if timeout is None and self.relay is not None:
+ *             return self.read_one(index)
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_11[1] = __pyx_t_9;
@@ -7564,7 +7802,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     #endif
     __pyx_t_1 = 0;
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_5, __pyx_t_1);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 289, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -7586,52 +7824,54 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 289, __pyx_L1_error)
+    __PYX_ERR(0, 304, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":288
+    /* "ivshmem/_core.pyx":303
  *             return self.wait_any(deadline_of(timeout), False)
  *         index = vector
  *         if not 0 <= index < self.own.count:             # <<<<<<<<<<<<<<
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
- *         count = self.take(index)
+ *         if timeout is None and self.relay is not None:
 */
   }
 
-  /* "ivshmem/_core.pyx":290
+  /* "ivshmem/_core.pyx":305
  *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
- *         count = self.take(index)             # <<<<<<<<<<<<<<
- *         if count:
- *             return count
-*/
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 290, __pyx_L1_error)
-  __pyx_v_count = __pyx_t_14;
-
-  /* "ivshmem/_core.pyx":291
- *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
+ *         if timeout is None and self.relay is not None:             # <<<<<<<<<<<<<<
+ *             return self.read_one(index)
  *         count = self.take(index)
- *         if count:             # <<<<<<<<<<<<<<
- *             return count
- *         deadline = deadline_of(timeout)
 */
-  __pyx_t_6 = (__pyx_v_count != 0);
+  __pyx_t_2 = (__pyx_v_timeout == Py_None);
+  if (__pyx_t_2) {
 
+  } else {
+
+    __pyx_t_6 = __pyx_t_2;
+
+    goto __pyx_L6_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->relay) != Py_None);
+
+  __pyx_t_6 = __pyx_t_2;
+
+  __pyx_L6_bool_binop_done:;
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":292
+    /* "ivshmem/_core.pyx":306
+ *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
+ *         if timeout is None and self.relay is not None:
+ *             return self.read_one(index)             # <<<<<<<<<<<<<<
  *         count = self.take(index)
  *         if count:
- *             return count             # <<<<<<<<<<<<<<
- *         deadline = deadline_of(timeout)
- *         if deadline == 0 and not self.urgent:
 */
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->read_one(__pyx_v_self, __pyx_v_index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -7644,8 +7884,59 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":291
+    /* "ivshmem/_core.pyx":305
+ *         if not 0 <= index < self.own.count:
  *             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
+ *         if timeout is None and self.relay is not None:             # <<<<<<<<<<<<<<
+ *             return self.read_one(index)
+ *         count = self.take(index)
+*/
+  }
+
+  /* "ivshmem/_core.pyx":307
+ *         if timeout is None and self.relay is not None:
+ *             return self.read_one(index)
+ *         count = self.take(index)             # <<<<<<<<<<<<<<
+ *         if count:
+ *             return count
+*/
+  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_v_count = __pyx_t_14;
+
+  /* "ivshmem/_core.pyx":308
+ *             return self.read_one(index)
+ *         count = self.take(index)
+ *         if count:             # <<<<<<<<<<<<<<
+ *             return count
+ *         deadline = deadline_of(timeout)
+*/
+  __pyx_t_6 = (__pyx_v_count != 0);
+
+  if (__pyx_t_6) {
+
+
+    /* "ivshmem/_core.pyx":309
+ *         count = self.take(index)
+ *         if count:
+ *             return count             # <<<<<<<<<<<<<<
+ *         deadline = deadline_of(timeout)
+ *         if deadline == 0 and not self.urgent:
+*/
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_4;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_4 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":308
+ *             return self.read_one(index)
  *         count = self.take(index)
  *         if count:             # <<<<<<<<<<<<<<
  *             return count
@@ -7653,17 +7944,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":293
+  /* "ivshmem/_core.pyx":310
  *         if count:
  *             return count
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0 and not self.urgent:
  *             return 0
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 310, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":294
+  /* "ivshmem/_core.pyx":311
  *             return count
  *         deadline = deadline_of(timeout)
  *         if deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -7678,18 +7969,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 
     __pyx_t_6 = __pyx_t_2;
 
-    goto __pyx_L7_bool_binop_done;
+    goto __pyx_L10_bool_binop_done;
   }
   __pyx_t_2 = (!__pyx_v_self->urgent);
 
 
   __pyx_t_6 = __pyx_t_2;
 
-  __pyx_L7_bool_binop_done:;
+  __pyx_L10_bool_binop_done:;
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/_core.pyx":295
+    /* "ivshmem/_core.pyx":312
  *         deadline = deadline_of(timeout)
  *         if deadline == 0 and not self.urgent:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7707,7 +7998,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":294
+    /* "ivshmem/_core.pyx":311
  *             return count
  *         deadline = deadline_of(timeout)
  *         if deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -7716,14 +8007,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":313
  *         if deadline == 0 and not self.urgent:
  *             return 0
  *         return self.wait_one(index, deadline)             # <<<<<<<<<<<<<<
  * 
- *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+ *     cdef object read_one(self, Py_ssize_t index):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_v_index, __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_v_index, __pyx_v_deadline); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -7736,7 +8027,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":265
+  /* "ivshmem/_core.pyx":280
  *             bells.done()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7763,8 +8054,636 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":298
+/* "ivshmem/_core.pyx":315
  *         return self.wait_one(index, deadline)
+ * 
+ *     cdef object read_one(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+ *         cdef int fd = self.own.fds[index]
+*/
+
+static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_read_one(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+  int __pyx_v_fd;
+  uint64_t __pyx_v_count;
+  Py_ssize_t __pyx_v_n;
+  int __pyx_v_code;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_t_8;
+  char const *__pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("read_one", 0);
+
+  /* "ivshmem/_core.pyx":317
+ *     cdef object read_one(self, Py_ssize_t index):
+ *         """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+ *         cdef int fd = self.own.fds[index]             # <<<<<<<<<<<<<<
+ *         cdef uint64_t count = 0
+ *         cdef ssize_t n
+*/
+  __pyx_v_fd = (__pyx_v_self->own->fds[__pyx_v_index]);
+
+  /* "ivshmem/_core.pyx":318
+ *         """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+ *         cdef int fd = self.own.fds[index]
+ *         cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *         cdef ssize_t n
+ *         cdef int code
+*/
+  __pyx_v_count = 0;
+
+  /* "ivshmem/_core.pyx":321
+ *         cdef ssize_t n
+ *         cdef int code
+ *         self.waiters += 1             # <<<<<<<<<<<<<<
+ *         try:
+ *             while True:
+*/
+  __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
+
+  /* "ivshmem/_core.pyx":322
+ *         cdef int code
+ *         self.waiters += 1
+ *         try:             # <<<<<<<<<<<<<<
+ *             while True:
+ *                 if self.relay.fired():
+*/
+  /*try:*/ {
+
+    /* "ivshmem/_core.pyx":323
+ *         self.waiters += 1
+ *         try:
+ *             while True:             # <<<<<<<<<<<<<<
+ *                 if self.relay.fired():
+ *                     self._news()
+*/
+    while (1) {
+
+      /* "ivshmem/_core.pyx":324
+ *         try:
+ *             while True:
+ *                 if self.relay.fired():             # <<<<<<<<<<<<<<
+ *                     self._news()
+ *                 with nogil:
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay);
+
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":325
+ *             while True:
+ *                 if self.relay.fired():
+ *                     self._news()             # <<<<<<<<<<<<<<
+ *                 with nogil:
+ *                     n = c_read(fd, &count, sizeof(count))
+*/
+        __pyx_t_3 = ((PyObject *)__pyx_v_self);
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_2);
+        }
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+        /* "ivshmem/_core.pyx":324
+ *         try:
+ *             while True:
+ *                 if self.relay.fired():             # <<<<<<<<<<<<<<
+ *                     self._news()
+ *                 with nogil:
+*/
+      }
+
+      /* "ivshmem/_core.pyx":326
+ *                 if self.relay.fired():
+ *                     self._news()
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     n = c_read(fd, &count, sizeof(count))
+ *                     code = errno
+*/
+      {
+          PyThreadState * _save;
+          _save = PyEval_SaveThread();
+          __Pyx_FastGIL_Remember();
+          /*try:*/ {
+
+            /* "ivshmem/_core.pyx":327
+ *                     self._news()
+ *                 with nogil:
+ *                     n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
+ *                     code = errno
+ *                 if self.gone:
+*/
+            __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
+
+            /* "ivshmem/_core.pyx":328
+ *                 with nogil:
+ *                     n = c_read(fd, &count, sizeof(count))
+ *                     code = errno             # <<<<<<<<<<<<<<
+ *                 if self.gone:
+ *                     raise ClosedError("the endpoint was closed while waiting")
+*/
+            __pyx_v_code = errno;
+          }
+
+          /* "ivshmem/_core.pyx":326
+ *                 if self.relay.fired():
+ *                     self._news()
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     n = c_read(fd, &count, sizeof(count))
+ *                     code = errno
+*/
+          /*finally:*/ {
+            /*normal exit:*/{
+              __Pyx_FastGIL_Forget();
+              PyEval_RestoreThread(_save);
+              goto __pyx_L13;
+            }
+            __pyx_L13:;
+          }
+      }
+
+      /* "ivshmem/_core.pyx":329
+ *                     n = c_read(fd, &count, sizeof(count))
+ *                     code = errno
+ *                 if self.gone:             # <<<<<<<<<<<<<<
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):
+*/
+      if (unlikely(__pyx_v_self->gone)) {
+
+        /* "ivshmem/_core.pyx":330
+ *                     code = errno
+ *                 if self.gone:
+ *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
+ *                 if n == sizeof(count):
+ *                     if not self.relay.fired():
+*/
+        __pyx_t_3 = NULL;
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_t_4 = 1;
+        #if CYTHON_UNPACK_METHODS
+        if (unlikely(PyMethod_Check(__pyx_t_5))) {
+          __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_5);
+          assert(__pyx_t_3);
+          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+          __Pyx_INCREF(__pyx_t_3);
+          __Pyx_INCREF(__pyx__function);
+          __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+          __pyx_t_4 = 0;
+        }
+        #endif
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_endpoint_was_closed_while_wa};
+          __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_2);
+        }
+        __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __PYX_ERR(0, 330, __pyx_L4_error)
+
+        /* "ivshmem/_core.pyx":329
+ *                     n = c_read(fd, &count, sizeof(count))
+ *                     code = errno
+ *                 if self.gone:             # <<<<<<<<<<<<<<
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):
+*/
+      }
+
+      /* "ivshmem/_core.pyx":331
+ *                 if self.gone:
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *                     if not self.relay.fired():
+ *                         return count
+*/
+      __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":332
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):
+ *                     if not self.relay.fired():             # <<<<<<<<<<<<<<
+ *                         return count
+ *                 elif code != EINTR:
+*/
+        __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay));
+
+        if (__pyx_t_1) {
+
+
+          /* "ivshmem/_core.pyx":333
+ *                 if n == sizeof(count):
+ *                     if not self.relay.fired():
+ *                         return count             # <<<<<<<<<<<<<<
+ *                 elif code != EINTR:
+ *                     fail_with(code)
+*/
+          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_2);
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = __pyx_t_2;
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __pyx_t_2 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/_core.pyx":332
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):
+ *                     if not self.relay.fired():             # <<<<<<<<<<<<<<
+ *                         return count
+ *                 elif code != EINTR:
+*/
+        }
+
+        /* "ivshmem/_core.pyx":331
+ *                 if self.gone:
+ *                     raise ClosedError("the endpoint was closed while waiting")
+ *                 if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *                     if not self.relay.fired():
+ *                         return count
+*/
+        goto __pyx_L15;
+      }
+
+      /* "ivshmem/_core.pyx":334
+ *                     if not self.relay.fired():
+ *                         return count
+ *                 elif code != EINTR:             # <<<<<<<<<<<<<<
+ *                     fail_with(code)
+ *                 else:
+*/
+      __pyx_t_1 = (__pyx_v_code != EINTR);
+
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":335
+ *                         return count
+ *                 elif code != EINTR:
+ *                     fail_with(code)             # <<<<<<<<<<<<<<
+ *                 else:
+ *                     PyErr_CheckSignals()
+*/
+        __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L4_error)
+
+
+        /* "ivshmem/_core.pyx":334
+ *                     if not self.relay.fired():
+ *                         return count
+ *                 elif code != EINTR:             # <<<<<<<<<<<<<<
+ *                     fail_with(code)
+ *                 else:
+*/
+        goto __pyx_L15;
+      }
+
+      /* "ivshmem/_core.pyx":337
+ *                     fail_with(code)
+ *                 else:
+ *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+*/
+      /*else*/ {
+        __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L4_error)
+
+      }
+      __pyx_L15:;
+    }
+  }
+
+  /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      __pyx_t_7 = (__pyx_v_self->waiters > 1);
+
+      if (__pyx_t_7) {
+
+      } else {
+
+        __pyx_t_1 = __pyx_t_7;
+
+        goto __pyx_L18_bool_binop_done;
+      }
+      if (!__pyx_v_self->gone) {
+      } else {
+
+        __pyx_t_1 = __pyx_v_self->gone;
+        goto __pyx_L18_bool_binop_done;
+      }
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay);
+
+
+      __pyx_t_1 = __pyx_t_7;
+
+      __pyx_L18_bool_binop_done:;
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":340
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read             # <<<<<<<<<<<<<<
+ *             self.leave()
+ * 
+*/
+        __pyx_t_5 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_5);
+        __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_index); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_3};
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_2);
+        }
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+        /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+      }
+
+      /* "ivshmem/_core.pyx":341
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+*/
+      ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
+      goto __pyx_L5;
+    }
+    __pyx_L4_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_11);
+      __Pyx_XGOTREF(__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_13);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __pyx_t_6 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
+      {
+
+        /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+        __pyx_t_7 = (__pyx_v_self->waiters > 1);
+
+        if (__pyx_t_7) {
+
+        } else {
+
+          __pyx_t_1 = __pyx_t_7;
+
+          goto __pyx_L24_bool_binop_done;
+        }
+        if (!__pyx_v_self->gone) {
+        } else {
+
+          __pyx_t_1 = __pyx_v_self->gone;
+          goto __pyx_L24_bool_binop_done;
+        }
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay);
+
+
+        __pyx_t_1 = __pyx_t_7;
+
+        __pyx_L24_bool_binop_done:;
+        if (__pyx_t_1) {
+
+
+          /* "ivshmem/_core.pyx":340
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read             # <<<<<<<<<<<<<<
+ *             self.leave()
+ * 
+*/
+          __pyx_t_3 = ((PyObject *)__pyx_v_self->own);
+          __Pyx_INCREF(__pyx_t_3);
+          __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_index); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L22_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_4 = 0;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_5};
+            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L22_error)
+            __Pyx_GOTREF(__pyx_t_2);
+          }
+          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+          /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+        }
+
+        /* "ivshmem/_core.pyx":341
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+*/
+        ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
+      }
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_XGIVEREF(__pyx_t_11);
+      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
+      goto __pyx_L1_error;
+      __pyx_L22_error:;
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      goto __pyx_L1_error;
+    }
+    __pyx_L3_return: {
+      __pyx_t_15 = __pyx_r;
+      __pyx_r = 0;
+
+      /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+      __pyx_t_7 = (__pyx_v_self->waiters > 1);
+
+      if (__pyx_t_7) {
+
+      } else {
+
+        __pyx_t_1 = __pyx_t_7;
+
+        goto __pyx_L28_bool_binop_done;
+      }
+      if (!__pyx_v_self->gone) {
+      } else {
+
+        __pyx_t_1 = __pyx_v_self->gone;
+        goto __pyx_L28_bool_binop_done;
+      }
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay);
+
+
+      __pyx_t_1 = __pyx_t_7;
+
+      __pyx_L28_bool_binop_done:;
+      if (__pyx_t_1) {
+
+
+        /* "ivshmem/_core.pyx":340
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read             # <<<<<<<<<<<<<<
+ *             self.leave()
+ * 
+*/
+        __pyx_t_5 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_5);
+        __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_index); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_3};
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_2);
+        }
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+        /* "ivshmem/_core.pyx":339
+ *                     PyErr_CheckSignals()
+ *         finally:
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):             # <<<<<<<<<<<<<<
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()
+*/
+      }
+
+      /* "ivshmem/_core.pyx":341
+ *             if self.waiters > 1 and (self.gone or self.relay.fired()):
+ *                 self.own.signal(index)  # another may sleep in the same read
+ *             self.leave()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+*/
+      ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
+      __pyx_r = __pyx_t_15;
+      __pyx_t_15 = 0;
+      goto __pyx_L0;
+    }
+    __pyx_L5:;
+  }
+
+  /* "ivshmem/_core.pyx":315
+ *         return self.wait_one(index, deadline)
+ * 
+ *     cdef object read_one(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+ *         cdef int fd = self.own.fds[index]
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.read_one", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":343
+ *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):             # <<<<<<<<<<<<<<
  *         cdef pollfd fds[3]
@@ -7806,7 +8725,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":304
+  /* "ivshmem/_core.pyx":349
  *         cdef uint64_t count
  *         cdef int n, code
  *         fds[0].fd = self.own.fds[index]             # <<<<<<<<<<<<<<
@@ -7815,7 +8734,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[0]).fd = (__pyx_v_self->own->fds[__pyx_v_index]);
 
-  /* "ivshmem/_core.pyx":305
+  /* "ivshmem/_core.pyx":350
  *         cdef int n, code
  *         fds[0].fd = self.own.fds[index]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -7824,7 +8743,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":351
  *         fds[0].fd = self.own.fds[index]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -7835,7 +8754,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
   (__pyx_v_fds[2]).fd = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":307
+  /* "ivshmem/_core.pyx":352
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -7846,7 +8765,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":308
+  /* "ivshmem/_core.pyx":353
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -7855,7 +8774,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":309
+  /* "ivshmem/_core.pyx":354
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -7864,7 +8783,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":310
+    /* "ivshmem/_core.pyx":355
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -7873,7 +8792,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":311
+      /* "ivshmem/_core.pyx":356
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7885,7 +8804,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":312
+        /* "ivshmem/_core.pyx":357
  *             while True:
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -7909,7 +8828,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_v_nanoseconds = __pyx_t_5;
 
 
-        /* "ivshmem/_core.pyx":313
+        /* "ivshmem/_core.pyx":358
  *                 if deadline != INT64_MAX:
  *                     nanoseconds = max(deadline - now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -7918,7 +8837,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":314
+        /* "ivshmem/_core.pyx":359
  *                     nanoseconds = max(deadline - now(), <int64_t>0)
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -7927,7 +8846,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         __pyx_v_left.tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-        /* "ivshmem/_core.pyx":311
+        /* "ivshmem/_core.pyx":356
  *         try:
  *             while True:
  *                 if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -7936,7 +8855,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":315
+      /* "ivshmem/_core.pyx":360
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7949,7 +8868,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":318
+            /* "ivshmem/_core.pyx":363
  *                     n = ppoll(
  *                         fds,
  *                         3 if self.urgent else 2,             # <<<<<<<<<<<<<<
@@ -7964,7 +8883,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
               __pyx_t_6 = 2;
             }
 
-            /* "ivshmem/_core.pyx":319
+            /* "ivshmem/_core.pyx":364
  *                         fds,
  *                         3 if self.urgent else 2,
  *                         NULL if deadline == INT64_MAX else &left,             # <<<<<<<<<<<<<<
@@ -7982,7 +8901,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             }
 
 
-            /* "ivshmem/_core.pyx":316
+            /* "ivshmem/_core.pyx":361
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:
  *                     n = ppoll(             # <<<<<<<<<<<<<<
@@ -7993,7 +8912,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
 
 
-            /* "ivshmem/_core.pyx":322
+            /* "ivshmem/_core.pyx":367
  *                         NULL,
  *                     )
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -8003,7 +8922,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             __pyx_v_code = errno;
           }
 
-          /* "ivshmem/_core.pyx":315
+          /* "ivshmem/_core.pyx":360
  *                     left.tv_sec = nanoseconds // 1000000000
  *                     left.tv_nsec = nanoseconds % 1000000000
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8020,7 +8939,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":323
+      /* "ivshmem/_core.pyx":368
  *                     )
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -8029,7 +8948,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":324
+        /* "ivshmem/_core.pyx":369
  *                     code = errno
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -8037,7 +8956,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
  *                     if code != EINTR:
 */
         __pyx_t_9 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 324, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 369, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_11 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -8056,14 +8975,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 324, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 369, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_Raise(__pyx_t_8, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __PYX_ERR(0, 324, __pyx_L4_error)
+        __PYX_ERR(0, 369, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":323
+        /* "ivshmem/_core.pyx":368
  *                     )
  *                     code = errno
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -8072,7 +8991,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":325
+      /* "ivshmem/_core.pyx":370
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -8084,7 +9003,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":326
+        /* "ivshmem/_core.pyx":371
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -8096,17 +9015,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":327
+          /* "ivshmem/_core.pyx":372
  *                 if n < 0:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *                     continue
 */
-          __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L4_error)
+          __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L4_error)
 
 
-          /* "ivshmem/_core.pyx":326
+          /* "ivshmem/_core.pyx":371
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -8115,17 +9034,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":328
+        /* "ivshmem/_core.pyx":373
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                     continue
  *                 if n == 0:
 */
-        __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L4_error)
+        __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":329
+        /* "ivshmem/_core.pyx":374
  *                         fail_with(code)
  *                     PyErr_CheckSignals()
  *                     continue             # <<<<<<<<<<<<<<
@@ -8134,7 +9053,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":325
+        /* "ivshmem/_core.pyx":370
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -8143,7 +9062,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":330
+      /* "ivshmem/_core.pyx":375
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -8155,7 +9074,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":331
+        /* "ivshmem/_core.pyx":376
  *                     continue
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -8173,7 +9092,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":330
+        /* "ivshmem/_core.pyx":375
  *                     PyErr_CheckSignals()
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -8182,17 +9101,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":332
+      /* "ivshmem/_core.pyx":377
  *                 if n == 0:
  *                     return 0
  *                 count = self.take(index)             # <<<<<<<<<<<<<<
  *                 if count:
  *                     return count
 */
-      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_12 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 332, __pyx_L4_error)
+      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_12 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L4_error)
       __pyx_v_count = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":333
+      /* "ivshmem/_core.pyx":378
  *                     return 0
  *                 count = self.take(index)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -8204,14 +9123,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":334
+        /* "ivshmem/_core.pyx":379
  *                 count = self.take(index)
  *                 if count:
  *                     return count             # <<<<<<<<<<<<<<
  *                 if self.urgent and fds[2].revents:
  *                     self._news()
 */
-        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 334, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 379, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -8224,7 +9143,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         __pyx_t_8 = 0;
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":333
+        /* "ivshmem/_core.pyx":378
  *                     return 0
  *                 count = self.take(index)
  *                 if count:             # <<<<<<<<<<<<<<
@@ -8233,7 +9152,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":335
+      /* "ivshmem/_core.pyx":380
  *                 if count:
  *                     return count
  *                 if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -8255,7 +9174,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":336
+        /* "ivshmem/_core.pyx":381
  *                     return count
  *                 if self.urgent and fds[2].revents:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -8269,12 +9188,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-        /* "ivshmem/_core.pyx":335
+        /* "ivshmem/_core.pyx":380
  *                 if count:
  *                     return count
  *                 if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -8283,17 +9202,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":338
+      /* "ivshmem/_core.pyx":383
  *                     self._news()
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return 0
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L4_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":339
+      /* "ivshmem/_core.pyx":384
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8319,7 +9238,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":340
+        /* "ivshmem/_core.pyx":385
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -8337,7 +9256,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":339
+        /* "ivshmem/_core.pyx":384
  *                 # Another thread, or a hostile peer, took it, perhaps again and again.
  *                 PyErr_CheckSignals()
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8349,7 +9268,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":342
+  /* "ivshmem/_core.pyx":387
  *                     return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -8404,8 +9323,8 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":298
- *         return self.wait_one(index, deadline)
+  /* "ivshmem/_core.pyx":343
+ *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):             # <<<<<<<<<<<<<<
  *         cdef pollfd fds[3]
@@ -8433,7 +9352,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":344
+/* "ivshmem/_core.pyx":389
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8442,16 +9361,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33_wait_event(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_33_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32_wait_event};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33_wait_event(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_35_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34_wait_event};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8481,24 +9400,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 389, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 389, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8509,7 +9428,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 389, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8520,7 +9439,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_34_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8530,7 +9449,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -8541,25 +9460,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":346
+  /* "ivshmem/_core.pyx":391
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()             # <<<<<<<<<<<<<<
  *         return self.wait_any(deadline_of(timeout), True)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":347
+  /* "ivshmem/_core.pyx":392
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
  *         return self.wait_any(deadline_of(timeout), True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 347, __pyx_L1_error)
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_t_2, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   {
@@ -8573,7 +9492,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":344
+  /* "ivshmem/_core.pyx":389
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8592,7 +9511,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":349
+/* "ivshmem/_core.pyx":394
  *         return self.wait_any(deadline_of(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -8632,7 +9551,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   __Pyx_RefNannySetupContext("wait_any", 0);
 
 
-  /* "ivshmem/_core.pyx":351
+  /* "ivshmem/_core.pyx":396
  *     cdef object wait_any(self, int64_t deadline, bint for_news):
  *         cdef epoll_event event
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -8641,21 +9560,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":352
+  /* "ivshmem/_core.pyx":397
  *         cdef epoll_event event
  *         cdef int rounds = 0
  *         cdef int epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         cdef uint64_t count
  *         cdef int n
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_1)->epfd;
 
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_epfd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":355
+  /* "ivshmem/_core.pyx":400
  *         cdef uint64_t count
  *         cdef int n
  *         self.waiters += 1             # <<<<<<<<<<<<<<
@@ -8664,7 +9583,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters + 1);
 
-  /* "ivshmem/_core.pyx":356
+  /* "ivshmem/_core.pyx":401
  *         cdef int n
  *         self.waiters += 1
  *         try:             # <<<<<<<<<<<<<<
@@ -8673,7 +9592,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":357
+    /* "ivshmem/_core.pyx":402
  *         self.waiters += 1
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -8682,17 +9601,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":358
+      /* "ivshmem/_core.pyx":403
  *         try:
  *             while True:
  *                 n = epoll_sleep(epfd, &event, 1, deadline)             # <<<<<<<<<<<<<<
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 358, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, (&__pyx_v_event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 403, __pyx_L4_error)
       __pyx_v_n = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":359
+      /* "ivshmem/_core.pyx":404
  *             while True:
  *                 n = epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -8701,7 +9620,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       if (unlikely(__pyx_v_self->gone)) {
 
-        /* "ivshmem/_core.pyx":360
+        /* "ivshmem/_core.pyx":405
  *                 n = epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -8709,7 +9628,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                     continue
 */
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 360, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -8728,14 +9647,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_Raise(__pyx_t_1, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __PYX_ERR(0, 360, __pyx_L4_error)
+        __PYX_ERR(0, 405, __pyx_L4_error)
 
-        /* "ivshmem/_core.pyx":359
+        /* "ivshmem/_core.pyx":404
  *             while True:
  *                 n = epoll_sleep(epfd, &event, 1, deadline)
  *                 if self.gone:             # <<<<<<<<<<<<<<
@@ -8744,7 +9663,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":361
+      /* "ivshmem/_core.pyx":406
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -8756,7 +9675,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":362
+        /* "ivshmem/_core.pyx":407
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:
  *                     continue             # <<<<<<<<<<<<<<
@@ -8765,7 +9684,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         goto __pyx_L6_continue;
 
-        /* "ivshmem/_core.pyx":361
+        /* "ivshmem/_core.pyx":406
  *                 if self.gone:
  *                     raise ClosedError("the endpoint was closed while waiting")
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -8774,7 +9693,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":363
+      /* "ivshmem/_core.pyx":408
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -8786,7 +9705,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":364
+        /* "ivshmem/_core.pyx":409
  *                     continue
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -8803,7 +9722,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L3_return;
 
-        /* "ivshmem/_core.pyx":363
+        /* "ivshmem/_core.pyx":408
  *                 if n < 0:
  *                     continue
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -8812,7 +9731,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":365
+      /* "ivshmem/_core.pyx":410
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -8824,7 +9743,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":366
+        /* "ivshmem/_core.pyx":411
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -8838,12 +9757,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L4_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/_core.pyx":367
+        /* "ivshmem/_core.pyx":412
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -8852,7 +9771,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":368
+          /* "ivshmem/_core.pyx":413
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -8870,7 +9789,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":367
+          /* "ivshmem/_core.pyx":412
  *                 if event.data.u64 == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -8879,7 +9798,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":365
+        /* "ivshmem/_core.pyx":410
  *                 if n == 0:
  *                     return None
  *                 if event.data.u64 == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -8889,7 +9808,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":369
+      /* "ivshmem/_core.pyx":414
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -8901,17 +9820,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":370
+        /* "ivshmem/_core.pyx":415
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)             # <<<<<<<<<<<<<<
  *                     if count:
  *                         return Interrupt(event.data.u64, count)
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_event.data.u64); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_event.data.u64); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L4_error)
         __pyx_v_count = __pyx_t_7;
 
-        /* "ivshmem/_core.pyx":371
+        /* "ivshmem/_core.pyx":416
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)
  *                     if count:             # <<<<<<<<<<<<<<
@@ -8923,7 +9842,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":372
+          /* "ivshmem/_core.pyx":417
  *                     count = self.take(event.data.u64)
  *                     if count:
  *                         return Interrupt(event.data.u64, count)             # <<<<<<<<<<<<<<
@@ -8931,11 +9850,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 PyErr_CheckSignals()
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 372, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_event.data.u64); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 417, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 372, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_count); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 417, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_5 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -8956,7 +9875,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L4_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 417, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           {
@@ -8970,7 +9889,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":371
+          /* "ivshmem/_core.pyx":416
  *                 elif event.data.u64 < TOKEN_NEWS:
  *                     count = self.take(event.data.u64)
  *                     if count:             # <<<<<<<<<<<<<<
@@ -8979,7 +9898,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":369
+        /* "ivshmem/_core.pyx":414
  *                     if for_news:
  *                         return True
  *                 elif event.data.u64 < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -8989,17 +9908,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":374
+      /* "ivshmem/_core.pyx":419
  *                         return Interrupt(event.data.u64, count)
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:
  *                     deadline = 0
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L4_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L4_error)
 
 
-      /* "ivshmem/_core.pyx":375
+      /* "ivshmem/_core.pyx":420
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -9035,7 +9954,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":376
+        /* "ivshmem/_core.pyx":421
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:
  *                     deadline = 0             # <<<<<<<<<<<<<<
@@ -9044,7 +9963,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_deadline = 0;
 
-        /* "ivshmem/_core.pyx":375
+        /* "ivshmem/_core.pyx":420
  *                 # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *                 PyErr_CheckSignals()
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -9054,7 +9973,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":377
+      /* "ivshmem/_core.pyx":422
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -9066,7 +9985,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/_core.pyx":378
+        /* "ivshmem/_core.pyx":423
  *                     deadline = 0
  *                 elif deadline == 0:
  *                     rounds += 1             # <<<<<<<<<<<<<<
@@ -9075,7 +9994,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-        /* "ivshmem/_core.pyx":379
+        /* "ivshmem/_core.pyx":424
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -9087,7 +10006,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/_core.pyx":380
+          /* "ivshmem/_core.pyx":425
  *                     rounds += 1
  *                     if rounds == BATCH:
  *                         return None             # <<<<<<<<<<<<<<
@@ -9104,7 +10023,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L3_return;
 
-          /* "ivshmem/_core.pyx":379
+          /* "ivshmem/_core.pyx":424
  *                 elif deadline == 0:
  *                     rounds += 1
  *                     if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -9113,7 +10032,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":377
+        /* "ivshmem/_core.pyx":422
  *                 if deadline and deadline != INT64_MAX and now() >= deadline:
  *                     deadline = 0
  *                 elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -9126,7 +10045,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":382
+  /* "ivshmem/_core.pyx":427
  *                         return None
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9183,7 +10102,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/_core.pyx":349
+  /* "ivshmem/_core.pyx":394
  *         return self.wait_any(deadline_of(timeout), True)
  * 
  *     cdef object wait_any(self, int64_t deadline, bint for_news):             # <<<<<<<<<<<<<<
@@ -9214,15 +10133,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":384
+/* "ivshmem/_core.pyx":429
  *             self.leave()
  * 
  *     cdef uint64_t take(self, Py_ssize_t index) except? 0:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not."""
- *         cdef int32_t count
+ *         cdef uint64_t total
 */
 
 static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+  uint64_t __pyx_v_total;
   int32_t __pyx_v_count;
   Py_ssize_t __pyx_v_n;
   uint64_t __pyx_r;
@@ -9232,58 +10152,133 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  Py_ssize_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/_core.pyx":388
+  /* "ivshmem/_core.pyx":434
  *         cdef int32_t count
  *         cdef ssize_t n
  *         if not self.uio:             # <<<<<<<<<<<<<<
- *             return take_count(self.own.fds[index])
- *         n = c_read(self.own.fds[index], &count, sizeof(count))
+ *             total = take_count(self.own.fds[index])
+ *             if total and self.relay is not None and self.relay.fired():
 */
   __pyx_t_1 = (!__pyx_v_self->uio);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":389
+    /* "ivshmem/_core.pyx":435
  *         cdef ssize_t n
  *         if not self.uio:
- *             return take_count(self.own.fds[index])             # <<<<<<<<<<<<<<
+ *             total = take_count(self.own.fds[index])             # <<<<<<<<<<<<<<
+ *             if total and self.relay is not None and self.relay.fired():
+ *                 self._news()  # the relay's doing, and not a ring
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 435, __pyx_L1_error)
+    __pyx_v_total = __pyx_t_2;
+
+    /* "ivshmem/_core.pyx":436
+ *         if not self.uio:
+ *             total = take_count(self.own.fds[index])
+ *             if total and self.relay is not None and self.relay.fired():             # <<<<<<<<<<<<<<
+ *                 self._news()  # the relay's doing, and not a ring
+ *             return total
+*/
+    __pyx_t_3 = (__pyx_v_total != 0);
+
+    if (__pyx_t_3) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_3;
+
+      goto __pyx_L5_bool_binop_done;
+    }
+    __pyx_t_3 = (((PyObject *)__pyx_v_self->relay) != Py_None);
+    if (__pyx_t_3) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_3;
+
+      goto __pyx_L5_bool_binop_done;
+    }
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *)__pyx_v_self->relay->__pyx_vtab)->fired(__pyx_v_self->relay);
+
+
+    __pyx_t_1 = __pyx_t_3;
+
+    __pyx_L5_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_core.pyx":437
+ *             total = take_count(self.own.fds[index])
+ *             if total and self.relay is not None and self.relay.fired():
+ *                 self._news()  # the relay's doing, and not a ring             # <<<<<<<<<<<<<<
+ *             return total
+ *         n = c_read(self.own.fds[index], &count, sizeof(count))
+*/
+      __pyx_t_5 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
+        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+      /* "ivshmem/_core.pyx":436
+ *         if not self.uio:
+ *             total = take_count(self.own.fds[index])
+ *             if total and self.relay is not None and self.relay.fired():             # <<<<<<<<<<<<<<
+ *                 self._news()  # the relay's doing, and not a ring
+ *             return total
+*/
+    }
+
+    /* "ivshmem/_core.pyx":438
+ *             if total and self.relay is not None and self.relay.fired():
+ *                 self._news()  # the relay's doing, and not a ring
+ *             return total             # <<<<<<<<<<<<<<
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->own->fds[__pyx_v_index])); if (unlikely(__pyx_t_2 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L1_error)
     {
-      __pyx_r = __pyx_t_2;
+
+      __pyx_r = __pyx_v_total;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":388
+    /* "ivshmem/_core.pyx":434
  *         cdef int32_t count
  *         cdef ssize_t n
  *         if not self.uio:             # <<<<<<<<<<<<<<
- *             return take_count(self.own.fds[index])
- *         n = c_read(self.own.fds[index], &count, sizeof(count))
+ *             total = take_count(self.own.fds[index])
+ *             if total and self.relay is not None and self.relay.fired():
 */
   }
 
-  /* "ivshmem/_core.pyx":390
- *         if not self.uio:
- *             return take_count(self.own.fds[index])
+  /* "ivshmem/_core.pyx":439
+ *                 self._news()  # the relay's doing, and not a ring
+ *             return total
  *         n = c_read(self.own.fds[index], &count, sizeof(count))             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:
 */
   __pyx_v_n = read((__pyx_v_self->own->fds[__pyx_v_index]), (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":391
- *             return take_count(self.own.fds[index])
+  /* "ivshmem/_core.pyx":440
+ *             return total
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
  *             if errno != EAGAIN and errno != EINTR:
@@ -9294,7 +10289,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":392
+    /* "ivshmem/_core.pyx":441
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:             # <<<<<<<<<<<<<<
@@ -9313,17 +10308,17 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":393
+      /* "ivshmem/_core.pyx":442
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:
  *                 fail()             # <<<<<<<<<<<<<<
  *             return 0
  *         if n != sizeof(count):
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 393, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":392
+      /* "ivshmem/_core.pyx":441
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:
  *             if errno != EAGAIN and errno != EINTR:             # <<<<<<<<<<<<<<
@@ -9332,7 +10327,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":394
+    /* "ivshmem/_core.pyx":443
  *             if errno != EAGAIN and errno != EINTR:
  *                 fail()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9345,8 +10340,8 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":391
- *             return take_count(self.own.fds[index])
+    /* "ivshmem/_core.pyx":440
+ *             return total
  *         n = c_read(self.own.fds[index], &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
  *             if errno != EAGAIN and errno != EINTR:
@@ -9354,71 +10349,87 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":395
+  /* "ivshmem/_core.pyx":444
  *                 fail()
  *             return 0
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
  *             raise OSError(EINVAL, "what was opened is no UIO device")
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+ *         # It counts since the driver was loaded, and wraps.
 */
   __pyx_t_1 = (__pyx_v_n != (sizeof(__pyx_v_count)));
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":396
+    /* "ivshmem/_core.pyx":445
  *             return 0
  *         if n != sizeof(count):
  *             raise OSError(EINVAL, "what was opened is no UIO device")             # <<<<<<<<<<<<<<
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
- *         self.uio_count = count
+ *         # It counts since the driver was loaded, and wraps.
+ *         n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 396, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = 1;
+    __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 445, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_6 = 1;
     {
-      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_6, __pyx_mstate_global->__pyx_kp_u_what_was_opened_is_no_UIO_device};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_8, __pyx_mstate_global->__pyx_kp_u_what_was_opened_is_no_UIO_device};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 445, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 396, __pyx_L1_error)
+    __PYX_ERR(0, 445, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":395
+    /* "ivshmem/_core.pyx":444
  *                 fail()
  *             return 0
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
  *             raise OSError(EINVAL, "what was opened is no UIO device")
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+ *         # It counts since the driver was loaded, and wraps.
 */
   }
 
-  /* "ivshmem/_core.pyx":397
- *         if n != sizeof(count):
+  /* "ivshmem/_core.pyx":447
  *             raise OSError(EINVAL, "what was opened is no UIO device")
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps             # <<<<<<<<<<<<<<
+ *         # It counts since the driver was loaded, and wraps.
+ *         n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1             # <<<<<<<<<<<<<<
  *         self.uio_count = count
- *         return n
+ *         self.uio_known = True
 */
-  __pyx_v_n = (((uint32_t)__pyx_v_count) - ((uint32_t)__pyx_v_self->uio_count));
+  if (__pyx_v_self->uio_known) {
 
-  /* "ivshmem/_core.pyx":398
- *             raise OSError(EINVAL, "what was opened is no UIO device")
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+    __pyx_t_9 = (((uint32_t)__pyx_v_count) - ((uint32_t)__pyx_v_self->uio_count));
+  } else {
+
+    __pyx_t_9 = 1;
+  }
+  __pyx_v_n = __pyx_t_9;
+
+  /* "ivshmem/_core.pyx":448
+ *         # It counts since the driver was loaded, and wraps.
+ *         n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
+ *         self.uio_known = True
  *         return n
- * 
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":399
- *         n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+  /* "ivshmem/_core.pyx":449
+ *         n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1
  *         self.uio_count = count
+ *         self.uio_known = True             # <<<<<<<<<<<<<<
+ *         return n
+ * 
+*/
+  __pyx_v_self->uio_known = 1;
+
+  /* "ivshmem/_core.pyx":450
+ *         self.uio_count = count
+ *         self.uio_known = True
  *         return n             # <<<<<<<<<<<<<<
  * 
  *     cdef void leave(self) noexcept:
@@ -9429,22 +10440,23 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":384
+  /* "ivshmem/_core.pyx":429
  *             self.leave()
  * 
  *     cdef uint64_t take(self, Py_ssize_t index) except? 0:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not."""
- *         cdef int32_t count
+ *         cdef uint64_t total
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
+
 
 
 
@@ -9452,7 +10464,7 @@ static uint64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":401
+/* "ivshmem/_core.pyx":452
  *         return n
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9464,7 +10476,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":403
+  /* "ivshmem/_core.pyx":454
  *     cdef void leave(self) noexcept:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1             # <<<<<<<<<<<<<<
@@ -9473,7 +10485,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   __pyx_v_self->waiters = (__pyx_v_self->waiters - 1);
 
-  /* "ivshmem/_core.pyx":404
+  /* "ivshmem/_core.pyx":455
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -9495,7 +10507,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":405
+    /* "ivshmem/_core.pyx":456
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -9504,7 +10516,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
 
-    /* "ivshmem/_core.pyx":404
+    /* "ivshmem/_core.pyx":455
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         self.waiters -= 1
  *         if self.gone and self.waiters == 0:             # <<<<<<<<<<<<<<
@@ -9513,7 +10525,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":401
+  /* "ivshmem/_core.pyx":452
  *         return n
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9525,7 +10537,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 
 }
 
-/* "ivshmem/_core.pyx":407
+/* "ivshmem/_core.pyx":458
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9544,7 +10556,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":408
+  /* "ivshmem/_core.pyx":459
  * 
  *     cdef void release(self) noexcept:
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -9558,12 +10570,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 408, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":409
+  /* "ivshmem/_core.pyx":460
  *     cdef void release(self) noexcept:
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -9577,12 +10589,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":410
+  /* "ivshmem/_core.pyx":461
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -9596,12 +10608,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 461, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":411
+  /* "ivshmem/_core.pyx":462
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -9612,7 +10624,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":412
+    /* "ivshmem/_core.pyx":463
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -9626,12 +10638,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 463, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":411
+    /* "ivshmem/_core.pyx":462
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -9640,7 +10652,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":413
+  /* "ivshmem/_core.pyx":464
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -9651,7 +10663,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_core.pyx":414
+    /* "ivshmem/_core.pyx":465
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -9665,12 +10677,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":413
+    /* "ivshmem/_core.pyx":464
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -9679,7 +10691,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":407
+  /* "ivshmem/_core.pyx":458
  *             self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9698,7 +10710,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":416
+/* "ivshmem/_core.pyx":467
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9707,16 +10719,16 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_35close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34close};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_37close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36close};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9742,15 +10754,16 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_34close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_36close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_v_bells = NULL;
+  Py_ssize_t __pyx_v_index;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9764,12 +10777,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   PyObject *__pyx_t_9 = NULL;
   int __pyx_t_10;
   int __pyx_t_11;
+  Py_ssize_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":418
+  /* "ivshmem/_core.pyx":469
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -9778,7 +10792,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   if (__pyx_v_self->gone) {
 
-    /* "ivshmem/_core.pyx":419
+    /* "ivshmem/_core.pyx":470
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:
  *             return             # <<<<<<<<<<<<<<
@@ -9795,7 +10809,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":418
+    /* "ivshmem/_core.pyx":469
  *     def close(self):
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:             # <<<<<<<<<<<<<<
@@ -9804,7 +10818,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":420
+  /* "ivshmem/_core.pyx":471
  *         if self.gone:
  *             return
  *         self._unwatch()             # <<<<<<<<<<<<<<
@@ -9818,12 +10832,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":421
+  /* "ivshmem/_core.pyx":472
  *             return
  *         self._unwatch()
  *         self.gone = True             # <<<<<<<<<<<<<<
@@ -9832,7 +10846,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   __pyx_v_self->gone = 1;
 
-  /* "ivshmem/_core.pyx":422
+  /* "ivshmem/_core.pyx":473
  *         self._unwatch()
  *         self.gone = True
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -9842,9 +10856,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   __pyx_t_4 = 0;
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-    __PYX_ERR(0, 422, __pyx_L1_error)
+    __PYX_ERR(0, 473, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 473, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_2;
@@ -9852,12 +10866,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_5, &__pyx_t_4, NULL, &__pyx_t_2, NULL, __pyx_t_6);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 422, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 473, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":423
+    /* "ivshmem/_core.pyx":474
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -9868,7 +10882,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":424
+      /* "ivshmem/_core.pyx":475
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -9882,12 +10896,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 424, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 475, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":423
+      /* "ivshmem/_core.pyx":474
  *         self.gone = True
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -9898,7 +10912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":425
+  /* "ivshmem/_core.pyx":476
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -9907,17 +10921,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-    __PYX_ERR(0, 425, __pyx_L1_error)
+    __PYX_ERR(0, 476, __pyx_L1_error)
   }
-  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":427
+  /* "ivshmem/_core.pyx":478
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *             self.wake.signal(0)
- *         else:
+ *             if self.relay is not None:
 */
   __pyx_t_11 = (__pyx_v_self->waiters != 0);
 
@@ -9938,12 +10952,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_core.pyx":428
+    /* "ivshmem/_core.pyx":479
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:
  *             self.wake.signal(0)             # <<<<<<<<<<<<<<
- *         else:
- *             self.release()
+ *             if self.relay is not None:
+ *                 for index in range(self.own.count):
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->wake);
     __Pyx_INCREF(__pyx_t_2);
@@ -9952,34 +10966,90 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 479, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":427
+    /* "ivshmem/_core.pyx":480
+ *         if self.waiters and getpid() == self.pid:
+ *             self.wake.signal(0)
+ *             if self.relay is not None:             # <<<<<<<<<<<<<<
+ *                 for index in range(self.own.count):
+ *                     self.own.signal(index)
+*/
+    __pyx_t_8 = (((PyObject *)__pyx_v_self->relay) != Py_None);
+    if (__pyx_t_8) {
+
+
+      /* "ivshmem/_core.pyx":481
+ *             self.wake.signal(0)
+ *             if self.relay is not None:
+ *                 for index in range(self.own.count):             # <<<<<<<<<<<<<<
+ *                     self.own.signal(index)
+ *         else:
+*/
+
+      __pyx_t_5 = __pyx_v_self->own->count;
+      __pyx_t_4 = __pyx_t_5;
+
+      for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_4; __pyx_t_12+=1) {
+        __pyx_v_index = __pyx_t_12;
+
+        /* "ivshmem/_core.pyx":482
+ *             if self.relay is not None:
+ *                 for index in range(self.own.count):
+ *                     self.own.signal(index)             # <<<<<<<<<<<<<<
+ *         else:
+ *             self.release()
+*/
+        __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_9 = PyLong_FromSsize_t(__pyx_v_index); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 482, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_9);
+        __pyx_t_3 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_9};
+          __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 482, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_1);
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      }
+
+
+      /* "ivshmem/_core.pyx":480
+ *         if self.waiters and getpid() == self.pid:
+ *             self.wake.signal(0)
+ *             if self.relay is not None:             # <<<<<<<<<<<<<<
+ *                 for index in range(self.own.count):
+ *                     self.own.signal(index)
+*/
+    }
+
+    /* "ivshmem/_core.pyx":478
  *         self.bells.clear()
  *         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
  *         if self.waiters and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *             self.wake.signal(0)
- *         else:
+ *             if self.relay is not None:
 */
     goto __pyx_L7;
   }
 
-  /* "ivshmem/_core.pyx":430
- *             self.wake.signal(0)
+  /* "ivshmem/_core.pyx":484
+ *                     self.own.signal(index)
  *         else:
  *             self.release()             # <<<<<<<<<<<<<<
- * 
- * 
 */
   /*else*/ {
     ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
   }
   __pyx_L7:;
 
-  /* "ivshmem/_core.pyx":416
+  /* "ivshmem/_core.pyx":467
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9998,6 +11068,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_bells);
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
@@ -10010,16 +11081,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34close(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_37__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_39__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10045,14 +11116,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_36__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_38__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -10092,16 +11163,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36__reduce_cython__(CYTHON_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_39__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_40__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_41__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10167,7 +11238,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_38__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_40__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10177,7 +11248,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -10221,6 +11292,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject
   p->queued = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)Py_None); Py_INCREF(Py_None);
   p->epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)Py_None); Py_INCREF(Py_None);
   p->outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)Py_None); Py_INCREF(Py_None);
+  p->relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)Py_None); Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_5_core_9Doorbells_1__cinit__(o, a, k);
     if (unlikely(cinit_result)) goto bad;
@@ -10255,6 +11327,7 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_Doorbells(PyObject *o) {
   Py_CLEAR(p->queued);
   Py_CLEAR(p->epoll);
   Py_CLEAR(p->outer);
+  Py_CLEAR(p->relay);
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
   (*tp->tp_free)(o);
@@ -10297,6 +11370,9 @@ static int __pyx_tp_traverse_7ivshmem_5_core_Doorbells(PyObject *o, visitproc v,
   if (p->outer) {
     e = (*v)(((PyObject *)p->outer), a); if (e) return e;
   }
+  if (p->relay) {
+    e = (*v)(((PyObject *)p->relay), a); if (e) return e;
+  }
   return 0;
 }
 
@@ -10324,6 +11400,9 @@ static int __pyx_tp_clear_7ivshmem_5_core_Doorbells(PyObject *o) {
   tmp = ((PyObject*)p->outer);
   p->outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->relay);
+  p->relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
   return 0;
 }
 
@@ -10340,21 +11419,22 @@ static PyMethodDef __pyx_methods_7ivshmem_5_core_Doorbells[] = {
   {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_missing},
   {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_watch},
   {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_unwatch},
-  {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_add_vector},
-  {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_add_bell},
-  {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_uio},
-  {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_ring_by},
-  {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_self},
-  {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_bells},
-  {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_drop_peer},
-  {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_set_queued},
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26fileno},
-  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28ring},
-  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30wait},
-  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32_wait_event},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38__setstate_cython__},
+  {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_listen_alone},
+  {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_add_vector},
+  {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_add_bell},
+  {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_listen_uio},
+  {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_ring_by},
+  {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_self},
+  {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_bells},
+  {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_drop_peer},
+  {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_set_queued},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28fileno},
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30ring},
+  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32wait},
+  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34_wait_event},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -10366,7 +11446,7 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_5_core_Doorbells[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_5_core_Doorbells_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_core_Doorbells},
-  {Py_tp_doc, (void *)PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and\n    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.\n\n    A device rings by a register instead (`_ring_by`), and may have to listen by UIO (`_listen_uio`).\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and\n    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.\n\n    A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_5_core_Doorbells},
   {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_5_core_Doorbells},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_core_Doorbells},
@@ -10404,7 +11484,7 @@ static PyTypeObject __pyx_type_7ivshmem_5_core_Doorbells = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and\n    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.\n\n    A device rings by a register instead (`_ring_by`), and may have to listen by UIO (`_listen_uio`).\n    "), /*tp_doc*/
+  PyDoc_STR("The doorbells that an endpoint rings, and those that it listens on.\n\n    A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and\n    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and\n    `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.\n\n    A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_5_core_Doorbells, /*tp_traverse*/
   __pyx_tp_clear_7ivshmem_5_core_Doorbells, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -10517,20 +11597,21 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtabptr_7ivshmem_5_core_Doorbells = &__pyx_vtable_7ivshmem_5_core_Doorbells;
   __pyx_vtable_7ivshmem_5_core_Doorbells.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_check;
   __pyx_vtable_7ivshmem_5_core_Doorbells.anything = (struct __pyx_obj_7ivshmem_4_fds_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_anything;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.read_one = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_read_one;
   __pyx_vtable_7ivshmem_5_core_Doorbells.wait_one = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int64_t))__pyx_f_7ivshmem_5_core_9Doorbells_wait_one;
   __pyx_vtable_7ivshmem_5_core_Doorbells.wait_any = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t, int))__pyx_f_7ivshmem_5_core_9Doorbells_wait_any;
   __pyx_vtable_7ivshmem_5_core_Doorbells.take = (uint64_t (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_take;
   __pyx_vtable_7ivshmem_5_core_Doorbells.leave = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_leave;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 39, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -10540,9 +11621,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -10583,6 +11664,16 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 21, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 21, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 32, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 32, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -10591,8 +11682,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 32, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 32, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._memory"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -10958,7 +12049,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_core.pyx":24
+  /* "ivshmem/_core.pyx":26
  * from ._memory cimport Registers
  * 
  * from collections import namedtuple             # <<<<<<<<<<<<<<
@@ -10967,37 +12058,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":26
- * from collections import namedtuple
- * 
- * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
- * 
- * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -11007,6 +12074,30 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":28
+ * from collections import namedtuple
+ * 
+ * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
+ * 
+ * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
+    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":30
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -11014,11 +12105,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 28, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 28, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 30, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -11028,13 +12119,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 28, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 30, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 28, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 30, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -11045,253 +12136,268 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 28, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":29
+  /* "ivshmem/_core.pyx":31
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":76
+  /* "ivshmem/_core.pyx":80
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 80, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":79
+  /* "ivshmem/_core.pyx":83
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 79, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 79, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":84
+  /* "ivshmem/_core.pyx":88
  *     # Bookkeeping, called with the GIL held.
  * 
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 88, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":94
+  /* "ivshmem/_core.pyx":98
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     def _unwatch(self):             # <<<<<<<<<<<<<<
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 98, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":103
+  /* "ivshmem/_core.pyx":107
  *         self.urgent = False
+ * 
+ *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
+ *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+ * 
+*/
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 107, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_core.pyx":114
+ *         self.relay = relay
  * 
  *     def _add_vector(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":115
+  /* "ivshmem/_core.pyx":126
  *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
  * 
  *     def _add_bell(self, peer, int fd):             # <<<<<<<<<<<<<<
  *         """Ring the peer's next vector through `fd`; takes it."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":122
+  /* "ivshmem/_core.pyx":133
  *         bells.take(fd)
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":130
+  /* "ivshmem/_core.pyx":141
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":150
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 139, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":143
+  /* "ivshmem/_core.pyx":154
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":148
+  /* "ivshmem/_core.pyx":159
  *         return None if bells is None else bells.count
  * 
  *     def _drop_peer(self, peer):             # <<<<<<<<<<<<<<
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":180
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if self.gone:
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":178
+  /* "ivshmem/_core.pyx":189
  *             take_count(self.queued.fds[0])
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":344
+  /* "ivshmem/_core.pyx":389
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.check()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":416
+  /* "ivshmem/_core.pyx":467
  *             self.epoll.close()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         if self.gone:
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_37close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 467, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 467, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
@@ -11299,7 +12405,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_37__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
@@ -11313,7 +12419,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
@@ -11393,7 +12499,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":28
+  /* "ivshmem/_core.pyx":30
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -11402,12 +12508,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 28, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 30, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":344
+  /* "ivshmem/_core.pyx":389
  *             self.leave()
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11416,7 +12522,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -11457,38 +12563,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{14},{8},{15},{1},{20},{1},{78},{179},{8},{7},{6},{2},{9},{14},{17},{50},{22},{37},{7},{21},{32},{11},{9},{27},{29},{19},{21},{16},{20},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{16},{9},{12},{13},{20},{12},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{8},{18},{5},{18},{5},{11},{8},{6},{8},{2},{6},{3},{5},{7},{13},{6},{10},{5},{4},{3},{9},{6},{5},{4},{10},{6},{4},{7},{6},{6},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{183},{9},{7},{43},{105},{15},{48},{30},{33},{73},{22},{25},{82},{85},{29},{47}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{14},{8},{15},{1},{20},{1},{78},{179},{8},{7},{6},{2},{9},{14},{17},{50},{22},{37},{7},{21},{32},{11},{9},{27},{29},{19},{21},{16},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{16},{9},{12},{13},{20},{12},{7},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{8},{18},{5},{18},{5},{11},{8},{6},{8},{2},{6},{3},{5},{5},{7},{13},{6},{10},{5},{4},{3},{9},{5},{6},{5},{4},{10},{6},{4},{7},{6},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{183},{9},{7},{43},{142},{15},{48},{30},{33},{73},{22},{11},{25},{82},{85},{29},{47}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1264 bytes) */
-static const char cstring[] = "x\332uT\277o\0337\024\226Q\327qR\245\211Z\303\005\002\024\240\2336\216\323D\205[!I\273\024F\034\267\356\017\307n\342f\350\300P\307w\022\233\023y:\362$\253\350\220Q\343\215\034o\274Qc\306\214\0353j\314\237\220?\241\217<I>;\255\001\213\274\307\217\357\307\367=>\"4\221\212\300\000\244\t9\031@`T\242o\232\004\200\204\t\353\364\320\276\325\374\216\230.\002A\362X\tiH\227i\362\375\316\014MTx\356x\210\307I*;\344Y\"dG?#F\364@\023-d\000D\224\347\021\323n#\014p\022\252\244y\240\014\240\033f\310\203\221\351*I\320!\207H\264!a\006\242\021\321&\021\201\201\304\201$9|xx\247u\277E\230\344$\201?1\021\364\237\266\003t\2531\024\246\324NEd\204$f\024\203n\222\375\220\214TJ$`<\243H\214\270\352\005\323\005I4\030\267!\233LJe\230\021JR\274\2165l\022.\022\014\"\006\340n\357\261HC\223qN\021\007\\h\326\216\000\244\373\355\004B\227;.\006\272\333\203^\023\222\0049\235}}E\003\225@3\036\235 \355\034B\226F\206P\232\000O\003\240\224\360\324G\220J\336\301\202\007\202Ex\032\010)\014\245.\267\005\311\310O\020)\r\374\214\325Q[\232\311\260+\"\360\024c\0013\251\206\216\340\200\365\300qN\252FwQ\305 \361b\331\022\307\373\2170\277\201\010\340\201\367\367\320U\261\253T\322\206(\322\213Ms\221{\340u\243\264z\204\214j$\362?\017\035}n{\316T&U1\236\217\307\023\025\323\030\240\212\211\2046 i*T\305\330\023\032[\256S\261H\030V=\271\356\244\355\321y\213\206(\254\330\260\006\332O!\005^1\246r\310L\320\255X\034\321\324\277\2433\3063 \257\314\351g\210\002I\265/\261\253\22346\007\352q\032t\177\367\365\037&\312\250@E\236uJ\017G\047\370\277\213\017\200\036\300\211\371\rBJgM\212MC)W\201[\302T\372\2653\247\035\377zLH\277*\236F\336\"Q\177\267b\017\322\031\314m\007\306u\255;\350\247,\232\203\346\215\371\216\314\013\003\234\270\017\307\322\374\216\256\204\177\247\003\260\215Ac3/\364\257\250^j}\2520\025\332=\027\225b\013CE\344\271\264^\320\271\214\247\342U$\233\013U\221\247\024\005\2032\211)\341\035\246G2\020\252\271\210\244}\032A\344\202\"y&a\001\264Y\360\334\313\207\242Dn\022(\251\371L\311\362\201\317f\250\016y\251+\212\200\323""\2557\177\370\363i\340\337\177)\206\343\213\2334\216\000\343B\342*\216U\234@\307\025\232h\007\033\200\037\241\256*,j6/\264\350H\026\031\366\034\334`\305\273i\322\301\330\003\026\245\240K&g\203\334\215\204\233\370\263U\253\315\267\267\335$M\003C \306JJJ\310\255\333\304\037\341\317\335\026E\270G\017\224\340~\353l\344\346\341\350Q\333MZr\253b,1\351\342\333\007\013\231\210\350P\230n\r\005\234\361R+\343i\034\224\261\007\32480\3569VaM\252a\315\025\204\354\244\322\274X\232._\032\177\231\035\275\330\231\256~8f/v\336\254~0n\215\373\323\372\345)\356\266\247\365\253\331\205lh\231\355\277\251\257g,3\366^\376y\316\362\376Yh}\274\237\035\271\345\307l\247\374zb\327\3550g\323\372\225\361 {jw\363\245i\343\232\275\221\257\240\r\001{\331\r\273Tz\030\331e\273\227_\317\037\027\313\305\216\013\370>\342w\354\321\033\334\256\332%\027\310\3417\262\373\266e}\334O\355\223|=7\3056\342\321\305\335\354c\214Z_\313v\355\nfz\222\017\013\214qy|\214w\266\337\301_\031\237d\003\3738\277T|Q\234\363\2667\331(\375}b\227\246\365F\266\236!\340\355J\355b\035\323\034f\035{\214\265\363bk\362\315\304\027f\262\026\272r\267uq\275x2iL\257\256e{v3o8\216\\\231\277\240#\\~\312\220\332\267\227j\027/\217w\261\274\243\314\037\376\340\262+\255\277\332F\005~`7\360\240~\006\356\230\372\3136\354\306\264\376Qv\307\366_\223{\223\376\313\345\227\273\257.\274J\376i\224\000\227\343\221\243p%\343v\003\3512y\013\331hO\336\233\270PW\235Gdr\016\0160*\322\366\320-\215l\r\003q\273\225\177\235?-\036\024\375S\323f\276\226\037a\335\327\013\357\373\242\313\325\025\177\3276^/\177\226o\314\364)\215\337\242t\177\024K\305\265\311\366\353\345\333\305\254\276\237\263\376\214\207\377I\364\357b\373_e\316\207\047";
-    PyObject *data = __Pyx_DecompressString(cstring, 1264, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1308 bytes) */
+static const char cstring[] = "x\332uTKs\023G\020\226+\216yD\004+q9)\252R5\n\004c\002J9Q\001\311%\245\302\2308\017c\007\010\207\034\226\321NK\232\260\232\221vf\365H\345\300Q\307=\316q\217{\324\221#\307\0349\352\310O\340\047\244{W\222\3276q\225\265\263=_\277\276\257\267\2314Li\006\003P\266%\330\000|\253Cs\303\206\000\254\025\362v\027\355\333\265\037\230\355 \020\224\350i\251,\353p\303~l\314\321L\267N]\017\361:\214T\233=\017\245j\233\347\314\312.\030f\244\362\201\311\374>\340\206\016\322\202`-\035\326\016\264\005\014\303-\273?\266\035\255\030\006\024\020\310&\204\334B0f\306\206\322\267\020\022H\261\303\007\207\267\353\367\352\214+\301B\370\013\013\301\370Q\323\307\260\006SaI\315H\006V*f\307=05\266\337bc\0351\005\230\317j\326C\\\321\301v@1\003\226\016l\213+\245-\267R+\017\335\261\207-&d\210I\344\000\310{\217\007\006j\\\010\017q \244\341\315\000@\321o\333\227&?\t90\235.tk\020\206\310\351\374\355\033\317\327!\324z\343\021\322.\240\305\243\3002\317\013AD>x\036\023Q\226Aiu\033\033\036H\036\340\255/\225\264\236G\265-IF~\374@\033\020\047\254Dmnf\303\216\014 \243\030\033\230K5$\202}\336\005\342\234\025\215\344\250{\240\3201\037\211\247\373\217\260\276\201\364\341~\026\357\001u\261\253u\330\204 0\313CmY\273\237\351\346y\305+d\324 \221\357\275$\372\350x\312\224\027U0\236\316\047B\335\363z\000EL \215\005\345\361@+8k\216\244.\030\273\322\340$\266\013\026\005\303b\002\032Z\2579>m1\020\264\n6l\315\353G\020\201(\030#5\344\326\357\024,\304\277\227}^\047\214\047@\231`\307\257-\324M\351}\205\303\036F={\240\037G~\347\217\214\226\303P[\355\353 \023\303\363\016\307#\374\337\305\357\302;\200\221\375\035Z\2367\237]\234%\317\023\332\247G+R\331\263\275P\003\377\272\\\252\354\251E\024d\026\205cAO\034Mo\016\243\343\300\3220\323E?\342\301\002\264\230\3273\352/\r0\242\027bi\341c\n\351\317\014\006N7\030\234\361\345X\024\206!\037\201c\341=i\350+\322\021N6\234\320\276\240\370B\347L\335\205\246\307J\026\364[\250V\320*W\010+\340\n\353C\037n\306\312\227\272\266Lk\262\232\374\200*@&m\310}hr\377E\246%*\024\320\266\320\312\210\271\254""\371\022\230\357Y\323\022\271\310\250\210T\002F\270\006\273\213\r\261X\033\331\242\310\345!\006\205\215z\001`r\010\211\203\236\356\205\320\246nC\023B\300\307\204\035@\266p\251?lo\276]\214l+\036X\376\002h\rc\200(lc\025\003\036D`r\202\347k\237\026\310\r\374\331.\225\026\307[\264w#\3372\350aO99\354\346-\226]\341\317\235\272\207\360\014=\320RdG\262\261\033\207\343GM\332\313\354f\301\230c\242\345{\226\254\305e\340\r\245\355\224P\3279C\245<\237\301\265\332\313\000%\001\\dl\353VI\351a\211\032B\212\"e_\256\314V/N\276\216\217^6f\347?\236\360\227\215\267\347?\232\324\047\375Y\371\322\014O;\263\362z|.\036:\356\372o\313\2331\217\255\273\233\\Kx\322?\t-O\366\343#z\374\0247\362\267\047n\323\r\023>+_\236\014\342gn7Y\231U\256\270\353\311\032\332\020\260\027_w+y\204\261[u{\311\325\344q\272\2326(\341\207\210o\270#r\265\361]\267\225Tf\353\033\361\276{\232T\223zb\323\235\331\306\347\350\3630\331I\032o\021\177\336\255P5\024\264\032\337su\227\025\367\205{\222l\022\032\203b\236;\361\247XZy#\336uk\330\316(\031\246X\310\245\311S\364\3319\203\277<\031\305\003\3678\271\230~\225\236\212\2667\255\346\361>s+\263r%\336\214\021\360n\255t\241\214\275\014\3436\226y-\021\351\366\364\273)\317[\250c(\3626\351\325\364\3114kf\217\272\"\"\211\213_1\020>~\216\221\377w\027K\027.Mv\221\203\2438\273|H\325\345\326}\322)?\376\346*\005\317\003W\305\213\362\tOb\366oWq\325Y\371\223\370\266\353\277aw\247\375W\253\257v_\237{\035\376[\311\001T\356\021Q\276\026\013WE\346,\022<L\233\323\017\246\224u\235\"\"\251\013\260\217Y\221\301\007\364\250\304\033\230H\270\355\344\333\344Yz?\355\037\233\266\222\215\344\010)\270\232f\261/P\255\304\303\035Wy\263\372eR\235K\225\033\277G\251\377LW\322+\323\2357\253\267\322y\177\277\304\3759%\377S\350?\351\316\177o\252\254\006";
+    PyObject *data = __Pyx_DecompressString(cstring, 1308, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1686 bytes) */
-static const char cstring[] = "\377 is no e\377ventfd v\377ectors(t\377ree frag\375m\025\000).: th\376&\000endpoin\377t has ?A\256\047\004 of\020\014w\034\000r\377ung `rin\377gs` time\377s since wit \034\001las\005\001\377ited for\337.Notec\000at\177 Cython\225\001\377delibera\377tely str\337icter!\001n \377PEP-484 \177and rej\264\000.]\000ubcT\000sh\000\220\000\377builtin \377types. I\377f you ne~m\000to pas$\n\377then set\376\346\000e \047anno\177tation_<\000\276\301\000\047 dir\231 i\375v\242\000o Fals\277e.add_%\000e\377disablee\275n\002\001gcis\004\003d\377ivshmem.\347err\321 \007\004/_c\177ore.pyx\364 \377default \377__reduce\337__ du]\002no{n-\356\000vial\033\000\177cinit__\242\000\371 \373&\266@close\361d\t\n\367!\021\003 whi+le\351 i\203 g\323C\021\000\356\336 cam\332@or <\t\t\260Aopen\214@\215c\377UIO devi\327ceCb\002E\302\001Do\177orbells\000\0065.\263\006c\263B__\017\t\317 \rs\306 e_\n\020\273!H\001@\010\360\316!\375cU\010`\rdrop\337_peery\010li\377sten_uio\256\216\010mis\360`g\240\010nsew\256\t\232\204\001_by\301\010\236\r\002self\325\010\223`_\277queued\352\010u\277nwatch\374\010w\201a\240@\303\205\002\010\n\030\n\254B\261\047f\276\236@noInt\237`u\377ptNoSuch\375V\376\205\002Protoc\373ol\361\"__Pyx\376\001\000Dict_Ne\177xtRef__\236\204\004\376\262`__doc__\337__fun\003\002geyt\361#\022\000main\030\001_modul(\002n\375@b*\001pR\000 \004\007\001vt\302\204\001\036C\001qual\035\005\221\204\005\326NF\253\204\006exw\001\242!Q\005st\010~\361N__test\253\000\252\370E_\354G_\327b_\331F_\373is\253\205\001outin\253e_\333G_\324D_\315A_\252\300D_\264F_\251G_\242D_\372\225G_\265Baddan\377ythingas\377yncio.co5rd\003s\336\204\002clq\001\272 \377tracebac\351k\353\205\002\222@l\206\207\001onsqd\207\205\004\333\206\003\275\211\004sfd\322C>\202@items\200\207\004\206\207\005\370\373\206\002\207C\205Adtupl\355e\337\000er\320\204\001pop\367reg\312\204\001rsre\317move\276\211\002\217\204\001se\375t\251\207\004signal\317take\325\211\001\233 ur\377gentvalu\343es\275\212\003\302\212\004\251\212\001(in\257t)\000""\000\003\005,\306\211\001u\377ct epoll\375_\365\212\002 *, in\235t\000\00264_,\0004\002v\317oid)5\001\020\001 (oPyOb\346\211\001 *\n\010\236\036\003uint\037\003h\002f\377ail_with\351\000\276@\325\213\004\000j\003sle\367ep\000\035\001\000dea\375d\337\"of\000now\375\000\315\001_count\377\200\001\330\004\n\210+\220\377Q\200A\330\010\016\210a\377\200A\340\010\013\2104\210\337q\330\014\r\330\007\0001\330\377\014\020\220\007\220w\230a\377\230q\340\014\026\220a\220\377t\2307\240$\240a\240\375q\035\013\014\210I\220Q\330\237\010\014\210H\220G\000\n\001T\377\230\026\230w\240a\330\014\377\017\210v\220W\230D\240\377\001\330\021\032\230&\240\006|\021\000%\000F\220&\230\001g\003\377y\230\004\230F\240#\240_S\250\004\250Am\001\005-\000\357A\230Q\340y\000\010\230\001\376\220\001\014\210F\220!\2208\367\2304\230s\002\035\230T\240\237\026\240t\2501-\000\255\0006\373\220\023s\000\014\024\220D\230\375\006\247\000x\240w\250a\330/\010\r\210U1\0001\317\001#\n\377\017\210x\220v\230S\240\357\n\250%\250?\014F\260!\376\362\0016\220\027\230\001\330\014\357\021\220\026\220\344\000\360\006\000\373\t\014\221 w\220g\230U~\371\000d\250)\2603\260\324\002\347t\2204H\000\210\001s\250#\377\250T\260\021\330\020\024\220\237F\230\047\240\021\240!\213!L\354F\000\223 J\220\330 \360\n\000\377\t\r\210D\220\005\220Q=\220\235\000\014\210G\220\233\000\020\003\367M\230\021$\010N\230!\200\347A\360\014\"\n\223Az\230\021\377\230!\330\014\022\220-\230\377q\320 7\260q\270\004\177\270D\300\007\300r\310;\000\365\013\235\004Q\260A\006\220d\230\335!\254 t\2404\213 b\260\213\003\260g\001\020}\001\307 \327A4O\210w\220cs\000\264 E\003\001\367\021\220\024\225\000d\230)\240?2\240W\250C\250\200`\013\005\177\047\240\024\240Q\240d\340\000\372W\002\t\250\001\017\210t\2206\377\230\021\320\004\"\240!\340\370\313B\270 \021\0019\230A\230[\377\250\001\250\032\2601\320\004\367,\250A\360\003K\220q\330\354\202#t\005g\230\234\n|\2501";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1686, 2339);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1746 bytes) */
+static const char cstring[] = "\377 is no e\377ventfd v\377ectors(t\377ree frag\375m\025\000).: th\376&\000endpoin\377t has ?A\256\047\004 of\020\014w\034\000r\377ung `rin\377gs` time\377s since wit \034\001las\005\001\377ited for\337.Notec\000at\177 Cython\225\001\377delibera\377tely str\337icter!\001n \377PEP-484 \177and rej\264\000.]\000ubcT\000sh\000\220\000\377builtin \377types. I\377f you ne~m\000to pas$\n\377then set\376\346\000e \047anno\177tation_<\000\276\301\000\047 dir\231 i\375v\242\000o Fals\277e.add_%\000e\377disablee\275n\002\001gcis\004\003d\377ivshmem.\347err\321 \007\004/_c\177ore.pyx\364 \377default \377__reduce\337__ du]\002no{n-\356\000vial\033\000\177cinit__\242\000\371 \373&\266@close\361d\t\n\367!\021\003 whi+le\351 i\203 g\323C\021\000\356\336 cam\332@or <\t\t\260Aopen\214@\215c\377UIO devi\327ceCb\002E\302\001Do\177orbells\000\0065.\263\006c\263B__\017\t\317 \rs\306 e_\n\020\273!H\001@\010\360\316!\375cU\010`\rdrop\337_peery\010li\377sten_alo\273ne\005\017uio\245\010m\277issing\267\010nsew\305\t\261\204\001_by\330\010\236\r\002self\354\010\252`_\277queued\201(u\277nwatch\223(w\201a\267@\332\205\002\010\n\030\n\303B\310\047f\276\265@noInt\266`u\377ptNoSuch\375V\225\206\002Protoc\373ol\210B__Pyx\376\001\000Dict_Ne\177xtRef__\265\204\004\376\311`__doc__\337__fun\003\002geyt\210C\022\000main\030\001_modul(\002n\224`b*\001pR\000 \004\007\001vt\331\204\001\036C\001qual\035\005\250\204\005\355NF\302\204\006exw\001\242!Q\005st\010~\210n__test\253\000\252\217e_\203g_\356b_\360F_\373is\302\205\001outin\243e_\360I\005\005\357@_\341D_\252\332A_\315D_\301F_\266G_\352\257D_\242G_\302Badd\377anything\377asyncio.\327corq\003s\202\205\002cl\374~\001\307 traceb\247ack\217\206\002\237@l\252\207\001o\307nsd\253\205\004\377\206\003\341\211\004sf\371d\337C\217@index\037items\251\207\004\257\207\005\244\207\002\374\231C\227Adtuple\366\361\000er\371\204\001popr\373eg\363\204\001rsrel\377ayremove\334\354\211\002\246\204\001set\327\207\004si\377gnaltake\374\203\212\001\262 urgent?values\353\212""\003\360\212\004\376\327\212\001(int)\000\000\372\003\005,\364\211\001uct e\337poll_\243\213\002 *\337, int\000\00264\371_,\0004\002void)\3745\001\020\001 (PyOb\346\224\212\001 *\n\010\036\003uin\371t\037\003h\002fail_\237with\000\325@\203\214\004\000~j\003sleep\000\035\001\337\000dead\351\"of\337\000now\000\315\001_c\377ount\200\001\330\004\377\n\210+\220Q\200A\330\377\010\016\210a\200A\340\010\377\013\2104\210q\330\014\r\375\330\007\0001\330\014\020\220\007\377\220w\230a\230q\340\014\377\026\220a\220t\2307\240\337$\240a\240q\035\013\014\210\377I\220Q\330\010\014\210H\371\220G\000\n\001T\230\026\230w\377\240a\330\014\017\210v\220\377W\230D\240\001\330\021\032\317\230&\240\006\021\000%\000F\220\367&\230\001g\003y\230\004\230\377F\240#\240S\250\004\250uAm\001\005-\000A\230Q7\001\377t\2207\230\047\240\021\330\377\020\024\220I\230U\240!\377\2404\240t\2501\330\024\375\0301\000G\2401\240A\340\356\236\000\010\230\001\265\001\014\210F\177\220!\2208\2304\230\230\002\037\035\230T\240\026*\001R\000\322\000\3676\220\023\230\000\014\024\220D\373\230\006\314\000x\240w\250a_\330\010\r\210U1\0001\364\001\376#\n\017\210x\220v\230S\337\240\n\250%\250?\014F\260\375!\227!6\220\027\230\001\330\337\014\021\220\026\220\211 \360\006w\000\t\014\266 w\220g\244\000\377$\240d\250)\2603\260\316\371\002t\2204H\000\210\001s\250/#\250T\260\310\002F\322\001\305!\262\260!LF\000\270 J\220\375 \360\377\n\000\t\r\210D\220\005\367\220Q\220\235\000\014\210G\220\330\233\000\020\003\340 \200A\033\003M\230]\021/\010N\230!\026\000\014-\n\376\303Az\230\021\230!\330\014\377\022\220-\230q\320 7\377\260q\270\004\270D\300\007\227\300r\310;\000\013\250\004\345 \020\277\220\006\220d\230!\267 t~\336 w\250b\260\003\260r\001\361\020\210\001\322 \207a4\210w\220\351cs\000\277 E\003\001\021\220\024\376\240\000d\230)\2402\240W\347\250C\250\260`\013\005\047\240\024[\240Q\200 #\250W\002\t\250\001\377\017\210t\2206\230\021\320\037\004\"\240!\340\373B\303 \021\001\3779\230A\230[\250\001\250\177\032\2601\320\004,\250\331\004""\317K\220q\330\215#t\005g\230\016\234\n|\2501";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1746, 2433);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2339 bytes) */
-static const char bytes[] = " is no eventfd vectors(tree fragment).: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthe endpoint was closed while waitingvector what came for vector what was opened is no UIO deviceClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddanythingasyncio.coroutinesbellscline_in_tracebackclosecollectionsdoorbellerrorseventfdsfdfilenogetitemsivshmemivshmem._coremodulenamedtupleouterpeerpopregistersremoveringsselfsetdefaultsignaltaketimeouturgentvaluesvectorvectorsint (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (void)\000uint64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000now\000take_count\200\001\330\004\n\210+\220Q\200A\330\010\016\210a\200A\340\010\013\2104\210q\330\014\r\330\010\013\2101\330\014\020\220\007\220w\230a\230q\340\014\026\220a\220t\2307\240$\240a\240q\200A\340\010\013\2104\210q\330\014\r\330\010\014\210I\220Q\330\010\014\210H\220A\330""\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\020\220\005\220W\230A\230Q\340\014\020\220\010\230\001\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210L\230\001\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210z\230\021\230!\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230[\250\001\250\032\2601\320\004,\250A\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501";
+    #else /* compression: none (2433 bytes) */
+static const char bytes[] = " is no eventfd vectors(tree fragment).: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthe endpoint was closed while waitingvector what came for vector what was opened is no UIO deviceClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.filenoInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddanythingasyncio.coroutinesbellscline_in_tracebackclosecollectionsdoorbellerrorseventfdsfdfilenogetindexitemsivshmemivshmem._coremodulenamedtupleouterpeerpopregistersrelayremoveringsselfsetdefaultsignaltaketimeouturgentvaluesvectorvectorsint (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (void)\000uint64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000now\000take_count\200\001\330\004\n\210+\220Q\200A\330\010\016\210a\200A\340\010\013\2104\210q\330\014\r\330\010\013\2101\330\014\020\220\007\220w\230a\230q\340\014\026\220a\220t\2307\240$\240a\240q\200A\340\010\013\2104\210q\330\014\r\330""\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\020\220\005\220W\230A\230Q\330\014\017\210t\2207\230\047\240\021\330\020\024\220I\230U\240!\2404\240t\2501\330\024\030\230\004\230G\2401\240A\340\014\020\220\010\230\001\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\340\010\035\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\006\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220v\230T\240\026\240s\250#\250T\260\021\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210I\220Q\200A\360\n\000\t\r\210M\230\021\330\010\014\210L\230\001\330\010\014\210N\230!\200A\360\014\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210z\230\021\230!\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r\310\021\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\020\000\t\r\210F\220!\330\010\013\2104\210w\220c\230\021\330\014\024\220E\230\021\330\014\021\220\024\220Q\220d\230)\2402\240W\250C\250q\330\014\021\220\024\220Q\220d\230\047\240\024\240Q\240d\250#\250Q\330\014\020\220\t\230\021\330\010\017\210t\2206\230\021\320\004\"\240!\340\010\014\210F\220!\330\010\017\210t\2209\230A\230[\250\001\250\032\2601\320\004,\250A\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 108; i++) {
+    for (int i = 0; i < 112; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
@@ -11499,8 +12605,8 @@ static const char bytes[] = " is no eventfd vectors(tree fragment).: this endpoi
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 108; i < 124; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-108].length;
+    for (int i = 112; i < 129; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-112].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -11510,15 +12616,15 @@ static const char bytes[] = " is no eventfd vectors(tree fragment).: this endpoi
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 124; i++) {
+    for (Py_ssize_t i = 0; i < 129; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 108;
-      for (Py_ssize_t i=0; i<16; ++i) {
+      PyObject **table = stringtab + 112;
+      for (Py_ssize_t i=0; i<17; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -11604,89 +12710,94 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 80};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 79};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 83};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 84};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 88};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 94};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 98};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4vT_s_T_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_relay};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 115};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 114};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 126};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 122};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 133};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 130};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 141};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_L_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_L_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 139};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 150};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 143};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 154};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 159};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1_waq_at7_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1_waq_at7_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 178};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4wc_E_Qd_2WCq_Qd_Qd_Q_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 389};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_t9A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 416};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 467};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_index};
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_IQ_HA_IT_wa_vWD_a_F_4y_F_S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -13092,6 +14203,69 @@ static int __Pyx_ParseKeywords(
         return __Pyx_ParseKeywordDict(kwds, argnames, values, num_pos_args, num_kwargs, function_name, ignore_unknown_kwargs);
 }
 
+/* ArgTypeTestError (used by ArgTypeTest) */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
+{
+    __Pyx_TypeName type_name;
+    __Pyx_TypeName obj_type_name;
+    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
+    int from_annotation_subclass = 0;
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return;
+    } else if (exact == 2) {
+        if (__Pyx_TypeCheck(obj, type)) {
+            from_annotation_subclass = 1;
+            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
+        }
+    }
+    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
+    #endif
+    PyErr_Format(PyExc_TypeError,
+        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        "%s%U"
+#endif
+        , name, type_name, obj_type_name
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        , (from_annotation_subclass ? ". " : ""), extra_info
+#endif
+        );
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (exact == 2 && from_annotation_subclass) {
+        PyObject *res;
+        PyObject *vargs[2];
+        vargs[0] = PyErr_GetRaisedException();
+        vargs[1] = extra_info;
+        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
+        Py_XDECREF(res);
+        PyErr_SetRaisedException(vargs[0]);
+    }
+#endif
+    __Pyx_DECREF_TypeName(obj_type_name);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+obj_type_name_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name);
+    return;
+}
+
+/* ArgTypeTest */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
+    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
+        return 1;
+    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_ArgTypeError(obj, type, name, exact);
+    return 0;
+}
+
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
@@ -13699,69 +14873,6 @@ static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObjec
             value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key, default_value);
     }
     return value;
-}
-
-/* ArgTypeTestError (used by ArgTypeTest) */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
-{
-    __Pyx_TypeName type_name;
-    __Pyx_TypeName obj_type_name;
-    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
-    int from_annotation_subclass = 0;
-    if (unlikely(!type)) {
-        PyErr_SetString(PyExc_SystemError, "Missing type object");
-        return;
-    } else if (exact == 2) {
-        if (__Pyx_TypeCheck(obj, type)) {
-            from_annotation_subclass = 1;
-            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
-        }
-    }
-    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
-    #endif
-    PyErr_Format(PyExc_TypeError,
-        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        "%s%U"
-#endif
-        , name, type_name, obj_type_name
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        , (from_annotation_subclass ? ". " : ""), extra_info
-#endif
-        );
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (exact == 2 && from_annotation_subclass) {
-        PyObject *res;
-        PyObject *vargs[2];
-        vargs[0] = PyErr_GetRaisedException();
-        vargs[1] = extra_info;
-        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
-        Py_XDECREF(res);
-        PyErr_SetRaisedException(vargs[0]);
-    }
-#endif
-    __Pyx_DECREF_TypeName(obj_type_name);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-obj_type_name_failed:
-#endif
-    __Pyx_DECREF_TypeName(type_name);
-    return;
-}
-
-/* ArgTypeTest */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
-    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
-        return 1;
-    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
-        return 1;
-    __Pyx_ArgTypeError(obj, type, name, exact);
-    return 0;
 }
 
 /* py_dict_pop */

@@ -12,10 +12,12 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, INT64_MAX, int64_t, uint32_t, uint64_t
 
 from ._fds cimport (
-    BATCH, deadline_of, Epoll, epoll_sleep, fail, fail_with, FdArray, is_eventfd, now, take_count,
+    BATCH, deadline_of, Epoll, epoll_sleep, fail, fail_with, FdArray, is_eventfd, now, Relay,
+    take_count,
 )
 from ._libc cimport (
-    c_read, c_write, EAGAIN, EINTR, EINVAL, epoll_event, errno, getpid, pollfd, ppoll, timespec,
+    c_read, c_write, EAGAIN, EINTR, EINVAL, epoll_event, errno, getpid,
+    ivshmem_is_only_thread, pollfd, PyNumber_AsSsize_t, ppoll, timespec,
 )
 from ._libc cimport EPOLLIN as _EPOLLIN
 from ._libc cimport POLLIN as _POLLIN
@@ -49,8 +51,9 @@ cdef class Doorbells:
     cdef Registers registers  # whose Doorbell register is at `doorbell`
     cdef Py_ssize_t doorbell
     cdef Py_ssize_t bells_each  # vectors that a peer has there
-    cdef bint uio  # the own vector is a UIO device, and
-    cdef int32_t uio_count  # its count was this at the last look
+    cdef bint uio  # the own vector is a UIO device,
+    cdef bint uio_known  # and its count at the last look is known:
+    cdef int32_t uio_count
     cdef FdArray wake  # one eventfd, written by close() to send the waiters home
     cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
     cdef Epoll epoll  # anything(), once it is needed
@@ -59,6 +62,7 @@ cdef class Doorbells:
     cdef bint gone
     cdef int watched
     cdef bint urgent  # what is watched interrupts waiting for one vector, too
+    cdef Relay relay  # the own eventfds are this process's alone, and hear of what is urgent
     cdef int pid
 
     def __cinit__(self, *args, **kwargs):
@@ -100,6 +104,13 @@ cdef class Doorbells:
         self.watched = -1
         self.urgent = False
 
+    def _listen_alone(self, Relay relay not None):
+        """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
+
+        That is the quickest there is. `relay` leads from what is watched to all of them.
+        """
+        self.relay = relay
+
     def _add_vector(self, int fd):
         """Listen on `fd` as the next vector; takes it, also when this fails.
 
@@ -122,7 +133,7 @@ cdef class Doorbells:
     def _listen_uio(self, int fd):
         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
 
-        Reading 4 bytes tells how many interrupts it had since it was made.
+        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.
         """
         self.own.take(fd)
         self.uio = True
@@ -234,8 +245,8 @@ cdef class Doorbells:
         cdef ssize_t n
         if self.registers is not None:
             self.check()
-            number = peer
-            if not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+            number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
+            while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
                 self._missing(peer, vector)
             self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
             return
@@ -251,9 +262,13 @@ cdef class Doorbells:
         bells.users += 1
         try:
             while True:
-                with nogil:
+                if ivshmem_is_only_thread():
                     n = c_write(fd, &one, sizeof(one))
                     code = errno
+                else:
+                    with nogil:
+                        n = c_write(fd, &one, sizeof(one))
+                        code = errno
                 if n >= 0 or code == EAGAIN:
                     return
                 if code != EINTR:
@@ -287,6 +302,8 @@ cdef class Doorbells:
         index = vector
         if not 0 <= index < self.own.count:
             raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
+        if timeout is None and self.relay is not None:
+            return self.read_one(index)
         count = self.take(index)
         if count:
             return count
@@ -294,6 +311,34 @@ cdef class Doorbells:
         if deadline == 0 and not self.urgent:
             return 0
         return self.wait_one(index, deadline)
+
+    cdef object read_one(self, Py_ssize_t index):
+        """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+        cdef int fd = self.own.fds[index]
+        cdef uint64_t count = 0
+        cdef ssize_t n
+        cdef int code
+        self.waiters += 1
+        try:
+            while True:
+                if self.relay.fired():
+                    self._news()
+                with nogil:
+                    n = c_read(fd, &count, sizeof(count))
+                    code = errno
+                if self.gone:
+                    raise ClosedError("the endpoint was closed while waiting")
+                if n == sizeof(count):
+                    if not self.relay.fired():
+                        return count
+                elif code != EINTR:
+                    fail_with(code)
+                else:
+                    PyErr_CheckSignals()
+        finally:
+            if self.waiters > 1 and (self.gone or self.relay.fired()):
+                self.own.signal(index)  # another may sleep in the same read
+            self.leave()
 
     cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
         cdef pollfd fds[3]
@@ -383,10 +428,14 @@ cdef class Doorbells:
 
     cdef uint64_t take(self, Py_ssize_t index) except? 0:
         """How often a vector was rung since the last look; 0 when it was not."""
+        cdef uint64_t total
         cdef int32_t count
         cdef ssize_t n
         if not self.uio:
-            return take_count(self.own.fds[index])
+            total = take_count(self.own.fds[index])
+            if total and self.relay is not None and self.relay.fired():
+                self._news()  # the relay's doing, and not a ring
+            return total
         n = c_read(self.own.fds[index], &count, sizeof(count))
         if n < 0:
             if errno != EAGAIN and errno != EINTR:
@@ -394,8 +443,10 @@ cdef class Doorbells:
             return 0
         if n != sizeof(count):
             raise OSError(EINVAL, "what was opened is no UIO device")
-        n = <uint32_t>count - <uint32_t>self.uio_count  # it wraps
+        # It counts since the driver was loaded, and wraps.
+        n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1
         self.uio_count = count
+        self.uio_known = True
         return n
 
     cdef void leave(self) noexcept:
@@ -426,5 +477,8 @@ cdef class Doorbells:
         # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
         if self.waiters and getpid() == self.pid:
             self.wake.signal(0)
+            if self.relay is not None:
+                for index in range(self.own.count):
+                    self.own.signal(index)
         else:
             self.release()

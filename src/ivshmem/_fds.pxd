@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from ._libc cimport epoll_event
+from ._libc cimport aio_context_t, epoll_event
 
 cdef enum:
     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
@@ -27,6 +27,13 @@ cdef class FdArray:
 
     cdef void release(self) noexcept
     cdef void done(self) noexcept
+
+
+cdef class Relay:
+    cdef aio_context_t context
+    cdef int pid
+
+    cdef bint fired(self) noexcept nogil
 
 
 cdef class Epoll:

@@ -22,10 +22,11 @@ from libc.string cimport memset, strerror
 
 from ._libc cimport (
     aio_context_t, c_close, c_eventfd, c_write, clock_gettime, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC,
-    EFD_NONBLOCK, EINTR, EINVAL, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
+    EFD_NONBLOCK, EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
-    IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, ivshmem_io_destroy, ivshmem_io_getevents,
-    ivshmem_io_setup, ivshmem_io_submit, preadv2, RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK,
+    IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, ivshmem_io_any_end,
+    ivshmem_io_destroy, ivshmem_io_getevents, ivshmem_io_has_ring, ivshmem_io_setup,
+    ivshmem_io_submit, preadv2, RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK,
     timerfd_create, timerfd_settime, timespec,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
@@ -234,6 +235,58 @@ cdef class Signaller:
         if self.zero >= 0:
             c_close(self.zero)
         self.zero = -1
+
+    def __dealloc__(self):
+        self.close()
+
+
+@cython.final
+cdef class Relay:
+    """Adds 1 to each of some eventfds as soon as a descriptor is readable: once, and by no thread.
+
+    So who sleeps in a plain read of one of these eventfds hears of two things. It is the kernel's
+    doing: a poll by io_submit(2), since Linux 4.18, whose end is signalled (IOCB_FLAG_RESFD).
+
+    Args:
+        source: borrowed, like `targets`; it stays open as long as this.
+
+    Raises:
+        OSError: EAGAIN when fs.aio-max-nr is used up, ENOSYS or EINVAL where a kernel has none.
+    """
+
+    def __cinit__(self, int source, targets):
+        cdef iocb request
+        cdef iocb *pointer = &request
+        self.context = 0
+        self.pid = getpid()
+        try:
+            if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
+                fail()
+            if not ivshmem_io_has_ring(self.context):
+                fail_with(ENOSYS)
+            for fd in targets:
+                memset(&request, 0, sizeof(iocb))
+                request.aio_lio_opcode = IOCB_CMD_POLL
+                request.aio_fildes = source
+                request.aio_buf = _EPOLLIN  # which is POLLIN
+                request.aio_flags = IOCB_FLAG_RESFD
+                request.aio_resfd = fd
+                if ivshmem_io_submit(self.context, 1, &pointer) < 0:
+                    fail()
+        except BaseException:
+            self.close()
+            raise
+
+    cdef bint fired(self) noexcept nogil:
+        """Whether it has come to that. No system call: the kernel notes it in shared memory."""
+        return self.context != 0 and ivshmem_io_any_end(self.context)
+
+    def close(self):
+        """Forget about it; may be called twice."""
+        cdef aio_context_t context = self.context
+        self.context = 0
+        if context and getpid() == self.pid:
+            ivshmem_io_destroy(context)
 
     def __dealloc__(self):
         self.close()

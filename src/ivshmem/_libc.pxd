@@ -2,12 +2,13 @@
 # All of it is Linux: eventfd(2), epoll(7), sendmmsg(2), recvmmsg(2), unix(7), preadv2(2),
 # madvise(2), io_submit(2).
 
+from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "<errno.h>" nogil:
     int errno
-    enum: EAGAIN, EINTR, EINVAL
+    enum: EAGAIN, EINTR, EINVAL, ENOSYS
 
 
 cdef extern from "<time.h>" nogil:
@@ -148,7 +149,7 @@ cdef extern from "<linux/aio_abi.h>" nogil:
         uint32_t aio_resfd
     struct io_event:
         int64_t res
-    enum: IOCB_CMD_PREAD, IOCB_FLAG_RESFD
+    enum: IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD
 
 
 cdef extern from *:
@@ -174,11 +175,27 @@ cdef extern from *:
     {
         return syscall(SYS_io_destroy, context);
     }
+
+    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
     """
     long ivshmem_io_setup(unsigned int events, aio_context_t *context) nogil
     long ivshmem_io_submit(aio_context_t context, long count, iocb **requests) nogil
     long ivshmem_io_getevents(aio_context_t context, long count, io_event *events) nogil
     long ivshmem_io_destroy(aio_context_t context) nogil
+    bint ivshmem_io_has_ring(aio_context_t context) nogil
+    bint ivshmem_io_any_end(aio_context_t context) nogil
 
 
 cdef extern from *:
@@ -240,3 +257,20 @@ cdef extern from *:
     void ivshmem_store(void *word, uint64_t value) nogil
     uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired) nogil
     uint64_t ivshmem_add(void *word, uint64_t amount) nogil
+
+
+cdef extern from "Python.h":
+    Py_ssize_t PyNumber_AsSsize_t(object number, PyObject *error) except? -1  # NULL: it clips
+
+
+cdef extern from *:
+    """
+    /* Whether no other Python thread could want the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
+    }
+    """
+    bint ivshmem_is_only_thread()

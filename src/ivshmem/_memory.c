@@ -1313,6 +1313,20 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         return syscall(SYS_io_destroy, context);
     }
+
+    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
     
 
     #include <stdint.h>
@@ -1364,6 +1378,15 @@ static int __Pyx_init_tpflags_variables(void) {
     static inline uint64_t ivshmem_add(void *word, uint64_t amount)
     {
         return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+    }
+    
+
+    /* Whether no other Python thread could want the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
     }
     
 #ifdef _OPENMP
@@ -1776,13 +1799,14 @@ static const char* const __pyx_f[] = {
 
 /*--- Type declarations ---*/
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
+struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
 struct __pyx_obj_7ivshmem_7_memory_Mapping;
 struct __pyx_obj_7ivshmem_7_memory_Registers;
 struct __pyx_obj_7ivshmem_7_memory_AtomicU64;
 
 /* "_fds.pxd":7
- * from ._libc cimport epoll_event
+ * from ._libc cimport aio_context_t, epoll_event
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
@@ -1797,7 +1821,6 @@ enum  {
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     REGISTER_PAGE = 4096  # the smallest there is; a larger page makes mmap fail, and nothing worse
- * 
 */
 enum  {
   __pyx_e_7ivshmem_7_memory_REGISTER_PAGE = 0x1000
@@ -1822,6 +1845,21 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 
 
 /* "_fds.pxd":32
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+struct __pyx_obj_7ivshmem_4_fds_Relay {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  aio_context_t context;
+  int pid;
+};
+
+
+/* "_fds.pxd":39
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1904,6 +1942,20 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 
 /* "_fds.pxd":32
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+
+struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+};
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+
+
+/* "_fds.pxd":39
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3012,10 +3064,11 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 
 /* Module declarations from "libc.stdlib" */
 
+/* Module declarations from "cpython.ref" */
+
 /* Module declarations from "ivshmem._libc" */
 
 /* Module declarations from "ivshmem._fds" */
-static int64_t (*__pyx_f_7ivshmem_4_fds_now)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
 
@@ -3133,6 +3186,7 @@ namespace {
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
     PyObject *__pyx_type_7ivshmem_7_memory_Mapping;
     PyObject *__pyx_type_7ivshmem_7_memory_Registers;
@@ -3290,7 +3344,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_value __pyx_string_tab[99]
 #define __pyx_n_u_values __pyx_string_tab[100]
 #define __pyx_n_u_vector __pyx_string_tab[101]
-#define __pyx_kp_b_int_int_int_void_int64_t_void_fa __pyx_string_tab[102]
+#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[102]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
 #define __pyx_kp_b_iso88591_A_F_1_D_Q __pyx_string_tab[104]
 #define __pyx_kp_b_iso88591_A_HA_4vS_4wd __pyx_string_tab[105]
@@ -3319,6 +3373,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
@@ -3355,6 +3410,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
@@ -6497,7 +6553,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_4store(struct __pyx_obj_7
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
+ *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
 
@@ -6509,7 +6565,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange, "Set `desired` if the value is `expected`; return what it was (sequentially consistent).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange, "Set `desired` if the value is `expected`; return what it was (full barrier).");
 static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_7compare_exchange = {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange};
 static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6609,7 +6665,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(struct 
 
   /* "ivshmem/_memory.pyx":206
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):
- *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
+ *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_add(self, uint64_t amount):
@@ -6633,7 +6689,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(struct 
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
+ *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
 
@@ -6652,7 +6708,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(struct 
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
+ *         """Add, modulo 2**64; return what the value was (full barrier)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
 
@@ -6664,7 +6720,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add, "Add, modulo 2**64; return what the value was (sequentially consistent).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add, "Add, modulo 2**64; return what the value was (full barrier).");
 static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_9fetch_add = {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add};
 static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6755,7 +6811,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(struct __pyx_o
 
   /* "ivshmem/_memory.pyx":210
  *     def fetch_add(self, uint64_t amount):
- *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
+ *         """Add, modulo 2**64; return what the value was (full barrier)."""
  *         return ivshmem_add(self.own_word(), amount)             # <<<<<<<<<<<<<<
  * 
  * 
@@ -6779,7 +6835,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(struct __pyx_o
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
+ *         """Add, modulo 2**64; return what the value was (full barrier)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
 
@@ -9282,6 +9338,16 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 21, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 21, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 32, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 32, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -9290,8 +9356,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 32, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 32, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9322,12 +9388,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_void_int64_t_void_fa);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_void_fail_with_fail);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 36;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void))&__pyx_f_7ivshmem_4_fds_now, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 21;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -9777,7 +9843,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
  *         ivshmem_store(self.own_word(), value)
  * 
  *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (sequentially consistent)."""
+ *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_7compare_exchange, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_compare_exchange, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
@@ -9792,7 +9858,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
  *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
  * 
  *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (sequentially consistent)."""
+ *         """Add, modulo 2**64; return what the value was (full barrier)."""
  *         return ivshmem_add(self.own_word(), amount)
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_9fetch_add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_fetch_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 208, __pyx_L1_error)
@@ -9977,30 +10043,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{6},{14},{4},{44},{15},{1},{12},{1},{179},{8},{11},{7},{6},{2},{9},{14},{19},{26},{50},{15},{20},{20},{24},{37},{9},{27},{29},{26},{19},{14},{15},{11},{7},{25},{27},{18},{13},{16},{16},{9},{27},{29},{15},{14},{15},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{7},{6},{6},{18},{2},{10},{18},{5},{4},{16},{5},{7},{3},{6},{8},{2},{9},{1},{5},{15},{4},{6},{7},{6},{4},{9},{5},{3},{8},{8},{8},{4},{4},{10},{4},{5},{5},{6},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{54},{9},{22},{40},{17},{15},{20},{15},{85},{126},{66},{193},{64}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{35},{9},{22},{40},{17},{15},{20},{15},{85},{126},{66},{193},{64}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1263 bytes) */
-static const char cstring[] = "x\332uT\315s\323F\024\217!t\034j\210\035\002\244\2012\353P\032\002\203\333\024\023>\016\355\230\204\217tZ&N\241\345\266\263\226V\316\266\262\326\326\256\354\210\366\300\321\307=\356QG\035}\324\321\307\034s\3241\177\002\177B\337\312_i\323z\306\322\373\332\367~\357\367\336\n5BI\005\032=\271\203\344\001m!\346!\324e\264\047\236!\237\272\224\010\212Z\264\305\37503\"\342\331\210\370>\t\005r\230/\344]\351S\212\034\2374[\324\223\033\225g&\213O!\206\242\037\336pIA\047\022m\207\362\200{\210\tdS\2275\250O$uC$\244\317,I}\023\344\241\275\027{\017\252O\252Y\r\237\376N-)\220\010\032\226K\204\030!l\004\314\225\200P\206m**h\327A!\017\220G\251\215$Gm\210;}\000\220xHPi\004\264N<\217K\"\031\3670\034g^s\035\331\314\207\"\254K\315\351\227\304\025\264Bl\033C\034\265\262p\324\"m\210\022\244\341R\352\231g\323bb$\331\254+\016\200\232\n\365}\356\213\261\366\r\036\261Ui\207\207\036G\304eM\017\320mU\0374\230D=\356\003}\022\201\307\246\016\t\\\2110\366\251\035X\024cd\007\031\020\217{\017\200\227.#.x-\3461\211\001\023P\322d\302\220EF\035\331\264\313,j8\265\\.\250ml\243\342\377g\003\346\002\230g#D\377\264C\227m\000\351p\037\212\020\033\270A\334s\303\232\344-f\275\333\252N\205\312\024\255\225\r\024\343\323.\240Z\000\303\377\345\264x\253\r+\201\351\241\005\223n\322\231\307\241\322:\300@\373\314\344rrJ\023\222\373t;\353\346\205a\372g\000\013\010\307\257\263\210f\2163x&.\222%\307\301Vub\311\330\232(m\336\016\\87\321}*\230\r\333\275?\036\200\230\ng\253\237v\235\251?sf\365f\252\351x\246e\035c\274\027\036\302\177\007.\010~C\017\241\272\203\361x\211\301\213\261\023x\226y7\047e\340\327\"\314\313\336\334\016\334\314\342\221V\366\206}\304\3430#v\245\331a\343\350\004\304\235\004MV\361L[S\003=4\nt6M,N\225?\3231\306\360m\201\365\305L`\213\373<\200\333\013\033f\003\245\202\330f\177I\213\007\236$\"\364,\306+\323\030A\344lJ\226\013\026\014\235I\237X\264A\254?2\376,n\323\177/\226e\262\33100\300K={t7\351a\033\3569\265\035{\272m\214I\332\232\\\332\312\370\322\2321\214\356Bk4z\3568\320R\2334\251\371c\301>d\202\200""\r\231,\211\2710\346\262L\226D\300\207BP\327\234\033_qs*\033i\227\270\301\350!\272\200\207\373\314\223\350.<6\3462\251\313\231\235\211[U<U\035\302\\\334c\362 \223\346<\336\373\230K\347/\366\357\253\372\307\332I\276\320\177\251\312j3\005aG\345\324\362\304\372Z\325\322\374\347\375j\277\253~\321\271\264\260\004QU\325\323vTN\013E\225\3279\023\267\330\377S\227uU\207\361|\\\033\031\376\322\233z\047\272\020ey\026\217\027\327\243\0168w\007o\223\325\341\246\261]Uue\353\215\250\032u\214zK\223t\206\342T\305+\352\373\250\024}\0255\343\375\270c<\2172|\357\240\340\343h=^\031,\017\336\047\373\211\034>\0346\217\352\006T.\205\372Y\322r\264\034\275\207s\037\222\245\344ab\rK\047y\024\345\306\335\246\371\322qi-\372:\316\305%\223\367\261\272\255\340\374\2454\277\220\026\026\373=E\224\324O\000_8\310\047\347\222rZ\\\0062 \377\205\254\370fZ\374B_\323\235\350|\364]T?1uU\311T\356\252}\005\325?\025\346\026\n\220tM=W\226\276\036\235\213\326\242\355\250\0277\006\363\203\327\311\363\204\0302\357\351\332\361\227O\223Rr\177X\037\332Ges>\3249\223w\224\341\306\361\352\267p\340\247!4\265\242s\237>\233[X\325\245t\322A\241\377\243\"\031\340K\351\325k\351\362\r\3754z\025o\306;\000y>\331\035\276?\332?\352\035\377\372[Z\274\242\036\351\363z\013\010y\027\337\216\353\351\362\325\264\270f\206\270\330\017\324\266\352\244\305\353\320.4u\r\246\262\036-\231\271d)W\365\035\355G\245t\345\006\360};\252\2477\357\034\337\331\032\320d3\251\235\334\334\210Kq9]\001V\323\322\222a\244\244\313\206\213\213\272\014\r\\\236[\270\245\337F\031\275O\324C\200j\3505\303\355\230\356\357\353zZ\274\027\227\343j\3341C\331\005\376\363\227\373\004(\230\327\265\277\001\245H6\247";
-    PyObject *data = __Pyx_DecompressString(cstring, 1263, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1255 bytes) */
+static const char cstring[] = "x\332uT\315s\323F\024\217!t\034j\210\035\002\244\2012\353P\032\002\203\333\024\023>\016\355\230\204\217tZ&N\241\345\266\263\226V\316\266\262\326\326\256\354\210\366\300\321\307=\356QG\035}\324\321\307\034s\3241\177\002\177B\337\312_i\323z\306\322\356\373\374\275\337{O\250\021J*\320\350\311\035$\017h\0131\017\241.\243=\361\014\371\324\245DP\324\242-\356\207\231\020\021\317F\304\367I(\220\303|!\357J\237R\344\370\244\331\242\236\334\250<3Q|\n6\024\375\360\206K\nw\"\321v(\017\270\207\230@6uY\203\372DR7DB\372\314\222\3247F\036\332{\261\367\240\372\244\232\345\360\351\357\324\222\002\211\240a\271D\210\021\302F\300\\\t\010e\330\246\242\202v\035\024\362\000y\224\332Hr\324\006\273\323\016\200\304C\202Js@\353\304\363\270$\222q\017\203;\363\232\353\310f>$a]j\274_\022W\320\n\261m\014v\324\312\314Q\213\264\301J\220\206K\251g\236M\213\211\321\311f]q\000\324T\250\357s_\214o\337\340\021[\225vx\350qD\\\326\364\000\335V\365A\203I\324\343>\320\047\021hl\352\220\300\225\010c\237\332\201E1Fv\220\001\361\270\367\000x\3512\342\202\326b\036\223\0300\001%M&\014YdT\221M\273\314\242\206S\313\345\202\332F6J\376\1772`.\200~6B\364O9T\331\006\220\016\367!\t\261\201\033\304=7\254I\336b\326\273\255\352\364P\231\242\265\262\206b|Z\005T\013`\370\277\224\026o\265a$0=\264\240\323M:\3238TZ\007\030h\237\211\\NN\335\204\344>\335\316\252ya\230\376\031\300\002\302\361\353,\242\231\342\014\236\211\212d\301q\260U\235H2\266&\2276o\007.\370M\356>\025\314\206\351\336\0377@L\017g\263\237V\235\311?Sf\371fWS\361\354\226U\214\361^x\010\377\035X\020\374\206\036Bv\007\343\361\020\203\026c\047\360,\363nN\322\300\257E\230\227\275\271\035\270\231\304#\255\354\r\363\210\307f\346\330\225f\206\215\242\023\020wb4\031\3053eM\005\364\320\\\240\262i`q*\375\231\2121\206o\013\214/f\002[\334\347\001l/L\230\r\224\nb\233\371%-\036x\222\210\320\263\030\257Lm\004\221\263.Y.H0T&}b\321\006\261\376\310\370\263\270M\377=X\226\211fC\303\000/\365\354\321n\322\3036\3549\265\035{:m\214I\332\232,me\274\264\246\r\243]h\215Z\317\035\007Jj\223&5""\177,\330\207\354 `B&Cb\026\306,\313dH\004|(\004u\215\337x\305\215W\326\322.q\203\321Ct\001\017\367\231\047\321]xl\314e\247.g\366\306\234C\230\213{L\036d\247\217\271t\376b\377\276\252\177\254\235\344\013\375\227\252\2546S8\354\250\234Z\236H_\253Z\232\377\274_\355w\325/:\227\026\226\300\252\252z\332\216\312i\241\250\362:g\354\026\373\177\352\262\256\3520\236\217k#\301_zS\357D\027\242,\316\342\361\342z\324\001\345\356\340m\262:\3344\262\253\252\256l\275\021U\243\216\271\336\322$\235\2418\225\361\212\372>*E_E\315x?\356\030\315\243\014\337;H\3708Z\217W\006\313\203\367\311~\"\207\017\207\315\243\272\001\225K!\177\026\264\034-G\357\301\357C\262\224<L\254a\351$\217\242\334\270\3324_:.\255E_\307\271\270d\342>V\267\025\370_J\363\013ia\261\337SDI\375\004\360\205\203|r.)\247\305e \003\342_\310\222o\246\305/\3645\335\211\316G\337E\365\023\223W\225L\346\256\332W\220\375San\241\000A\327\324se\351\353\321\271h-\332\216zqc0?x\235<O\210!\363\236\256\035\177\3714)%\367\207\365\241}T6\376\241\316\231\270\243\0107\216W\277\005\207\237\206P\324\212\316}\372lnaU\227\322I\005\205\376\217\212d\200/\245W\257\245\3137\364\323\350U\274\031\357\000\344\371dw\370\376h\377\250w\374\353oi\361\212z\244\317\353- \344]|;\256\247\313W\323\342\232i\342b?P\333\252\223\026\257C\271P\3245\350\312z\264d\372\222\205\\\325w\264\037\225\322\225\033\300\367\355\250\236\336\274s|gk@\223\315\244vrs#.\305\345t\005XMKK\206\221\222.\033..\3522\024pyn\341\226~\033e\364>Q\017\001\252\241\3274\267c\252\277\257\353i\361^\\\216\253q\3074e\027\370\317_\356\023\240`^\327\376\006K<0\250";
+    PyObject *data = __Pyx_DecompressString(cstring, 1255, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1609 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of them \377in  view\377s: relea\377se memor\375y\020\002 and a\377rrays fi\377rst(tree\377 fragmenot).:B\001re!\000\177e ?NoteS\000\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\357-484_\002rej\377ects sub\237class\245\000\237\000b\357uilt\237\000typ\377es. If y\377ou need \217to p%\000%\t\315\000n\357 set\325\001 \047a\377nnotatio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a\267dd_%\000ec*\002 \367map#\000sabl\367een\002\001gcis\276\004\003divsh\230 .\277errors\007\004/\375_\250#.pyxno\277 align\233\0006\3774-bit wo\355r\274 t \027\000def\377ault __r\377educe__ {du\204\002non-\225 \357vial\033\000cin\347it_\221\000\214@gis\372\251!a\314\003devic\375e\320!closed\240\274@\244D\000\021\370!\331@u\315@b\323y \036\013\343\000p\300 fo\355r\361@ad\231  on\377lyAtomicWU64\000\006.\245\006c\314B\323__\017\t\350 s\337 e_\376\013\017compare\377_exchang\375eH\007fetch_\274\364 [\007loadi\007s_toreC\335\002E\346!\017Mapp\273@\000\004\200\017\017\007\364\177\016,\005a\324\002_u64\370>\005\275\"K\005popul\367ate[\005resi\277dentRe\373#s\000\000\006\376\017\017\t\377\016.\007\255B=\007\356\001|K\007\355\002__Pyx\001\000\377Dict_Nex\316{\000f__\276\204\004\253`__\377func____\347get\361#\n\000mai}n\020\001modul!\002\027nam)\002pK\000 \004\007\001\363vt\320\204\001;\001qual\260\035\005\203\204\005\326N\235\204\006exo\001s\227et_Q\005st\010\361N_\337_test\243\000is\377_corouti\337neadd\320 sa\375d\274\204\001amount\377asyncio.n\033\006sat\234Gcl3\000\375_\327\000traceb\367ack\355\204\002codej\311mcJ\001d\256@re\260@\375d\226\206\003expect\357edfd\345fiit\213em\255\206\005.\256\206\004\365a\206\205\003m\376\337coffsetp\367age\000\001_siz\022\004\002s\237`\235er\314\000\251\205\001\235e\177seensel4\001\370\334\206\0042\001\300\204\002value\376\000\002svector\337int (\002\000)\000\336\005\002void\006\00264\371_\026\000\t\003fail_\337with\000\006\001\000n\377ow\200\001\330\004\n\210\377+\220Q\200A\340\010\014\177\210F\220!\2201\330\006""\000\337D\220\001\220\024\016\005H\220\377A\330\010\013\2104\210v\177\220S\230\001\330\014\022#\000\3774\220w\230d\240!\330\277\014\020\220\010\230\001:\001\017\377\210{\230!\2304\230y\357\250\004\250A\013\003|\2301\337\230D\240\005\240Y\002\017\320\357\017\047\240q\032\000I\260T\357\270\032\3001n\001\025\220Q\377\220d\230)\2404\240q\236}\001\036\230a\330|\007g\010\023\377\220>\240\021\240$\240g\257\250R\250q\210\0015\233\002U\376n\0007\240\047\250\030\260\024\377\260X\270R\270t\3003\357\300g\310Q\221\001\001\330\010\373\017\210P\002!\240\024\240X\3765\000z\270\022\2703\270c\177\300\021\340\010 \240\001\347\004\377\330\010\021\320\021\"\240&\357\250\001\250\021\340\0017\220#\375\220=\000\r\330\010\t\330\014\377\017\210w\220a\220t\230\3758\235\000y\260\010\270\002\270\317!\330\020\024\212 \362\000\005\220\376y\0011\330\020\031\230\026\230\377q\240\003\2402\240Q\340\326\212 \001\220E\000\017\247 R\220\376\320\000\360\014\000\t\014\2107\377\220\"\220B\220c\230\027\377\240\002\240\"\240C\240w\377\250b\260\004\260H\270B\373\270a\311!*\230A\320\035\3779\270\021\270+\300Q\300wd\310!\266\001y\230\001T\001{\200A>\001\033\320\0320.\000\373L\300\322\000\030\230\001\360\006\237\000\t\032\230\021\243$\252AJ\373\220a\254\002\r\330\025\026\330\377\024\033\2309\240G\2501\373\250D\260\000\004\270I\300X\377\310R\310w\320VW\330\377\020\023\2205\230\003\2306\376\216 U\250#\250Q\330\024\357\025\330\020\"\301A\017\210u\177\220C\220q\330\020\027\354\000:\322\000\026\223@\047\240\022\224AN\002\377\032\230%\230r\240\021\330\377\030\033\2307\240#\240Q\377\330\034%\320%6\260e\377\2701\270A\340\034)\250\337\021\250!\330\030\323 \330\021\335\022\216!\021\230!\210!\n\230\375!\276\000\016\000\t\036\230T\335\240\332\"8\2203\250\000\014\r\372\311cq\307a+\230Q\330\020\177*\250!\2504\250q\377a\375I\375 \010\016\210a\210y\017\230\004\230A";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1609, 2135);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1596 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of them \377in  view\377s: relea\377se memor\375y\020\002 and a\377rrays fi\377rst(tree\377 fragmenot).:B\001re!\000\177e ?NoteS\000\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\357-484_\002rej\377ects sub\237class\245\000\237\000b\357uilt\237\000typ\377es. If y\377ou need \217to p%\000%\t\315\000n\357 set\325\001 \047a\377nnotatio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a\267dd_%\000ec*\002 \367map#\000sabl\367een\002\001gcis\276\004\003divsh\230 .\277errors\007\004/\375_\250#.pyxno\277 align\233\0006\3774-bit wo\355r\274 t \027\000def\377ault __r\377educe__ {du\204\002non-\225 \357vial\033\000cin\347it_\221\000\214@gis\372\251!a\314\003devic\375e\320!closed\240\274@\244D\000\021\370!\331@u\315@b\323y \036\013\343\000p\300 fo\355r\361@ad\231  on\377lyAtomicWU64\000\006.\245\006c\314B\323__\017\t\350 s\337 e_\376\013\017compare\377_exchang\375eH\007fetch_\274\364 [\007loadi\007s_toreC\335\002E\346!\017Mapp\273@\000\004\200\017\017\007\364\177\016,\005a\324\002_u64\370>\005\275\"K\005popul\367ate[\005resi\277dentRe\373#s\000\000\006\376\017\017\t\377\016.\007\255B=\007\356\001|K\007\355\002__Pyx\001\000\377Dict_Nex\316{\000f__\276\204\004\253`__\377func____\347get\361#\n\000mai}n\020\001modul!\002\027nam)\002pK\000 \004\007\001\363vt\320\204\001;\001qual\260\035\005\203\204\005\326N\235\204\006exo\001s\227et_Q\005st\010\361N_\337_test\243\000is\377_corouti\337neadd\320 sa\375d\274\204\001amount\377asyncio.n\033\006sat\234Gcl3\000\375_\327\000traceb\367ack\355\204\002codej\311mcJ\001d\256@re\260@\375d\226\206\003expect\357edfd\345fiit\213em\255\206\005.\256\206\004\365a\206\205\003m\376\337coffsetp\367age\000\001_siz\022\004\002s\237`\235er\314\000\251\205\001\235e\177seensel4\001\370\334\206\0042\001\300\204\002value\376\000\002svector\337int (\002\000)\000\376\005\002void)\000f\377ail_with\376\005\002\200\001\330\004\n\210+\377\220Q\200A\340\010\014\210\277F\220!\2201\330\006\000D\357\220\001\220\024\016\005H""\220A\377\330\010\013\2104\210v\220\277S\230\001\330\014\022#\0004\377\220w\230d\240!\330\014\337\020\220\010\230\001:\001\017\210\377{\230!\2304\230y\250\367\004\250A\013\003|\2301\230\357D\240\005\240Y\002\017\320\017\367\047\240q\032\000I\260T\270\367\032\3001n\001\025\220Q\220\177d\230)\2404\240q}\001\317\036\230a\330|\007g\010\023\220\377>\240\021\240$\240g\250WR\250q\210\0015\233\002Un\000\3777\240\047\250\030\260\024\260\377X\270R\270t\3003\300\367g\310Q\221\001\001\330\010\017}\210P\002!\240\024\240X5\000\377z\270\022\2703\270c\300\277\021\340\010 \240\001\347\004\330\377\010\021\320\021\"\240&\250\367\001\250\021\340\0017\220#\220\376=\000\r\330\010\t\330\014\017\377\210w\220a\220t\2308\376\235\000y\260\010\270\002\270!g\330\020\024\212 \362\000\005\220y\001\3771\330\020\031\230\026\230q\177\240\003\2402\240Q\340\212 k\001\220E\000\017\247 R\220\320\000\377\360\014\000\t\014\2107\220\377\"\220B\220c\230\027\240\377\002\240\"\240C\240w\250\377b\260\004\260H\270B\270\375a\311!*\230A\320\0359\377\270\021\270+\300Q\300d\273\310!\266\001y\230\001T\001\200\275A>\001\033\320\0320.\000L\375\300\322\000\030\230\001\360\006\000\317\t\032\230\021\243$\252AJ\220\375a\254\002\r\330\025\026\330\024\377\033\2309\240G\2501\250\375D\260\000\004\270I\300X\310\377R\310w\320VW\330\020\177\023\2205\230\003\2306\216 \377U\250#\250Q\330\024\025\367\330\020\"\301A\017\210u\220?C\220q\330\020\027\354\000\322\000\235\026\223@\047\240\022\224AN\002\032\377\230%\230r\240\021\330\030\377\033\2307\240#\240Q\330\377\034%\320%6\260e\270\3771\270A\340\034)\250\021\357\250!\330\030\323 \330\021\022\356\216!\021\230!\210!\n\230!\376\276\000\016\000\t\036\230T\240n\332\"8\2203\250\000\014\r\311c\375q\307a+\230Q\330\020*\277\250!\2504\250q\377aI\376\375 \010\016\210a\210y\230\007\004\230A";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1596, 2116);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2135 bytes) */
-static const char bytes[] = " bytes bytes of them in  views: release memoryviews and arrays first(tree fragment).: there are ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot map disableenablegcisenabledivshmem.errorsivshmem/_memory.pyxno aligned 64-bit word at no default __reduce__ due to non-trivial __cinit__no register at the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicU64AtomicU64.__reduce_cython__AtomicU64.__setstate_cython__AtomicU64.compare_exchangeAtomicU64.fetch_addAtomicU64.loadAtomicU64.storeClosedErrorMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.atomic_u64Mapping.closeMapping.populateMapping.residentRegistersRegisters.__reduce_cython__Registers.__setstate_cython__Registers.closeRegisters.loadRegisters.store__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddressadviceamountasyncio.coroutinesatatomic_u64cline_in_tracebackclosecodecompare_exchangecountdesiredenderrorsexpectedfdfetch_addiitemsivshmem._memoryloadmappedmappingoffsetpagepage_sizepagespoppopulatereadonlyresidentseenselfsetdefaultsizestorevaluevaluesvectorint (int)\000int (void)\000int64_t (void)\000fail_with\000fail\000now\200\001\330\004\n\210+\220Q\200A\340\010\014\210F\220!\2201\330\010\014\210D\220\001\220\024\220Q\200A\340\010\014\210H\220A\330\010\013\2104\210v\220S\230\001\330\014\022\220!\2204\220w\230d\240!\330\014\020\220\010\230\001\200A\340\010\017\210{\230!\2304\230y\250\004\250A\200A\340\010\017\210|\2301\230D\240\005\240Q\200A\340\010\017\320\017\047\240q\250\004\250I\260T\270\032\3001\200A\340\010\025\220Q\220d\230)\2404\240q\200A\340\010\036\230a\330\010\014\210F\220!\2201\330\010\013\2104\210v\220S\230\001\330""\014\023\220>\240\021\240$\240g\250R\250q\330\010\013\2105\220\001\220\024\220U\230!\2307\240\047\250\030\260\024\260X\270R\270t\3003\300g\310Q\330\014\020\220\001\330\010\017\210q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\024\220A\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\014\000\t\014\2107\220\"\220B\220c\230\027\240\002\240\"\240C\240w\250b\260\004\260H\270B\270a\330\014\022\220*\230A\320\0359\270\021\270+\300Q\300d\310!\330\010\017\210y\230\001\230\026\230q\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\031\230\021\230!\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A";
+    #else /* compression: none (2116 bytes) */
+static const char bytes[] = " bytes bytes of them in  views: release memoryviews and arrays first(tree fragment).: there are ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot map disableenablegcisenabledivshmem.errorsivshmem/_memory.pyxno aligned 64-bit word at no default __reduce__ due to non-trivial __cinit__no register at the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicU64AtomicU64.__reduce_cython__AtomicU64.__setstate_cython__AtomicU64.compare_exchangeAtomicU64.fetch_addAtomicU64.loadAtomicU64.storeClosedErrorMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.atomic_u64Mapping.closeMapping.populateMapping.residentRegistersRegisters.__reduce_cython__Registers.__setstate_cython__Registers.closeRegisters.loadRegisters.store__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddressadviceamountasyncio.coroutinesatatomic_u64cline_in_tracebackclosecodecompare_exchangecountdesiredenderrorsexpectedfdfetch_addiitemsivshmem._memoryloadmappedmappingoffsetpagepage_sizepagespoppopulatereadonlyresidentseenselfsetdefaultsizestorevaluevaluesvectorint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200A\340\010\014\210F\220!\2201\330\010\014\210D\220\001\220\024\220Q\200A\340\010\014\210H\220A\330\010\013\2104\210v\220S\230\001\330\014\022\220!\2204\220w\230d\240!\330\014\020\220\010\230\001\200A\340\010\017\210{\230!\2304\230y\250\004\250A\200A\340\010\017\210|\2301\230D\240\005\240Q\200A\340\010\017\320\017\047\240q\250\004\250I\260T\270\032\3001\200A\340\010\025\220Q\220d\230)\2404\240q\200A\340\010\036\230a\330\010\014\210F\220!\2201\330\010\013\2104\210v\220S\230\001\330\014\023\220>\240\021\240$""\240g\250R\250q\330\010\013\2105\220\001\220\024\220U\230!\2307\240\047\250\030\260\024\260X\270R\270t\3003\300g\310Q\330\014\020\220\001\330\010\017\210q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\024\220A\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\014\000\t\014\2107\220\"\220B\220c\230\027\240\002\240\"\240C\240w\250b\260\004\260H\270B\270a\330\014\022\220*\230A\320\0359\270\021\270+\300Q\300d\310!\330\010\017\210y\230\001\230\026\230q\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\031\230\021\230!\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED

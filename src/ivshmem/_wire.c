@@ -1312,6 +1312,20 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         return syscall(SYS_io_destroy, context);
     }
+
+    /* A context is the address of its ring of ends, which begins so; libaio rests on it as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
     
 
     #include <stdint.h>
@@ -1363,6 +1377,15 @@ static int __Pyx_init_tpflags_variables(void) {
     static inline uint64_t ivshmem_add(void *word, uint64_t amount)
     {
         return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+    }
+    
+
+    /* Whether no other Python thread could want the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
     }
     
 #ifdef _OPENMP
@@ -1762,10 +1785,11 @@ static const char* const __pyx_f[] = {
 
 /*--- Type declarations ---*/
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
+struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
 
 /* "_fds.pxd":7
- * from ._libc cimport epoll_event
+ * from ._libc cimport aio_context_t, epoll_event
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
@@ -1807,6 +1831,21 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 /* "_fds.pxd":32
  * 
  * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+struct __pyx_obj_7ivshmem_4_fds_Relay {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtab;
+  aio_context_t context;
+  int pid;
+};
+
+
+/* "_fds.pxd":39
+ * 
+ * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
  *     cdef int epfd
  * 
@@ -1835,6 +1874,20 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_
 
 
 /* "_fds.pxd":32
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+
+struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_4_fds_Relay *);
+};
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
+
+
+/* "_fds.pxd":39
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2823,10 +2876,11 @@ static int __Pyx_State_RemoveModule(void*);
 
 /* Module declarations from "libc.stdint" */
 
+/* Module declarations from "cpython.ref" */
+
 /* Module declarations from "ivshmem._libc" */
 
 /* Module declarations from "ivshmem._fds" */
-static int64_t (*__pyx_f_7ivshmem_4_fds_now)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
 
 /* Module declarations from "ivshmem._wire" */
@@ -2871,6 +2925,7 @@ namespace {
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
@@ -2977,7 +3032,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_value __pyx_string_tab[49]
 #define __pyx_n_u_values __pyx_string_tab[50]
 #define __pyx_n_u_want __pyx_string_tab[51]
-#define __pyx_kp_b_int_void_int64_t_void_fail_now __pyx_string_tab[52]
+#define __pyx_kp_b_int_void_fail __pyx_string_tab[52]
 #define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[53]
 #define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[54]
 /* #### Code section: module_state_clear ### */
@@ -2996,6 +3051,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
@@ -3026,6 +3082,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
@@ -3045,8 +3102,8 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_wire.pyx":25
- *     MESSAGE = 8
+/* "ivshmem/_wire.pyx":26
+ * 
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
  *     """Send messages without blocking, in batches of sendmmsg.
@@ -3094,39 +3151,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 25, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 26, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 25, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 26, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 25, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 26, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 25, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 26, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 25, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 26, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 25, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 26, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 25, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 26, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 25, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 26, __pyx_L3_error)
     __pyx_v_runs = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 25, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 26, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3187,7 +3244,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_runs", 0);
 
-  /* "ivshmem/_wire.pyx":44
+  /* "ivshmem/_wire.pyx":45
  *     cdef int64_t values[BATCH]
  *     cdef ivshmem_control controls[BATCH]
  *     cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
@@ -3196,7 +3253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_wire.pyx":46
+  /* "ivshmem/_wire.pyx":47
  *     cdef Py_ssize_t total = 0
  *     cdef Py_ssize_t first, count, i
  *     cdef int filled = 0             # <<<<<<<<<<<<<<
@@ -3205,7 +3262,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_wire.pyx":50
+  /* "ivshmem/_wire.pyx":51
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -3217,9 +3274,9 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 51, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -3227,7 +3284,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 50, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 51, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -3237,7 +3294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 50, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 51, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -3248,13 +3305,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 50, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 51, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -3264,27 +3321,27 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_wire.pyx":51
+    /* "ivshmem/_wire.pyx":52
  *     cdef FdArray fds
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
 */
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 51, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 51, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
     __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4));
@@ -3292,7 +3349,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_wire.pyx":52
+    /* "ivshmem/_wire.pyx":53
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -3327,7 +3384,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/_wire.pyx":53
+      /* "ivshmem/_wire.pyx":54
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
@@ -3335,11 +3392,11 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
  *             values[filled] = value
 */
       __pyx_t_6 = NULL;
-      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 53, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 54, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 53, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 54, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 53, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 54, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
       __pyx_t_14[1] = __pyx_t_11;
@@ -3353,7 +3410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
       #endif
       __pyx_t_15 = 0;
       __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
-      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 53, __pyx_L1_error)
+      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 54, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_16);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -3364,14 +3421,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 53, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 53, __pyx_L1_error)
+      __PYX_ERR(0, 54, __pyx_L1_error)
 
-      /* "ivshmem/_wire.pyx":52
+      /* "ivshmem/_wire.pyx":53
  *     for run in runs:
  *         value, fds, first, count = run[0], run[1], run[2], run[3]
  *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
@@ -3380,7 +3437,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
     }
 
-    /* "ivshmem/_wire.pyx":54
+    /* "ivshmem/_wire.pyx":55
  *         if fds is not None and (first < 0 or first + count > fds.count):
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
@@ -3394,7 +3451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
       __pyx_v_i = __pyx_t_18;
 
-      /* "ivshmem/_wire.pyx":55
+      /* "ivshmem/_wire.pyx":56
  *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
  *         for i in range(first, first + count):
  *             values[filled] = value             # <<<<<<<<<<<<<<
@@ -3403,7 +3460,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
 
-      /* "ivshmem/_wire.pyx":56
+      /* "ivshmem/_wire.pyx":57
  *         for i in range(first, first + count):
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
@@ -3412,7 +3469,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
 
-      /* "ivshmem/_wire.pyx":57
+      /* "ivshmem/_wire.pyx":58
  *             values[filled] = value
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -3421,7 +3478,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":58
+      /* "ivshmem/_wire.pyx":59
  *             iov[filled].iov_base = &values[filled]
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
@@ -3430,7 +3487,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
 
-      /* "ivshmem/_wire.pyx":59
+      /* "ivshmem/_wire.pyx":60
  *             iov[filled].iov_len = MESSAGE
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
@@ -3439,7 +3496,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
 
-      /* "ivshmem/_wire.pyx":60
+      /* "ivshmem/_wire.pyx":61
  *             memset(&messages[filled], 0, sizeof(messages[filled]))
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -3448,7 +3505,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":61
+      /* "ivshmem/_wire.pyx":62
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -3459,7 +3516,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_wire.pyx":62
+        /* "ivshmem/_wire.pyx":63
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
@@ -3468,7 +3525,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_f_7ivshmem_5_wire__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
 
-        /* "ivshmem/_wire.pyx":61
+        /* "ivshmem/_wire.pyx":62
  *             messages[filled].msg_hdr.msg_iov = &iov[filled]
  *             messages[filled].msg_hdr.msg_iovlen = 1
  *             if fds is not None:             # <<<<<<<<<<<<<<
@@ -3477,7 +3534,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       }
 
-      /* "ivshmem/_wire.pyx":63
+      /* "ivshmem/_wire.pyx":64
  *             if fds is not None:
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1             # <<<<<<<<<<<<<<
@@ -3486,7 +3543,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_wire.pyx":64
+      /* "ivshmem/_wire.pyx":65
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -3498,17 +3555,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/_wire.pyx":65
+        /* "ivshmem/_wire.pyx":66
  *             filled += 1
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *                 total += sent
  *                 if sent < filled:
 */
-        __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
+        __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
         __pyx_v_sent = __pyx_t_15;
 
-        /* "ivshmem/_wire.pyx":66
+        /* "ivshmem/_wire.pyx":67
  *             if filled == BATCH:
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent             # <<<<<<<<<<<<<<
@@ -3517,7 +3574,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_wire.pyx":67
+        /* "ivshmem/_wire.pyx":68
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -3529,14 +3586,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         if (__pyx_t_9) {
 
 
-          /* "ivshmem/_wire.pyx":68
+          /* "ivshmem/_wire.pyx":69
  *                 total += sent
  *                 if sent < filled:
  *                     return total             # <<<<<<<<<<<<<<
  *                 filled = 0
  *     if filled:
 */
-          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 68, __pyx_L1_error)
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -3550,7 +3607,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_wire.pyx":67
+          /* "ivshmem/_wire.pyx":68
  *                 sent = _sendmmsg(sock, messages, filled, total)
  *                 total += sent
  *                 if sent < filled:             # <<<<<<<<<<<<<<
@@ -3559,7 +3616,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
         }
 
-        /* "ivshmem/_wire.pyx":69
+        /* "ivshmem/_wire.pyx":70
  *                 if sent < filled:
  *                     return total
  *                 filled = 0             # <<<<<<<<<<<<<<
@@ -3568,7 +3625,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_wire.pyx":64
+        /* "ivshmem/_wire.pyx":65
  *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
  *             filled += 1
  *             if filled == BATCH:             # <<<<<<<<<<<<<<
@@ -3579,7 +3636,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     }
 
 
-    /* "ivshmem/_wire.pyx":50
+    /* "ivshmem/_wire.pyx":51
  *     cdef int64_t value
  *     cdef FdArray fds
  *     for run in runs:             # <<<<<<<<<<<<<<
@@ -3589,7 +3646,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":70
+  /* "ivshmem/_wire.pyx":71
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -3601,18 +3658,18 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_wire.pyx":71
+    /* "ivshmem/_wire.pyx":72
  *                 filled = 0
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
  *     return total
  * 
 */
-    __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
+    __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
     __pyx_v_total = (__pyx_v_total + __pyx_t_15);
 
 
-    /* "ivshmem/_wire.pyx":70
+    /* "ivshmem/_wire.pyx":71
  *                     return total
  *                 filled = 0
  *     if filled:             # <<<<<<<<<<<<<<
@@ -3621,14 +3678,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 */
   }
 
-  /* "ivshmem/_wire.pyx":72
+  /* "ivshmem/_wire.pyx":73
  *     if filled:
  *         total += _sendmmsg(sock, messages, filled, total)
  *     return total             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -3641,8 +3698,8 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":25
- *     MESSAGE = 8
+  /* "ivshmem/_wire.pyx":26
+ * 
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
  *     """Send messages without blocking, in batches of sendmmsg.
@@ -3679,7 +3736,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":75
+/* "ivshmem/_wire.pyx":76
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -3690,7 +3747,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
 static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
   struct cmsghdr *__pyx_v_header;
 
-  /* "ivshmem/_wire.pyx":77
+  /* "ivshmem/_wire.pyx":78
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
@@ -3699,7 +3756,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
 
-  /* "ivshmem/_wire.pyx":78
+  /* "ivshmem/_wire.pyx":79
  *     cdef cmsghdr *header
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
@@ -3708,7 +3765,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
 
-  /* "ivshmem/_wire.pyx":79
+  /* "ivshmem/_wire.pyx":80
  *     memset(control, 0, sizeof(ivshmem_control))
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -3717,7 +3774,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
 
-  /* "ivshmem/_wire.pyx":80
+  /* "ivshmem/_wire.pyx":81
  *     message.msg_hdr.msg_control = control
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -3726,7 +3783,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_wire.pyx":81
+  /* "ivshmem/_wire.pyx":82
  *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
@@ -3735,7 +3792,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
 
-  /* "ivshmem/_wire.pyx":82
+  /* "ivshmem/_wire.pyx":83
  *     header = CMSG_FIRSTHDR(&message.msg_hdr)
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
@@ -3744,7 +3801,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_level = SOL_SOCKET;
 
-  /* "ivshmem/_wire.pyx":83
+  /* "ivshmem/_wire.pyx":84
  *     header.cmsg_len = CMSG_LEN(sizeof(int))
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
@@ -3753,7 +3810,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_wire.pyx":84
+  /* "ivshmem/_wire.pyx":85
  *     header.cmsg_level = SOL_SOCKET
  *     header.cmsg_type = SCM_RIGHTS
  *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
@@ -3762,7 +3819,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 */
   (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
 
-  /* "ivshmem/_wire.pyx":75
+  /* "ivshmem/_wire.pyx":76
  * 
  * 
  * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -3775,7 +3832,7 @@ static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivs
 
 }
 
-/* "ivshmem/_wire.pyx":87
+/* "ivshmem/_wire.pyx":88
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -3793,7 +3850,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_wire.pyx":90
+  /* "ivshmem/_wire.pyx":91
  *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
  *     cdef int n
  *     while True:             # <<<<<<<<<<<<<<
@@ -3802,7 +3859,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
   while (1) {
 
-    /* "ivshmem/_wire.pyx":91
+    /* "ivshmem/_wire.pyx":92
  *     cdef int n
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
@@ -3811,7 +3868,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_wire.pyx":92
+    /* "ivshmem/_wire.pyx":93
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -3823,7 +3880,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_wire.pyx":93
+      /* "ivshmem/_wire.pyx":94
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:
  *             return n             # <<<<<<<<<<<<<<
@@ -3836,7 +3893,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":92
+      /* "ivshmem/_wire.pyx":93
  *     while True:
  *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -3845,7 +3902,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_wire.pyx":94
+    /* "ivshmem/_wire.pyx":95
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -3857,7 +3914,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_wire.pyx":95
+      /* "ivshmem/_wire.pyx":96
  *             return n
  *         if errno == EINTR:
  *             continue             # <<<<<<<<<<<<<<
@@ -3866,7 +3923,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/_wire.pyx":94
+      /* "ivshmem/_wire.pyx":95
  *         if n >= 0:
  *             return n
  *         if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -3875,7 +3932,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_wire.pyx":96
+    /* "ivshmem/_wire.pyx":97
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -3901,7 +3958,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_wire.pyx":97
+      /* "ivshmem/_wire.pyx":98
  *             continue
  *         if errno == EAGAIN or before > 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -3914,7 +3971,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":96
+      /* "ivshmem/_wire.pyx":97
  *         if errno == EINTR:
  *             continue
  *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
@@ -3923,14 +3980,14 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
     }
 
-    /* "ivshmem/_wire.pyx":98
+    /* "ivshmem/_wire.pyx":99
  *         if errno == EAGAIN or before > 0:
  *             return 0
  *         return fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
@@ -3938,7 +3995,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_wire.pyx":87
+  /* "ivshmem/_wire.pyx":88
  * 
  * 
  * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
@@ -3958,7 +4015,7 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":101
+/* "ivshmem/_wire.pyx":102
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -4007,39 +4064,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 101, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 101, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 101, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 102, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 101, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 101, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 101, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 101, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4102,19 +4159,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_wire.pyx":119
+  /* "ivshmem/_wire.pyx":120
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":120
+  /* "ivshmem/_wire.pyx":121
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -4123,7 +4180,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_wire.pyx":121
+  /* "ivshmem/_wire.pyx":122
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -4132,7 +4189,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_wire.pyx":122
+  /* "ivshmem/_wire.pyx":123
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -4140,7 +4197,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 123, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -4171,7 +4228,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":123
+    /* "ivshmem/_wire.pyx":124
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -4180,7 +4237,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_wire.pyx":124
+    /* "ivshmem/_wire.pyx":125
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -4194,7 +4251,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_wire.pyx":125
+      /* "ivshmem/_wire.pyx":126
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -4203,7 +4260,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)]));
 
-      /* "ivshmem/_wire.pyx":126
+      /* "ivshmem/_wire.pyx":127
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -4212,7 +4269,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":127
+      /* "ivshmem/_wire.pyx":128
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -4221,7 +4278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":128
+      /* "ivshmem/_wire.pyx":129
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -4230,7 +4287,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":129
+      /* "ivshmem/_wire.pyx":130
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -4239,7 +4296,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":130
+      /* "ivshmem/_wire.pyx":131
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -4250,7 +4307,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_wire.pyx":131
+    /* "ivshmem/_wire.pyx":132
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -4259,7 +4316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 131, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -4276,7 +4333,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_wire.pyx":132
+    /* "ivshmem/_wire.pyx":133
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -4285,7 +4342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_wire.pyx":133
+    /* "ivshmem/_wire.pyx":134
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -4297,7 +4354,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":134
+      /* "ivshmem/_wire.pyx":135
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -4309,7 +4366,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":135
+        /* "ivshmem/_wire.pyx":136
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -4318,7 +4375,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_wire.pyx":134
+        /* "ivshmem/_wire.pyx":135
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -4327,7 +4384,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_wire.pyx":136
+      /* "ivshmem/_wire.pyx":137
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -4346,7 +4403,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 136, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -4357,7 +4414,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":137
+        /* "ivshmem/_wire.pyx":138
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -4366,7 +4423,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_wire.pyx":136
+        /* "ivshmem/_wire.pyx":137
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -4375,17 +4432,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_wire.pyx":138
+      /* "ivshmem/_wire.pyx":139
  *             if errno == EAGAIN or chunks:
  *                 break
  *             fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
 
 
-      /* "ivshmem/_wire.pyx":133
+      /* "ivshmem/_wire.pyx":134
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -4394,7 +4451,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_wire.pyx":139
+    /* "ivshmem/_wire.pyx":140
  *                 break
  *             fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -4408,19 +4465,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_wire.pyx":140
+      /* "ivshmem/_wire.pyx":141
  *             fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":141
+      /* "ivshmem/_wire.pyx":142
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -4441,7 +4498,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":142
+      /* "ivshmem/_wire.pyx":143
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -4462,7 +4519,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":143
+      /* "ivshmem/_wire.pyx":144
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -4474,36 +4531,36 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":145
+        /* "ivshmem/_wire.pyx":146
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 145, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 146, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 145, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 145, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_wire.pyx":144
+        /* "ivshmem/_wire.pyx":145
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_wire.pyx":143
+        /* "ivshmem/_wire.pyx":144
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -4514,7 +4571,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_wire.pyx":147
+    /* "ivshmem/_wire.pyx":148
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -4526,7 +4583,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":148
+      /* "ivshmem/_wire.pyx":149
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -4535,7 +4592,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_wire.pyx":147
+      /* "ivshmem/_wire.pyx":148
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -4547,7 +4604,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_wire.pyx":149
+  /* "ivshmem/_wire.pyx":150
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -4556,7 +4613,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_wire.pyx":150
+    /* "ivshmem/_wire.pyx":151
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -4569,13 +4626,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 150, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -4583,7 +4640,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 150, __pyx_L1_error)
+          __PYX_ERR(0, 151, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -4593,22 +4650,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 150, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 151, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 150, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 151, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 150, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 150, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 150, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -4616,7 +4673,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -4624,7 +4681,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 150, __pyx_L1_error)
+        __PYX_ERR(0, 151, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -4632,7 +4689,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_wire.pyx":151
+      /* "ivshmem/_wire.pyx":152
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -4644,9 +4701,9 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 151, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 152, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -4654,7 +4711,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -4664,7 +4721,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -4675,13 +4732,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 151, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 152, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 151, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 152, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -4691,18 +4748,18 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":152
+        /* "ivshmem/_wire.pyx":153
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 152, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 153, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_wire.pyx":151
+        /* "ivshmem/_wire.pyx":152
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -4712,7 +4769,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":150
+      /* "ivshmem/_wire.pyx":151
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -4722,7 +4779,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_wire.pyx":153
+    /* "ivshmem/_wire.pyx":154
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -4730,7 +4787,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 153, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -4749,14 +4806,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 153, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 154, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 153, __pyx_L1_error)
+    __PYX_ERR(0, 154, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":149
+    /* "ivshmem/_wire.pyx":150
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -4765,22 +4822,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_wire.pyx":157
+  /* "ivshmem/_wire.pyx":158
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 157, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 158, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 157, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 158, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -4793,7 +4850,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":101
+  /* "ivshmem/_wire.pyx":102
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -4829,7 +4886,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":160
+/* "ivshmem/_wire.pyx":161
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -4856,7 +4913,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_wire.pyx":161
+  /* "ivshmem/_wire.pyx":162
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -4865,19 +4922,19 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_wire.pyx":164
+  /* "ivshmem/_wire.pyx":165
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":165
+  /* "ivshmem/_wire.pyx":166
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -4890,7 +4947,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":166
+    /* "ivshmem/_wire.pyx":167
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -4916,7 +4973,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":167
+      /* "ivshmem/_wire.pyx":168
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -4929,7 +4986,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 167, __pyx_L1_error)
+        __PYX_ERR(0, 168, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -4940,7 +4997,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_wire.pyx":168
+        /* "ivshmem/_wire.pyx":169
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -4949,22 +5006,22 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_wire.pyx":169
+        /* "ivshmem/_wire.pyx":170
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_wire.pyx":166
+      /* "ivshmem/_wire.pyx":167
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -4973,24 +5030,21 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_wire.pyx":170
+    /* "ivshmem/_wire.pyx":171
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
  *     return tuple(fds)
- * 
 */
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_wire.pyx":171
+  /* "ivshmem/_wire.pyx":172
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
- * 
- * 
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5003,7 +5057,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":160
+  /* "ivshmem/_wire.pyx":161
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -5105,6 +5159,16 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 21, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 21, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 32, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 32, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -5113,8 +5177,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 32, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 32, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -5145,12 +5209,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_int64_t_void_fail_now);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_fail);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 26;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void))&__pyx_f_7ivshmem_4_fds_now, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 11;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -5476,34 +5540,34 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":25
- *     MESSAGE = 8
+  /* "ivshmem/_wire.pyx":26
+ * 
  * 
  * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
  *     """Send messages without blocking, in batches of sendmmsg.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 25, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 26, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":101
+  /* "ivshmem/_wire.pyx":102
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_wire.pyx":1
@@ -5581,21 +5645,21 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 7; } str_length_index[] = {{4},{1},{2},{1},{124},{12},{14},{17},{13},{1},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{18},{6},{18},{8},{5},{4},{3},{6},{2},{3},{6},{5},{1},{3},{5},{13},{5},{4},{8},{1},{3},{7},{3},{4},{9},{4},{10},{4},{5},{5},{6},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{34},{419},{343}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{15},{419},{343}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (912 bytes) */
-static const char cstring[] = "x\332URMo\333F\020\225l\331V\033\247\266\022\333qR\024]7F\021\267\251\n\332Ij\030(\n%M\343\242E\020\333\200\n\027E\231\025\271\214\026\242\270\022w\251\217\244hs\344q\217{\334#\217<\362\250\243\216>\362\230\237\340\237\320Y\332\262[\200\342\354\276\031\316\274yO\210y\250^\257\377\200\221K\270\023\322\236`!\362B\326E\242M\020\047\341\200\204h\2109\362\031\027\007\000R\216z!s\010\347\250\r\260`\014uq0F\254G\002\344Q\237p\364 \304\224\023D\005|E\273T<D\0364\245\001\0278p\010\032R\321F\257\243\"\205\276\t^\357\\O\346\210\016x\273K\272u\022\206p\275\274}k\017iH\352\275\361\350U\310\004s\230\377\334\244m\333~5\036\301\357G\352\010\373%\031\211c\342\3316\016\002&\260 \220\266\275(pL\354b\032\024\221\271\221_d\002\334-\"4\265\007\002\267.\320~\204\375YF\020. Pn;,d\221\240\001\301|\0348\224\325\257\000\356\264\243\240\303\035\037\3166\214\020!vH\013;\035\207\005\"d>wX\024\010\027\013L\230w\261\223\347z.\007\241|\342z4\344\202R6\240\202tg\313\326\213e\013u\214\346]P\032\277!<\350\261^H\034B\301\220(\200\207s\022\270\366\345Ap\"\\\342\341\310\027\2349\035\001\002\370\003\354G\244x\361!\016\200\255@\017\006\214\272;%8>yd_]=L\375R\300\206\357\313\347\333\245\205M\331\317+\353\362(\257\254\311F^\3718\276\037\037\305m\331R\213\312\325\333\332M\266\0237\335\312\253\237\3048~\253n\253\027\332\312\253\313\361s\271.1|\272\274\022\367\345\234|\250\260\022\332\322Ou+)\317\300\257\325Q\276\014]\345\261\034\251w\311V\262\227\340\244\177\r\375\235\374\047\377\017\344Fi?+_Ag\237[i-\257\256\304c\340\322\322\363\320\376\347\344\217\254f\306\037BIS\035\350f\362}6wv\360\353\264\221Wo\304\273\361q\\P\032\310\023U\316Wk\263\363\222\342z\253\270\257\312\362\377\350\337*\250\367u5)\047\220\276-\037\253y\265_l\322N:\331\255\31425\333\322Q\233\272\246\277\000\006\047i\261\340H\366\325\234\202\246\033\362\r\354\271^7\273\245\225\264\221\036\247avo\262?\265\246O\247\235\263\323\337?\\3\273\231W\226\336\367\r\201g\361PbCg\021\302\352\035hV6\032w\025\314\273y\276XZX\216\367\245\005\026}YZ\370L5>T6$>\257""\226\026>\212\227\240\021\210\022\311\027\300sOc-\n]E\272\227\342Td{\031\316\372F\214G0\201\250\307z\021,\231K\356\047\315t7mf\273\331\311\244lV\372J5\324\237\211\225\034\002c\0037\047\273\223&p~6\355_\0134T\036\010\201M\375\226<0v\032g\227\344_ \320O`\2505\003\336\201\274E\221%\017\241\361\251v\222;i5+\203[\205\235\277\251C\375\013\3503\237Zi\343\032z\t\377,\350 \344wF\311B\205B\347\235Kb\247\2313Y\233\034M\200\301\206\221k\005vrT\315\224\216uYo\350\267\351&\214X\275k0\343\235qd\355S\020\261\200.\304\256\311\273jK=\321\367\222\375\324\312+7b\353_\214w\000\325";
-    PyObject *data = __Pyx_DecompressString(cstring, 912, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (903 bytes) */
+static const char cstring[] = "x\332URMo\333F\020\225l\331V\033\247\266\022\333qR\024]5F\021\267\251\n\332Mk\030(\n%M\343\242E\020\333\200\n\027E\231\025\271\214\026\242\270\022w\251\217\244hs\344q\217{\334#\217<\362\250\243\216>\362\230\237\340\237\320Y\332\212[\200\342\354\276\031\316\274yO\210y\250\321h\374\200\221K\270\023\322\276`!\362B\326C\242C\020\047\341\220\204h\2049\362\031\027\207\000R\216\372!s\010\347\250\003\260`\014\365p0A\254O\002\344Q\237p\364 \304\224\023D\005|E{T<D\0364\245\001\0278p\010\032Q\321A/\243\"\205\276\n^\356^O\346\210\016y\247Gz\r\022\206p\275\272}m\217hH\032\375\311\370E\310\004s\230\377\324\244m\333~1\031\303\357G\352\010\3739\031\213\023\342\3316\016\002&\260 \220\266\275(pL\354a\032\024\221\271\221_d\002\334+\"4\265\207\002\267/\321A\204\375yF\020. Pn;,d\221\240\001\301|\0228\2245\336\003\334\351DA\227;>\234m\030!B\354\2206v\272\016\013D\310|\356\260(\020.\026\2300\357r\047\317\365\\\016B\371\304\365h\310\005\245lH\005\351\315\227m\024\313\026\352\030\315{\2404~Ex\320g\375\2208\204\202!Q\000\017\347$p\355\253\203\340D\270\304\303\221/8s\272\002\004\360\207\330\217H\361\342#\034\000[\201\036\014\031uwK\036\246\376\333\362\305Nii[\016\362\312\246<\316+\033\262\231W>\214\357\307\307qG\266\325\262r\365\216v\223\235\304M\353y\365\243\030\307\257\325m\365L[yu5~*7%\206OW\327\342\201\\\220\017\025VB[\372\261n\047\3459\370\245:\316W\241\253<\221c\365&\251\047\373\tN\006\327\320\337\311\177\362\377@n\234\016\262\362{\350\374S+\255\345\325\265x\002\\\332z\021\332\377\234\374\221\325\314\370#(i\251C\335J\276\317\026\316\017\177\2355\363\352\215x/>\211\013JCy\252\312\371zm~^Q\\\327\213\373\272,\377\217\376\255\202\372@W\223r\002\351\333\362\221ZT\007\305&\235\244\233\335\312,S\263#\035\265\255k\3723`p\232\026\013\216\345@-(h\272%_\301\236\233\r\263[ZI\233\351I\032f\367\246\0073k\366x\326=?\373\375\3355\263\233ye\345\355\300\020x\022\217$6t\226!\254\337\201fe\243qO\301\274\233\027\313\245\245\325\370@Z`\321\347\245\245OT\363]eK\342\213ji\351\203x\005\032\201(\221|\006<\3675""\326\242\320U\244\373)NE\266\237\341l`\304\370\006&\020\365H/\203%\013\311\375\244\225\356\245\255l/;\235\226\315J_\250\246\3723\261\222#`l\340\326to\332\002\316Of\203k\201F\312\003!\260\251\257\313Cc\247qvE\376\005\002\375\004\206Zs\340\r\310[\024Y\362\010\032\237i\047\271\223V\2632\270U\330\371\233:\322\277\200>\213\251\2256\257\241\347\360\317\202\016B~g\224,T(t\336\275\"v\2269\323\215\351\361\024\030l\031\271\326`\047G\325L\351D\227\365\226~\235n\303\210\365\273\0063\336\031G6>\006\021\013\350R\354\232\274\253\352\352[}/9H\255\274r#\266\376\005\256\244\372\307";
+    PyObject *data = __Pyx_DecompressString(cstring, 903, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1286 bytes) */
-static const char bytes[] = " of ...?a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)descriptors ivshmem.errorsivshmem/_wire.pyxProtocolError___Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineasyncio.coroutineschunkscline_in_tracebackcontrolscountdataeoferrorsfdfdsfilledfirstiiovitemsivshmem._wirelimitlostmessagesnpopreceiverunrunssend_runssentsetdefaultsocktotalvaluevalueswantint (void)\000int64_t (void)\000fail\000now\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330""\010\013\2104\210w\220e\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101";
+    #else /* compression: none (1267 bytes) */
+static const char bytes[] = " of ...?a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)descriptors ivshmem.errorsivshmem/_wire.pyxProtocolError___Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineasyncio.coroutineschunkscline_in_tracebackcontrolscountdataeoferrorsfdfdsfilledfirstiiovitemsivshmem._wirelimitlostmessagesnpopreceiverunrunssend_runssentsetdefaultsocktotalvaluevalueswantint (void)\000fail\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e""\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -5687,12 +5751,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 25};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 26};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }

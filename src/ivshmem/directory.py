@@ -18,7 +18,6 @@ from __future__ import annotations
 import atexit
 import operator
 import os
-import secrets
 import struct
 import threading
 import time
@@ -344,7 +343,7 @@ class Directory:
             if refusal.final or time.monotonic() > deadline:
                 raise refusal.error
             # At random, so as not to stay in step with somebody who tries the same.
-            self._closing.wait(secrets.randbelow(20) / 1000)
+            self._closing.wait(os.urandom(1)[0] / 12800)
 
     def _enter(
         self, publication: Publication, connected: frozenset[int] | None, *, take_over: bool
@@ -360,7 +359,7 @@ class Directory:
                 table[number] = _Slot(number, 0, None, None)
             elif rival:
                 return _Refusal(_taken(publication.name, slot), slot.alive is True)
-        owner = secrets.randbits(64) or 1
+        owner = int.from_bytes(os.urandom(8), "little") or 1
         for slot in table:
             if not slot.owner and self._word(slot.number, _OWNER).compare_exchange(0, owner) == 0:
                 break

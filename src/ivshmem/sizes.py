@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import re
-from fractions import Fraction
 from typing import SupportsIndex
 
 from .errors import RegionError
@@ -42,19 +41,24 @@ def parse_size(size: SupportsIndex | str) -> int:
             " such as 4M"
         )
     hexadecimal, decimal, unit = match.groups()
-    count = Fraction(int(hexadecimal, 16)) if hexadecimal else Fraction(decimal.rstrip("."))
-    value = count * 1024 ** _UNITS.index((unit or "B").upper())
-    if value.denominator != 1:
+    if hexadecimal:
+        number, parts = int(hexadecimal, 16), 1
+    else:
+        whole, _, places = decimal.partition(".")
+        number, parts = int(whole + places), 10 ** len(places)
+    value: int
+    value, rest = divmod(number * 1024 ** _UNITS.index((unit or "B").upper()), parts)
+    if rest:
         raise RegionError(f"{size!r} is no whole number of bytes")
-    return int(value)
+    return value
 
 
 def format_size(size: int) -> str:
     """Exactly this size, in the largest unit that needs no more than three decimals."""
     for power in range(len(_UNITS) - 1, 0, -1):
-        thousandths = Fraction(size * 1000, 1024**power)
-        if thousandths >= 1000 and thousandths.denominator == 1:
-            whole, rest = divmod(int(thousandths), 1000)
+        thousandths, odd = divmod(size * 1000, 1024**power)
+        if thousandths >= 1000 and not odd:
+            whole, rest = divmod(thousandths, 1000)
             return f"{whole}.{rest:03}".rstrip("0").rstrip(".") + _UNITS[power]
     return f"{size} bytes"
 

@@ -32,14 +32,20 @@ def until(condition: Callable[[], T | None], what: str = "condition") -> T:
     return answer
 
 
-# poll, ppoll, epoll_wait, epoll_pwait, epoll_pwait2; write. Each machine has numbers of its own.
+# poll, ppoll, epoll_wait, epoll_pwait, epoll_pwait2; read; write. Each machine has its own numbers.
 _POLL = {"x86_64": {7, 271, 232, 281, 441}, "aarch64": {73, 22, 441}}
+_READ = {"x86_64": {0}, "aarch64": {63}}
 _WRITE = {"x86_64": {1}, "aarch64": {64}}
 
 
 def sleeps_in_poll(thread_id: int) -> bool:
     """Whether a thread of this process sleeps in poll(2), epoll_wait(2) or one of their kind."""
     return _sleeps_in(thread_id, _POLL)
+
+
+def sleeps_in_read(thread_id: int) -> bool:
+    """Whether a thread of this process sleeps in read(2)."""
+    return _sleeps_in(thread_id, _READ)
 
 
 def sleeps_in_write(thread_id: int) -> bool:
@@ -124,6 +130,9 @@ class Background:
 
     def wait_until_asleep(self) -> None:
         until(lambda: sleeps_in_poll(self.native_id), "a sleeping thread")
+
+    def wait_until_reading(self) -> None:
+        until(lambda: sleeps_in_read(self.native_id), "a thread that waits in read")
 
     def wait_until_writing(self) -> None:
         until(lambda: sleeps_in_write(self.native_id), "a thread that waits in write")

@@ -61,7 +61,9 @@ def test_memory_decoding_is_switched_on(machine: FakePci) -> None:
 
 def test_a_driver_has_it(machine: FakePci) -> None:
     machine.add(A, driver="pci-stub")
-    with pytest.raises(OSError, match="the driver pci-stub has the device: use vfio, or") as error:
+    with pytest.raises(
+        OSError, match="the driver pci-stub has the device: open it by vfio, or"
+    ) as error:
         guest.open()
     assert error.value.errno == errno.EBUSY
     assert machine.writes == []

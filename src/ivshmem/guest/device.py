@@ -282,7 +282,7 @@ class VfioDevice(GuestDevice):
     def _listen(self) -> None:
         if not (count := self._vfio.vectors()):
             return
-        fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(count)]
+        fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(count)]
         for fd in fds:
             self._add_vector(fd)
         self._vfio.listen(fds)
@@ -292,6 +292,14 @@ class VfioDevice(GuestDevice):
         self._resources.callback(removal.close)
         self._vfio.listen_for_removal(removal[0])
         self._watch(removal[0], urgent=True)
+        try:
+            relay = _fds.Relay(removal[0], fds)
+        except OSError:  # none left, or none in this kernel: waiting takes more system calls then
+            for vector in range(count):
+                self.wait(vector, 0)  # half a relay that is closed rings, too
+        else:
+            self._resources.callback(relay.close)
+            self._listen_alone(relay)
 
     def _news(self) -> NoReturn:
         raise DeviceGone(f"{self.device.address}: the device was unplugged: close it")
@@ -358,10 +366,12 @@ class SysfsDevice(_Deaf):
     def _open(self, memory: Memory | None) -> None:
         device = self.device
         if device.driver:
+            # To unbind vfio-pci while somebody has the device open would wait for that somebody.
+            instead = f", or as root: echo {device.address} > {device.path}/driver/unbind"
             raise OSError(
                 errno.EBUSY,
-                f"the driver {device.driver} has the device: use vfio, or as root:"
-                f" echo {device.address} > {device.path}/driver/unbind",
+                f"the driver {device.driver} has the device: open it by vfio"
+                + ("" if device.driver == "vfio-pci" else instead),
                 device.address,
             )
         with _explained(device, str(device.path)):

@@ -22,7 +22,7 @@ from .. import _fds
 
 DEV = Path("/dev/vfio")
 NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
-UNSAFE_INTERRUPTS = "modprobe vfio_iommu_type1 allow_unsafe_interrupts=1"
+UNSAFE_INTERRUPTS = "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 
 # ioctl numbers: _IO(';', 100 + n)
 _GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU, _GROUP_GET_STATUS = range(0x3B64, 0x3B68)
