@@ -144,8 +144,9 @@ class FakePci:
         elif path.name == "enable":
             path.write_text(f"{max(int(path.read_text()) + (1 if text == '1' else -1), 0)}\n")
         elif path.name == "unbind":
-            name = self.driver(text)
-            assert path.parent.resolve().name == name
+            name = path.parent.resolve().name
+            if self.driver(text) != name:
+                raise OSError(errno.ENODEV, "No such device", str(path))
             (self.root / "devices" / text / "driver").unlink()
             self.unbound(text, name)
         elif path.name == "bind":

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NoReturn
 
 import pytest
@@ -127,7 +128,8 @@ def test_a_source_that_is_readable_already() -> None:
     source, target = FdArray.eventfds(1), FdArray.eventfds(2)
     source.signal(0)
     relay = Relay(source[0], [target[0], target[1]])
-    assert (target.drain(0), target.drain(1)) == (1, 1)
+    until(lambda: target.drain(0) == 1)
+    until(lambda: target.drain(1) == 1)
     relay.close()
     relay.close()
     source.close()
@@ -138,7 +140,8 @@ def test_many_targets() -> None:
     source, targets = FdArray.eventfds(1), FdArray.eventfds(300)
     relay = Relay(source[0], [targets[i] for i in range(300)])
     source.signal(0)
-    assert [targets.drain(i) for i in range(300)] == [1] * 300
+    for i in range(300):
+        until(partial(targets.drain, i))
     relay.close()
     source.close()
     targets.close()

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_pci import MIB, MSIX, FakePci, config_space
 from support.leaks import open_fds
+from support.waiting import Background, until
 
 from ivshmem import NoSuchDevice
 from ivshmem.guest import pci
@@ -293,10 +294,9 @@ def test_bind_and_restore(machine: FakePci, driver: str, override: str) -> None:
     machine.add(A, driver=driver, override=override)
     restore = pci.bind(pci.look(A), "vfio-pci")
     assert machine.driver(A) == "vfio-pci"
-    unbind = [(f"{path}/driver/unbind", A)]
     assert machine.writes == [
         (f"{path}/driver_override", "vfio-pci"),
-        *(unbind if driver else []),
+        *([(f"drivers/{driver}/unbind", A)] if driver else []),
         ("drivers_probe", A),
     ]
     machine.writes.clear()
@@ -304,7 +304,7 @@ def test_bind_and_restore(machine: FakePci, driver: str, override: str) -> None:
     assert (machine.driver(A), machine.override(A)) == (driver, override)
     assert machine.writes == [
         (f"{path}/driver_override", "\n" if override == "(null)" else override),
-        *unbind,
+        ("drivers/vfio-pci/unbind", A),
         *([(f"drivers/{driver}/bind", A)] if driver else []),
     ]
 
@@ -351,15 +351,56 @@ def test_an_error_of_the_probe_is_the_same(machine: FakePci, number: int) -> Non
     assert machine.driver(A) == "uio_pci_generic"
 
 
-@pytest.mark.parametrize("file", ["driver_override", "driver/unbind"])
+@pytest.mark.parametrize("file", [f"devices/{A}/driver_override", "drivers/uio_pci_generic/unbind"])
 def test_what_may_not_be_written(machine: FakePci, file: str) -> None:
     machine.add_driver("vfio-pci")
     machine.add(A, driver="uio_pci_generic")
-    machine.refuse[f"devices/{A}/{file}"] = errno.EACCES
+    machine.refuse[file] = errno.EACCES
     with pytest.raises(PermissionError) as error:
         pci.bind(pci.look(A), "vfio-pci")
-    assert error.value.filename == str(machine.root / "devices" / A / file)
+    assert error.value.filename == str(machine.root / file)
     assert (machine.driver(A), machine.override(A)) == ("uio_pci_generic", "(null)")
+
+
+def test_another_driver_that_has_it_meanwhile_keeps_it(
+    machine: FakePci, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody is quicker, between our look and our act: nothing is taken from vfio-pci."""
+    machine.add_driver("vfio-pci")
+    machine.add(A, driver="uio_pci_generic")
+    look = pci.look
+
+    def slow_look(address: str) -> pci.Device:
+        seen = look(address)
+        monkeypatch.setattr(pci, "look", look)
+        pci.bind(seen, "vfio-pci")
+        machine.writes.clear()
+        return seen
+
+    monkeypatch.setattr(pci, "look", slow_look)
+    pci.bind(look(A), "vfio-pci")
+    assert machine.driver(A) == "vfio-pci"
+    assert ("drivers/vfio-pci/unbind", A) not in machine.writes
+
+
+def test_two_processes_take_turns(machine: FakePci, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody waits without end: any user can take the lock."""
+    device = pci.look(machine.add(A).name)
+    entered: list[str] = []
+
+    def second() -> None:
+        with pci.locked(device):
+            entered.append("second")
+
+    with pci.locked(device):
+        waiting = Background(second)
+        until(lambda: waiting.native_id)
+        entered.append("first")
+    waiting.result()
+    assert entered == ["first", "second"]
+    monkeypatch.setattr(pci, "_LOCK_SECONDS", 0.01)
+    with pci.locked(device), pci.locked(device):
+        pass
 
 
 def test_restoring_what_is_unplugged(machine: FakePci) -> None:

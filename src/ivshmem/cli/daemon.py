@@ -90,6 +90,26 @@ def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)  # the end has begun
 
 
+@contextlib.contextmanager
+def ended_by_exceptions() -> Iterator[None]:
+    """Inside `signals_held`: let them come while the block runs, and leave it by an exception."""
+
+    def leave(number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)  # as shells report it
+
+    for number in _ENDING:
+        signal.signal(number, leave)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)  # the end has begun
+
+
 def in_background(run: Callable[[Ready], int], *, silent: bool) -> int:
     """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
 

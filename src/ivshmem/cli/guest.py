@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -14,6 +18,7 @@ from .. import guest, sockets
 from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..guest.device import RESOURCE
+from ..protocol import MAX_ID
 from ..sizes import format_size, parse_size
 from . import daemon
 from .news import News
@@ -127,15 +132,25 @@ def _ids(text: str) -> list[int]:
     """Ids and ranges of ids from the command line."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise argparse.ArgumentTypeError(f"{part!r} is no id and no range, such as 5-7")
-        found += range(int(first), int(last or first) + 1)
+        if int(last) > MAX_ID:
+            raise argparse.ArgumentTypeError(f"{last}: ids are 0 to {MAX_ID}")
+        found += range(int(first), int(last) + 1)
     return found
 
 
-def _open(options: argparse.Namespace) -> guest.GuestDevice:
-    return guest.open(options.address, access=options.access, memory=options.memory)
+@contextlib.contextmanager
+def _opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
+    """The device, which is given back whatever signal ends the block."""
+    with (
+        daemon.signals_held(),
+        guest.open(options.address, access=options.access, memory=options.memory) as device,
+        daemon.ended_by_exceptions(),
+    ):
+        yield device
 
 
 # -- the commands ---------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ def _described(device: guest.Device) -> dict[str, str]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    with _open(options) as device:
+    with _opened(options) as device:
         bits = pci.command(device.device)
         try:
             device.fileno()
@@ -190,11 +205,12 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _ring(options: argparse.Namespace) -> int:
-    return _run(options, f"int {options.peer} {options.vector}")
+    return _run(options, f"int {shlex.quote(options.peer)} {shlex.quote(options.vector)}")
 
 
 def _wait(options: argparse.Namespace) -> int:
-    return _run(options, f"wait {options.vector} {options.timeout or ''}")
+    timeout = "" if options.timeout is None else shlex.quote(options.timeout)
+    return _run(options, f"wait {shlex.quote(options.vector)} {timeout}")
 
 
 def _names(options: argparse.Namespace) -> int:
@@ -203,18 +219,19 @@ def _names(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     """Run a command of the shell."""
-    with _open(options) as device, Shell(device, json=options.json) as shell:
+    with _opened(options) as device, Shell(device, json=options.json) as shell:
         shell.run_line(command)
     return 0
 
 
 def _dump(options: argparse.Namespace) -> int:
     if not options.raw:
-        return _run(options, f"hexdump {options.start} {options.length or ''}")
-    with _open(options) as device:
+        length = "" if options.length is None else shlex.quote(options.length)
+        return _run(options, f"hexdump {shlex.quote(options.start)} {length}")
+    with _opened(options) as device:
         start = parse_size(options.start)
         size = parse_size(options.length) if options.length else device.region.size - start
-        if start + size > device.region.size:
+        if size < 0 or start + size > device.region.size:
             raise IvshmemError(f"the region ends at {device.region.size:#x}")
         with memoryview(device.region) as memory:
             sys.stdout.buffer.write(memory[start : start + size])
@@ -279,6 +296,12 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
 
 def _open_to_share(options: argparse.Namespace) -> guest.GuestDevice:
     """The device with its memory in a file, to hand on, and heard, if it is not a plain one."""
+    if mode := pci.locked_down():
+        raise OSError(
+            errno.EPERM,
+            f"the kernel is locked down ({mode}), and so hands out no memory that could be shared"
+            " further: one process can use the device, by vfio",
+        )
     device = guest.open(options.address, access=options.access, memory=options.memory or RESOURCE)
     if device.device.variant == "doorbell":
         try:

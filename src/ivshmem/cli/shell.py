@@ -373,9 +373,12 @@ def _listed(vectors: range) -> str:
 
 def _number(text: str, what: str) -> int:
     try:
-        return int(text, 0)
+        number = int(text, 0)
     except ValueError:
         raise CommandError(f"{text!r} is no {what}: give a number") from None
+    if abs(number) >= 1 << 64:
+        raise CommandError(f"{text} is no {what}: too large")
+    return number
 
 
 def _seconds(text: str) -> float:

@@ -125,6 +125,11 @@ class DeviceSteps:
 
     def _device(self) -> Finding:
         device = self.device
+        if not device.size:
+            return failed(
+                "the kernel found no room for its memory",
+                "-device pcie-root-port,id=port,chassis=1,pref64-reserve=2G",
+            )
         kind = "plain"
         if device.variant == "doorbell":
             number = "?" if device.vectors is None else device.vectors

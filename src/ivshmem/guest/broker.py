@@ -32,6 +32,10 @@ _log = logging.getLogger("ivshmem.guest")
 
 _LOOK_SECONDS = 1.0  # between looks into the directory of names
 
+# Eventfds for peers found in the directory, which anybody can fill. Every client gets all of them,
+# and many may have no more than 1,024 descriptors.
+_BELLS = 512
+
 # Interrupts handed on in a row, before clients who connect and ring have their turn.
 _BATCH = 64
 
@@ -75,6 +79,7 @@ class Broker(Server):
             raise ValueError(f"peer {wrong[0]}: ids are 0 to {MAX_ID}")
         self._remote: dict[int, tuple[Member, _fds.FdArray]] = {}
         self._directory: Directory | None = None
+        self._complaint = ""
         super().__init__(path, device.region, device.vectors, on_join=on_join, on_leave=on_leave)
         try:
             self._signaller = _fds.Signaller()
@@ -108,23 +113,36 @@ class Broker(Server):
     def _look(self) -> None:
         """Announce and dismiss peers by what the directory says now."""
         self._timer.set(_LOOK_SECONDS)
-        wanted = self._fixed | self._published()
+        published = self._published()
+        room = max(_BELLS // max(self.vectors, 1) - len(self._fixed), 1)
+        if len(published) > room:
+            self._complain(f"the directory has {len(published)} peers, room is for {room}")
+        wanted = self._fixed.union(published[:room])
         self._dismiss([peer for peer in self._remote if peer not in wanted])
         for peer in sorted(wanted - self._remote.keys()):
             try:
                 self._admit(peer)
             except OSError as error:  # EMFILE and its like; the next look tries again
-                _log.warning("peer %d cannot be offered now: %s", peer, error.strerror)
+                self._complain(f"peer {peer} cannot be offered now: {error.strerror}")
                 break
 
-    def _published(self) -> set[int]:
+    def _complain(self, text: str) -> None:
+        """Log what may come every second only when it is new."""
+        if text != self._complaint:
+            self._complaint = text
+            _log.warning(text)
+
+    def _published(self) -> list[int]:
+        """Ids in the directory, those first that are seen at work."""
         if self._directory is None:
             try:
                 self._directory = Directory.open(self.device.region)
             except NoDirectory:
-                return set()
+                return []
             self._resources.callback(self._directory.close)
-        return {entry.id for entry in self._directory.entries()} - {self.device.id}
+        entries = sorted(self._directory.entries(), key=lambda entry: (not entry.alive, entry.id))
+        others = {entry.id: None for entry in entries if entry.id != self.device.id}
+        return [peer for peer in others if peer not in self._fixed]
 
     def _admit(self, peer: int) -> None:
         bells = _fds.FdArray.eventfds(self.vectors)

@@ -17,11 +17,12 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
 from .. import _fds, _memory
 from ..endpoint import Endpoint, Event
-from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
+from ..errors import ClosedError, DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
 from ..protocol import MAX_ID, MAX_VECTORS
 from ..region import Region
@@ -85,7 +86,7 @@ def choose(address: str | None) -> pci.Device:
         NoSuchDevice: there is none, or several to choose from.
     """
     found = pci.devices()
-    wanted = [d for d in found if address in (None, d.address, d.address.removeprefix("0000:"))]
+    wanted = [d for d in found if address is None or _normal(address) == d.address]
     if len(wanted) == 1:
         return wanted[0]
     there = ", ".join(d.address for d in found)
@@ -97,6 +98,14 @@ def choose(address: str | None) -> pci.Device:
     if address is None:
         raise NoSuchDevice(f"there are several ivshmem devices, name one: {there}")
     raise NoSuchDevice(f"no ivshmem device at {address}; there is {there}")
+
+
+def _normal(address: str) -> str:
+    """An address in sysfs's form, from the short forms that lspci and people use."""
+    address = address.lower()
+    if address.count(":") == 1:
+        address = f"0000:{address}"
+    return address if "." in address else f"{address}.0"
 
 
 def _open_best(device: pci.Device, memory: Memory | None) -> GuestDevice:
@@ -146,9 +155,14 @@ class GuestDevice(Endpoint):
         self.device = device
         self._pid = os.getpid()
         self._resources = contextlib.ExitStack()
+        if not device.size:
+            raise OSError(errno.ENXIO, NO_ROOM, device.address)
         try:
             self._open(memory)
             self.id = self._registers.load(IVPOSITION) if device.variant == "doorbell" else 0
+            if self.id > MAX_ID:
+                reason = "its registers cannot be read: is it being unplugged?"
+                raise OSError(errno.EIO, reason, device.address)
             vectors = MAX_VECTORS if device.vectors is None else device.vectors
             self._ring_by(self._registers, DOORBELL, vectors)
         except BaseException:
@@ -170,7 +184,11 @@ class GuestDevice(Endpoint):
         def undo() -> None:
             if os.getpid() == pid:
                 try:
-                    action()
+                    try:
+                        action()
+                    except KeyboardInterrupt:
+                        action()  # half done is worst, and done twice is as done once
+                        raise
                 except OSError as error:
                     if error.errno not in (errno.ENOENT, errno.ENODEV):  # the device is unplugged
                         raise
@@ -224,7 +242,13 @@ class GuestDevice(Endpoint):
             BufferError: a view of the memory is alive: that stays mapped, and the device here,
                 until it is gone and close() is called again.
         """
-        super().close()
+        try:
+            super().close()
+        except BufferError:
+            raise
+        except BaseException:
+            self._resources.close()
+            raise
         self._resources.close()
 
     def __repr__(self) -> str:
@@ -241,8 +265,10 @@ class VfioDevice(GuestDevice):
     def _open(self, memory: Memory | None) -> None:
         if not pci.load_driver(_VFIO):
             raise Unusable(errno.ENODEV, "this kernel has no vfio-pci: load or install that module")
-        group = self._bind()
-        self._vfio = Vfio(self.device.address, group, iommu=self._iommu)
+        # Until the group is open, somebody else could take the driver away.
+        with pci.locked(self.device):
+            group = self._bind()
+            self._vfio = Vfio(self.device.address, group, iommu=self._iommu)
         self._resources.callback(self._vfio.close)
         self._set_command(pci.COMMAND_MEMORY)
         registers = self._vfio.region(pci.REGISTERS)
@@ -258,8 +284,10 @@ class VfioDevice(GuestDevice):
 
     def _bind(self) -> int:
         """Let vfio-pci have the device until the end; returns its group."""
+        loan = _Loan(self.device)
+        self._undo(loan.give_back)
         try:
-            restore = pci.bind(self.device, _VFIO)
+            loan.restore = pci.bind(self.device, _VFIO)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -269,11 +297,9 @@ class VfioDevice(GuestDevice):
                 self.device.address,
             ) from None
         group = pci.look(self.device.address).iommu_group
-        path = group_path(group or 0, iommu=self._iommu)
-        # A forked child that still has the group open keeps the driver.
-        self._undo(lambda: None if is_held(path) else restore())
         if group is None:
             raise Unusable(errno.EINVAL, f"no IOMMU group: {IOMMU_HINT}", self.device.address)
+        loan.group = group_path(group, iommu=self._iommu)
         return group
 
     def _set_command(self, bits: int) -> None:
@@ -282,9 +308,10 @@ class VfioDevice(GuestDevice):
     def _listen(self) -> None:
         if not (count := self._vfio.vectors()):
             return
-        fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(count)]
-        for fd in fds:
-            self._add_vector(fd)
+        fds = []
+        for _ in range(count):
+            fds.append(os.eventfd(0, os.EFD_CLOEXEC))
+            self._add_vector(fds[-1])
         self._vfio.listen(fds)
         # vfio has cleared the bit, and without it no interrupt reaches the processor.
         self._set_command(pci.COMMAND_MASTER)
@@ -303,6 +330,25 @@ class VfioDevice(GuestDevice):
 
     def _news(self) -> NoReturn:
         raise DeviceGone(f"{self.device.address}: the device was unplugged: close it")
+
+
+class _Loan:
+    """A device that vfio-pci has for a while."""
+
+    def __init__(self, device: pci.Device) -> None:
+        self.device = device
+        self.group: Path | None = None
+        self.restore: Callable[[], None] | None = None
+
+    def give_back(self) -> None:
+        """Let the former driver have it, unless somebody else has the group open now.
+
+        That may be a forked child, or whoever was quicker: vfio-pci stays then.
+        """
+        if self.restore is not None:
+            with pci.locked(self.device):
+                if self.group is None or not is_held(self.group):
+                    self.restore()
 
 
 class NoIommuDevice(VfioDevice):
@@ -343,6 +389,8 @@ class _Deaf(GuestDevice):
 
     def wait(self, vector: object = None, timeout: object = None) -> NoReturn:
         """Raise NoInterrupts: the message says what is missing."""
+        if self.closed:
+            raise ClosedError("the endpoint is closed")
         self._no_interrupts()
 
     def fileno(self) -> NoReturn:
@@ -375,8 +423,9 @@ class SysfsDevice(_Deaf):
                 device.address,
             )
         with _explained(device, str(device.path)):
-            pci.enable(device, True)
-            self._undo(lambda: pci.enable(device, False))
+            with pci.locked(device):
+                pci.enable(device, True)
+                self._undo(lambda: pci.enable(device, False))
             # The kernel counts who enabled the device, and acts on the first only.
             if not pci.command(device) & pci.COMMAND_MEMORY:
                 pci.set_command(device, pci.COMMAND_MEMORY)
@@ -416,6 +465,11 @@ _PLAIN_WAYS: dict[Access, type[GuestDevice]] = {
 }
 
 _MEMORIES = "resource2 and resource2_wc are for all ways, vfio and uio for their own"
+
+NO_ROOM = (
+    "the kernel found no room for its memory: plug it in before the guest boots, or give its port"
+    " room (-device pcie-root-port,..,pref64-reserve=2G)"
+)
 
 _PLAIN = (
     "a plain device has no doorbells and no interrupts: give the guest ivshmem-doorbell, with a"

@@ -51,9 +51,11 @@ def measure(
         NoSuchDevice, OSError: as of `open`; ValueError: no such bytes in the memory.
     """
     device = choose(address)
+    if not 0 <= offset < device.size:
+        raise ValueError(f"nothing at {offset}: the memory has {device.size} bytes")
     if length is None:
         length = min(device.size - offset, 1 << 20)
-    if not (offset >= 0 and 0 < length <= device.size - offset):
+    if not 0 < length <= device.size - offset:
         raise ValueError(f"{length} bytes at {offset}: the memory has {device.size} bytes")
     rounds = [
         [_measure(device.address, way, offset, length, seconds) for way in MEMORIES]

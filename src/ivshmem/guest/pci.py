@@ -5,17 +5,19 @@ Knows: where Linux keeps PCI devices, how a driver is changed. Does not know: wh
 Invariants:
 1. A driver is changed only by `bind`, and what that returns puts the former one back.
 2. Nothing is unbound while a process may have it open through vfio: the kernel would wait for that
-   process without end.
+   process without end. Looking and acting are one step, under `locked`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +33,8 @@ COMMAND = 4
 COMMAND_MEMORY, COMMAND_MASTER = 2, 4
 _CAPABILITIES, _HEADER = 0x34, 64
 _MSIX = 0x11
+
+_LOCK_SECONDS = 5.0  # to bind a driver takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,43 @@ def devices() -> list[Device]:
     """The ivshmem devices of this machine, by address; none on most hosts."""
     found = []
     for path in sorted((SYSFS / "devices").glob("*")):
-        with contextlib.suppress(FileNotFoundError):  # unplugged meanwhile
+        with _unless_unplugged():
             if (_hex(path / "vendor"), _hex(path / "device")) == (VENDOR_ID, DEVICE_ID):
                 found.append(look(path.name))
     return found
+
+
+@contextlib.contextmanager
+def _unless_unplugged() -> Iterator[None]:
+    """Leave the block if a device goes away: its files are gone then, or open ones are dead."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+
+
+@contextlib.contextmanager
+def locked(device: Device) -> Iterator[None]:
+    """Keep two processes from changing the device's driver at once.
+
+    The lock is on its directory in sysfs. Any user can take it, so it is not waited for without
+    end: the worst is then the race that it prevents.
+    """
+    directory = _open(device.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        give_up = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(directory)
 
 
 def look(address: str) -> Device:
@@ -192,6 +229,8 @@ def load_driver(driver: str) -> bool:
 def bind(device: Device, driver: str) -> Callable[[], None]:
     """Give the device to `driver`, taking it from another; what is returned undoes it.
 
+    Both want `locked`.
+
     Raises:
         OSError: the driver does not take it; the former one has it again then.
     """
@@ -203,13 +242,14 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
     # The override first, both ways: who may not write that has changed nothing then.
     def restore() -> None:
         _write(device.path / "driver_override", "\n" if override in ("", "(null)") else override)
-        _unbind(device)
+        _unbind(device, driver)
         if now.driver:
             _write(SYSFS / "drivers" / now.driver / "bind", device.address)
 
     try:
         _write(device.path / "driver_override", driver)
-        _unbind(device)
+        if now.driver:
+            _unbind(device, now.driver)
         with contextlib.suppress(OSError):  # whether it worked is seen below
             _write(SYSFS / "drivers_probe", device.address)
         if _link(device.path / "driver") != driver:
@@ -221,9 +261,10 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
     return restore
 
 
-def _unbind(device: Device) -> None:
-    with contextlib.suppress(FileNotFoundError):  # no driver has it; or it is unplugged
-        _write(device.path / "driver" / "unbind", device.address)
+def _unbind(device: Device, driver: str) -> None:
+    """Take the device from this driver, and from no other that has got it meanwhile."""
+    with _unless_unplugged():  # ENODEV: the driver does not have it
+        _write(SYSFS / "drivers" / driver / "unbind", device.address)
 
 
 # -- files of sysfs -------------------------------------------------------------------------------
@@ -249,9 +290,13 @@ def enable(device: Device, on: bool) -> None:
     The first one makes the kernel switch memory decoding on.
 
     Raises:
-        OSError: EBUSY, a driver has it; EACCES.
+        OSError: to be counted: EBUSY, a driver has it; EACCES.
     """
-    _write(device.path / "enable", "1" if on else "0")
+    try:
+        _write(device.path / "enable", "1" if on else "0")
+    except OSError as error:
+        if on or error.errno != errno.EBUSY:  # a driver has it now, and its own ways
+            raise
 
 
 def _hex(path: Path) -> int:

@@ -116,6 +116,14 @@ class Vfio:
                 else "vfio without an IOMMU is for processes with CAP_SYS_RAWIO",
                 str(self.path),
             ) from None
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            raise Unusable(
+                error.errno,
+                "vfio has no driver for its IOMMU: modprobe vfio_iommu_type1",
+                str(self.path),
+            ) from None
 
     @staticmethod
     def _kind(container: int, iommu: bool) -> int:
@@ -174,11 +182,14 @@ def group_path(group: int, *, iommu: bool = True) -> Path:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process has a group open: this one's forked children, for instance."""
+    """Whether some process has a group open: this one's forked children, for instance.
+
+    If that cannot be known (EMFILE), it is taken to be so.
+    """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno == errno.EBUSY
+        return error.errno not in (errno.ENOENT, errno.ENODEV)
     return False
 
 
