@@ -313,7 +313,7 @@ cdef class Doorbells:
         return self.wait_one(index, deadline)
 
     cdef object read_one(self, Py_ssize_t index):
-        """Wait for a vector in a plain read; close() and the relay end it by adding to the count."""
+        """Wait in a plain read, which close() and the relay end by adding to the count."""
         cdef int fd = self.own.fds[index]
         cdef uint64_t count = 0
         cdef ssize_t n
