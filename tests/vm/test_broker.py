@@ -24,7 +24,9 @@ THREE_CLIENTS = """
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
     with ivshmem.connect("/tmp/socket", timeout=60) as client:
-        print("CLIENT", number, client.id, client.vectors, client.peers)
+        words = ["CLIENT", number, client.id, client.vectors, client.peers]
+        line = " ".join(map(str, words)) + os.linesep
+        os.write(1, line.encode())  # at once: print writes a line in pieces, and others write, too
         for _ in range(2):
             assert client.wait(number, 60)
             with memoryview(client.region) as memory:
