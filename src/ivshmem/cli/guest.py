@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -205,29 +204,27 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _ring(options: argparse.Namespace) -> int:
-    return _run(options, f"int {shlex.quote(options.peer)} {shlex.quote(options.vector)}")
+    return _run(options, "int", options.peer, options.vector)
 
 
 def _wait(options: argparse.Namespace) -> int:
-    timeout = "" if options.timeout is None else shlex.quote(options.timeout)
-    return _run(options, f"wait {shlex.quote(options.vector)} {timeout}")
+    return _run(options, "wait", options.vector, options.timeout)
 
 
 def _names(options: argparse.Namespace) -> int:
     return _run(options, "names")
 
 
-def _run(options: argparse.Namespace, command: str) -> int:
-    """Run a command of the shell."""
+def _run(options: argparse.Namespace, command: str, *words: str | None) -> int:
+    """Run a command of the shell, with those words that are given."""
     with _opened(options) as device, Shell(device, json=options.json) as shell:
-        shell.run_line(command)
+        shell.run(command, [word for word in words if word is not None])
     return 0
 
 
 def _dump(options: argparse.Namespace) -> int:
     if not options.raw:
-        length = "" if options.length is None else shlex.quote(options.length)
-        return _run(options, f"hexdump {shlex.quote(options.start)} {length}")
+        return _run(options, "hexdump", options.start, options.length)
     with _opened(options) as device:
         start = parse_size(options.start)
         size = parse_size(options.length) if options.length else device.region.size - start

@@ -61,6 +61,10 @@ class Shell(cmd.Cmd):
         """Run the commands of a line; True when one of them was to leave. Errors are raised."""
         return any(self.onecmd(command) for command in _split(line))
 
+    def run(self, command: str, words: list[str]) -> None:
+        """Run one command with these words, whatever characters are in them."""
+        getattr(self, f"do_{command}")(shlex.join(words))
+
     def talk(self) -> None:
         """Read commands from a terminal until told to leave; errors are shown, not raised."""
         print(self.intro)
