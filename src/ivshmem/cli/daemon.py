@@ -79,15 +79,8 @@ def signals_held() -> Iterator[None]:
 @contextlib.contextmanager
 def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
     """Inside `signals_held`: let them come, and call `stop`, while the block runs."""
-    for number in _ENDING:
-        signal.signal(number, lambda *_: stop())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-    try:
+    with _handled(lambda *_: stop()):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)  # the end has begun
 
 
 @contextlib.contextmanager
@@ -99,8 +92,15 @@ def ended_by_exceptions() -> Iterator[None]:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)  # as shells report it
 
+    with _handled(leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, object], object]) -> Iterator[None]:
+    """Let the signals that end a server come, to `handler`, while the block runs."""
     for number in _ENDING:
-        signal.signal(number, leave)
+        signal.signal(number, handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         yield
