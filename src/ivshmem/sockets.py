@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import locks
 from .errors import ServerGone
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
@@ -162,26 +162,10 @@ def _directory_locked(path: str) -> Iterator[None]:
     read cannot be locked, and one that somebody keeps locked is not waited for: the worst is then
     the race of two servers that start at once.
     """
-    try:
-        directory = os.open(
-            os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        )
-    except PermissionError:
+    with contextlib.ExitStack() as lock:
+        with contextlib.suppress(PermissionError):
+            lock.enter_context(locks.locked(os.path.dirname(path) or ".", _LOCK_SECONDS))
         yield
-        return
-    try:
-        give_up = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    break
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(directory)
 
 
 def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:

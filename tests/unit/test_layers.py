@@ -18,7 +18,7 @@ HOME = Path(ivshmem.__file__).parent
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["sizes", "_fds"],
+    ["sizes", "locks", "_fds"],
     ["_wire", "_memory"],
     ["_core"],
     ["pages"],

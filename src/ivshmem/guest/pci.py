@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from .. import locks
 
 SYSFS = Path("/sys/bus/pci")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -90,20 +90,8 @@ def locked(device: Device) -> Iterator[None]:
     The lock is on its directory in sysfs. Any user can take it, so it is not waited for without
     end: the worst is then the race that it prevents.
     """
-    directory = _open(device.path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        give_up = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    break
-                time.sleep(0.005)
+    with locks.locked(device.path, _LOCK_SECONDS):
         yield
-    finally:
-        os.close(directory)
 
 
 def look(address: str) -> Device:

@@ -1,0 +1,37 @@
+"""A lock on a directory, which leaves no file behind.
+
+Knows: flock(2), and that it is not waited for without end. Does not know: what is locked, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
+    """Hold the lock while the block runs; go on without it when somebody keeps it so long.
+
+    Whoever may read a directory can lock it, so the worst must be the race that this prevents.
+
+    Raises:
+        OSError: the directory cannot be opened.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
