@@ -248,9 +248,7 @@ class Memory:
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Memory:
-        directory, name = options.directory, options.name
-        if directory is not None and is_name(directory):
-            directory, name = None, directory
+        directory, name = directory_or_name(options)
         return cls(
             options.size,
             name,
@@ -307,6 +305,13 @@ class Memory:
             region.close()
             raise RegionError(f"{region.name} is not in huge pages: leave --hugepages away")
         return region
+
+
+def directory_or_name(options: argparse.Namespace) -> tuple[str | None, str | None]:
+    """What -m and -M mean, of which one at most was given."""
+    if options.directory is not None and is_name(options.directory):
+        return None, options.directory
+    return options.directory, options.name
 
 
 def is_name(text: str) -> bool:

@@ -419,7 +419,7 @@ class SysfsDevice(_Deaf):
             raise OSError(
                 errno.EBUSY,
                 f"the driver {device.driver} has the device: open it by vfio"
-                + ("" if device.driver == "vfio-pci" else instead),
+                + ("" if device.driver == _VFIO else instead),
                 device.address,
             )
         with _explained(device, str(device.path)):
