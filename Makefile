@@ -5,16 +5,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CYTHON := _fds _wire _memory _core
+CYTHON := _fds _wire _memory _spin _bell _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py)
 
-.PHONY: help serve test check lint bench cython clean
+.PHONY: help serve test check lint bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
 	@echo "make test    lint and run all tests, real guests included"
 	@echo "make check   the same as CI: what cannot run is a failure"
-	@echo "make bench   measure; bench/README.md says what the figures mean"
+	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
+	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
+	@echo "    make bench-roundtrips ARGS='--pinning two'    round trips, beside C and other libraries"
 	@echo "make cython  generate the C files in src/ivshmem from those in Cython afresh"
 	@echo "make clean   remove what these made"
 
@@ -39,8 +41,13 @@ lint: $(VENV)/tested
 	    cmp build/fresh.c src/ivshmem/$$name.c || { echo "$$name.c is stale: make cython"; exit 1; }; \
 	done
 
-bench: $(VENV)/tested
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+# With ARGS, which pytest is given, only its part.
+bench: $(VENV)/measured
+	$(BIN)/python -m pytest bench --benchmark-only $(or $(ARGS),-k 'not guest')
+	$(if $(ARGS),,@$(MAKE) bench-roundtrips)
+
+bench-roundtrips: $(VENV)/measured
+	$(BIN)/python -m bench.roundtrips $(or $(ARGS),--json build/roundtrips.json --picture build/latency.svg)
 
 cython: $(VENV)/tested
 	cd src && for name in $(CYTHON); do ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ivshmem/$$name.c; done
@@ -55,6 +62,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)
 
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]"
+	@touch $@
+
+$(VENV)/measured: $(VENV)/tested
+	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[bench]"
 	@touch $@
 
 $(VENV):

@@ -26,7 +26,7 @@ def extensions(suffix: str) -> list[Extension]:
             extra_compile_args=flags,
             extra_link_args=link,
         )
-        for name in ("_fds", "_wire", "_memory", "_core")
+        for name in ("_fds", "_wire", "_memory", "_spin", "_bell", "_core")
     ]
 
 

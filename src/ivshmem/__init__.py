@@ -8,10 +8,13 @@ Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
     Directory names in the region, by which peers find one another: `publish`, `lookup`
 
 A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
-over `events()`. The command line does the same: `python -m ivshmem --help`.
+over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`. The command
+line does the same: `python -m ivshmem --help`.
 """
 
+from ._bell import Doorbell
 from ._core import Interrupt
+from ._memory import AtomicU32, AtomicU64
 from .client import Client, connect
 from .directory import Directory, Entry, Publication
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
@@ -38,11 +41,14 @@ from .server import Server
 from .sizes import parse_size
 
 __all__ = [
+    "AtomicU32",
+    "AtomicU64",
     "Client",
     "ClosedError",
     "DeviceGone",
     "Directory",
     "DirectoryFull",
+    "Doorbell",
     "Endpoint",
     "Entry",
     "Event",

@@ -1,79 +1,150 @@
-# cython: language_level=3, binding=True, freethreading_compatible=False
+# cython: language_level=3, binding=True, freethreading_compatible=True
 # cython: embedsignature=True, embedsignature.format=clinic
 """The data path: the doorbells that an endpoint rings, and those that it listens on.
 
-Knows: ringing, listening, sleeping. Does not know: who the peers are.
+Knows: ringing, listening, sleeping. Does not know: who the peers are, when to spin (`_spin`).
 """
 
 cimport cython
-from cpython.dict cimport PyDict_GetItem
+from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_CheckExact
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, UINT32_MAX, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
+from ._bell cimport Bell, Doorbell, ring_bell
 from ._fds cimport (
-    BATCH, deadline_of, Epoll, epoll_sleep, fail, fail_with, FdArray, is_eventfd, now, Relay,
-    take_count,
+    add_one, BATCH, count_of, deadline_in, deadline_of, Epoll, epoll_sleep, fail_with, FdArray,
+    is_eventfd, look, now, Relay, take_count, time_left,
 )
 from ._libc cimport (
-    c_read, c_write, EAGAIN, EINTR, EINVAL, epoll_event, errno, getpid,
-    ivshmem_is_only_thread, pollfd, PyNumber_AsSsize_t, ppoll, timespec,
+    c_read, EAGAIN, EINTR, EINVAL, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
+    getpid, IVSHMEM_CLOSING, ivshmem_count, ivshmem_enter, ivshmem_is_only_thread,
+    ivshmem_leave, ivshmem_load, ivshmem_pause, ivshmem_shut, ivshmem_state, ivshmem_store,
+    O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, SEQ_CST, timespec,
 )
 from ._libc cimport EPOLLIN as _EPOLLIN
 from ._libc cimport POLLIN as _POLLIN
-from ._memory cimport Registers
+from ._memory cimport Atomic, Registers
+from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
 
 from collections import namedtuple
 
+from ._fds import Signaller
 from .errors import ClosedError, NoSuchVector, ProtocolError
 
 Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
 Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
 
+cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
+
 cdef enum:
     # Tokens of the epoll object in Doorbells; those of vectors are smaller.
     TOKEN_WAKE = 1 << 30
     TOKEN_NEWS = 1 << 29
+    # Habits of the Spinner: a vector's, as far as there are so many; the last is any vector's.
+    ANY = HABITS - 1
+    # Which spins hold the GIL if nobody else wants it: to let go of it costs as much as a ring.
+    SHORT = 100_000  # nanoseconds
+    LOOKS = 8  # at a word, for one at an eventfd
 
+# -- plain reads ----------------------------------------------------------------------------------
+
+cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:
+    """Whether a wait without limit is one plain read; `alone`: there is no other Python thread.
+
+    close() by another thread ends such a read by adding to the count. Where the eventfd is shared,
+    a hostile peer can take that away again, as fast as it comes; so there only a thread that no
+    other can want to end reads plainly.
+    """
+    return self.relay is not None or alone and not self.urgent and not self.uio
+
+
+cdef inline bint relay_fired(Doorbells self) noexcept nogil:
+    return self.relay is not None and self.relay.fired()
+
+
+cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:
+    """Sleep in one read, the quickest way; 0 where somebody has set O_NONBLOCK.
+
+    That flag is shared by all who have the eventfd. Whoever set it, it is cleared here: this
+    process is the only one that reads the eventfd, and who writes to it waits only at a full
+    counter, which nobody honest ever sees. close() and a relay end the read by adding to the count.
+    """
+    cdef uint64_t count = 0
+    cdef ssize_t n = 0
+    cdef int code = 0
+    cdef int fd = self.own.fds[vector]
+    # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
+    ivshmem_count(&self.sleepers, 1)
+    if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
+        n = c_read(fd, &count, sizeof(count))
+        code = errno
+    ivshmem_count(&self.sleepers, -1)
+    if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
+        if self.relay is not None:
+            add_one(fd)  # others may sleep in the same read
+        return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
+    if n == sizeof(count):
+        return count_of(count)
+    if code != EAGAIN:
+        return -code
+    fcntl(fd, F_SETFL, O_RDWR)
+    self.nonblocking &= ~(<uint64_t>1 << vector % 64)
+    return 0
+
+
+# -- spins ----------------------------------------------------------------------------------------
+
+cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:
+    """How a spin for one vector looks: by a plain read if that may sleep, as it is quicker.
+
+    It sleeps if a peer clears O_NONBLOCK, which is what the wait would come to anyway.
+    """
+    cdef uint64_t bit = <uint64_t>1 << vector % 64
+    if not plainly or self.relay is not None or vector >= 64:
+        return probe_eventfd
+    if not self.nonblocking & bit:
+        self.nonblocking |= bit
+        fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+    return probe_plainly
+
+
+cdef inline int64_t spin_for(
+    Doorbells self, Py_ssize_t which, int64_t deadline, Probe probe, void *what, Turn *turn
+):
+    """Spinner.spin, with the GIL if that is short and nobody wants it."""
+    cdef int64_t n
+    if turn.left <= SHORT and ivshmem_is_only_thread():
+        return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
+    with nogil:
+        n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)
+    return n
+
+
+# -- an endpoint's --------------------------------------------------------------------------------
 
 cdef class Doorbells:
     """The doorbells that an endpoint rings, and those that it listens on.
 
     A subclass adds peers and vectors with `_add_bell`, `_drop_peer` and `_add_vector`, and
-    overrides two hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
+    overrides hooks: `_news()` is called when the descriptor given to `_watch` is readable, and
     `_missing(peer, vector)` when somebody unknown is rung; it raises, or returns for another try.
 
     A device rings by a register instead (`_ring_by`), and may listen by UIO (`_listen_uio`).
     """
 
-    cdef dict bells  # peer -> FdArray
-    cdef FdArray own
-    cdef Registers registers  # whose Doorbell register is at `doorbell`
-    cdef Py_ssize_t doorbell
-    cdef Py_ssize_t bells_each  # vectors that a peer has there
-    cdef bint uio  # the own vector is a UIO device,
-    cdef bint uio_known  # and its count at the last look is known:
-    cdef int32_t uio_count
-    cdef FdArray wake  # one eventfd, written by close() to send the waiters home
-    cdef FdArray queued  # one eventfd, readable while the subclass has events that nobody took
-    cdef Epoll epoll  # anything(), once it is needed
-    cdef Epoll outer  # what fileno() returns: that and queued, once it is needed
-    cdef int waiters
-    cdef bint gone
-    cdef int watched
-    cdef bint urgent  # what is watched interrupts waiting for one vector, too
-    cdef Relay relay  # the own eventfds are this process's alone, and hear of what is urgent
-    cdef int pid
-
     def __cinit__(self, *args, **kwargs):
-        self.gone = True  # until there is something to close
+        self.state = IVSHMEM_CLOSING  # until there is something to close
         self.bells = {}
         self.watched = -1
         self.pid = getpid()
         self.own = FdArray()
+        self.spinner = Spinner()
         self.wake = FdArray.eventfds(1)
         self.queued = FdArray.eventfds(1)
-        self.gone = False
+        self.state = 0
 
     # Overridden by subclasses.
 
@@ -83,8 +154,12 @@ cdef class Doorbells:
     def _missing(self, peer, vector):
         raise NotImplementedError
 
+    def _deaf(self):
+        """Called before a wait when there is no vector; raises where none can ever come."""
+
     # Bookkeeping, called with the GIL held.
 
+    @cython.critical_section
     def _watch(self, int fd, *, bint urgent=False):
         """Call `_news()` when `fd`, which is borrowed, is readable.
 
@@ -95,11 +170,12 @@ cdef class Doorbells:
         if self.epoll is not None:
             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
 
+    @cython.critical_section
     def _unwatch(self):
         """Forget the descriptor of `_watch`, before it is closed."""
         # A forked child shares the epoll object with its parent, and must leave it as it is.
         if self.epoll is not None and self.watched >= 0:
-            if not self.gone and getpid() == self.pid:
+            if not self.closed and getpid() == self.pid:
                 self.epoll.remove(self.watched)
         self.watched = -1
         self.urgent = False
@@ -107,10 +183,12 @@ cdef class Doorbells:
     def _listen_alone(self, Relay relay not None):
         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
 
-        That is the quickest there is. `relay` leads from what is watched to all of them.
+        Takes `relay`: who is the last to use it closes it.
+        `relay` leads from what is watched to all of them.
         """
         self.relay = relay
 
+    @cython.critical_section
     def _add_vector(self, int fd):
         """Listen on `fd` as the next vector; takes it, also when this fails.
 
@@ -123,6 +201,7 @@ cdef class Doorbells:
         if self.epoll is not None:
             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
 
+    @cython.critical_section
     def _add_bell(self, peer, int fd):
         """Ring the peer's next vector through `fd`; takes it."""
         cdef FdArray bells = self.bells.get(peer)
@@ -144,7 +223,7 @@ cdef class Doorbells:
         `vectors`: how many each peer is taken to have.
         """
         self.registers = registers
-        self.doorbell = doorbell
+        self.register_at = doorbell
         self.bells_each = vectors
 
     def _ring_self(self, peer):
@@ -156,6 +235,7 @@ cdef class Doorbells:
         cdef FdArray bells = self.bells.get(peer)
         return None if bells is None else bells.count
 
+    @cython.critical_section
     def _drop_peer(self, peer):
         """Close the doorbells of `peer`, if there are any."""
         cdef FdArray bells = self.bells.pop(peer, None)
@@ -170,22 +250,26 @@ cdef class Doorbells:
     @property
     def closed(self):
         """Whether close() was called."""
-        return self.gone
+        return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
 
     cdef int check(self) except -1:
-        if self.gone:
+        if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
             raise ClosedError("the endpoint is closed")
         return 0
 
     def _set_queued(self, bint anything):
         """Say whether there are events that were taken in and that nobody has asked for yet."""
-        if self.gone:
+        if not ivshmem_enter(&self.state):
             return
-        if anything:
-            self.queued.signal(0)
-        else:
-            take_count(self.queued.fds[0])
+        try:
+            if anything:
+                self.queued.signal(0)
+            else:
+                take_count(self.queued.fds[0])
+        finally:
+            self.leave()
 
+    @cython.critical_section
     def fileno(self):
         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
 
@@ -194,19 +278,27 @@ cdef class Doorbells:
         to date.
         """
         cdef Epoll outer
-        self.check()
-        if self.outer is None:
-            outer = Epoll()
-            outer.add(self.anything().epfd, 0, _EPOLLIN)
-            outer.add(self.queued.fds[0], 0, _EPOLLIN)
-            self.outer = outer
-        return self.outer.epfd
+        self.enter()
+        try:
+            if self.outer is None:
+                outer = Epoll()
+                outer.add(self.watch_all().epfd, 0, _EPOLLIN)
+                outer.add(self.queued.fds[0], 0, _EPOLLIN)
+                self.outer = outer
+            return self.outer.epfd
+        finally:
+            self.leave()
 
     cdef Epoll anything(self):
+        with cython.critical_section(self):
+            return self.watch_all()
+
+    cdef Epoll watch_all(self):
         """What waiting for any vector sleeps on: the vectors, news, wake.
 
         Made when it is first needed: every epoll object that watches an eventfd makes each write to
-        it dearer, by about as much as a system call costs.
+        it dearer, by about as much as a system call costs. The caller is in a critical section: a
+        second one of the same object would let go of the first.
         """
         cdef Epoll epoll
         cdef Py_ssize_t i
@@ -220,14 +312,16 @@ cdef class Doorbells:
             self.epoll = epoll
         return self.epoll
 
+    # -- ringing ----------------------------------------------------------------------------------
+
     @cython.binding(False)
     def ring(self, peer, Py_ssize_t vector=0):
         """Interrupt `vector` of the peer with id `peer`.
 
         One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;
         a peer whose counter is full has an interrupt pending already, which is success. (Such a
-        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though not the
-        interpreter, until a signal arrives. Signaller never waits, and costs four times as much.)
+        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though no other
+        Python thread, until a signal arrives. Signaller never waits, and takes four times as long.)
 
         A guest's device rings by one 32-bit store to its Doorbell register. It cannot tell who is
         there: ringing nobody is silently nothing.
@@ -239,223 +333,611 @@ cdef class Doorbells:
         """
         cdef FdArray bells
         cdef PyObject *found
-        cdef int fd, code
+        cdef int code
         cdef Py_ssize_t number
-        cdef uint64_t one = 1
-        cdef ssize_t n
         if self.registers is not None:
             self.check()
             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
                 self._missing(peer, vector)
-            self.registers.put(self.doorbell, <uint32_t>(number << 16 | vector))
+            self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
             return
         while True:
-            self.check()
-            found = PyDict_GetItem(self.bells, peer)
-            if found != NULL:
-                bells = <FdArray>found
-                if 0 <= vector < bells.count:
-                    break
-            self._missing(peer, vector)
-        fd = bells.fds[vector]
-        bells.users += 1
-        try:
-            while True:
-                if ivshmem_is_only_thread():
-                    n = c_write(fd, &one, sizeof(one))
-                    code = errno
+            if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
+                found = PyDict_GetItemWithError(self.bells, peer)
+                if found != NULL and 0 <= vector < (<FdArray>found).count:
+                    code = add_one((<FdArray>found).fds[vector])
+                else:
+                    code = ESHUTDOWN
+            else:
+                bells = self.bells_of(peer, vector)
+                if bells is None or not bells.enter():
+                    code = ESHUTDOWN
                 else:
                     with nogil:
-                        n = c_write(fd, &one, sizeof(one))
-                        code = errno
-                if n >= 0 or code == EAGAIN:
-                    return
-                if code != EINTR:
-                    fail_with(code)
+                        code = add_one(bells.fds[vector])
+                    bells.leave()
+            if code == 0:
+                return
+            if code == ESHUTDOWN:
+                self.check()
+                self._missing(peer, vector)
+            elif code != EINTR:
+                fail_with(code)
+            else:
                 PyErr_CheckSignals()
+
+    cdef FdArray bells_of(self, peer, Py_ssize_t vector):
+        """The doorbells of a peer that has this vector, else None."""
+        cdef FdArray bells = self.bells.get(peer)
+        return bells if bells is not None and 0 <= vector < bells.count else None
+
+    cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):
+        """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
+
+        Raises:
+            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
+        """
+        cdef Doorbell made = Doorbell.__new__(Doorbell)
+        cdef FdArray bells
+        cdef Py_ssize_t number
+        made.endpoint = self
+        made.peer = peer
+        made.vector = vector
+        if self.registers is not None:
+            self.check()
+            number = PyNumber_AsSsize_t(peer, NULL)
+            while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
+                self._missing(peer, vector)
+            made.owner = self.registers
+            made.bell.registers = <void *>self.registers
+            made.bell.state = &self.registers.state
+            made.bell.at = self.register_at
+            made.bell.value = <uint32_t>(number << 16 | vector)
+        else:
+            while (bells := self.bells_of(peer, vector)) is None:
+                self.check()
+                self._missing(peer, vector)
+            made.owner = bells
+            made.bell.fds = <void *>bells
+            made.bell.state = &bells.state
+            made.bell.fd = bells.fds[vector]
+        return made
+
+    def ring_all(self, peers=None, vector=0):
+        """Ring several doorbells in one call: each vector named of each peer named.
+
+        Nothing is rung unless all of them can be.
+
+        Args:
+            peers: ids; None: everybody who is connected, but oneself. (A guest's device does not
+                know who is there: it has to be told.)
+            vector: one, or several.
+
+        Returns:
+            How many doorbells were rung. (Who leaves meanwhile is not counted.)
+
+        Raises:
+            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
+        """
+        cdef list bells = []
+        cdef Bell **targets
+        cdef Py_ssize_t i
+        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t count
+        cdef int code = 0
+        self.check()
+        if peers is None:
+            if self.registers is not None:
+                raise TypeError("a device does not know who is there: name the peers to ring")
+            if self.watched >= 0 and is_readable(self.watched):
+                self._news()
+            with cython.critical_section(self):
+                peers = [peer for peer, its in self.bells.items() if its is not self.own]
+        vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
+        for peer in peers:
+            for number in vectors:
+                bells.append(self.doorbell(peer, number))
+        self.check()  # what was iterated over may have closed it
+        count = len(bells)
+        targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
+        if targets == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                targets[i] = &(<Doorbell>bells[i]).bell
+            i = 0
+            while i < count:
+                with nogil:
+                    while i < count:
+                        code = ring_bell(targets[i], 1)
+                        if code == 0:
+                            done += 1
+                        elif code != ESHUTDOWN:
+                            break
+                        i += 1
+                if i < count:
+                    if code != EINTR:
+                        fail_with(code)
+                    PyErr_CheckSignals()
         finally:
-            bells.done()
+            free(targets)
+        return done
+
+    # -- waiting ----------------------------------------------------------------------------------
 
     @cython.binding(False)
-    def wait(self, vector=None, timeout=None):
+    def wait(self, vector=None, timeout=None, *, spin=0):
         """Wait for an interrupt, at most `timeout` seconds (None: for as long as it takes).
 
         Args:
-            vector: the one to wait for; None: any.
+            vector: the one to wait for; None: any; several: any of these, the first that is ready.
+            spin: seconds to look again and again before sleeping. To be woken takes ten times as
+                long as all else, so a spin that succeeds is worth much; one that keeps the peer
+                from running costs more. "auto": a short while (20 to 50 microseconds), if that
+                brought something of late. A given time is spun under the same condition: where two
+                spins in a row brought nothing, it sleeps at once for a while (see _spin).
 
         Returns:
-            For a given vector: how often it was rung since the last look, 0 when the time is over.
-            For any: an Interrupt(vector, rings), None when the time is over.
+            For one vector: how often it was rung since the last look, 0 when the time is over.
+            Else: an Interrupt(vector, rings), None when the time is over.
             Rings coalesce in the count: never count messages by interrupts.
 
         Raises:
             NoSuchVector: this endpoint has no such vector.
             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
         """
-        cdef int64_t deadline
-        cdef Py_ssize_t index
-        cdef uint64_t count
-        self.check()
-        if vector is None:
-            return self.wait_any(deadline_of(timeout), False)
-        index = vector
-        if not 0 <= index < self.own.count:
-            raise NoSuchVector(f"vector {index}: this endpoint has {self.own.count} vectors")
-        if timeout is None and self.relay is not None:
-            return self.read_one(index)
-        count = self.take(index)
-        if count:
-            return count
-        deadline = deadline_of(timeout)
-        if deadline == 0 and not self.urgent:
-            return 0
-        return self.wait_one(index, deadline)
-
-    cdef object read_one(self, Py_ssize_t index):
-        """Wait in a plain read, which close() and the relay end by adding to the count."""
-        cdef int fd = self.own.fds[index]
-        cdef uint64_t count = 0
-        cdef ssize_t n
-        cdef int code
-        self.waiters += 1
+        cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
+        self.enter()
         try:
-            while True:
-                if self.relay.fired():
-                    self._news()
-                with nogil:
-                    n = c_read(fd, &count, sizeof(count))
-                    code = errno
-                if self.gone:
-                    raise ClosedError("the endpoint was closed while waiting")
-                if n == sizeof(count):
-                    if not self.relay.fired():
-                        return count
-                elif code != EINTR:
-                    fail_with(code)
-                else:
-                    PyErr_CheckSignals()
+            if vector is None:
+                return self.wait_any(timeout, wish, False)
+            if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
+                return self.wait_one(vector, timeout, wish)
+            return self.wait_some(vector, timeout, wish)
         finally:
-            if self.waiters > 1 and (self.gone or self.relay.fired()):
-                self.own.signal(index)  # another may sleep in the same read
             self.leave()
 
-    cdef object wait_one(self, Py_ssize_t index, int64_t deadline):
+    cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
+        cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+        cdef int64_t n = 0
+        cdef bint plainly
+        cdef Turn turn
+        if not 0 <= vector < self.own.count:
+            self.check_vector(vector)
+        self.spinner.begin(&turn, vector, 0 if self.uio else spin)
+        plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
+        if not plainly and not turn.left:
+            n = self.take(vector)
+            if n == 0 and deadline == 0 and not self.urgent:
+                return 0
+        while True:
+            if n == 0 and turn.left:
+                n = spin_for(
+                    self,
+                    vector,
+                    deadline,
+                    probe_of(self, vector, plainly),
+                    &self.own.fds[vector],
+                    &turn,
+                )
+            if n == 0:
+                with nogil:
+                    # A plain read clears the flag, which the next spin would have to set again.
+                    n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
+                if n == 0:
+                    return 0
+            if n > 0 and not relay_fired(self):
+                return n
+            self.attend(n if n < 0 else <int64_t>NEWS)
+            n = 0
+            # What a signal handler did may have been to start a thread.
+            plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
+
+    cdef int enter(self) except -1:
+        """Begin a call that waits; `leave` ends it."""
+        if not ivshmem_enter(&self.state):
+            self.check()
+        if self.own.count == 0:
+            try:
+                self._deaf()
+            except BaseException:
+                self.leave()
+                raise
+        return 0
+
+    cdef int check_vector(self, Py_ssize_t vector) except -1:
+        if not 0 <= vector < self.own.count:
+            raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+        return 0
+
+    cdef int attend(self, int64_t code) except -1:
+        if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+            raise ClosedError("the endpoint was closed while waiting")
+        if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
+            self._news()
+        elif code == -EINVAL:
+            what = "UIO device" if self.uio else "eventfd"
+            raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+        elif code < 0 and code != -EINTR:
+            fail_with(<int>-code)
+        PyErr_CheckSignals()
+        return 0
+
+    cdef int64_t sleep_for(
+        self, Py_ssize_t vector, int64_t deadline, bint plainly
+    ) noexcept nogil:
+        """Sleep until a vector was rung: how often; 0: the time is over; else for `attend`."""
         cdef pollfd fds[3]
         cdef timespec left
-        cdef int64_t nanoseconds
-        cdef uint64_t count
-        cdef int n, code
-        fds[0].fd = self.own.fds[index]
+        cdef int64_t n
+        if plainly:
+            n = read_plainly(self, vector)
+            if n:
+                return n
+        fds[0].fd = self.own.fds[vector]
         fds[1].fd = self.wake.fds[0]
         fds[2].fd = self.watched
         fds[0].events = fds[1].events = fds[2].events = _POLLIN
-        self.waiters += 1
+        n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
+        if n < 0:
+            return -errno
+        if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+            return -ESHUTDOWN
+        if n == 0:
+            return 0
+        n = self.take(vector)
+        if n:
+            return n
+        if self.urgent and fds[2].revents:
+            return NEWS
+        # Another thread, or a hostile peer, took it, perhaps again and again.
+        return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
+
+    cdef object wait_some(self, object vectors, object timeout, int64_t spin):
+        """Wait for any of several vectors, by ppoll."""
+        cdef int64_t deadline = deadline_of(timeout)
+        cdef int64_t n = 0
+        cdef Py_ssize_t i
+        cdef list numbers = []
+        cdef Polled polled
+        cdef timespec left
+        cdef Turn turn
+        cdef Py_ssize_t number
+        for vector in vectors:
+            number = vector
+            self.check_vector(number)
+            if number not in numbers:
+                numbers.append(number)
+        if not numbers:
+            raise ValueError("no vector to wait for")
+        polled.count = len(numbers) + 2
+        polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
+        if polled.fds == NULL:
+            raise MemoryError
         try:
+            for i in range(len(numbers)):
+                polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+            polled.fds[polled.count - 2].fd = self.wake.fds[0]
+            polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
+            for i in range(polled.count):
+                polled.fds[i].events = _POLLIN
+            self.spinner.begin(&turn, ANY, spin)
+            n = probe_poll(&polled)
             while True:
-                if deadline != INT64_MAX:
-                    nanoseconds = max(deadline - now(), <int64_t>0)
-                    left.tv_sec = nanoseconds // 1000000000
-                    left.tv_nsec = nanoseconds % 1000000000
-                with nogil:
-                    n = ppoll(
-                        fds,
-                        3 if self.urgent else 2,
-                        NULL if deadline == INT64_MAX else &left,
-                        NULL,
-                    )
-                    code = errno
-                if self.gone:
-                    raise ClosedError("the endpoint was closed while waiting")
-                if n < 0:
-                    if code != EINTR:
-                        fail_with(code)
-                    PyErr_CheckSignals()
-                    continue
+                if n == 0 and turn.left:
+                    n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
                 if n == 0:
-                    return 0
-                count = self.take(index)
-                if count:
-                    return count
-                if self.urgent and fds[2].revents:
-                    self._news()
-                # Another thread, or a hostile peer, took it, perhaps again and again.
-                PyErr_CheckSignals()
+                    with nogil:
+                        n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
+                        n = -errno if n < 0 else n
+                    if n == 0:
+                        self.attend(-EINTR)
+                        return None
+                if n > 0:
+                    for i in range(len(numbers)):
+                        if polled.fds[i].revents:
+                            n = self.take(numbers[i])
+                            if n > 0 and not relay_fired(self):
+                                return Interrupt(numbers[i], n)
+                            if n:
+                                break
+                    else:
+                        n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
+                self.attend(n if n < 0 else <int64_t>NEWS)
                 if deadline != INT64_MAX and now() >= deadline:
-                    return 0
+                    return None
+                n = 0
+        finally:
+            free(polled.fds)
+
+    @cython.binding(False)
+    def wait_word(
+        self,
+        Atomic word not None,
+        old,
+        vector=0,
+        timeout=None,
+        *,
+        spin="auto",
+        Atomic sleeping=None,
+    ):
+        """Wait until a word of shared memory is not `old` any more, at most `timeout` seconds.
+
+        It looks at the word, spins on it, which costs no system call, and then sleeps until
+        `vector` is rung; so who changes the word has to ring afterwards.
+
+        Args:
+            word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also
+                if the region is closed meanwhile.
+            spin: as of `wait`.
+            sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who
+                changes `word`, and then loads this one, both with order="seq_cst", has to ring only
+                if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)
+                Each waiter needs one of its own.
+
+        Returns:
+            The value; what its writer stored before is seen, too (acquire). None when the time is
+            over. Rings of `vector` that came meanwhile are taken, or left for the next call.
+
+        Raises:
+            NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.
+            OverflowError: `old` is no number that the word can have.
+            TypeError: `sleeping` is in memory that is mapped for reading only.
+        """
+        cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+        cdef int64_t wish = spin_of(spin)
+        cdef Py_ssize_t index = vector
+        cdef Watched watched
+        self.enter()
+        try:
+            self.check_vector(index)
+            watched.old = old
+            if watched.old > UINT32_MAX and not word.wide:
+                raise OverflowError(f"{old} has more than the 32 bits of the word")
+            watched.wide = word.wide
+            watched.sleeping = NULL
+            watched.address = word.pin()
+            try:
+                if sleeping is None:
+                    return self.watch_word(&watched, index, deadline, wish)
+                watched.sleeping_wide = sleeping.wide
+                watched.sleeping = sleeping.pin_own()
+                try:
+                    return self.watch_word(&watched, index, deadline, wish)
+                finally:
+                    sleeping.unpin()
+            finally:
+                word.unpin()
         finally:
             self.leave()
+
+    cdef object watch_word(
+        self, Watched *watched, Py_ssize_t vector, int64_t deadline, int64_t spin
+    ):
+        cdef int64_t n
+        cdef bint plainly
+        cdef Turn turn
+        self.spinner.begin(&turn, vector, spin)
+        while True:
+            n = has_changed(watched)
+            if n == 0 and turn.left:
+                n = spin_for(self, vector, deadline, probe_word, watched, &turn)
+            if n == 0:
+                plainly = deadline == INT64_MAX
+                plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
+                with nogil:
+                    n = self.sleep_at_word(watched, vector, deadline, plainly)
+                if n == 0:
+                    return None
+            elif n > 0:
+                return watched.seen
+            self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
+            # Rung for nothing, perhaps again and again.
+            if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
+                return None
+
+    cdef int64_t sleep_at_word(
+        self, Watched *watched, Py_ssize_t vector, int64_t deadline, bint plainly
+    ) noexcept nogil:
+        """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
+        cdef int64_t n = 1
+        if watched.sleeping != NULL:
+            ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+        if not has_changed(watched):
+            n = self.sleep_for(vector, deadline, plainly)
+            if n == 0 and has_changed(watched):
+                n = 1
+        if watched.sleeping != NULL:
+            ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+        return n
 
     def _wait_event(self, timeout=None):
         """Like wait(), but returns True as soon as `_news()` was called."""
-        self.check()
-        return self.wait_any(deadline_of(timeout), True)
-
-    cdef object wait_any(self, int64_t deadline, bint for_news):
-        cdef epoll_event event
-        cdef int rounds = 0
-        cdef int epfd = self.anything().epfd
-        cdef uint64_t count
-        cdef int n
-        self.waiters += 1
+        self.enter()
         try:
-            while True:
-                n = epoll_sleep(epfd, &event, 1, deadline)
-                if self.gone:
-                    raise ClosedError("the endpoint was closed while waiting")
-                if n < 0:
-                    continue
-                if n == 0:
-                    return None
-                if event.data.u64 == TOKEN_NEWS:
-                    self._news()
-                    if for_news:
-                        return True
-                elif event.data.u64 < TOKEN_NEWS:
-                    count = self.take(event.data.u64)
-                    if count:
-                        return Interrupt(event.data.u64, count)
-                # What is ready all the time, by somebody's ill will, does not defeat the deadline.
-                PyErr_CheckSignals()
-                if deadline and deadline != INT64_MAX and now() >= deadline:
-                    deadline = 0
-                elif deadline == 0:
-                    rounds += 1
-                    if rounds == BATCH:
-                        return None
+            return self.wait_any(timeout, 0, True)
         finally:
             self.leave()
 
-    cdef uint64_t take(self, Py_ssize_t index) except? 0:
-        """How often a vector was rung since the last look; 0 when it was not."""
-        cdef uint64_t total
-        cdef int32_t count
-        cdef ssize_t n
-        if not self.uio:
-            total = take_count(self.own.fds[index])
-            if total and self.relay is not None and self.relay.fired():
-                self._news()  # the relay's doing, and not a ring
-            return total
-        n = c_read(self.own.fds[index], &count, sizeof(count))
+    cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
+        cdef int64_t deadline = deadline_of(timeout)
+        cdef Polled polled
+        cdef Turn turn
+        cdef int rounds = 0
+        cdef uint64_t token
+        cdef int64_t n
+        polled.epfd = self.anything().epfd
+        self.spinner.begin(&turn, ANY, spin)
+        while True:
+            n = 0
+            if turn.left:
+                n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
+            if n == 0:
+                n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
+            if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+                raise ClosedError("the endpoint was closed while waiting")
+            if n == 0:
+                return None
+            if n > 0:
+                token = polled.event.data.u64
+                if token == TOKEN_NEWS:
+                    self._news()
+                    if for_news:
+                        return True
+                elif token < TOKEN_NEWS:
+                    n = self.take(token)
+                    if n > 0 and not relay_fired(self):
+                        return Interrupt(token, n)
+                    if n:
+                        self.attend(n if n < 0 else <int64_t>NEWS)
+            elif n < -1:
+                self.attend(n)
+            # What is ready all the time, by somebody's ill will, does not defeat the deadline.
+            PyErr_CheckSignals()
+            if deadline and deadline != INT64_MAX and now() >= deadline:
+                deadline = 0
+            elif deadline == 0:
+                rounds += 1
+                if rounds == BATCH:
+                    return None
+
+    cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
+        """How often a vector was rung since the last look; 0 when it was not; -errno."""
+        return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+
+    cdef int64_t take_uio(self, int fd) noexcept nogil:
+        cdef uint32_t count, before
+        cdef ssize_t n = c_read(fd, &count, sizeof(count))
         if n < 0:
-            if errno != EAGAIN and errno != EINTR:
-                fail()
-            return 0
+            return 0 if errno == EAGAIN or errno == EINTR else -errno
         if n != sizeof(count):
-            raise OSError(EINVAL, "what was opened is no UIO device")
+            return -EINVAL
         # It counts since the driver was loaded, and wraps.
-        n = <uint32_t>count - <uint32_t>self.uio_count if self.uio_known else 1
+        before = self.uio_count if self.uio_known else count - 1
         self.uio_count = count
         self.uio_known = True
+        return <uint32_t>(count - before)
+
+    # -- loops without the interpreter ------------------------------------------------------------
+
+    cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
+        """What wait_one does, as far as that goes without the GIL."""
+        cdef int64_t n = 0
+        cdef bint plainly
+        if not ivshmem_enter(&self.state):
+            return -ESHUTDOWN
+        if 0 <= vector < self.own.count:
+            if wait.turn.left < 0:
+                self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
+            plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
+            if not plainly and not wait.turn.left:
+                n = self.take(vector)
+            if n == 0 and wait.turn.left:
+                ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
+                n = self.spinner.spin(
+                    vector,
+                    wait.deadline,
+                    probe_of(self, vector, plainly),
+                    &self.own.fds[vector],
+                    &wait.turn,
+                    &self.state,
+                )
+                ivshmem_count(&self.sleepers, -1)
+            if n == 0:
+                n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
+            if n > 0 and relay_fired(self):
+                n = NEWS
+        else:
+            n = -EINVAL
+        self.leave()
         return n
 
-    cdef void leave(self) noexcept:
+    cdef int64_t serve(
+        self,
+        Py_ssize_t vector,
+        Handler handler,
+        void *context,
+        int64_t rounds,
+        int64_t timeout,
+        int64_t spin,
+        int *stopped,
+    ) except -1:
+        cdef int64_t done = 0
+        cdef int64_t n
+        cdef Wait wait
+        begin_wait(&wait, timeout, spin)
+        self.check()
+        if self.own.count == 0:
+            self._deaf()
+        self.check_vector(vector)
+        stopped[0] = 0
+        while done < rounds and stopped[0] == 0:
+            wait.alone = ivshmem_is_only_thread()
+            with nogil:
+                while done < rounds:
+                    n = self.wait_nogil(vector, &wait)
+                    if n <= 0:
+                        break
+                    done += 1
+                    wait.turn.left = -1
+                    if timeout >= 0:
+                        wait.deadline = deadline_in(timeout)
+                    stopped[0] = handler(context, n)
+                    if stopped[0]:
+                        break
+            if n == 0:
+                break
+            if n < 0:
+                self.attend(n)
+        return done
+
+    def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):
+        """Answer interrupts by ringing back, in a loop without the interpreter.
+
+        Args:
+            peer: whom to ring: an interrupt does not tell who sent it.
+            vector: the own one to wait for.
+            answer: the peer's one to ring; None: the same number.
+            rounds: how many interrupts to answer; None: without end.
+            timeout: seconds without an interrupt after which to give up; None: never.
+            spin: as of `wait`.
+
+        Returns:
+            How many interrupts were answered.
+
+        Raises:
+            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this
+                endpoint knows it: nothing here takes in news, but another thread may.
+            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
+        """
+        cdef int64_t nanoseconds = -1
+        cdef int64_t limit = INT64_MAX if rounds is None else rounds
+        cdef int stopped = 0
+        cdef int64_t done = 0
+        cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
+        if timeout is not None:
+            nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
+        while True:
+            done += self.serve(
+                vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
+            )
+            if stopped == 0:
+                return done
+            self.attend(-EINTR)
+            bell.ring()  # raises what stopped it, unless that was a signal
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    cdef void leave(self) noexcept nogil:
         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
-        self.waiters -= 1
-        if self.gone and self.waiters == 0:
-            self.release()
+        if ivshmem_leave(&self.state):
+            with gil:
+                self.release()
 
     cdef void release(self) noexcept:
+        if self.relay is not None:
+            self.relay.close()
         self.own.close()
         self.wake.close()
         self.queued.close()
@@ -464,21 +946,142 @@ cdef class Doorbells:
         if self.epoll is not None:
             self.epoll.close()
 
-    def close(self):
-        """Stop ringing and listening; waiters get ClosedError. May be called twice."""
-        if self.gone:
-            return
-        self._unwatch()
-        self.gone = True
+    @cython.critical_section
+    def _close_bells(self):
+        """Close all doorbells; those in use when their last user is done."""
         for bells in self.bells.values():
             if bells is not self.own:
                 (<FdArray>bells).close()
         self.bells.clear()
-        # In a forked child the waiters are threads of the parent, and the eventfd is its, too.
-        if self.waiters and getpid() == self.pid:
-            self.wake.signal(0)
-            if self.relay is not None:
-                for index in range(self.own.count):
-                    self.own.signal(index)
-        else:
-            self.release()
+
+    def close(self):
+        """Stop ringing and listening; waiters get ClosedError. May be called twice."""
+        # As one of the users, so that nobody closes what is signalled here.
+        if not ivshmem_enter(&self.state):
+            return
+        try:
+            self._unwatch()
+            ivshmem_shut(&self.state)
+            self._close_bells()
+            # In a forked child the other users are threads of the parent, and the eventfds too.
+            if getpid() == self.pid:
+                self.wake.signal(0)
+                self.wake_sleepers()
+            else:
+                self.release()
+        finally:
+            self.leave()
+
+    cdef int wake_sleepers(self) except -1:
+        """End plain reads, by adding to what they read; never waits for a peer.
+
+        Of eventfds that are shared, only a thread that Python does not know can have come here.
+        """
+        if self.relay is not None:
+            for vector in range(self.own.count):
+                self.own.signal(vector)
+        elif ivshmem_count(&self.sleepers, 0):
+            try:
+                signaller = Signaller()
+            except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
+                return 0
+            try:
+                signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])
+            finally:
+                signaller.close()
+        return 0
+
+    # -- for event loops that watch the descriptors themselves ------------------------------------
+
+    @cython.binding(False)
+    def _take(self, Py_ssize_t vector):
+        """How often `vector` was rung since the last look; 0: not at all. Never waits."""
+        cdef int64_t n
+        if not ivshmem_enter(&self.state):
+            self.check()
+        try:
+            self.check_vector(vector)
+            n = self.take(vector)
+            if n > 0 and not relay_fired(self):
+                return n
+            if n:
+                self.attend(n if n < 0 else <int64_t>NEWS)
+            return 0
+        finally:
+            self.leave()
+
+    def _descriptor(self, which):
+        """What is readable while there is something to take; borrowed until close().
+
+        Args:
+            which: a vector, for `_take`; "any", for `_wait_event`; "queued", for what the subclass
+                has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
+        """
+        self.check()
+        if self.own.count == 0:
+            self._deaf()
+        if which == "any":
+            return self.anything().epfd
+        if which == "queued":
+            return self.queued.fds[0]
+        if which == "urgent":
+            return self.watched if self.urgent else -1
+        self.check_vector(which)
+        return self.own.fds[<Py_ssize_t>which]
+
+
+# -- what a spin looks at -------------------------------------------------------------------------
+
+cdef struct Polled:
+    int epfd
+    epoll_event event
+    pollfd *fds
+    Py_ssize_t count
+
+
+cdef int64_t probe_eventfd(void *what) noexcept nogil:
+    return look((<int *>what)[0])
+
+
+cdef inline bint has_changed(Watched *watched) noexcept nogil:
+    watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
+    return watched.seen != watched.old
+
+
+cdef int64_t probe_word(void *what) noexcept nogil:
+    for _ in range(LOOKS):
+        if has_changed(<Watched *>what):
+            return 1
+        ivshmem_pause()
+    return 0
+
+
+cdef int64_t probe_plainly(void *what) noexcept nogil:
+    cdef uint64_t count
+    if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
+        return count_of(count)
+    return 0 if errno == EAGAIN else -errno
+
+
+cdef bint is_readable(int fd) noexcept nogil:
+    cdef pollfd one
+    cdef timespec none
+    none.tv_sec = none.tv_nsec = 0
+    one.fd = fd
+    one.events = _POLLIN
+    return ppoll(&one, 1, &none, NULL) == 1
+
+
+cdef int64_t probe_epoll(void *what) noexcept nogil:
+    cdef Polled *polled = <Polled *>what
+    cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
+    return n if n >= 0 else 0 if errno == EINTR else -errno
+
+
+cdef int64_t probe_poll(void *what) noexcept nogil:
+    cdef Polled *polled = <Polled *>what
+    cdef timespec none
+    cdef int n
+    none.tv_sec = none.tv_nsec = 0
+    n = ppoll(polled.fds, polled.count, &none, NULL)
+    return n if n >= 0 else 0 if errno == EINTR else -errno

@@ -1258,6 +1258,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1359,30 +1360,161 @@ static int __Pyx_init_tpflags_variables(void) {
         ivshmem_write_barrier();
         *(volatile uint32_t *)address = value;
     }
+    
 
-    static inline uint64_t ivshmem_load(const void *word)
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    static inline uint64_t ivshmem_load(void *word, int wide, int order)
     {
-        return __atomic_load_n((const uint64_t *)word, __ATOMIC_ACQUIRE);
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline void ivshmem_store(void *word, uint64_t value)
+    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
     {
-        __atomic_store_n((uint64_t *)word, value, __ATOMIC_RELEASE);
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
+
+    /* Those that change the word and return what it was. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+
+    /* A word that is not as expected is only loaded: that has no release in its order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
     {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_SEQ_CST);
-        return expected;
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
     }
-    static inline uint64_t ivshmem_add(void *word, uint64_t amount)
+    
+
+    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
+       the last ends it. One word, so that no order of events ends it twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* One user more; 0 when it is ending. */
+    static inline int ivshmem_enter(unsigned int *state)
     {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* One user less; 1 when the caller has to end it. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* No more users; 1 when the caller has to end it. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    }
+
+    /* What tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    
+
+    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
+       meanwhile, so that only builds without a GIL have to count it. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
     }
     
 
     /* Whether no other Python thread could want the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* to let go of nothing is cheap */
+    #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
                && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
@@ -1404,7 +1536,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
 #endif
 #else
-#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
+#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_NOT_USED
 #endif
 #define __PYX_DEFAULT_STRING_ENCODING_IS_ASCII 0
 #define __PYX_DEFAULT_STRING_ENCODING_IS_UTF8 0
@@ -1803,18 +1935,19 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll;
 struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Timer;
 
-/* "ivshmem/_fds.pxd":7
- * from ._libc cimport aio_context_t, epoll_event
+/* "ivshmem/_fds.pxd":10
+ * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64
+  __pyx_e_7ivshmem_4_fds_BATCH = 64,
+  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
-/* "ivshmem/_fds.pxd":21
+/* "ivshmem/_fds.pxd":83
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -1827,12 +1960,13 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
-  int users;
-  int closing;
+  unsigned int state;
+  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int outgrown_count;
 };
 
 
-/* "ivshmem/_fds.pxd":32
+/* "ivshmem/_fds.pxd":96
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -1847,7 +1981,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "ivshmem/_fds.pxd":39
+/* "ivshmem/_fds.pxd":103
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1861,7 +1995,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
-/* "ivshmem/_fds.pyx":168
+/* "ivshmem/_fds.pyx":180
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1876,7 +2010,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "ivshmem/_fds.pyx":380
+/* "ivshmem/_fds.pyx":393
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1890,7 +2024,7 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 
 
 
-/* "ivshmem/_fds.pyx":76
+/* "ivshmem/_fds.pyx":72
  * # -- descriptors ----------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1899,15 +2033,17 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*done)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
+static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-static void __pyx_f_7ivshmem_4_fds_7FdArray_done(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 
 
-/* "ivshmem/_fds.pyx":243
+/* "ivshmem/_fds.pyx":256
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1922,7 +2058,7 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
 
 
-/* "ivshmem/_fds.pyx":295
+/* "ivshmem/_fds.pyx":308
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2099,6 +2235,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
@@ -2599,9 +2741,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
 /* ListCompAppendAndDecref.proto */
 static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
-/* DivInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
-
 /* decode_c_string_utf16.proto (used by decode_c_string) */
 static CYTHON_INLINE PyObject *__Pyx_PyUnicode_DecodeUTF16(const char *s, Py_ssize_t size, const char *errors) {
     int byteorder = 0;
@@ -2980,13 +3119,16 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value);
+
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
@@ -3088,7 +3230,8 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_4_fds_7FdArray_done(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
 
@@ -3117,12 +3260,15 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 /* Module declarations from "libc.stdlib" */
 
 /* Module declarations from "ivshmem._fds" */
-static int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_fail(void); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_fail_with(int); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
-static uint64_t __pyx_f_7ivshmem_4_fds_take_count(int); /*proto*/
+static int64_t __pyx_f_7ivshmem_4_fds_take_count(int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem._fds"
@@ -3133,7 +3279,7 @@ int __pyx_module_is_main_ivshmem___fds = 0;
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_staticmethod;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that let go of the GIL is using it: the last user closes.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   but for one: see Doorbells.ring.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
+static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   but for those that ring: see Doorbells.ring.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
@@ -3462,29 +3608,29 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[81]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[82]
 #define __pyx_n_u_close __pyx_string_tab[83]
-#define __pyx_n_u_context __pyx_string_tab[84]
-#define __pyx_n_u_count __pyx_string_tab[85]
-#define __pyx_n_u_deadline __pyx_string_tab[86]
-#define __pyx_n_u_done __pyx_string_tab[87]
-#define __pyx_n_u_drain __pyx_string_tab[88]
-#define __pyx_n_u_ends __pyx_string_tab[89]
-#define __pyx_n_u_epfd __pyx_string_tab[90]
-#define __pyx_n_u_errors __pyx_string_tab[91]
-#define __pyx_n_u_eventfds __pyx_string_tab[92]
-#define __pyx_n_u_events __pyx_string_tab[93]
-#define __pyx_n_u_fd __pyx_string_tab[94]
-#define __pyx_n_u_fds __pyx_string_tab[95]
-#define __pyx_n_u_fileno __pyx_string_tab[96]
-#define __pyx_n_u_first __pyx_string_tab[97]
-#define __pyx_n_u_grown __pyx_string_tab[98]
-#define __pyx_n_u_i __pyx_string_tab[99]
-#define __pyx_n_u_index __pyx_string_tab[100]
-#define __pyx_n_u_items __pyx_string_tab[101]
-#define __pyx_n_u_ivshmem__fds __pyx_string_tab[102]
-#define __pyx_n_u_modify __pyx_string_tab[103]
-#define __pyx_n_u_n __pyx_string_tab[104]
-#define __pyx_n_u_nothing __pyx_string_tab[105]
-#define __pyx_n_u_one __pyx_string_tab[106]
+#define __pyx_n_u_code __pyx_string_tab[84]
+#define __pyx_n_u_context __pyx_string_tab[85]
+#define __pyx_n_u_count __pyx_string_tab[86]
+#define __pyx_n_u_deadline __pyx_string_tab[87]
+#define __pyx_n_u_done __pyx_string_tab[88]
+#define __pyx_n_u_drain __pyx_string_tab[89]
+#define __pyx_n_u_ends __pyx_string_tab[90]
+#define __pyx_n_u_epfd __pyx_string_tab[91]
+#define __pyx_n_u_errors __pyx_string_tab[92]
+#define __pyx_n_u_eventfds __pyx_string_tab[93]
+#define __pyx_n_u_events __pyx_string_tab[94]
+#define __pyx_n_u_fd __pyx_string_tab[95]
+#define __pyx_n_u_fds __pyx_string_tab[96]
+#define __pyx_n_u_fileno __pyx_string_tab[97]
+#define __pyx_n_u_first __pyx_string_tab[98]
+#define __pyx_n_u_grown __pyx_string_tab[99]
+#define __pyx_n_u_i __pyx_string_tab[100]
+#define __pyx_n_u_index __pyx_string_tab[101]
+#define __pyx_n_u_items __pyx_string_tab[102]
+#define __pyx_n_u_ivshmem__fds __pyx_string_tab[103]
+#define __pyx_n_u_modify __pyx_string_tab[104]
+#define __pyx_n_u_n __pyx_string_tab[105]
+#define __pyx_n_u_nothing __pyx_string_tab[106]
 #define __pyx_n_u_open __pyx_string_tab[107]
 #define __pyx_n_u_os __pyx_string_tab[108]
 #define __pyx_n_u_pointers __pyx_string_tab[109]
@@ -3512,15 +3658,15 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[131]
 #define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[132]
 #define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_A_Kq_4wc __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[136]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[136]
 #define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[137]
 #define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[138]
 #define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[139]
-#define __pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS __pyx_string_tab[140]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[140]
 #define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[141]
-#define __pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_A __pyx_string_tab[142]
+#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[142]
 #define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[143]
 #define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[144]
 #define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[145]
@@ -3610,20 +3756,20 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_fds.pyx":48
- * # -- time and errors ------------------------------------------------------------------------------
+/* "ivshmem/_fds.pxd":25
  * 
- * cdef int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/_fds.pyx":50
- * cdef int64_t now() noexcept nogil:
+  /* "ivshmem/_fds.pxd":27
+ * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
@@ -3631,7 +3777,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/_fds.pyx":51
+  /* "ivshmem/_fds.pxd":28
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3644,10 +3790,10 @@ static int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":48
- * # -- time and errors ------------------------------------------------------------------------------
+  /* "ivshmem/_fds.pxd":25
  * 
- * cdef int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
@@ -3658,8 +3804,562 @@ static int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":54
+/* "ivshmem/_fds.pxd":31
  * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+  int64_t __pyx_r;
+  int64_t __pyx_t_1;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+  int64_t __pyx_t_5;
+  int __pyx_t_6;
+
+  /* "ivshmem/_fds.pxd":33
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_nanoseconds >= 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_3 = __Pyx_div_int64_t(((int64_t)INT64_MAX), 2, 1);
+
+    __pyx_t_4 = __pyx_v_nanoseconds;
+    __pyx_t_6 = (__pyx_t_3 < __pyx_t_4);
+
+    if (__pyx_t_6) {
+
+      __pyx_t_5 = __pyx_t_3;
+    } else {
+
+      __pyx_t_5 = __pyx_t_4;
+    }
+
+
+    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+
+  } else {
+
+    __pyx_t_1 = INT64_MAX;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":31
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+  int64_t __pyx_v_nanoseconds;
+  struct timespec *__pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+
+  /* "ivshmem/_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  __pyx_t_1 = (__pyx_v_deadline == INT64_MAX);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pxd":40
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  }
+
+  /* "ivshmem/_fds.pxd":41
+ *     if deadline == INT64_MAX:
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+*/
+
+  __pyx_t_2 = ((int64_t)0);
+
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_4 = __pyx_t_2;
+  } else {
+
+    __pyx_t_4 = __pyx_t_3;
+  }
+
+  __pyx_v_nanoseconds = __pyx_t_4;
+
+
+  /* "ivshmem/_fds.pxd":42
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left
+*/
+  __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "ivshmem/_fds.pxd":43
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
+ *     return left
+ * 
+*/
+  __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "ivshmem/_fds.pxd":44
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_left;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+  int64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  uint64_t __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "ivshmem/_fds.pxd":49
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+  __pyx_t_1 = ((uint64_t)INT64_MAX);
+
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
+
+  if (__pyx_t_4) {
+
+    __pyx_t_3 = __pyx_t_1;
+  } else {
+
+    __pyx_t_3 = __pyx_t_2;
+  }
+
+  {
+
+    __pyx_r = ((int64_t)__pyx_t_3);
+  }
+
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+  uint64_t __pyx_v_count;
+  struct iovec __pyx_v_iov;
+  Py_ssize_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+
+  /* "ivshmem/_fds.pxd":58
+ *     it since Linux 5.8, which is why that is the oldest kernel supported.
+ *     """
+ *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *     cdef iovec iov
+ *     cdef ssize_t n
+*/
+  __pyx_v_count = 0;
+
+  /* "ivshmem/_fds.pxd":61
+ *     cdef iovec iov
+ *     cdef ssize_t n
+ *     iov.iov_base = &count             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+*/
+  __pyx_v_iov.iov_base = (&__pyx_v_count);
+
+  /* "ivshmem/_fds.pxd":62
+ *     cdef ssize_t n
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+
+  /* "ivshmem/_fds.pxd":63
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)
+ *     while True:             # <<<<<<<<<<<<<<
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+*/
+  while (1) {
+
+    /* "ivshmem/_fds.pxd":64
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
+ *         if n == sizeof(count):
+ *             return count_of(count)
+*/
+    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
+
+    /* "ivshmem/_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pxd":66
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+ *             return count_of(count)             # <<<<<<<<<<<<<<
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+*/
+      {
+
+        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    }
+
+    /* "ivshmem/_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pxd":68
+ *             return count_of(count)
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      {
+
+        __pyx_r = (-EINVAL);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    }
+
+    /* "ivshmem/_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    __pyx_t_1 = (errno == EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pxd":70
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         if errno != EINTR:
+ *             return -errno
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    }
+
+    /* "ivshmem/_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    __pyx_t_1 = (errno != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pxd":72
+ *             return 0
+ *         if errno != EINTR:
+ *             return -errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      {
+
+        __pyx_r = (-errno);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    }
+  }
+
+  /* "ivshmem/_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+  uint64_t __pyx_v_one;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/_fds.pxd":77
+ * cdef inline int add_one(int fd) noexcept nogil:
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+*/
+  __pyx_v_one = 1;
+
+  /* "ivshmem/_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  __pyx_t_2 = (write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one))) >= 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EAGAIN);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pxd":79
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0             # <<<<<<<<<<<<<<
+ *     return errno
+ * 
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  }
+
+  /* "ivshmem/_fds.pxd":80
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+ *     return errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = errno;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":50
+ * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
@@ -3680,7 +4380,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("deadline_of", 0);
 
-  /* "ivshmem/_fds.pyx":57
+  /* "ivshmem/_fds.pyx":53
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -3691,7 +4391,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":58
+    /* "ivshmem/_fds.pyx":54
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -3704,7 +4404,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":57
+    /* "ivshmem/_fds.pyx":53
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -3713,17 +4413,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":59
+  /* "ivshmem/_fds.pyx":55
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = timeout             # <<<<<<<<<<<<<<
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
 */
-  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 55, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":60
+  /* "ivshmem/_fds.pyx":56
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -3735,7 +4435,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":61
+    /* "ivshmem/_fds.pyx":57
  *     seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -3748,14 +4448,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 61, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 57, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 61, __pyx_L1_error)
+    __PYX_ERR(0, 57, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":60
+    /* "ivshmem/_fds.pyx":56
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -3764,7 +4464,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":62
+  /* "ivshmem/_fds.pyx":58
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -3776,7 +4476,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":63
+    /* "ivshmem/_fds.pyx":59
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -3789,7 +4489,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":62
+    /* "ivshmem/_fds.pyx":58
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -3798,7 +4498,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":64
+  /* "ivshmem/_fds.pyx":60
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -3810,7 +4510,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":65
+    /* "ivshmem/_fds.pyx":61
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -3823,7 +4523,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":64
+    /* "ivshmem/_fds.pyx":60
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -3832,7 +4532,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":66
+  /* "ivshmem/_fds.pyx":62
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -3845,8 +4545,8 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":54
- * 
+  /* "ivshmem/_fds.pyx":50
+ * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
@@ -3866,7 +4566,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":69
+/* "ivshmem/_fds.pyx":65
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -3881,17 +4581,17 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":70
+  /* "ivshmem/_fds.pyx":66
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 70, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 66, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":71
+  /* "ivshmem/_fds.pyx":67
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -3904,7 +4604,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":69
+  /* "ivshmem/_fds.pyx":65
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -3921,7 +4621,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":84
+/* "ivshmem/_fds.pyx":80
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -3973,7 +4673,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":85
+  /* "ivshmem/_fds.pyx":81
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -3982,7 +4682,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_fds.pyx":84
+  /* "ivshmem/_fds.pyx":80
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -3996,7 +4696,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":87
+/* "ivshmem/_fds.pyx":83
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4044,32 +4744,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 87, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 83, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 87, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 83, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 87, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 83, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 84, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 87, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 83, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4119,7 +4819,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_fds.pyx":94
+  /* "ivshmem/_fds.pyx":90
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -4132,13 +4832,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 94, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 90, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":96
+  /* "ivshmem/_fds.pyx":92
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -4152,7 +4852,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":97
+    /* "ivshmem/_fds.pyx":93
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -4161,7 +4861,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_fds.pyx":98
+    /* "ivshmem/_fds.pyx":94
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4173,7 +4873,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":99
+      /* "ivshmem/_fds.pyx":95
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -4182,18 +4882,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":100
+        /* "ivshmem/_fds.pyx":96
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_fds.pyx":102
+      /* "ivshmem/_fds.pyx":98
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -4209,7 +4909,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -4239,7 +4939,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -4269,7 +4969,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
         __pyx_L10:;
       }
 
-      /* "ivshmem/_fds.pyx":98
+      /* "ivshmem/_fds.pyx":94
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4278,7 +4978,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     }
 
-    /* "ivshmem/_fds.pyx":103
+    /* "ivshmem/_fds.pyx":99
  *                 finally:
  *                     array.close()
  *             array.take(fd)             # <<<<<<<<<<<<<<
@@ -4287,7 +4987,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_array);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 99, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __pyx_t_3 = 0;
     {
@@ -4295,19 +4995,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 99, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
 
-  /* "ivshmem/_fds.pyx":104
+  /* "ivshmem/_fds.pyx":100
  *                     array.close()
  *             array.take(fd)
  *         return array             # <<<<<<<<<<<<<<
  * 
- *     def take(self, int fd):
+ *     @cython.critical_section
 */
   {
     PyObject *__pyx_temp;
@@ -4320,7 +5020,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":87
+  /* "ivshmem/_fds.pyx":83
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4344,12 +5044,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":106
+/* "ivshmem/_fds.pyx":102
  *         return array
  * 
- *     def take(self, int fd):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, int fd):
  *         """Append `fd` and own it from now on, also when this call fails."""
- *         cdef int *grown
 */
 
 /* Python wrapper */
@@ -4392,32 +5092,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 106, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 106, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 106, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 102, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 106, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4441,213 +5141,320 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
   int *__pyx_v_grown;
+  Py_ssize_t __pyx_v_i;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
-  int __pyx_t_5;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  Py_ssize_t __pyx_t_7;
+  Py_ssize_t __pyx_t_8;
+  Py_ssize_t __pyx_t_9;
+  int *__pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/_fds.pyx":109
- *         """Append `fd` and own it from now on, also when this call fails."""
+        /* "ivshmem/_fds.pyx":107
  *         cdef int *grown
- *         if self.closing:             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t i
+ *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
 */
-  if (unlikely(__pyx_v_self->closing)) {
+        __pyx_t_2 = ((__pyx_v_self->state & IVSHMEM_CLOSING) != 0);
 
-    /* "ivshmem/_fds.pyx":110
- *         cdef int *grown
- *         if self.closing:
+        if (unlikely(__pyx_t_2)) {
+
+
+          /* "ivshmem/_fds.pyx":108
+ *         cdef Py_ssize_t i
+ *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:
 */
-    (void)(close(__pyx_v_fd));
+          (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":111
- *         if self.closing:
+          /* "ivshmem/_fds.pyx":109
+ *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
  *         if self.count == self.room:
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
 */
-    __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 111, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_2);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_2);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-      __pyx_t_4 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_descriptors_are_closed};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 111, __pyx_L1_error)
+          __pyx_t_4 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 109, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_6 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_5))) {
+            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+            assert(__pyx_t_4);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+            __Pyx_INCREF(__pyx_t_4);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __pyx_t_6 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_descriptors_are_closed};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 109, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
+          }
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 109, __pyx_L4_error)
 
-    /* "ivshmem/_fds.pyx":109
- *         """Append `fd` and own it from now on, also when this call fails."""
+          /* "ivshmem/_fds.pyx":107
  *         cdef int *grown
- *         if self.closing:             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t i
+ *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":112
+        /* "ivshmem/_fds.pyx":110
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             grown = NULL
+*/
+        __pyx_t_2 = (__pyx_v_self->count == __pyx_v_self->room);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/_fds.pyx":112
+ *         if self.count == self.room:
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             grown = NULL             # <<<<<<<<<<<<<<
+ *             if self.outgrown_count < OUTGROWN:
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
+*/
+          __pyx_v_grown = NULL;
+
+          /* "ivshmem/_fds.pyx":113
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             grown = NULL
+ *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
 */
-  __pyx_t_5 = (__pyx_v_self->count == __pyx_v_self->room);
+          __pyx_t_2 = (__pyx_v_self->outgrown_count < __pyx_e_7ivshmem_4_fds_OUTGROWN);
 
-  if (__pyx_t_5) {
+          if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":113
- *             raise ClosedError("the descriptors are closed")
- *         if self.count == self.room:
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
+            /* "ivshmem/_fds.pyx":114
+ *             grown = NULL
+ *             if self.outgrown_count < OUTGROWN:
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
  *             if grown == NULL:
  *                 c_close(fd)
 */
-    __pyx_v_grown = ((int *)realloc(__pyx_v_self->fds, (((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
+            __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-    /* "ivshmem/_fds.pyx":114
- *         if self.count == self.room:
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            /* "ivshmem/_fds.pyx":113
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             grown = NULL
+ *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
+ *             if grown == NULL:
+*/
+          }
+
+          /* "ivshmem/_fds.pyx":115
+ *             if self.outgrown_count < OUTGROWN:
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
  *                 c_close(fd)
  *                 raise MemoryError
 */
-    __pyx_t_5 = (__pyx_v_grown == NULL);
+          __pyx_t_2 = (__pyx_v_grown == NULL);
 
-    if (unlikely(__pyx_t_5)) {
+          if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_fds.pyx":115
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            /* "ivshmem/_fds.pyx":116
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *                 raise MemoryError
- *             self.fds = grown
+ *             for i in range(self.count):
 */
-      (void)(close(__pyx_v_fd));
+            (void)(close(__pyx_v_fd));
 
-      /* "ivshmem/_fds.pyx":116
+            /* "ivshmem/_fds.pyx":117
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
- *             self.fds = grown
- *             self.room = self.room * 2 + 1
+ *             for i in range(self.count):
+ *                 grown[i] = self.fds[i]
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 116, __pyx_L1_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 117, __pyx_L4_error)
 
-      /* "ivshmem/_fds.pyx":114
- *         if self.count == self.room:
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            /* "ivshmem/_fds.pyx":115
+ *             if self.outgrown_count < OUTGROWN:
+ *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
  *                 c_close(fd)
  *                 raise MemoryError
 */
-    }
+          }
 
-    /* "ivshmem/_fds.pyx":117
+          /* "ivshmem/_fds.pyx":118
  *                 c_close(fd)
  *                 raise MemoryError
+ *             for i in range(self.count):             # <<<<<<<<<<<<<<
+ *                 grown[i] = self.fds[i]
+ *             self.outgrown[self.outgrown_count] = self.fds
+*/
+
+          __pyx_t_7 = __pyx_v_self->count;
+          __pyx_t_8 = __pyx_t_7;
+
+          for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
+            __pyx_v_i = __pyx_t_9;
+
+            /* "ivshmem/_fds.pyx":119
+ *                 raise MemoryError
+ *             for i in range(self.count):
+ *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
+ *             self.outgrown[self.outgrown_count] = self.fds
+ *             self.outgrown_count += 1
+*/
+            (__pyx_v_grown[__pyx_v_i]) = (__pyx_v_self->fds[__pyx_v_i]);
+          }
+
+
+          /* "ivshmem/_fds.pyx":120
+ *             for i in range(self.count):
+ *                 grown[i] = self.fds[i]
+ *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
+ *             self.outgrown_count += 1
+ *             self.fds = grown
+*/
+          __pyx_t_10 = __pyx_v_self->fds;
+
+          (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
+
+
+          /* "ivshmem/_fds.pyx":121
+ *                 grown[i] = self.fds[i]
+ *             self.outgrown[self.outgrown_count] = self.fds
+ *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
+ *             self.fds = grown
+ *             self.room = self.room * 2 + 1
+*/
+          __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
+
+          /* "ivshmem/_fds.pyx":122
+ *             self.outgrown[self.outgrown_count] = self.fds
+ *             self.outgrown_count += 1
  *             self.fds = grown             # <<<<<<<<<<<<<<
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
 */
-    __pyx_v_self->fds = __pyx_v_grown;
+          __pyx_v_self->fds = __pyx_v_grown;
 
-    /* "ivshmem/_fds.pyx":118
- *                 raise MemoryError
+          /* "ivshmem/_fds.pyx":123
+ *             self.outgrown_count += 1
  *             self.fds = grown
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
  *         self.fds[self.count] = fd
  *         self.count += 1
 */
-    __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
+          __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-    /* "ivshmem/_fds.pyx":112
+          /* "ivshmem/_fds.pyx":110
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
- *             grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
- *             if grown == NULL:
+ *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
+ *             grown = NULL
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":119
+        /* "ivshmem/_fds.pyx":124
  *             self.fds = grown
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
  *         self.count += 1
  * 
 */
-  (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
+        (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-  /* "ivshmem/_fds.pyx":120
+        /* "ivshmem/_fds.pyx":125
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         self.count += 1             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-  __pyx_v_self->count = (__pyx_v_self->count + 1);
+        __pyx_v_self->count = (__pyx_v_self->count + 1);
+      }
 
-  /* "ivshmem/_fds.pyx":106
+      /* "ivshmem/_fds.pyx":102
  *         return array
  * 
- *     def take(self, int fd):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, int fd):
  *         """Append `fd` and own it from now on, also when this call fails."""
- *         cdef int *grown
 */
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem._fds.FdArray.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
 
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":122
+/* "ivshmem/_fds.pyx":127
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
- *         return 0 if self.closing else self.count
+ *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
 */
 
@@ -4669,31 +5476,35 @@ static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_7__len__(PyObject *__pyx_v_se
 static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   Py_ssize_t __pyx_r;
   Py_ssize_t __pyx_t_1;
+  int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":123
+  /* "ivshmem/_fds.pyx":128
  * 
  *     def __len__(self):
- *         return 0 if self.closing else self.count             # <<<<<<<<<<<<<<
+ *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
  * 
- *     def __getitem__(self, Py_ssize_t index):
+ *     @cython.critical_section
 */
-  if (__pyx_v_self->closing) {
+  __pyx_t_2 = ((__pyx_v_self->state & IVSHMEM_CLOSING) != 0);
+
+  if (__pyx_t_2) {
 
     __pyx_t_1 = 0;
   } else {
 
     __pyx_t_1 = __pyx_v_self->count;
   }
+
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":122
+  /* "ivshmem/_fds.pyx":127
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
- *         return 0 if self.closing else self.count
+ *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
 */
 
@@ -4703,12 +5514,12 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":125
- *         return 0 if self.closing else self.count
+/* "ivshmem/_fds.pyx":130
+ *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
- *     def __getitem__(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
- *         if self.closing or index < 0 or index >= self.count:
 */
 
 /* Python wrapper */
@@ -4734,139 +5545,164 @@ static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(PyObject *__pyx_v
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_3;
+  Py_ssize_t __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
-  Py_ssize_t __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[4];
-  int __pyx_t_9;
-  PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[4];
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__getitem__", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/_fds.pyx":127
+        /* "ivshmem/_fds.pyx":133
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
- *         if self.closing or index < 0 or index >= self.count:             # <<<<<<<<<<<<<<
+ *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]
 */
-  if (!__pyx_v_self->closing) {
-  } else {
+        __pyx_t_3 = (__pyx_v_index < 0);
 
-    __pyx_t_1 = __pyx_v_self->closing;
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_v_index < 0);
+        if (!__pyx_t_3) {
 
-  if (!__pyx_t_2) {
+        } else {
 
-  } else {
+          __pyx_t_2 = __pyx_t_3;
 
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_v_index >= __pyx_v_self->count);
+          goto __pyx_L7_bool_binop_done;
+        }
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
+        __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
-  __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L4_bool_binop_done:;
-  if (unlikely(__pyx_t_1)) {
+        __pyx_t_2 = __pyx_t_3;
+
+        __pyx_L7_bool_binop_done:;
+        if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_fds.pyx":128
+          /* "ivshmem/_fds.pyx":134
  *         """The descriptor, still owned by the array."""
- *         if self.closing or index < 0 or index >= self.count:
+ *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
  *         return self.fds[index]
  * 
 */
-    __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_6, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_6 = NULL;
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 134, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
 
-    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
-    __pyx_t_8[1] = __pyx_t_5;
-    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_of;
-    __pyx_t_8[3] = __pyx_t_7;
-    __pyx_t_6 = 15;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
-    #endif
-    __pyx_t_9 = 0;
-    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_6, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_11 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 128, __pyx_L1_error)
+          __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
+          __pyx_t_9[1] = __pyx_t_7;
+          __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_of;
+          __pyx_t_9[3] = __pyx_t_8;
+          __pyx_t_4 = 15;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+          #endif
+          __pyx_t_10 = 0;
+          __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_11);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __pyx_t_12 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
+            __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __PYX_ERR(0, 134, __pyx_L4_error)
 
-    /* "ivshmem/_fds.pyx":127
+          /* "ivshmem/_fds.pyx":133
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
- *         if self.closing or index < 0 or index >= self.count:             # <<<<<<<<<<<<<<
+ *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":129
- *         if self.closing or index < 0 or index >= self.count:
+        /* "ivshmem/_fds.pyx":135
+ *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     def signal(self, Py_ssize_t index):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 129, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_3 = 0;
-  goto __pyx_L0;
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_5;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
 
-  /* "ivshmem/_fds.pyx":125
- *         return 0 if self.closing else self.count
+      /* "ivshmem/_fds.pyx":130
+ *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
- *     def __getitem__(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
- *         if self.closing or index < 0 or index >= self.count:
 */
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_13 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_13;
+          __pyx_t_13 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem._fds.FdArray.__getitem__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -4875,12 +5711,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":131
+/* "ivshmem/_fds.pyx":137
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
- * 
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         cdef int code
 */
 
 /* Python wrapper */
@@ -4891,7 +5727,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.\n\n        Checked and written under the GIL, so that no other thread can close it in between.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
 static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_11signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10signal};
 static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -4923,32 +5759,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 131, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 137, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 131, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 131, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 137, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 131, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 137, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 131, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 131, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 131, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 137, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4971,103 +5807,121 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
-  uint64_t __pyx_v_one;
+  int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
-  Py_ssize_t __pyx_t_3;
-  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":136
- *         Checked and written under the GIL, so that no other thread can close it in between.
- *         """
- *         cdef uint64_t one = 1             # <<<<<<<<<<<<<<
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters
+  /* "ivshmem/_fds.pyx":140
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         cdef int code
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             return
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
 */
-  __pyx_v_one = 1;
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->state)));
 
-  /* "ivshmem/_fds.pyx":137
- *         """
- *         cdef uint64_t one = 1
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters
- *                 fail()
-*/
-  __pyx_t_2 = (0 <= __pyx_v_index);
-  if (__pyx_t_2) {
-    __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 137, __pyx_L1_error)
-    __pyx_t_2 = (__pyx_v_index < __pyx_t_3);
-
-  }
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (write((__pyx_v_self->fds[__pyx_v_index]), (&__pyx_v_one), (sizeof(__pyx_v_one))) < 0);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":138
- *         cdef uint64_t one = 1
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters             # <<<<<<<<<<<<<<
- *                 fail()
- * 
+    /* "ivshmem/_fds.pyx":141
+ *         cdef int code
+ *         if not ivshmem_enter(&self.state):
+ *             return             # <<<<<<<<<<<<<<
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
+ *         self.leave()
 */
-    __pyx_t_1 = (errno != EAGAIN);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":139
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters
- *                 fail()             # <<<<<<<<<<<<<<
- * 
- *     def drain(self, Py_ssize_t index):
-*/
-      __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
-
-
-      /* "ivshmem/_fds.pyx":138
- *         cdef uint64_t one = 1
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters             # <<<<<<<<<<<<<<
- *                 fail()
- * 
-*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
     }
+    goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":137
- *         """
- *         cdef uint64_t one = 1
- *         if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:             # <<<<<<<<<<<<<<
- *             if errno != EAGAIN:  # full: it is readable, and that is what matters
- *                 fail()
+    /* "ivshmem/_fds.pyx":140
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         cdef int code
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             return
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
 */
   }
 
-  /* "ivshmem/_fds.pyx":131
+  /* "ivshmem/_fds.pyx":142
+ *         if not ivshmem_enter(&self.state):
+ *             return
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
+ *         self.leave()
+ *         if code:
+*/
+  __pyx_t_1 = (0 <= __pyx_v_index);
+  if (__pyx_t_1) {
+    __pyx_t_1 = (__pyx_v_index < __pyx_v_self->count);
+  }
+  if (__pyx_t_1) {
+
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_add_one((__pyx_v_self->fds[__pyx_v_index]));
+  } else {
+
+    __pyx_t_2 = 0;
+  }
+
+  __pyx_v_code = __pyx_t_2;
+
+  /* "ivshmem/_fds.pyx":143
+ *             return
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
+ *         self.leave()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             fail_with(code)
+*/
+  __pyx_f_7ivshmem_4_fds_7FdArray_leave(__pyx_v_self);
+
+  /* "ivshmem/_fds.pyx":144
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_code != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":145
+ *         self.leave()
+ *         if code:
+ *             fail_with(code)             # <<<<<<<<<<<<<<
+ * 
+ *     def drain(self, Py_ssize_t index):
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":144
+ *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ * 
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":137
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
- * 
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         cdef int code
 */
 
   /* function exit code */
@@ -5083,8 +5937,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":141
- *                 fail()
+/* "ivshmem/_fds.pyx":147
+ *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
@@ -5131,32 +5985,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 141, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 147, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 141, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 147, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 141, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 147, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 147, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 141, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 147, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5183,26 +6037,26 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  uint64_t __pyx_t_3;
+  int64_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/_fds.pyx":143
+  /* "ivshmem/_fds.pyx":149
  *     def drain(self, Py_ssize_t index):
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
- *     cdef void release(self) noexcept:
+ *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 149, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -5216,8 +6070,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":141
- *                 fail()
+  /* "ivshmem/_fds.pyx":147
+ *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
@@ -5235,10 +6089,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":145
+/* "ivshmem/_fds.pyx":151
  *         return take_count(self[index])
  * 
- *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
+ *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
 */
@@ -5250,8 +6104,8 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":147
- *     cdef void release(self) noexcept:
+  /* "ivshmem/_fds.pyx":153
+ *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
  *         self.count = 0
@@ -5261,7 +6115,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":148
+  /* "ivshmem/_fds.pyx":154
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0             # <<<<<<<<<<<<<<
@@ -5270,7 +6124,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->count = 0;
 
-  /* "ivshmem/_fds.pyx":149
+  /* "ivshmem/_fds.pyx":155
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -5284,21 +6138,21 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":150
+    /* "ivshmem/_fds.pyx":156
  *         self.count = 0
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
  * 
- *     cdef void done(self) noexcept:
+ *     cdef bint enter(self) noexcept nogil:
 */
     (void)(close((__pyx_v_self->fds[__pyx_v_i])));
   }
 
 
-  /* "ivshmem/_fds.pyx":145
+  /* "ivshmem/_fds.pyx":151
  *         return take_count(self[index])
  * 
- *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
+ *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
 */
@@ -5306,88 +6160,103 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   /* function exit code */
 
 
-
-}
-
-/* "ivshmem/_fds.pyx":152
- *             c_close(self.fds[i])
- * 
- *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
- *         """One user less."""
- *         self.users -= 1
-*/
-
-static void __pyx_f_7ivshmem_4_fds_7FdArray_done(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
-  int __pyx_t_1;
-  int __pyx_t_2;
-
-  /* "ivshmem/_fds.pyx":154
- *     cdef void done(self) noexcept:
- *         """One user less."""
- *         self.users -= 1             # <<<<<<<<<<<<<<
- *         if self.closing and self.users == 0:
- *             self.release()
-*/
-  __pyx_v_self->users = (__pyx_v_self->users - 1);
-
-  /* "ivshmem/_fds.pyx":155
- *         """One user less."""
- *         self.users -= 1
- *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
- *             self.release()
- * 
-*/
-  if (__pyx_v_self->closing) {
-  } else {
-
-    __pyx_t_1 = __pyx_v_self->closing;
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_v_self->users == 0);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/_fds.pyx":156
- *         self.users -= 1
- *         if self.closing and self.users == 0:
- *             self.release()             # <<<<<<<<<<<<<<
- * 
- *     def close(self):
-*/
-    __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
-
-    /* "ivshmem/_fds.pyx":155
- *         """One user less."""
- *         self.users -= 1
- *         if self.closing and self.users == 0:             # <<<<<<<<<<<<<<
- *             self.release()
- * 
-*/
-  }
-
-  /* "ivshmem/_fds.pyx":152
- *             c_close(self.fds[i])
- * 
- *     cdef void done(self) noexcept:             # <<<<<<<<<<<<<<
- *         """One user less."""
- *         self.users -= 1
-*/
-
-  /* function exit code */
-
 }
 
 /* "ivshmem/_fds.pyx":158
+ *             c_close(self.fds[i])
+ * 
+ *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """One user more; False if it is closed."""
+ *         return ivshmem_enter(&self.state)
+*/
+
+static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/_fds.pyx":160
+ *     cdef bint enter(self) noexcept nogil:
+ *         """One user more; False if it is closed."""
+ *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void leave(self) noexcept nogil:
+*/
+  {
+
+    __pyx_r = ivshmem_enter((&__pyx_v_self->state));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":158
+ *             c_close(self.fds[i])
+ * 
+ *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """One user more; False if it is closed."""
+ *         return ivshmem_enter(&self.state)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":162
+ *         return ivshmem_enter(&self.state)
+ * 
+ *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """One user less."""
+ *         if ivshmem_leave(&self.state):
+*/
+
+static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+  int __pyx_t_1;
+
+  /* "ivshmem/_fds.pyx":164
+ *     cdef void leave(self) noexcept nogil:
+ *         """One user less."""
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             self.release()
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         self.closing = True
- *         if self.users == 0:
+*/
+  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->state));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":165
+ *         """One user less."""
+ *         if ivshmem_leave(&self.state):
+ *             self.release()             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+    __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
+
+    /* "ivshmem/_fds.pyx":164
+ *     cdef void leave(self) noexcept nogil:
+ *         """One user less."""
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ * 
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":162
+ *         return ivshmem_enter(&self.state)
+ * 
+ *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """One user less."""
+ *         if ivshmem_leave(&self.state):
+*/
+
+  /* function exit code */
+}
+
+/* "ivshmem/_fds.pyx":167
+ *             self.release()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         if ivshmem_shut(&self.state):
 */
 
 /* Python wrapper */
@@ -5436,55 +6305,63 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/_fds.pyx":159
- * 
+        /* "ivshmem/_fds.pyx":169
+ *     @cython.critical_section
  *     def close(self):
- *         self.closing = True             # <<<<<<<<<<<<<<
- *         if self.users == 0:
- *             self.release()
-*/
-  __pyx_v_self->closing = 1;
-
-  /* "ivshmem/_fds.pyx":160
- *     def close(self):
- *         self.closing = True
- *         if self.users == 0:             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
  *             self.release()
  * 
 */
-  __pyx_t_1 = (__pyx_v_self->users == 0);
+        __pyx_t_2 = ivshmem_shut((&__pyx_v_self->state));
 
-  if (__pyx_t_1) {
+        if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":161
- *         self.closing = True
- *         if self.users == 0:
+          /* "ivshmem/_fds.pyx":170
+ *     def close(self):
+ *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-    __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
+          __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_fds.pyx":160
+          /* "ivshmem/_fds.pyx":169
+ *     @cython.critical_section
  *     def close(self):
- *         self.closing = True
- *         if self.users == 0:             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
  *             self.release()
  * 
 */
-  }
+        }
+      }
 
-  /* "ivshmem/_fds.pyx":158
+      /* "ivshmem/_fds.pyx":167
  *             self.release()
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         self.closing = True
- *         if self.users == 0:
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         if ivshmem_shut(&self.state):
 */
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
@@ -5493,12 +6370,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":163
+/* "ivshmem/_fds.pyx":172
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         cdef int i
  *         self.release()
- *         free(self.fds)
 */
 
 /* Python wrapper */
@@ -5515,34 +6392,64 @@ static void __pyx_pw_7ivshmem_4_fds_7FdArray_17__dealloc__(PyObject *__pyx_v_sel
 }
 
 static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+  int __pyx_v_i;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":164
- * 
+  /* "ivshmem/_fds.pyx":174
  *     def __dealloc__(self):
+ *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
  *         free(self.fds)
- * 
+ *         for i in range(self.outgrown_count):
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":165
- *     def __dealloc__(self):
+  /* "ivshmem/_fds.pyx":175
+ *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
- * 
- * 
+ *         for i in range(self.outgrown_count):
+ *             free(self.outgrown[i])
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_fds.pyx":163
+  /* "ivshmem/_fds.pyx":176
+ *         self.release()
+ *         free(self.fds)
+ *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
+ *             free(self.outgrown[i])
+ * 
+*/
+
+  __pyx_t_1 = __pyx_v_self->outgrown_count;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/_fds.pyx":177
+ *         free(self.fds)
+ *         for i in range(self.outgrown_count):
+ *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+    free((__pyx_v_self->outgrown[__pyx_v_i]));
+  }
+
+
+  /* "ivshmem/_fds.pyx":172
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         cdef int i
  *         self.release()
- *         free(self.fds)
 */
 
   /* function exit code */
+
 
 }
 
@@ -5752,7 +6659,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20__setstate_cython__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":185
+/* "ivshmem/_fds.pyx":197
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5826,7 +6733,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":186
+  /* "ivshmem/_fds.pyx":198
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -5835,7 +6742,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":187
+  /* "ivshmem/_fds.pyx":199
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -5844,7 +6751,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":188
+  /* "ivshmem/_fds.pyx":200
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -5853,7 +6760,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":189
+  /* "ivshmem/_fds.pyx":201
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -5861,22 +6768,22 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -5898,14 +6805,14 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 189, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_fds.pyx":191
+  /* "ivshmem/_fds.pyx":203
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -5917,7 +6824,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_fds.pyx":192
+    /* "ivshmem/_fds.pyx":204
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -5926,23 +6833,23 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":193
+      /* "ivshmem/_fds.pyx":205
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_fds.pyx":195
+    /* "ivshmem/_fds.pyx":207
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
  * 
- *     def signal(self, fds):
+ *     @cython.critical_section
 */
     /*finally:*/ {
       /*normal exit:*/{
@@ -5953,7 +6860,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 195, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5987,7 +6894,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 195, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6017,7 +6924,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
       __pyx_L6:;
     }
 
-    /* "ivshmem/_fds.pyx":191
+    /* "ivshmem/_fds.pyx":203
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -6026,7 +6933,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":185
+  /* "ivshmem/_fds.pyx":197
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -6052,12 +6959,12 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":197
+/* "ivshmem/_fds.pyx":209
  *                 self.close()
  * 
- *     def signal(self, fds):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def signal(self, fds):
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
- *         cdef iocb requests[BATCH]
 */
 
 /* Python wrapper */
@@ -6100,32 +7007,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 197, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 209, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 209, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 197, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 209, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 197, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 209, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 209, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 197, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 209, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6159,415 +7066,422 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   PyObject *__pyx_v_fd = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  Py_ssize_t __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *(*__pyx_t_8)(PyObject *);
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  Py_ssize_t __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
   PyObject *(*__pyx_t_9)(PyObject *);
-  int __pyx_t_10;
-  uint32_t __pyx_t_11;
-  long __pyx_t_12;
+  PyObject *(*__pyx_t_10)(PyObject *);
+  int __pyx_t_11;
+  uint32_t __pyx_t_12;
   long __pyx_t_13;
   long __pyx_t_14;
+  long __pyx_t_15;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/_fds.pyx":205
+        /* "ivshmem/_fds.pyx":218
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
 */
-  __pyx_t_1 = (__pyx_v_self->zero < 0);
+        __pyx_t_2 = (__pyx_v_self->zero < 0);
 
-  if (unlikely(__pyx_t_1)) {
+        if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_fds.pyx":206
+          /* "ivshmem/_fds.pyx":219
  *         cdef long count, done, n
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 206, __pyx_L1_error)
+          __pyx_t_4 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_6 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_5))) {
+            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+            assert(__pyx_t_4);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+            __Pyx_INCREF(__pyx_t_4);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __pyx_t_6 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
+          }
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 219, __pyx_L4_error)
 
-    /* "ivshmem/_fds.pyx":205
+          /* "ivshmem/_fds.pyx":218
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":207
+        /* "ivshmem/_fds.pyx":220
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
 */
-  __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 207, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_5 = NULL;
+        __pyx_t_7 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_7 == ((Py_ssize_t)-1))) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_4 = PyLong_FromSsize_t(__pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_5 = 1;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0, __pyx_t_3, __pyx_t_7};
-    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-  }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 207, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  for (;;) {
-    {
-      __pyx_t_2 = __pyx_t_8(__pyx_t_7);
-      if (unlikely(!__pyx_t_2)) {
-        PyObject* exc_type = PyErr_Occurred();
-        if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 207, __pyx_L1_error)
-          PyErr_Clear();
+        __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_6 = 1;
+        {
+          PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_4, __pyx_t_8};
+          __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_6, (4-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 220, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
         }
-        break;
-      }
-    }
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 207, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_v_first = __pyx_t_6;
+        __pyx_t_8 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        for (;;) {
+          {
+            __pyx_t_3 = __pyx_t_9(__pyx_t_8);
+            if (unlikely(!__pyx_t_3)) {
+              PyObject* exc_type = PyErr_Occurred();
+              if (exc_type) {
+                if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 220, __pyx_L4_error)
+                PyErr_Clear();
+              }
+              break;
+            }
+          }
+          __Pyx_GOTREF(__pyx_t_3);
+          __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_3); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 220, __pyx_L4_error)
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __pyx_v_first = __pyx_t_7;
 
-    /* "ivshmem/_fds.pyx":208
+          /* "ivshmem/_fds.pyx":221
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))
 */
-    __pyx_v_count = 0;
+          __pyx_v_count = 0;
 
-    /* "ivshmem/_fds.pyx":209
+          /* "ivshmem/_fds.pyx":222
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
-      __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = 0;
-      __pyx_t_9 = NULL;
-    } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 209, __pyx_L1_error)
-    }
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    for (;;) {
-      if (likely(!__pyx_t_9)) {
-        if (likely(PyList_CheckExact(__pyx_t_3))) {
-          {
-            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
-            #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 209, __pyx_L1_error)
-            #endif
-            if (__pyx_t_6 >= __pyx_temp) break;
+          __pyx_t_3 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
+          if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
+            __pyx_t_4 = __pyx_t_3; __Pyx_INCREF(__pyx_t_4);
+            __pyx_t_7 = 0;
+            __pyx_t_10 = NULL;
+          } else {
+            __pyx_t_7 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+            __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 222, __pyx_L4_error)
           }
-          __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
-          ++__pyx_t_6;
-        } else {
-          {
-            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
-            #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 209, __pyx_L1_error)
-            #endif
-            if (__pyx_t_6 >= __pyx_temp) break;
-          }
-          #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-          __pyx_t_2 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_3, __pyx_t_6));
-          #else
-          __pyx_t_2 = __Pyx_PySequence_ITEM(__pyx_t_3, __pyx_t_6);
-          #endif
-          ++__pyx_t_6;
-        }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L1_error)
-      } else {
-        __pyx_t_2 = __pyx_t_9(__pyx_t_3);
-        if (unlikely(!__pyx_t_2)) {
-          PyObject* exc_type = PyErr_Occurred();
-          if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 209, __pyx_L1_error)
-            PyErr_Clear();
-          }
-          break;
-        }
-      }
-      __Pyx_GOTREF(__pyx_t_2);
-      __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
-      __pyx_t_2 = 0;
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          for (;;) {
+            if (likely(!__pyx_t_10)) {
+              if (likely(PyList_CheckExact(__pyx_t_4))) {
+                {
+                  Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
+                  #if !CYTHON_ASSUME_SAFE_SIZE
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 222, __pyx_L4_error)
+                  #endif
+                  if (__pyx_t_7 >= __pyx_temp) break;
+                }
+                __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_4, __pyx_t_7, __Pyx_ReferenceSharing_OwnStrongReference);
+                ++__pyx_t_7;
+              } else {
+                {
+                  Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
+                  #if !CYTHON_ASSUME_SAFE_SIZE
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 222, __pyx_L4_error)
+                  #endif
+                  if (__pyx_t_7 >= __pyx_temp) break;
+                }
+                #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+                __pyx_t_3 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_4, __pyx_t_7));
+                #else
+                __pyx_t_3 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_7);
+                #endif
+                ++__pyx_t_7;
+              }
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L4_error)
+            } else {
+              __pyx_t_3 = __pyx_t_10(__pyx_t_4);
+              if (unlikely(!__pyx_t_3)) {
+                PyObject* exc_type = PyErr_Occurred();
+                if (exc_type) {
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 222, __pyx_L4_error)
+                  PyErr_Clear();
+                }
+                break;
+              }
+            }
+            __Pyx_GOTREF(__pyx_t_3);
+            __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_3);
+            __pyx_t_3 = 0;
 
-      /* "ivshmem/_fds.pyx":210
+            /* "ivshmem/_fds.pyx":223
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))             # <<<<<<<<<<<<<<
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero
 */
-      (void)(memset((&(__pyx_v_requests[__pyx_v_count])), 0, (sizeof(struct iocb))));
+            (void)(memset((&(__pyx_v_requests[__pyx_v_count])), 0, (sizeof(struct iocb))));
 
-      /* "ivshmem/_fds.pyx":211
+            /* "ivshmem/_fds.pyx":224
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
 */
-      (__pyx_v_requests[__pyx_v_count]).aio_lio_opcode = IOCB_CMD_PREAD;
+            (__pyx_v_requests[__pyx_v_count]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-      /* "ivshmem/_fds.pyx":212
+            /* "ivshmem/_fds.pyx":225
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero             # <<<<<<<<<<<<<<
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1
 */
-      __pyx_t_10 = __pyx_v_self->zero;
+            __pyx_t_11 = __pyx_v_self->zero;
 
-      (__pyx_v_requests[__pyx_v_count]).aio_fildes = __pyx_t_10;
+            (__pyx_v_requests[__pyx_v_count]).aio_fildes = __pyx_t_11;
 
-      /* "ivshmem/_fds.pyx":213
+            /* "ivshmem/_fds.pyx":226
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
 */
-      (__pyx_v_requests[__pyx_v_count]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
+            (__pyx_v_requests[__pyx_v_count]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-      /* "ivshmem/_fds.pyx":214
+            /* "ivshmem/_fds.pyx":227
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1             # <<<<<<<<<<<<<<
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd
 */
-      (__pyx_v_requests[__pyx_v_count]).aio_nbytes = 1;
+            (__pyx_v_requests[__pyx_v_count]).aio_nbytes = 1;
 
-      /* "ivshmem/_fds.pyx":215
+            /* "ivshmem/_fds.pyx":228
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]
 */
-      (__pyx_v_requests[__pyx_v_count]).aio_flags = IOCB_FLAG_RESFD;
+            (__pyx_v_requests[__pyx_v_count]).aio_flags = IOCB_FLAG_RESFD;
 
-      /* "ivshmem/_fds.pyx":216
+            /* "ivshmem/_fds.pyx":229
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 pointers[count] = &requests[count]
  *                 count += 1
 */
-      __pyx_t_11 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_11 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 216, __pyx_L1_error)
-      (__pyx_v_requests[__pyx_v_count]).aio_resfd = __pyx_t_11;
+            __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 229, __pyx_L4_error)
+            (__pyx_v_requests[__pyx_v_count]).aio_resfd = __pyx_t_12;
 
-      /* "ivshmem/_fds.pyx":217
+            /* "ivshmem/_fds.pyx":230
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]             # <<<<<<<<<<<<<<
  *                 count += 1
  *             done = 0
 */
-      (__pyx_v_pointers[__pyx_v_count]) = (&(__pyx_v_requests[__pyx_v_count]));
+            (__pyx_v_pointers[__pyx_v_count]) = (&(__pyx_v_requests[__pyx_v_count]));
 
-      /* "ivshmem/_fds.pyx":218
+            /* "ivshmem/_fds.pyx":231
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]
  *                 count += 1             # <<<<<<<<<<<<<<
  *             done = 0
  *             while done < count:
 */
-      __pyx_v_count = (__pyx_v_count + 1);
+            __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/_fds.pyx":209
+            /* "ivshmem/_fds.pyx":222
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
 */
-    }
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          }
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_fds.pyx":219
+          /* "ivshmem/_fds.pyx":232
  *                 pointers[count] = &requests[count]
  *                 count += 1
  *             done = 0             # <<<<<<<<<<<<<<
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
 */
-    __pyx_v_done = 0;
+          __pyx_v_done = 0;
 
-    /* "ivshmem/_fds.pyx":220
+          /* "ivshmem/_fds.pyx":233
  *                 count += 1
  *             done = 0
  *             while done < count:             # <<<<<<<<<<<<<<
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
 */
-    while (1) {
-      __pyx_t_1 = (__pyx_v_done < __pyx_v_count);
+          while (1) {
+            __pyx_t_2 = (__pyx_v_done < __pyx_v_count);
 
 
-      if (!__pyx_t_1) break;
+            if (!__pyx_t_2) break;
 
-      /* "ivshmem/_fds.pyx":221
+            /* "ivshmem/_fds.pyx":234
  *             done = 0
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:
 */
-      __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
+            __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-      /* "ivshmem/_fds.pyx":222
+            /* "ivshmem/_fds.pyx":235
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue
 */
-      __pyx_t_1 = (__pyx_v_n < 0);
+            __pyx_t_2 = (__pyx_v_n < 0);
 
-      if (__pyx_t_1) {
+            if (__pyx_t_2) {
 
 
-        /* "ivshmem/_fds.pyx":223
+              /* "ivshmem/_fds.pyx":236
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
  *                         continue
  *                     fail()
 */
-        switch (errno) {
-          case EINTR:
-          case EAGAIN:
+              switch (errno) {
+                case EINTR:
+                case EAGAIN:
 
-          /* "ivshmem/_fds.pyx":224
+                /* "ivshmem/_fds.pyx":237
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue             # <<<<<<<<<<<<<<
  *                     fail()
  *                 done += n
 */
-          goto __pyx_L9_continue;
+                goto __pyx_L12_continue;
 
-          /* "ivshmem/_fds.pyx":223
+                /* "ivshmem/_fds.pyx":236
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
  *                         continue
  *                     fail()
 */
-          break;
-          default: break;
-        }
+                break;
+                default: break;
+              }
 
-        /* "ivshmem/_fds.pyx":225
+              /* "ivshmem/_fds.pyx":238
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue
  *                     fail()             # <<<<<<<<<<<<<<
  *                 done += n
  *                 i = 0
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
+              __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L4_error)
 
 
-        /* "ivshmem/_fds.pyx":222
+              /* "ivshmem/_fds.pyx":235
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue
 */
-      }
+            }
 
-      /* "ivshmem/_fds.pyx":226
+            /* "ivshmem/_fds.pyx":239
  *                         continue
  *                     fail()
  *                 done += n             # <<<<<<<<<<<<<<
  *                 i = 0
  *                 while i < n:
 */
-      __pyx_v_done = (__pyx_v_done + __pyx_v_n);
+            __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/_fds.pyx":227
+            /* "ivshmem/_fds.pyx":240
  *                     fail()
  *                 done += n
  *                 i = 0             # <<<<<<<<<<<<<<
  *                 while i < n:
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
 */
-      __pyx_v_i = 0;
+            __pyx_v_i = 0;
 
-      /* "ivshmem/_fds.pyx":228
+            /* "ivshmem/_fds.pyx":241
  *                 done += n
  *                 i = 0
  *                 while i < n:             # <<<<<<<<<<<<<<
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
 */
-      while (1) {
-        __pyx_t_1 = (__pyx_v_i < __pyx_v_n);
+            while (1) {
+              __pyx_t_2 = (__pyx_v_i < __pyx_v_n);
 
 
-        if (!__pyx_t_1) break;
+              if (!__pyx_t_2) break;
 
-        /* "ivshmem/_fds.pyx":229
+              /* "ivshmem/_fds.pyx":242
  *                 i = 0
  *                 while i < n:
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)             # <<<<<<<<<<<<<<
@@ -6575,51 +7489,66 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *     def close(self):
 */
 
-        __pyx_t_12 = ((long)0);
+              __pyx_t_13 = ((long)0);
 
-        __pyx_t_13 = ivshmem_io_getevents(__pyx_v_self->context, (__pyx_v_n - __pyx_v_i), __pyx_v_ends);
-        __pyx_t_1 = (__pyx_t_12 > __pyx_t_13);
+              __pyx_t_14 = ivshmem_io_getevents(__pyx_v_self->context, (__pyx_v_n - __pyx_v_i), __pyx_v_ends);
+              __pyx_t_2 = (__pyx_t_13 > __pyx_t_14);
 
-        if (__pyx_t_1) {
+              if (__pyx_t_2) {
 
-          __pyx_t_14 = __pyx_t_12;
-        } else {
+                __pyx_t_15 = __pyx_t_13;
+              } else {
 
-          __pyx_t_14 = __pyx_t_13;
-        }
+                __pyx_t_15 = __pyx_t_14;
+              }
 
-        __pyx_v_i = (__pyx_v_i + __pyx_t_14);
+              __pyx_v_i = (__pyx_v_i + __pyx_t_15);
 
-      }
-      __pyx_L9_continue:;
-    }
+            }
+            __pyx_L12_continue:;
+          }
 
-    /* "ivshmem/_fds.pyx":207
+          /* "ivshmem/_fds.pyx":220
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
 */
-  }
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        }
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      }
 
-  /* "ivshmem/_fds.pyx":197
+      /* "ivshmem/_fds.pyx":209
  *                 self.close()
  * 
- *     def signal(self, fds):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def signal(self, fds):
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
- *         cdef iocb requests[BATCH]
 */
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem._fds.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6638,7 +7567,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":231
+/* "ivshmem/_fds.pyx":244
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6696,7 +7625,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":232
+  /* "ivshmem/_fds.pyx":245
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -6722,7 +7651,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":233
+    /* "ivshmem/_fds.pyx":246
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -6731,7 +7660,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
     (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-    /* "ivshmem/_fds.pyx":232
+    /* "ivshmem/_fds.pyx":245
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -6740,7 +7669,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":234
+  /* "ivshmem/_fds.pyx":247
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -6749,7 +7678,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":235
+  /* "ivshmem/_fds.pyx":248
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -6761,7 +7690,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":236
+    /* "ivshmem/_fds.pyx":249
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -6770,7 +7699,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
     (void)(close(__pyx_v_self->zero));
 
-    /* "ivshmem/_fds.pyx":235
+    /* "ivshmem/_fds.pyx":248
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -6779,7 +7708,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":237
+  /* "ivshmem/_fds.pyx":250
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -6788,7 +7717,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":231
+  /* "ivshmem/_fds.pyx":244
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6803,7 +7732,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":239
+/* "ivshmem/_fds.pyx":252
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6834,7 +7763,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":240
+  /* "ivshmem/_fds.pyx":253
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -6848,12 +7777,12 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 253, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":239
+  /* "ivshmem/_fds.pyx":252
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7078,7 +8007,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":257
+/* "ivshmem/_fds.pyx":270
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -7125,39 +8054,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 257, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 270, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 257, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 257, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 270, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 257, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 270, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 257, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 257, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 270, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 257, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 270, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7206,7 +8135,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":259
+  /* "ivshmem/_fds.pyx":272
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -7215,7 +8144,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":260
+  /* "ivshmem/_fds.pyx":273
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7224,7 +8153,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":261
+  /* "ivshmem/_fds.pyx":274
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -7233,7 +8162,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":262
+  /* "ivshmem/_fds.pyx":275
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -7249,7 +8178,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":263
+      /* "ivshmem/_fds.pyx":276
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -7258,7 +8187,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 263, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 276, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -7276,17 +8205,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":264
+        /* "ivshmem/_fds.pyx":277
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 264, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":263
+        /* "ivshmem/_fds.pyx":276
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -7295,7 +8224,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":265
+      /* "ivshmem/_fds.pyx":278
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -7307,17 +8236,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":266
+        /* "ivshmem/_fds.pyx":279
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":265
+        /* "ivshmem/_fds.pyx":278
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -7326,7 +8255,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":267
+      /* "ivshmem/_fds.pyx":280
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -7338,9 +8267,9 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 267, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 280, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 267, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 280, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -7348,7 +8277,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 267, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 280, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -7358,7 +8287,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 267, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 280, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -7369,13 +8298,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 280, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 267, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 280, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -7385,7 +8314,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":268
+        /* "ivshmem/_fds.pyx":281
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -7394,7 +8323,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":269
+        /* "ivshmem/_fds.pyx":282
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -7403,7 +8332,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":270
+        /* "ivshmem/_fds.pyx":283
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -7412,7 +8341,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":271
+        /* "ivshmem/_fds.pyx":284
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -7421,7 +8350,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":272
+        /* "ivshmem/_fds.pyx":285
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -7430,17 +8359,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":273
+        /* "ivshmem/_fds.pyx":286
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 273, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 286, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":274
+        /* "ivshmem/_fds.pyx":287
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -7452,17 +8381,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":275
+          /* "ivshmem/_fds.pyx":288
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":274
+          /* "ivshmem/_fds.pyx":287
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -7471,7 +8400,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":267
+        /* "ivshmem/_fds.pyx":280
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -7481,7 +8410,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":262
+      /* "ivshmem/_fds.pyx":275
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -7497,7 +8426,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":276
+    /* "ivshmem/_fds.pyx":289
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -7507,12 +8436,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 276, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 289, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":277
+      /* "ivshmem/_fds.pyx":290
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -7526,12 +8455,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 277, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 290, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":278
+      /* "ivshmem/_fds.pyx":291
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -7543,11 +8472,11 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 278, __pyx_L5_except_error)
+      __PYX_ERR(0, 291, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":262
+    /* "ivshmem/_fds.pyx":275
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -7563,7 +8492,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":257
+  /* "ivshmem/_fds.pyx":270
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -7591,7 +8520,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":280
+/* "ivshmem/_fds.pyx":293
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7604,7 +8533,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":282
+  /* "ivshmem/_fds.pyx":295
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -7632,7 +8561,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":280
+  /* "ivshmem/_fds.pyx":293
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7645,7 +8574,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":284
+/* "ivshmem/_fds.pyx":297
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7705,7 +8634,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":286
+  /* "ivshmem/_fds.pyx":299
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -7716,7 +8645,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":287
+  /* "ivshmem/_fds.pyx":300
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7725,7 +8654,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":288
+  /* "ivshmem/_fds.pyx":301
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7751,7 +8680,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":289
+    /* "ivshmem/_fds.pyx":302
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -7760,7 +8689,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":288
+    /* "ivshmem/_fds.pyx":301
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7769,7 +8698,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":284
+  /* "ivshmem/_fds.pyx":297
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7785,7 +8714,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":291
+/* "ivshmem/_fds.pyx":304
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7816,7 +8745,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":292
+  /* "ivshmem/_fds.pyx":305
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -7830,12 +8759,12 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":291
+  /* "ivshmem/_fds.pyx":304
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8060,7 +8989,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":303
+/* "ivshmem/_fds.pyx":316
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -8117,7 +9046,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":304
+  /* "ivshmem/_fds.pyx":317
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -8126,7 +9055,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":305
+  /* "ivshmem/_fds.pyx":318
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -8135,7 +9064,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":306
+  /* "ivshmem/_fds.pyx":319
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -8147,17 +9076,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":307
+    /* "ivshmem/_fds.pyx":320
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":306
+    /* "ivshmem/_fds.pyx":319
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -8166,7 +9095,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":303
+  /* "ivshmem/_fds.pyx":316
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -8185,7 +9114,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":309
+/* "ivshmem/_fds.pyx":322
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -8249,7 +9178,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":310
+  /* "ivshmem/_fds.pyx":323
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -8261,7 +9190,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":311
+    /* "ivshmem/_fds.pyx":324
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -8269,7 +9198,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 311, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8288,14 +9217,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 311, __pyx_L1_error)
+    __PYX_ERR(0, 324, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":310
+    /* "ivshmem/_fds.pyx":323
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -8304,14 +9233,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":312
+  /* "ivshmem/_fds.pyx":325
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -8324,7 +9253,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":309
+  /* "ivshmem/_fds.pyx":322
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -8345,7 +9274,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":314
+/* "ivshmem/_fds.pyx":327
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -8367,7 +9296,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":316
+  /* "ivshmem/_fds.pyx":329
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -8376,7 +9305,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":317
+  /* "ivshmem/_fds.pyx":330
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -8385,7 +9314,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":318
+  /* "ivshmem/_fds.pyx":331
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -8394,7 +9323,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":319
+  /* "ivshmem/_fds.pyx":332
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -8408,10 +9337,10 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -8419,17 +9348,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":320
+    /* "ivshmem/_fds.pyx":333
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":319
+    /* "ivshmem/_fds.pyx":332
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -8438,7 +9367,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":321
+  /* "ivshmem/_fds.pyx":334
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8451,7 +9380,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":314
+  /* "ivshmem/_fds.pyx":327
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -8472,7 +9401,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":323
+/* "ivshmem/_fds.pyx":336
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8522,46 +9451,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 323, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 336, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 323, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 323, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 336, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 323, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 336, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 336, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 323, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 323, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 323, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 336, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 336, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 336, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 323, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 336, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8594,17 +9523,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":325
+  /* "ivshmem/_fds.pyx":338
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":323
+  /* "ivshmem/_fds.pyx":336
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8624,7 +9553,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":327
+/* "ivshmem/_fds.pyx":340
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8674,46 +9603,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 327, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 340, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 327, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 340, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 327, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 340, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 327, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 327, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 340, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 327, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 340, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 327, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 327, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 340, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 327, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 340, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 327, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 327, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 327, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 327, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 340, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8746,17 +9675,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":328
+  /* "ivshmem/_fds.pyx":341
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":327
+  /* "ivshmem/_fds.pyx":340
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -8776,7 +9705,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":330
+/* "ivshmem/_fds.pyx":343
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -8824,32 +9753,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 330, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 343, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 343, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 330, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 343, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 330, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 343, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 343, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 330, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 343, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 330, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 343, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8880,17 +9809,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":331
+  /* "ivshmem/_fds.pyx":344
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":330
+  /* "ivshmem/_fds.pyx":343
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -8910,7 +9839,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":333
+/* "ivshmem/_fds.pyx":346
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8958,24 +9887,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 333, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 346, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 333, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 346, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8986,7 +9915,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 333, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 346, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9030,17 +9959,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":336
+  /* "ivshmem/_fds.pyx":349
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 349, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":338
+  /* "ivshmem/_fds.pyx":351
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -9054,14 +9983,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 338, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":339
+  /* "ivshmem/_fds.pyx":352
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -9070,17 +9999,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":340
+    /* "ivshmem/_fds.pyx":353
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 353, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":341
+    /* "ivshmem/_fds.pyx":354
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -9092,7 +10021,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":342
+      /* "ivshmem/_fds.pyx":355
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -9100,7 +10029,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -9108,20 +10037,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 342, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 355, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 342, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 355, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 355, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 342, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 355, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -9137,7 +10066,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":341
+      /* "ivshmem/_fds.pyx":354
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -9147,7 +10076,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":333
+  /* "ivshmem/_fds.pyx":346
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9176,7 +10105,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":344
+/* "ivshmem/_fds.pyx":357
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9235,7 +10164,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":345
+  /* "ivshmem/_fds.pyx":358
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -9246,7 +10175,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":346
+  /* "ivshmem/_fds.pyx":359
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -9255,7 +10184,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":360
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -9267,7 +10196,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":348
+    /* "ivshmem/_fds.pyx":361
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -9276,7 +10205,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":347
+    /* "ivshmem/_fds.pyx":360
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -9285,7 +10214,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":344
+  /* "ivshmem/_fds.pyx":357
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9301,7 +10230,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":350
+/* "ivshmem/_fds.pyx":363
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9325,7 +10254,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":351
+  /* "ivshmem/_fds.pyx":364
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -9337,7 +10266,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":352
+    /* "ivshmem/_fds.pyx":365
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -9346,7 +10275,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":351
+    /* "ivshmem/_fds.pyx":364
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -9355,7 +10284,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":350
+  /* "ivshmem/_fds.pyx":363
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9573,7 +10502,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":355
+/* "ivshmem/_fds.pyx":368
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -9597,7 +10526,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":359
+  /* "ivshmem/_fds.pyx":372
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -9609,7 +10538,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":360
+    /* "ivshmem/_fds.pyx":373
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -9618,7 +10547,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":359
+    /* "ivshmem/_fds.pyx":372
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -9628,7 +10557,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":362
+  /* "ivshmem/_fds.pyx":375
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -9648,7 +10577,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":364
+    /* "ivshmem/_fds.pyx":377
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -9684,7 +10613,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":365
+  /* "ivshmem/_fds.pyx":378
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -9697,7 +10626,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":366
+        /* "ivshmem/_fds.pyx":379
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -9706,7 +10635,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":367
+        /* "ivshmem/_fds.pyx":380
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -9716,7 +10645,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":365
+      /* "ivshmem/_fds.pyx":378
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -9733,7 +10662,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":368
+  /* "ivshmem/_fds.pyx":381
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -9745,7 +10674,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":369
+    /* "ivshmem/_fds.pyx":382
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -9758,7 +10687,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":368
+    /* "ivshmem/_fds.pyx":381
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -9767,7 +10696,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":370
+  /* "ivshmem/_fds.pyx":383
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -9779,17 +10708,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":371
+    /* "ivshmem/_fds.pyx":384
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":370
+    /* "ivshmem/_fds.pyx":383
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -9798,17 +10727,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":372
+  /* "ivshmem/_fds.pyx":385
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":373
+  /* "ivshmem/_fds.pyx":386
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -9821,7 +10750,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":355
+  /* "ivshmem/_fds.pyx":368
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -9842,7 +10771,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":376
+/* "ivshmem/_fds.pyx":389
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -9865,7 +10794,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":377
+  /* "ivshmem/_fds.pyx":390
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -9873,15 +10802,15 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 390, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 377, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 390, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 377, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 390, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -9889,14 +10818,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 377, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 377, __pyx_L1_error)
+  __PYX_ERR(0, 390, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":376
+  /* "ivshmem/_fds.pyx":389
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -9917,7 +10846,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":386
+/* "ivshmem/_fds.pyx":399
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9974,7 +10903,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":387
+  /* "ivshmem/_fds.pyx":400
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -9983,7 +10912,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":388
+  /* "ivshmem/_fds.pyx":401
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -9992,7 +10921,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":389
+  /* "ivshmem/_fds.pyx":402
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -10004,17 +10933,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":390
+    /* "ivshmem/_fds.pyx":403
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":389
+    /* "ivshmem/_fds.pyx":402
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -10023,7 +10952,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":386
+  /* "ivshmem/_fds.pyx":399
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -10042,7 +10971,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":392
+/* "ivshmem/_fds.pyx":405
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -10106,7 +11035,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":393
+  /* "ivshmem/_fds.pyx":406
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -10118,7 +11047,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":394
+    /* "ivshmem/_fds.pyx":407
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -10126,7 +11055,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 394, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 407, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10145,14 +11074,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 407, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 394, __pyx_L1_error)
+    __PYX_ERR(0, 407, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":393
+    /* "ivshmem/_fds.pyx":406
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -10161,14 +11090,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":395
+  /* "ivshmem/_fds.pyx":408
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 395, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -10181,7 +11110,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":392
+  /* "ivshmem/_fds.pyx":405
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -10202,7 +11131,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":397
+/* "ivshmem/_fds.pyx":410
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -10250,32 +11179,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 397, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 410, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 397, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 410, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 397, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 410, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 397, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 410, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 397, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 410, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10311,7 +11240,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":400
+  /* "ivshmem/_fds.pyx":413
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -10320,7 +11249,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":401
+  /* "ivshmem/_fds.pyx":414
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -10329,7 +11258,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":402
+  /* "ivshmem/_fds.pyx":415
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -10338,7 +11267,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":403
+  /* "ivshmem/_fds.pyx":416
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -10352,10 +11281,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 403, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 416, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 403, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 416, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -10363,17 +11292,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":404
+    /* "ivshmem/_fds.pyx":417
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":403
+    /* "ivshmem/_fds.pyx":416
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -10382,7 +11311,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":397
+  /* "ivshmem/_fds.pyx":410
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -10405,7 +11334,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":406
+/* "ivshmem/_fds.pyx":419
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10464,7 +11393,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":407
+  /* "ivshmem/_fds.pyx":420
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -10475,7 +11404,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":408
+  /* "ivshmem/_fds.pyx":421
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -10484,7 +11413,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":409
+  /* "ivshmem/_fds.pyx":422
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -10496,7 +11425,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":410
+    /* "ivshmem/_fds.pyx":423
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -10505,7 +11434,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":409
+    /* "ivshmem/_fds.pyx":422
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -10514,7 +11443,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":419
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10530,7 +11459,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":412
+/* "ivshmem/_fds.pyx":425
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10554,7 +11483,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) 
 static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":413
+  /* "ivshmem/_fds.pyx":426
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -10566,7 +11495,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":414
+    /* "ivshmem/_fds.pyx":427
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -10575,7 +11504,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":413
+    /* "ivshmem/_fds.pyx":426
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -10584,7 +11513,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":412
+  /* "ivshmem/_fds.pyx":425
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10802,19 +11731,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":417
+/* "ivshmem/_fds.pyx":430
  * 
  * 
- * cdef uint64_t take_count(int fd) except? 0:             # <<<<<<<<<<<<<<
- *     """The count of an eventfd, set back to 0; 0 when nobody rang. Never blocks.
- * 
+ * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Like `look`, but raises OSError."""
+ *     cdef int64_t count = look(fd)
 */
 
-static uint64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
-  uint64_t __pyx_v_count;
-  struct iovec __pyx_v_iov;
-  Py_ssize_t __pyx_v_n;
-  uint64_t __pyx_r;
+static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
+  int64_t __pyx_v_count;
+  int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
@@ -10827,215 +11754,119 @@ static uint64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":423
- *     it since Linux 5.8, which is why that is the oldest kernel supported.
- *     """
- *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
- *     cdef iovec iov
- *     cdef ssize_t n
+  /* "ivshmem/_fds.pyx":432
+ * cdef int64_t take_count(int fd) except -1:
+ *     """Like `look`, but raises OSError."""
+ *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
+ *     if count == -EINVAL:
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
 */
-  __pyx_v_count = 0;
+  __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":426
- *     cdef iovec iov
- *     cdef ssize_t n
- *     iov.iov_base = &count             # <<<<<<<<<<<<<<
- *     iov.iov_len = sizeof(count)
- *     while True:
+  /* "ivshmem/_fds.pyx":433
+ *     """Like `look`, but raises OSError."""
+ *     cdef int64_t count = look(fd)
+ *     if count == -EINVAL:             # <<<<<<<<<<<<<<
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     if count < 0:
 */
-  __pyx_v_iov.iov_base = (&__pyx_v_count);
+  __pyx_t_1 = (__pyx_v_count == (-EINVAL));
 
-  /* "ivshmem/_fds.pyx":427
- *     cdef ssize_t n
- *     iov.iov_base = &count
- *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
- *     while True:
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
-*/
-  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+  if (unlikely(__pyx_t_1)) {
 
-  /* "ivshmem/_fds.pyx":428
- *     iov.iov_base = &count
- *     iov.iov_len = sizeof(count)
- *     while True:             # <<<<<<<<<<<<<<
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
- *         if n == sizeof(count):
-*/
-  while (1) {
-
-    /* "ivshmem/_fds.pyx":429
- *     iov.iov_len = sizeof(count)
- *     while True:
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
- *         if n == sizeof(count):
- *             return count
-*/
-    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
-
-    /* "ivshmem/_fds.pyx":430
- *     while True:
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
- *         if n == sizeof(count):             # <<<<<<<<<<<<<<
- *             return count
- *         if n >= 0:
-*/
-    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":431
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
- *         if n == sizeof(count):
- *             return count             # <<<<<<<<<<<<<<
- *         if n >= 0:
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
-*/
-      {
-
-        __pyx_r = __pyx_v_count;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/_fds.pyx":430
- *     while True:
- *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
- *         if n == sizeof(count):             # <<<<<<<<<<<<<<
- *             return count
- *         if n >= 0:
-*/
-    }
-
-    /* "ivshmem/_fds.pyx":432
- *         if n == sizeof(count):
- *             return count
- *         if n >= 0:             # <<<<<<<<<<<<<<
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
- *         if errno == EAGAIN:
-*/
-    __pyx_t_1 = (__pyx_v_n >= 0);
-
-    if (unlikely(__pyx_t_1)) {
-
-
-      /* "ivshmem/_fds.pyx":433
- *             return count
- *         if n >= 0:
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
- *         if errno == EAGAIN:
- *             return 0
-*/
-      __pyx_t_3 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = 1;
-      {
-        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_no_even};
-        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_2);
-      }
-      __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 433, __pyx_L1_error)
-
-      /* "ivshmem/_fds.pyx":432
- *         if n == sizeof(count):
- *             return count
- *         if n >= 0:             # <<<<<<<<<<<<<<
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
- *         if errno == EAGAIN:
-*/
-    }
 
     /* "ivshmem/_fds.pyx":434
- *         if n >= 0:
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
- *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
- *             return 0
- *         if errno != EINTR:
+ *     cdef int64_t count = look(fd)
+ *     if count == -EINVAL:
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
+ *     if count < 0:
+ *         fail_with(<int>-count)
 */
-    __pyx_t_1 = (errno == EAGAIN);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":435
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
- *         if errno == EAGAIN:
- *             return 0             # <<<<<<<<<<<<<<
- *         if errno != EINTR:
- *             fail()
-*/
-      {
-
-        __pyx_r = 0;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/_fds.pyx":434
- *         if n >= 0:
- *             raise OSError(EINVAL, "a vector's descriptor is no eventfd")
- *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
- *             return 0
- *         if errno != EINTR:
-*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 434, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_vector_s_descriptor_is_no_even};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 434, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 434, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":436
- *         if errno == EAGAIN:
- *             return 0
- *         if errno != EINTR:             # <<<<<<<<<<<<<<
- *             fail()
- * 
+    /* "ivshmem/_fds.pyx":433
+ *     """Like `look`, but raises OSError."""
+ *     cdef int64_t count = look(fd)
+ *     if count == -EINVAL:             # <<<<<<<<<<<<<<
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     if count < 0:
 */
-    __pyx_t_1 = (errno != EINTR);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_fds.pyx":437
- *             return 0
- *         if errno != EINTR:
- *             fail()             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-      __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
-
-
-      /* "ivshmem/_fds.pyx":436
- *         if errno == EAGAIN:
- *             return 0
- *         if errno != EINTR:             # <<<<<<<<<<<<<<
- *             fail()
- * 
-*/
-    }
   }
 
-  /* "ivshmem/_fds.pyx":417
+  /* "ivshmem/_fds.pyx":435
+ *     if count == -EINVAL:
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     if count < 0:             # <<<<<<<<<<<<<<
+ *         fail_with(<int>-count)
+ *     return count
+*/
+  __pyx_t_1 = (__pyx_v_count < 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":436
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     if count < 0:
+ *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
+ *     return count
+ * 
+*/
+    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":435
+ *     if count == -EINVAL:
+ *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+ *     if count < 0:             # <<<<<<<<<<<<<<
+ *         fail_with(<int>-count)
+ *     return count
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":437
+ *     if count < 0:
+ *         fail_with(<int>-count)
+ *     return count             # <<<<<<<<<<<<<<
  * 
  * 
- * cdef uint64_t take_count(int fd) except? 0:             # <<<<<<<<<<<<<<
- *     """The count of an eventfd, set back to 0; 0 when nobody rang. Never blocks.
+*/
+  {
+
+    __pyx_r = __pyx_v_count;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":430
  * 
+ * 
+ * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Like `look`, but raises OSError."""
+ *     cdef int64_t count = look(fd)
 */
 
   /* function exit code */
-  __pyx_r = 0;
-  goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._fds.take_count", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
+  __pyx_r = -1L;
   __pyx_L0:;
-
-
 
 
   __Pyx_RefNannyFinishContext();
@@ -12158,8 +12989,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 119;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_now, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 103;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -12188,17 +13019,18 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_FdArray ---*/
   __pyx_vtabptr_7ivshmem_4_fds_FdArray = &__pyx_vtable_7ivshmem_4_fds_FdArray;
+  __pyx_vtable_7ivshmem_4_fds_FdArray.enter = (int (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_enter;
+  __pyx_vtable_7ivshmem_4_fds_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_leave;
   __pyx_vtable_7ivshmem_4_fds_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_release;
-  __pyx_vtable_7ivshmem_4_fds_FdArray.done = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_done;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 72, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = &__pyx_type_7ivshmem_4_fds_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray);
@@ -12210,7 +13042,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 76, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 72, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_8__getitem__;
@@ -12218,9 +13050,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12239,14 +13071,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
   __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 256, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -12256,9 +13088,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12277,14 +13109,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
   __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 308, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
@@ -12294,9 +13126,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12313,14 +13145,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 180, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
@@ -12330,8 +13162,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12348,14 +13180,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 380, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 393, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
@@ -12365,8 +13197,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12710,20 +13542,20 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_fds.pyx":37
+  /* "ivshmem/_fds.pyx":39
  * from ._libc cimport EPOLLOUT as _EPOLLOUT
  * 
  * import os             # <<<<<<<<<<<<<<
  * 
  * from .errors import ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":39
+  /* "ivshmem/_fds.pyx":41
  * import os
  * 
  * from .errors import ClosedError             # <<<<<<<<<<<<<<
@@ -12732,85 +13564,85 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":41
+  /* "ivshmem/_fds.pyx":43
  * from .errors import ClosedError
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":42
+  /* "ivshmem/_fds.pyx":44
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":43
+  /* "ivshmem/_fds.pyx":45
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
  * EPOLLHUP = _EPOLLHUP
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":44
+  /* "ivshmem/_fds.pyx":46
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
  * 
  * # -- time and errors ------------------------------------------------------------------------------
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":87
+  /* "ivshmem/_fds.pyx":83
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 87, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 87, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -12818,70 +13650,70 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 87, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 87, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":106
+  /* "ivshmem/_fds.pyx":102
  *         return array
  * 
- *     def take(self, int fd):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, int fd):
  *         """Append `fd` and own it from now on, also when this call fails."""
- *         cdef int *grown
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":131
+  /* "ivshmem/_fds.pyx":137
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
- * 
+ *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+ *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 137, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 137, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":141
- *                 fail()
+  /* "ivshmem/_fds.pyx":147
+ *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_13drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_13drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_2) < (0)) __PYX_ERR(0, 141, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":158
+  /* "ivshmem/_fds.pyx":167
  *             self.release()
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         self.closing = True
- *         if self.users == 0:
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
+ *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12911,34 +13743,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":197
+  /* "ivshmem/_fds.pyx":209
  *                 self.close()
  * 
- *     def signal(self, fds):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def signal(self, fds):
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
- *         cdef iocb requests[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 197, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":231
+  /* "ivshmem/_fds.pyx":244
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12968,19 +13800,19 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":284
+  /* "ivshmem/_fds.pyx":297
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 297, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 297, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13010,95 +13842,95 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":309
+  /* "ivshmem/_fds.pyx":322
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":323
+  /* "ivshmem/_fds.pyx":336
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":327
+  /* "ivshmem/_fds.pyx":340
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 327, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":330
+  /* "ivshmem/_fds.pyx":343
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":333
+  /* "ivshmem/_fds.pyx":346
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":344
+  /* "ivshmem/_fds.pyx":357
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13128,49 +13960,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":392
+  /* "ivshmem/_fds.pyx":405
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":397
+  /* "ivshmem/_fds.pyx":410
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 397, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":419
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13201,7 +14033,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_fds.pyx":1
- * # cython: language_level=3, binding=True, freethreading_compatible=False             # <<<<<<<<<<<<<<
+ * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.
 */
@@ -13251,7 +14083,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 83, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13274,7 +14106,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":333
+  /* "ivshmem/_fds.pyx":346
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13283,7 +14115,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 333, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13324,31 +14156,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{1},{35},{11},{7},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{13},{16},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{18},{5},{7},{5},{8},{4},{5},{4},{4},{6},{8},{6},{2},{3},{6},{5},{5},{1},{5},{5},{12},{6},{1},{7},{3},{4},{2},{8},{3},{6},{8},{7},{4},{3},{10},{6},{6},{4},{12},{4},{7},{7},{5},{6},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{183},{9},{29},{29},{64},{17},{17},{27},{32},{32},{17},{15},{40},{132},{81},{66},{75},{297},{85}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{1},{35},{11},{7},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{13},{16},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{18},{5},{4},{7},{5},{8},{4},{5},{4},{4},{6},{8},{6},{2},{3},{6},{5},{5},{1},{5},{5},{12},{6},{1},{7},{4},{2},{8},{3},{6},{8},{7},{4},{3},{10},{6},{6},{4},{12},{4},{7},{7},{5},{6},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{163},{9},{29},{29},{64},{17},{17},{32},{32},{22},{17},{15},{40},{68},{81},{201},{75},{297},{85}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1409 bytes) */
-static const char cstring[] = "x\332uT\315s\0237\024w>\240\td\232\230\270\371\230\016t\023\010\204@\303\030B\313\2151\371\200\266\031\022\347\243\264\364\260\243\254\264\216`\275k\257d;\246\323\016G\037u\324q\217{\364\321G\037}\314\321\307\374\t\374\t}\222\274\216\203\247\236\361\352}\351\275\337\373\351IV\340Z\253<$\304rCT(\022\237?\\\177\202I\365\311\047\022\006/\221U%\016\017\302\007\314\302\2049!-\201bQf\371\201E\252\020\354\342\001;\246\014\235x\204\370\352[p(3\022\246UvZ$\305u\022\206A\310z\332\023\333\305l\275T?\203T\230\270\250\342q\313\266C\202+\016\261m\013W\210\305\003\250\343\377\310CZ\245\310\003\257C}\312m\233\237\222\0018\314B!\261\034/`\004+\017)\005\236g\005\047\037\000\271\202z\351a\264\340#\317#\341U3\247\305+&P\203\n7]r\013Y~\245xB\302M\355\334V-l\357\357\355\356n\037\034\350\365\315\361\276^\177y\253\227\275\343\243m\005@\177\326\373\r9u~\032\370\266\235\230\031\341\214#\376\265\003al\004\r\305\210.\365\210\037\030\271\030`\352\326\215\034\222bP\355\305\324\020\345;8\027\206\250\336[\206K_:\206\212\047.]5Qp\210\250\237(\275\303f\211n\250L4\216>\222={swo\373\217\355\315=\373`k\357\355\356\237\007\304Cu\375\031\306\222\230\207\220\030\207\306q\230\234V_\030\3163\350\032\312u\351\274\232\257\007\376H\035\273\376\014\347M\314C9\215C\3473\2429\035#C\264m\333\373\3653\370oQ\207\333o\311\031? \256m#\037FI\345\201\037V\036\370\271\025\337Qk!\251\001\277\"P\256\327\000W<m\361QQ\257pQl\007\225h\"\367\266(\261\312\325-S\216r\005y\311\206\344&\r\365\3267\2203\245(\320\311\0366\000e\250u\270w\204)\344\224\331N\020\302\025\241>\201\201Ej\004\020\253\373\016\r\326\373\016\346x\360\265\241\035\036\"\207\234 \347\243f\315\t|\016\2548A\305\347\030\266\253(\034\300_M\033\3611#%\027\233\207\"\2319\2752\027\203h\330vi\310x!\014j>\245>&g\224\223b\362\254\254\253g\305\\\023\305\371)\365\013\220=(\3016V\n(\024\017a-\231\313\023\222r\005zb\032\026\206\305sU\333\204\367\036$3(,\250\204\016a%\342(B\250S$@\010V3\317Q\250O\317\274\030<\370H\374*\362 \245\272\217P\313Z\205\317\303T*\021\037[\214\207\025x""\226\364\033e\353\306\254\265\307\226v\301\347\247\r\033\302ut5\240X\213\312f\255\356\327\367\314\203\2666`41\225\276\256\213\271\210zv\215\362\323\024\234S\217\302\224\251\307\340m.\351\200TB\275\035\270)?\250\245T7\266>\224\317#\335\361\033\215G\"\3779\327\235\270\331\330hp\361T\344\273S\267\304#\231\227\250;1\r\226l\342\254\212\003Q\376?g]\216\313\235\350nt\030\217\307\271\356\324\035\211$\217\262\335\211\251\306o\260\251\267\377P\216t\247fEVl\201\000\256_L\345\251\306\033\221\023v\264\025\217\305\331\253\206\211\346\2101\364\263\324\204#\323\335\251\0311!\265kN`\271\244\"^\213\254\212x\326pD\332T\311)\377\002\000\313\365\212)\377s1\006\201\211\377\342\353Z\027\320\326\047\231\226\367\240\201\262RW\242\2438=\200\340\205\330\020Uy\030\215E\033Q\3314\nq_\256\247&\247\000]\271\227y\200\246\004tF\002\263\031\361Z\376\034-\301\336Z\214\233\367[\243\255\345\326\253\226\323\276\325\006L\323=\212f\346EY-\272\315o\024\347\252[\305\357r\364*:\2115w[bDd\304{YV\312\257\002\031\014\323\r\324(\213\353Pn>\352Q\374^V\243\274\021\377\212&\240\313Q\250;\251+\002\266\227rIn\310Z\204\343\273q>v\233;\000(\247\n\002\027_n\244&oK}\300O\033\207\000aLf\001\304\275\250\000\241\270y\257\211\232g\255r\373Z\373]g\347\374\340\350\374\350x\240\207\214\242\367\313\267\251\311;\362]\244y\336\026\337\t\244\272I\213E\250\372Lz\361\262\232\225\351\006\023\313@\031\364\233Y\220#\027\231E9\047u\230\211\207\023Q\014\317\030\206\277\236B\325\327\261N\347D\351\350>\220\003$\353\016\024\013i\271\n\266\321x\251;3\247\222\311\211h$Z\210g\241\356\014\324\222s\347?d\233\351\236,\377\215\217.\225\277\343\265f\256\371\256\225k\345/\375}\361\237~\206Kq\021\016\366E\234U\352\24243\250\200\256\210\020\264\231\314yf%\312\003\321k\232\344\235\366R\373E\047\333\201\340Y\270u\252\251\314\274\236\254\353\221\023\317\305\254\271\324]X\324\214\350\354\232Q\325\305\211\034\205\201\317\334>\277\r\310\341\020>\264G\333\313\355\315v\255\343\302\t\234\217\177/\263j\022\226\242\233\n\312\205\276\000\257\325U\234T\244\334\324G""\270\032?\200F\201\371P\314\252\254\363\000\0218\217F\243\225\250\032\377\336\3146_5i\213\267\237w\256u\362\035\364\037\245[\3662";
-    PyObject *data = __Pyx_DecompressString(cstring, 1409, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1459 bytes) */
+static const char cstring[] = "x\332uTKs\0239\020\216C\000\207x\027;1y\324\026\3548!\020\002\033\312!P\034\266\2122y\260\354\246H\354$\313>\016S\312\214&\031\030\317\330#\331\211\331b\213c\216:\352\250\343\034\347\350\243\2179\372\350c~\002?a[\222\047\017\\;U#\265\272\245\356\257\277n\311\010\034c\201\206\030\033N\210\016\252\330\247\217\226\236\332\270\371\364\023\016\203W\310hb\213\006\341Cb\330\230X\241[\203\205\341\022\303\017\014\334\204\315\216}Io\273\004\355{\030\373r<\260\\\242%\333m\222\303*\256.\3410\014B\322_=5\035\233,\325Z\307\340\312\306\016jx\3240\315\020\333\r\013\233\246a7\260A\003\210\343\377DC\267\351\"\017\254\226\353\273\3244\351!\276\004\207\030(\304\206\345\005\004\333\322\202k\201\347\031\301\376\007@.\241^X\210{\340#\317\303\341U5u\253WT\260\014\032TgI\rd\370\215\352>\016W\225q]\246\260\276\275\265\271\271^\251\250\371\227\275m5\277}\247\246\255\275\335u\t@\rK\347\tY-z\030\370\246\231\250\t\246\204\"\372\255\001\331\266\026\024\024-:\256\207\375@\313\325\300v\235\226\226C\\\r\232\375=G\310\245\033v)\014Q\253?\r\206\2760\014\004OL*j\262\260C\344\372\311\242_l\222\2545\225\311\212\242\217x\313\\\335\334Z\377c}u\313\254\254m\275\333\374\263\202=\324R\303 \226D=\200D\033\024\216\235\244Z\347\302\240\237\313\246\001_\027\306\253\376\372\340we\331\3250\3507Q\017\370\324\006\345O\213\272:Z\206\335\246in\267\216\341_s-j\276\303\307\264\202\035\323D>\264\222\364\003\237--\3609\r\337\222\363A\022\003\276*P\256\346\300nxJ\343\243\252\232\341\242\230\026\252\271\211\334?\"\305&\225\267L\032\352\r\344%\007\222\2334\220\333\271\002\037\313\205\004\235\234!\227\240\014\244\016\367\016\023\211\334%\246\025\204pE\\\037C\303\"\331\002\210\264|\313\r\226\316\r\304\362`4!\035\032\"\013\357#\353\243b\315\nl\370}\n\314XA\303\2476\270\220;\355\000~\331q\330\267\t\2569\266~,\222\276S3ql\0205\343\216\033\022z\020\006G\276\353\3726>v)\256&O\313\222|Z\364U\221\274\037\272\376AP\2033\244\026\270\0209\204\271\246oO\210\353\rH\212H\\\020\227`\317\221yc\332\177\221t\247\220\240\021Z\230\324\260%\031q""\255*\006Fl\331\364\024\205\252|\372\311\240\301G\3547\221\007.\345\205\204X\306\002\014\217\206\206\022\361\211Ah\330\200wI=R\246\312\312X|b(\023\014/VL\330\256v7\003\327V\242\324\031\013\333\255-\375\242-^R*\347\016r=\363\310\245\207CP\230>_C\332?\201\307\270\2466\014%<\233\2013$\221\233\212\375/\251\336\310\255\223\307\254\374\245\324K\217\235\254\234P\266\314\312\275\3148{\314\313\034\365\322\267ASL\214MVa\365\3773\266\370\010\337\020sb\047\032\211J\275\314=\2168\025\305^:s\362\033\034\352\237\337\341\251^f\202\025\331\032\010`z\253#gN~a%f\212\265\350ZT\274\252H\307)\251\230d6/H\375\033V\224\316\236\235X,\247]\225\244}\032\242\227\372\036\245\3759\273\006\033\023\373\031h~fu\236\342y\016\331eY\232\247\244\366\2330g\220\321\047\236\343\367\001{].\347\305n\224\273\224\302K\266\302\232|G\\\023+\242\256s\204}_o\014\215f \275\317\274\004\274\330\242\320\313|\047\3119b\210Q\276\302\353b,Z\216v\342t{\244\275y\252\362\336`\005\351\017\020\336ae\206\264\217\333\047\350\244\316n0\213O\211>;\177\361\246(k\361o\221\006\224\303\361\203\366hg\274\243Hx\305\013\340\376H\330\321\\T\216\234x\243=\333.\311\364 \227\257\2674\250#\266\237p^\272T\2721e\262$\037g\231\2744A1\273\023sb\031\342e\247\371M\010\\\0214z\021\217\307\313q%&\332\365\355~\r\263S\222\315^6\047\243]g{\nH\275\227\225\331`\020\241\362B!\031\225tv\357\025\343|,\211\357f\347\240\047@\177S6\222\254\203l\232Y\361Z\354G*\3455\226byH\273.\027\277*f\276\037\032\275\307\337\013U\256uv\007H\205\24396\0031\237q/\232\215\024.\302f!\013\000\224\237\346\251\263\374\014\237\344j\233\336\017\325\220\205\032\327\234|\333\307\222\336=\345\316\0229\361\000\220hJ\262\252\0309\276\000\272\341\250\320\313NJg<-Rb:\232\200\270@T\212Ov\177,\306\271\276\314\377\215v/\026\377D\213q)~\337.\265\313\027\366s\361\363\271\207\013qF\024\304\313\250(\2273\\7\270\004:\317BXe\363\335\374\274(C\275\027U\2557:\205\316\313\323\342)l\236\200{+\223\312O\251\006\275!\254h2\"q\2417=\243\030Q\336\301\201\344h\022Zb\030nS\376n\367. \217\357\307\037:\303\235""\331\316j\347\350\324\351\356\356uG~\340E\331\220\005h\\\200r\246n\327\033y\231G%)c\274\010E[\210\036B\242\300|\310&\244\327)\200\010\234\213a1/\232\321\357q1~\035\273m\332y~z\375\264|\212\376\003$\251\007\331";
+    PyObject *data = __Pyx_DecompressString(cstring, 1459, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1805 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero?a \377vector\047s\377 descrip\376\n\000 is no \333ev*\000fd\r\010di\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\007\004/_f\277ds.pyxH\000d\377efault _\377_reduce_\377_ due to\376e\000n-trivi\373al\033\000cinit\337__the\204\010s \377are clos\373ed\026\001epoll\217 obj\267\000\247\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\375t\340\003t a nu_mberC\\\002E\277\001\377EPOLLERRn\003\002HUP\013\002IN\022\002OOUTE}\001\000\002.\310\006\377cython__\376\017\005setstat;e_\013\013add3\003\312\002~>\003filenoJ\003\277modifyV\003r\337emoveb\003wa\377itFdArra\001y\000\004i\017\017\007l\016,\005\300\"9\005\237drainF\005\346Ds\370V\005\305#d\005takeO\377_CLOEXEC\377O_RDONLY\037Relay\000\002\365\017\017\005\010\366\016*\003\310BS\246E\000\006\275/\017\t(\302..\007B\013.\202cT\363A\000\002\000\225O\017\005\226N*\003\350b5\003\230CA\003~\322@___Pyx\001\000\377Dict_Nex\377tRef__an\223no\352B\035\000d\026\001%\000f7unc,\000_g\203e9\000qm\360 \020\001\345@ule\032\001\327nam\003\002pS\000ca\243pi.\001\010\001\270c_\023\001vyt\362\205\001G\001qual)\005\030\302\205\005\362n\334\205\006ex{\001\261\001]\005\371s\200\010\221\204\016__tes\375t\336\000is_cor\377outinead\373da\362aasyncwio.\020\006scl\034\000\377_in_trac\337eback\236\206\002co\373nt\223 countyd<\000\"\001done\351b\377endsepfd\370\243\207\003\354e\344\207\002sfdfd\375s\206\205\003firstg\377rowniind\277exitem\317\207\005.x\323\207\001\241\205\003\360!hing[\000\377openospo\325iz\000r\005\000p\267\205\003re\273qu\321\000sse\224\000d6\004\000lf\225\206\001et\212\210\004\253\207\003\377sourcesp\373ec\257\206\001icmetwhod\360\204\001tar\271B\376\254\207\003tokenva\261lP\000\214\206\001i\000 (n\000)\373\000\000\003\005, str\257uct \237\210\002_\275\211\002 \347*, \224\000\000\00264_{t)(\003void\006\002\276\020\001 (PyO\313\210\003*\304\n\010\036\003u\322\000\037\003h\002fa\377il_with\000\364\245@\235\212\004\000j\003slee\353p\000\035\001\000\363%_of_\000now\000\276""\206\001_\220B\377\200\001\330\004\n\210+\220\377Q\200A\330\010\013\2104\377\210t\2202\220Q\330\014\377\022\220+\230Q\230a\330\353\010\017\017\0001\025\005v\220R\373\220q\005\025y\230\004\230F\377\240#\240S\250\004\250A\377\330\014\036\230a\230t\240?1\330\010\014\210K2\000X\002\377v\220S\230\001\330\014\023O\2201\220D\006\000\030\000It\003\377\014\210H\220A\220_\240\317D\250\003\250i\002\007\007\010\260\371\001\230\001;\010w\220c\230\021\277\330\014\020\220\010\230\026\002\026o\220d\230!d\001G\220l\000\177\013\2103\210c\220\021`\003eA\323\001\030\226\000\333\000\014\210j\000\216\341\0015\220\003&\000\201\002\035\000\340\365\010]\014\340\361\000z\230\021\230\375$\276\000q\200A\340\010%\357\240T\250\021\275\0108\2204\377\220v\230S\240\003\2404\363\240q\343\003%\000\360\006\000\t\205\014\276 qs\004\271(\324!\261\001\024\375\230\327 \024\220G\2307\240\375!9\000w\250d\260&\270\377\002\270\"\270B\270c\300\177\022\3001\330\014\017\210\235#\257\020\027\220q\247 \020\342\002\007\370\360!\352\001\334!\"\240B\240b\373\250\001\323!D\220\001\220\024\357\220Z\230q\340!J\220a\373\200A\200\001\017\210a\210q[\220\006\241 \027\240\"\002I \000\367v\240Q\205AI\220[\240_\010\250\010\260\002u\000\tm\002\376\361@?\230!\2304\230w\377\240d\250#\250Q\250f\263\260F\216\000\275@\020\220\365 \360\337\n\000\t\035\230\226b2\210\335S\356 \003\2301\342@$\240\375g(\000d\260$\260a\260\377x\270q\300\005\300W\310\177F\320RT\320TU\271\010\373\024\220\374 \360\016\000\t\036\367\230W\240\305 \014\210E\220w\025\220a\276a\021\220\031s\000\3373\230l\250\"\250a\017\210\277s\220\"\220A\330\355\000\024\377\030\230\001\340\024\031\230\026v\324\000\014\021)\004\010\017\210\336!\321\020\334#\366m\325AUJ\002c\240\027\021\240&\232 \014x\000\235a\202!\367\021\230(\021\000\002\250!\330\373\020\026y\001\230\010\240\001\240\317\030\250\023\250l\000i\000\230\026\177\320\0371\260\021\330\020\007\002\357\230~\250T\003\007{\250*\377\260A\260W\270A\270QT\026\007\002\006}9\006\230\002\006\031\326@78\2501X\001\031\230\376c""\310\205\001\357%\220r\230`\000\024\320\024\327%\240Q\346 *\340\"F\300\277!\3008\3101\310\365\000\023\333\2202\326\205\002\024\027\325b\006\240\377c\250\026\250s\260!\330g\030\031\330\216!\232\002\330\020\323\001\376\303\000b\230\002\230!\330\024\347\035\320\035\267\000\202@j\300\002\377\300\"\300C\300w\310f\276\377 \320\004\033\2301\212\204\001![\240\013\207\001\340\010\375\204\001G\207\206\001u\t\262\205\001\013\276B(\250\047\363\000.\356`r\220\023\366!\027\240\000\361 \377\240\002\240%\240v\250V\377\2601\260B\260i\270t\377\3005\310\005\310Q\310a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1805, 2617);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1868 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero?a \377vector\047s\377 descrip\376\n\000 is no \333ev*\000fd\r\010di\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\007\004/_f\277ds.pyxH\000d\377efault _\377_reduce_\377_ due to\376e\000n-trivi\373al\033\000cinit\337__the\204\010s \377are clos\373ed\026\001epoll\217 obj\267\000\247\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\375t\340\003t a nu_mberC\\\002E\277\001\377EPOLLERRn\003\002HUP\013\002IN\022\002OOUTE}\001\000\002.\310\006\377cython__\376\017\005setstat;e_\013\013add3\003\312\002~>\003filenoJ\003\277modifyV\003r\337emoveb\003wa\377itFdArra\001y\000\004i\017\017\007l\016,\005\300\"9\005\237drainF\005\346Ds\370V\005\305#d\005takeO\377_CLOEXEC\377O_RDONLY\037Relay\000\002\365\017\017\005\010\366\016*\003\310BS\246E\000\006\275/\017\t(\302..\007B\013.\202cT\363A\000\002\000\225O\017\005\226N*\003\350b5\003\230CA\003~\322@___Pyx\001\000\377Dict_Nex\377tRef__an\223no\352B\035\000d\026\001%\000f7unc,\000_g\203e9\000qm\360 \020\001\345@ule\032\001\327nam\003\002pS\000ca\243pi.\001\010\001\270c_\023\001vyt\362\205\001G\001qual)\005\030\302\205\005\362n\334\205\006ex{\001\261\001]\005\371s\200\010\221\204\016__tes\375t\336\000is_cor\377outinead\373da\362aasyncwio.\020\006scl\034\000\377_in_trac\337eback\236\206\002co\277decont\227 c\237ountd@\000&\001d\367one\355bends\217epfd\247\207\003\360e\350\207\002s\337fdfds\212\205\003fi\377rstgrown\377iindexit\213em\323\207\005.\327\207\001\245\205\003\364!h\377ingopeno\257spoiw\000r\005\000p\336\270\205\003requ\322\000ss\332\220\001d\004\000lf\226\206\001et\374\213\210\004\254\207\003source\357spec\260\206\001icm\337ethod\361\204\001ta\371r\272B\255\207\003token\307valP\000\215\206\001i\000 (\356n\000)\000\000\003\005, s\277truct \240\210\002_\236\276\211\002 *, \224\000\000\0026\3574_t)(\003voi\371d\006\002\020\001 (PyO\362\314\210\003*\n\010X\002fail?_with\000\226@\216\212\004\375\000Z\003sleep\000z\035\001\000\340%_of\000\253\206\001\375_\371\"\200\001""\330\004\n\210\377+\220Q\200A\330\010\013\377\2104\210t\2202\220Q\377\330\014\022\220+\230Q\230\257a\330\010\017\017\0001\025\005v\357\220R\220q\005\025y\230\004\377\230F\240#\240S\250\004\377\250A\330\014\036\230a\230\377t\2401\330\010\014\210K\3742\000X\002v\220S\230\001\330?\014\023\2201\220D\006\000\030\000\375It\003\014\210H\220A\220?_\240D\250\003\250i\002\007\007\367\010\260\001\230\001\026\220d\230\355!I\001G\220Q\000\013\2103\257\210c\220\021E\003A\270\001\030\314{\000\300\000\014\210O\000\306\0015\220\321\003&\000f\002\035\000\340\331\000<\220\277q\230\001\230\024\230\333\000\020\267\220\010\230S\000\340\010X\014\340\276\354\000z\230\021\230$\271\000q\377\200A\340\010%\240T\250\375\021\270\0108\2204\220v\230\177S\240\003\2404\240q\336\003\276%\000\360\006\000\t\014\271 }\373\230A\262 d\240!\330\014\375\r\266!w\220a\220t\230\3774\230q\240\013\2502\250\377S\260\010\270\004\270L\310\355\001\217!F\220\312\000\013\2101\377\330\014\025\220Q\220a\200\375A@\001\017\210a\210q\220\277\006\220c\230\027\240!\002I\277\220Z\230v\240Q\300!I\377\220[\240\010\250\010\260\002\177\260&\270\t\300\022\300\200\"\367?\230!\\\000w\240d\250\377#\250Q\250f\260F\270\333\"\270\370 \020\220\260 \360\n.\217\003w\220b\354%A\315H\350Aywg\000\215 \340\014\024\220\256@\276\347@\320\023#\2402m\000\020\367\030\230\007v\000R\240t\250\3776\260\022\2602\260R\260msU\003\017\210\276C\020\027\312!\373\330\020\200@\020\220\005\220U.\204\002q\330\020\312\001e\360\000\367@\365\240\205\002\t\313!\320\0361\260\273\024\260\365!\320\020#\221`\014\307\020\220\007\305a\204A\261a\"\240\357B\240b\250\224\"D\220\001\253\220\024\364\000q\265aJ\225\"\016\277\000\t\036\230W\240\214@\014\357\210E\220\025\322 q\330\014\367\021\220\031\372\0003\230l\250}\"\352a\017\210s\220\"\303\000\376\216\000\024\030\230\001\340\024\031\347\230\026\230\"\002*\003\010\017\210\302\245A\022\243C\270\204\r\262a\277\0013\230\237c\240\021\240&\207\000\215#\020\356\210B\021\230(\021\000\002\250!\367\330\020\026y\001\230\010\240\001""\177\240\030\250\023\250A\330\246 \377\001\230\026\320\0371\260\021\336\005\004\230~\250T\003\007{\250\377*\260A\260W\270A\270\251Q\026\007\002\006}9\006\230\002\006\031\277\240!\2408\2501X\001\031\271\230\333\204\003\212\206\001%\220r\013\000\020\277\024\320\024%\240Q\355@*\376\347BF\300!\3008\3101\335\310\206\000\023\2202\230\206\002\024\027\376\234\204\002\006\240c\250\026\250s?\260!\330\030\031\330\216!\246\002\363\330\020\346A\303\000b\230\002\230\277!\330\024\035\320\035\267\000\260\377$\260j\300\002\300\"\300\377C\300w\310f\320TU\337\320\004\033\2301\321\204\001!\240\255\013\207\001\340\010\332\205\001G\311\206\001\t\375\330\271@\013\2301\230F\240\367(\250\047\363\000\014\017\210r\313\220\023\366!\027\240\000\361 \240\002\377\240%\240v\250V\2601\377\260B\260i\270t\3005?\310\005\310Q\310a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1868, 2664);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2617 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero?a vector\047s descriptor is no eventfddescriptor disableenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.drainFdArray.eventfdsFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinescline_in_tracebackclosecontextcountdeadlinedonedrainendsepfderrorseventfdseventsfdfdsfilenofirstgrowniindexitemsivshmem._fdsmodifynnothingoneopenospointerspopremoverequestssecondsselfsetsetdefaultsignalsourcespecstaticmethodtaketargetstimeouttokenvalueswaitint (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (void)\000uint64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000now\000take_count\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A""\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\014\210K\220q\330\010\013\2104\210w\220c\230\021\330\014\020\220\010\230\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210q\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\330\014\024\220G\2307\240!\2404\240w\250d\260&\270\002\270\"\270B\270c\300\022\3001\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\035\230A\330\010\013\2102\210S\220\010\230\003\2301\230F\240$\240g\250Q\250d\260$\260a\260x\270q\300\005\300W\310F\320RT\320TU\330\014\017\210v\220S\230\001\330\020\024\220A\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\020\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230""\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!\330\030\031\330\024\030\230\001\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a";
+    #else /* compression: none (2664 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero?a vector\047s descriptor is no eventfddescriptor disableenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.drainFdArray.eventfdsFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinescline_in_tracebackclosecodecontextcountdeadlinedonedrainendsepfderrorseventfdseventsfdfdsfilenofirstgrowniindexitemsivshmem._fdsmodifynnothingopenospointerspopremoverequestssecondsselfsetsetdefaultsignalsourcespecstaticmethodtaketargetstimeouttokenvalueswaitint (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000take_count\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A""\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\022\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014""\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!\330\030\031\330\024\030\230\001\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -13471,29 +14303,29 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 87};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 83};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__3};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 106};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_1A_Qa_4wc_Q_G7_4wd_Bc_1_vS, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown, __pyx_mstate->__pyx_n_u_i};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 131};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_A_2S_1F_gQd_axq_WFRTTU_vS_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 137};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 141};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 158};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_4wc, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -13506,12 +14338,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 197};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 209};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_requests, __pyx_mstate->__pyx_n_u_pointers, __pyx_mstate->__pyx_n_u_ends, __pyx_mstate->__pyx_n_u_nothing, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 244};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
@@ -13526,7 +14358,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 297};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -13541,32 +14373,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 322};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 336};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 327};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 343};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 333};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 346};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 357};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
@@ -13581,17 +14413,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 392};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 405};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 397};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 419};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
@@ -13955,6 +14787,27 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
             "name '%U' is not defined", name);
     }
     return result;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
 }
 
 /* PyObjectCall (used by PyObjectFastCall) */
@@ -16109,17 +16962,6 @@ static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject
     return result;
 }
 #endif
-
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
 
 /* decode_c_string */
 static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
@@ -20144,30 +20986,30 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(uint64_t) < sizeof(long)) {
+        if (sizeof(int64_t) < sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+        } else if (sizeof(int64_t) <= sizeof(unsigned long)) {
             return PyLong_FromUnsignedLong((unsigned long) value);
 #if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+        } else if (sizeof(int64_t) <= sizeof(unsigned PY_LONG_LONG)) {
             return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
 #endif
         }
     } else {
-        if (sizeof(uint64_t) <= sizeof(long)) {
+        if (sizeof(int64_t) <= sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+        } else if (sizeof(int64_t) <= sizeof(PY_LONG_LONG)) {
             return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
@@ -20181,13 +21023,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         }
 #elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
         int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+        return _PyLong_FromByteArray(bytes, sizeof(int64_t),
                                      little, !is_unsigned);
 #else
         int one = 1; int little = (int)*(unsigned char *)&one;
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int64_t));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;
@@ -20568,6 +21410,85 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t val
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(aio_context_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint64_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint64_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

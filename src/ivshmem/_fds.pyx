@@ -1,4 +1,4 @@
-# cython: language_level=3, binding=True, freethreading_compatible=False
+# cython: language_level=3, binding=True, freethreading_compatible=True
 # cython: embedsignature=True, embedsignature.format=clinic
 """Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.
 
@@ -8,26 +8,28 @@ Does not know: what a descriptor means, any default or policy.
 Invariants, of all modules in Cython:
 1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,
    unless the name says `take`.
-2. A descriptor is not closed while a call that let go of the GIL is using it: the last user closes.
+2. A descriptor is not closed while a call that runs without the GIL is using it: the last user
+   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical
+   section of its owner, it cannot be closed either.
 3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,
-   but for one: see Doorbells.ring.
+   but for those that ring: see Doorbells.ring.
 4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.
 """
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 
 from ._libc cimport (
-    aio_context_t, c_close, c_eventfd, c_write, clock_gettime, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC,
-    EFD_NONBLOCK, EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
+    aio_context_t, c_close, c_eventfd, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC,     EFD_NONBLOCK,
+    EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
-    IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, ivshmem_io_any_end,
-    ivshmem_io_destroy, ivshmem_io_getevents, ivshmem_io_has_ring, ivshmem_io_setup,
-    ivshmem_io_submit, preadv2, RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK,
-    timerfd_create, timerfd_settime, timespec,
+    IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, IVSHMEM_CLOSING,
+    ivshmem_enter, ivshmem_io_any_end, ivshmem_io_destroy, ivshmem_io_getevents,
+    ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave, ivshmem_shut,
+    preadv2,     RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
 from ._libc cimport EPOLLHUP as _EPOLLHUP
@@ -44,12 +46,6 @@ EPOLLERR = _EPOLLERR
 EPOLLHUP = _EPOLLHUP
 
 # -- time and errors ------------------------------------------------------------------------------
-
-cdef int64_t now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
-
 
 cdef int64_t deadline_of(object timeout) except -1:
     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
@@ -103,66 +99,82 @@ cdef class FdArray:
             array.take(fd)
         return array
 
+    @cython.critical_section
     def take(self, int fd):
         """Append `fd` and own it from now on, also when this call fails."""
         cdef int *grown
-        if self.closing:
+        cdef Py_ssize_t i
+        if self.state & IVSHMEM_CLOSING:
             c_close(fd)
             raise ClosedError("the descriptors are closed")
         if self.count == self.room:
-            grown = <int *>realloc(self.fds, (self.room * 2 + 1) * sizeof(int))
+            # Who reads `fds` without the GIL may still have its former address: that stays valid.
+            grown = NULL
+            if self.outgrown_count < OUTGROWN:
+                grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
             if grown == NULL:
                 c_close(fd)
                 raise MemoryError
+            for i in range(self.count):
+                grown[i] = self.fds[i]
+            self.outgrown[self.outgrown_count] = self.fds
+            self.outgrown_count += 1
             self.fds = grown
             self.room = self.room * 2 + 1
         self.fds[self.count] = fd
         self.count += 1
 
     def __len__(self):
-        return 0 if self.closing else self.count
+        return 0 if self.state & IVSHMEM_CLOSING else self.count
 
+    @cython.critical_section
     def __getitem__(self, Py_ssize_t index):
         """The descriptor, still owned by the array."""
-        if self.closing or index < 0 or index >= self.count:
+        if index < 0 or index >= len(self):
             raise IndexError(f"descriptor {index} of {len(self)}")
         return self.fds[index]
 
     def signal(self, Py_ssize_t index):
-        """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed.
-
-        Checked and written under the GIL, so that no other thread can close it in between.
-        """
-        cdef uint64_t one = 1
-        if 0 <= index < len(self) and c_write(self.fds[index], &one, sizeof(one)) < 0:
-            if errno != EAGAIN:  # full: it is readable, and that is what matters
-                fail()
+        """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
+        cdef int code
+        if not ivshmem_enter(&self.state):
+            return
+        code = add_one(self.fds[index]) if 0 <= index < self.count else 0
+        self.leave()
+        if code:
+            fail_with(code)
 
     def drain(self, Py_ssize_t index):
         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
         return take_count(self[index])
 
-    cdef void release(self) noexcept:
+    cdef void release(self) noexcept nogil:
         cdef Py_ssize_t i
         cdef Py_ssize_t count = self.count
         self.count = 0
         for i in range(count):
             c_close(self.fds[i])
 
-    cdef void done(self) noexcept:
+    cdef bint enter(self) noexcept nogil:
+        """One user more; False if it is closed."""
+        return ivshmem_enter(&self.state)
+
+    cdef void leave(self) noexcept nogil:
         """One user less."""
-        self.users -= 1
-        if self.closing and self.users == 0:
+        if ivshmem_leave(&self.state):
             self.release()
 
+    @cython.critical_section
     def close(self):
-        self.closing = True
-        if self.users == 0:
+        if ivshmem_shut(&self.state):
             self.release()
 
     def __dealloc__(self):
+        cdef int i
         self.release()
         free(self.fds)
+        for i in range(self.outgrown_count):
+            free(self.outgrown[i])
 
 
 @cython.final
@@ -194,6 +206,7 @@ cdef class Signaller:
             finally:
                 self.close()
 
+    @cython.critical_section
     def signal(self, fds):
         """Add 1 to each eventfd of a sequence; a full counter stays full."""
         cdef iocb requests[BATCH]
@@ -414,27 +427,14 @@ cdef class Timer:
             c_close(self.fd)
 
 
-cdef uint64_t take_count(int fd) except? 0:
-    """The count of an eventfd, set back to 0; 0 when nobody rang. Never blocks.
-
-    RWF_NOWAIT does what O_NONBLOCK would, whatever other processes did to that flag; eventfds know
-    it since Linux 5.8, which is why that is the oldest kernel supported.
-    """
-    cdef uint64_t count = 0
-    cdef iovec iov
-    cdef ssize_t n
-    iov.iov_base = &count
-    iov.iov_len = sizeof(count)
-    while True:
-        n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
-        if n == sizeof(count):
-            return count
-        if n >= 0:
-            raise OSError(EINVAL, "a vector's descriptor is no eventfd")
-        if errno == EAGAIN:
-            return 0
-        if errno != EINTR:
-            fail()
+cdef int64_t take_count(int fd) except -1:
+    """Like `look`, but raises OSError."""
+    cdef int64_t count = look(fd)
+    if count == -EINVAL:
+        raise OSError(EINVAL, "a vector's descriptor is no eventfd")
+    if count < 0:
+        fail_with(<int>-count)
+    return count
 
 
 cdef bint is_eventfd(int fd) noexcept:

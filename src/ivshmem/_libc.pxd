@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<errno.h>" nogil:
     int errno
-    enum: EAGAIN, EINTR, EINVAL, ENOSYS
+    enum: EAGAIN, EINTR, EINVAL, EIO, ENOSYS, ESHUTDOWN
 
 
 cdef extern from "<time.h>" nogil:
@@ -26,6 +26,13 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t size, int64_t offset)
     ssize_t pwrite(int fd, const void *buffer, size_t size, int64_t offset)
     int getpid()
+    long sysconf(int name)
+    enum: _SC_PAGESIZE
+
+
+cdef extern from "<fcntl.h>" nogil:
+    int fcntl(int fd, int command, int flags)
+    enum: F_SETFL, O_RDWR, O_NONBLOCK
 
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -104,7 +111,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *address, size_t size, int advice)
     int mincore(void *address, size_t size, unsigned char *pages)
     void *MAP_FAILED
-    enum: MAP_SHARED, PROT_READ, PROT_WRITE
+    enum: MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, PROT_NONE, PROT_READ, PROT_WRITE
 
 
 cdef extern from *:
@@ -231,32 +238,192 @@ cdef extern from *:
         ivshmem_write_barrier();
         *(volatile uint32_t *)address = value;
     }
-
-    static inline uint64_t ivshmem_load(const void *word)
-    {
-        return __atomic_load_n((const uint64_t *)word, __ATOMIC_ACQUIRE);
-    }
-    static inline void ivshmem_store(void *word, uint64_t value)
-    {
-        __atomic_store_n((uint64_t *)word, value, __ATOMIC_RELEASE);
-    }
-    static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
-    {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_SEQ_CST);
-        return expected;
-    }
-    static inline uint64_t ivshmem_add(void *word, uint64_t amount)
-    {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
-    }
     """
     uint32_t ivshmem_load32(const void *address) nogil
     void ivshmem_store32(void *address, uint32_t value) nogil
-    uint64_t ivshmem_load(const void *word) nogil
-    void ivshmem_store(void *word, uint64_t value) nogil
-    uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired) nogil
-    uint64_t ivshmem_add(void *word, uint64_t amount) nogil
+
+
+cdef extern from *:
+    r"""
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
+    }
+    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
+    }
+
+    /* Those that change the word and return what it was. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+
+    /* A word that is not as expected is only loaded: that has no release in its order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
+    {
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
+    }
+    """
+    enum:
+        RELAXED "__ATOMIC_RELAXED"
+        ACQUIRE "__ATOMIC_ACQUIRE"
+        RELEASE "__ATOMIC_RELEASE"
+        ACQ_REL "__ATOMIC_ACQ_REL"
+        SEQ_CST "__ATOMIC_SEQ_CST"
+    uint64_t ivshmem_load(void *word, bint wide, int order) noexcept nogil
+    void ivshmem_store(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_exchange(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_add(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_sub(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_and(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_or(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_xor(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t ivshmem_compare_exchange(
+        void *word, bint wide, uint64_t expected, uint64_t desired, int order
+    ) noexcept nogil
+
+
+cdef extern from *:
+    """
+    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
+       the last ends it. One word, so that no order of events ends it twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* One user more; 0 when it is ending. */
+    static inline int ivshmem_enter(unsigned int *state)
+    {
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* One user less; 1 when the caller has to end it. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* No more users; 1 when the caller has to end it. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    }
+
+    /* What tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    """
+    enum: IVSHMEM_CLOSING
+    bint ivshmem_enter(unsigned int *state) nogil
+    bint ivshmem_leave(unsigned int *state) nogil
+    bint ivshmem_shut(unsigned int *state) nogil
+    unsigned int ivshmem_state(const unsigned int *state) nogil
+    int ivshmem_count(int *number, int amount) nogil
+    void ivshmem_pause() nogil
+
+
+cdef extern from *:
+    """
+    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
+       meanwhile, so that only builds without a GIL have to count it. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
+    }
+    """
+    unsigned int ivshmem_shut_unused(unsigned int *state) nogil
+    bint ivshmem_enter_held(unsigned int *state) nogil
+    bint ivshmem_leave_held(unsigned int *state) nogil
 
 
 cdef extern from "Python.h":
@@ -268,6 +435,9 @@ cdef extern from *:
     /* Whether no other Python thread could want the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* to let go of nothing is cheap */
+    #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
                && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;

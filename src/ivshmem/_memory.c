@@ -1255,10 +1255,71 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <stdint.h>
 #include <string.h>
 #include <stdio.h>
+
+    #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    static CYTHON_INLINE int
+    __Pyx_CAPI_PyDict_GetItemStringRef(PyObject *mp, const char *key, PyObject **result)
+    {
+        int res;
+        PyObject *key_obj = PyUnicode_FromString(key);
+        if (key_obj == NULL) {
+            *result = NULL;
+            return -1;
+        }
+        res = __Pyx_PyDict_GetItemRef(mp, key_obj, result);
+        Py_DECREF(key_obj);
+        return res;
+    }
+    #else
+    #define __Pyx_CAPI_PyDict_GetItemStringRef PyDict_GetItemStringRef
+    #endif
+    #if PY_VERSION_HEX < 0x030d0000 || (CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030F0000)
+    static CYTHON_INLINE int
+    __Pyx_CAPI_PyDict_SetDefaultRef(PyObject *d, PyObject *key, PyObject *default_value,
+                        PyObject **result)
+    {
+        PyObject *value;
+        if (__Pyx_PyDict_GetItemRef(d, key, &value) < 0) {
+            // get error
+            if (result) {
+                *result = NULL;
+            }
+            return -1;
+        }
+        if (value != NULL) {
+            // present
+            if (result) {
+                *result = value;
+            }
+            else {
+                Py_DECREF(value);
+            }
+            return 1;
+        }
+
+        // missing: set the item
+        if (PyDict_SetItem(d, key, default_value) < 0) {
+            // set error
+            if (result) {
+                *result = NULL;
+            }
+            return -1;
+        }
+        if (result) {
+            Py_INCREF(default_value);
+            *result = default_value;
+        }
+        return 0;
+    }
+    #else
+    #define __Pyx_CAPI_PyDict_SetDefaultRef PyDict_SetDefaultRef
+    #endif
+    
 #include <stdlib.h>
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1360,30 +1421,161 @@ static int __Pyx_init_tpflags_variables(void) {
         ivshmem_write_barrier();
         *(volatile uint32_t *)address = value;
     }
+    
 
-    static inline uint64_t ivshmem_load(const void *word)
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    static inline uint64_t ivshmem_load(void *word, int wide, int order)
     {
-        return __atomic_load_n((const uint64_t *)word, __ATOMIC_ACQUIRE);
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline void ivshmem_store(void *word, uint64_t value)
+    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
     {
-        __atomic_store_n((uint64_t *)word, value, __ATOMIC_RELEASE);
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
+
+    /* Those that change the word and return what it was. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+
+    /* A word that is not as expected is only loaded: that has no release in its order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
     {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_SEQ_CST);
-        return expected;
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
     }
-    static inline uint64_t ivshmem_add(void *word, uint64_t amount)
+    
+
+    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
+       the last ends it. One word, so that no order of events ends it twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* One user more; 0 when it is ending. */
+    static inline int ivshmem_enter(unsigned int *state)
     {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* One user less; 1 when the caller has to end it. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* No more users; 1 when the caller has to end it. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    }
+
+    /* What tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    
+
+    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
+       meanwhile, so that only builds without a GIL have to count it. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
     }
     
 
     /* Whether no other Python thread could want the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* to let go of nothing is cheap */
+    #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
                && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
@@ -1404,7 +1596,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
 #endif
 #else
-#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
+#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_NOT_USED
 #endif
 #define __PYX_DEFAULT_STRING_ENCODING_IS_ASCII 0
 #define __PYX_DEFAULT_STRING_ENCODING_IS_UTF8 0
@@ -1785,9 +1977,6 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
-/* IncludeStructmemberH.proto (used by CythonFunctionShared) */
-#include <structmember.h>
-
 /* ForceInitThreads.proto */
 #ifndef __PYX_FORCE_INIT_THREADS
   #define __PYX_FORCE_INIT_THREADS 0
@@ -1802,21 +1991,44 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
 struct __pyx_obj_7ivshmem_7_memory_Mapping;
-struct __pyx_obj_7ivshmem_7_memory_Registers;
+struct __pyx_obj_7ivshmem_7_memory_Atomic;
+struct __pyx_obj_7ivshmem_7_memory_AtomicU32;
 struct __pyx_obj_7ivshmem_7_memory_AtomicU64;
+struct __pyx_obj_7ivshmem_7_memory_Registers;
 
-/* "_fds.pxd":7
- * from ._libc cimport aio_context_t, epoll_event
+/* "_fds.pxd":10
+ * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64
+  __pyx_e_7ivshmem_4_fds_BATCH = 64,
+  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
-/* "ivshmem/_memory.pyx":291
+/* "ivshmem/_memory.pyx":43
+ * from .errors import ClosedError
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # Bytes from which on a copy, or unmapping, lets go of the GIL. That takes 50 ns if nobody wants
+ *     # it, but to get it back from a thread that computes takes 5 ms. So a copy of less keeps it: for
+*/
+enum  {
+
+  /* "ivshmem/_memory.pyx":48
+ *     # 2 to 25 microseconds, which is about what it takes to wake somebody.
+ *     LARGE = 1 << 18
+ *     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_e_7ivshmem_7_memory_LARGE = (1 << 18),
+  __pyx_e_7ivshmem_7_memory_HUGE = (1 << 21)
+};
+
+/* "ivshmem/_memory.pyx":618
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1826,7 +2038,16 @@ enum  {
   __pyx_e_7ivshmem_7_memory_REGISTER_PAGE = 0x1000
 };
 
-/* "_fds.pxd":21
+/* "ivshmem/_memory.pyx":359
+ * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
+ * 
+ * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+typedef uint64_t (*__pyx_t_7ivshmem_7_memory_Change)(void *, int, uint64_t, int);
+
+/* "_fds.pxd":83
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -1839,12 +2060,13 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
-  int users;
-  int closing;
+  unsigned int state;
+  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int outgrown_count;
 };
 
 
-/* "_fds.pxd":32
+/* "_fds.pxd":96
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -1859,7 +2081,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":39
+/* "_fds.pxd":103
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1885,12 +2107,53 @@ struct __pyx_obj_7ivshmem_7_memory_Mapping {
   struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtab;
   char *start;
   Py_ssize_t length;
-  Py_ssize_t views;
+  unsigned int views;
+  unsigned int accesses;
   int fixed;
 };
 
 
-/* "ivshmem/_memory.pxd":15
+/* "ivshmem/_memory.pxd":20
+ * 
+ * 
+ * cdef class Atomic:             # <<<<<<<<<<<<<<
+ *     cdef Mapping mapping
+ *     cdef Py_ssize_t offset
+*/
+struct __pyx_obj_7ivshmem_7_memory_Atomic {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7_memory_Mapping *mapping;
+  Py_ssize_t offset;
+  int wide;
+};
+
+
+/* "ivshmem/_memory.pxd":31
+ * 
+ * 
+ * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
+ *     pass
+ * 
+*/
+struct __pyx_obj_7ivshmem_7_memory_AtomicU32 {
+  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+};
+
+
+/* "ivshmem/_memory.pxd":35
+ * 
+ * 
+ * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
+ *     pass
+ * 
+*/
+struct __pyx_obj_7ivshmem_7_memory_AtomicU64 {
+  struct __pyx_obj_7ivshmem_7_memory_Atomic __pyx_base;
+};
+
+
+/* "ivshmem/_memory.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -1906,27 +2169,12 @@ struct __pyx_obj_7ivshmem_7_memory_Registers {
   Py_ssize_t size;
   Py_ssize_t length;
   int fd;
-  int open;
-};
-
-
-/* "ivshmem/_memory.pyx":173
- * 
- * 
- * @cython.final             # <<<<<<<<<<<<<<
- * cdef class AtomicU64:
- *     """A 64-bit word of shared memory, in the machine's byte order, read and changed as a whole.
-*/
-struct __pyx_obj_7ivshmem_7_memory_AtomicU64 {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7_memory_Mapping *mapping;
-  Py_ssize_t offset;
+  unsigned int state;
 };
 
 
 
-/* "_fds.pxd":21
+/* "_fds.pxd":83
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -1935,13 +2183,14 @@ struct __pyx_obj_7ivshmem_7_memory_AtomicU64 {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*done)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":32
+/* "_fds.pxd":96
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -1955,7 +2204,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":39
+/* "_fds.pxd":103
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1969,8 +2218,8 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
 
 
-/* "ivshmem/_memory.pyx":24
- * from .errors import ClosedError
+/* "ivshmem/_memory.pyx":51
+ * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
  *     """A shared mapping of a file, from `offset` on, offered through the buffer protocol.
@@ -1978,12 +2227,61 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
 */
 
 struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping {
-  int (*check)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
+  int (*pin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Mapping *);
+  PyObject *(*exchange)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, PyObject *, int);
+  Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, Py_ssize_t);
+  int (*copy)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
 };
 static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem_7_memory_Mapping;
 
 
-/* "ivshmem/_memory.pyx":215
+/* "ivshmem/_memory.pyx":362
+ * 
+ * 
+ * cdef class Atomic:             # <<<<<<<<<<<<<<
+ *     """A word of shared memory in the machine's byte order, read and changed as a whole.
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic {
+  void *(*pin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+  void *(*pin_own)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+  void (*unpin)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+  uint64_t (*peek)(struct __pyx_obj_7ivshmem_7_memory_Atomic *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+
+
+/* "ivshmem/_memory.pyx":468
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class AtomicU32(Atomic):
+ *     """A 32-bit word of shared memory; see Atomic."""
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 {
+  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+};
+static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
+
+
+/* "ivshmem/_memory.pyx":473
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class AtomicU64(Atomic):
+ *     """A 64-bit word of shared memory; see Atomic."""
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 {
+  struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_base;
+};
+static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
+
+
+/* "ivshmem/_memory.pyx":513
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -1994,27 +2292,14 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem
 struct __pyx_vtabstruct_7ivshmem_7_memory_Registers {
   int (*check)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t);
   int (*put)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t);
+  void (*leave)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
+  void (*release)(struct __pyx_obj_7ivshmem_7_memory_Registers *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7_memory_Registers *__pyx_vtabptr_7ivshmem_7_memory_Registers;
 static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t);
 static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t);
-
-
-/* "ivshmem/_memory.pyx":173
- * 
- * 
- * @cython.final             # <<<<<<<<<<<<<<
- * cdef class AtomicU64:
- *     """A 64-bit word of shared memory, in the machine's byte order, read and changed as a whole.
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 {
-  void *(*word)(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *);
-  void *(*own_word)(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *);
-};
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *);
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *);
+static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *);
+static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -2090,6 +2375,12 @@ static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivs
     } while (0)
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -2529,6 +2820,9 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
 /* DivInt[Py_ssize_t].proto */
 static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
 
@@ -2536,17 +2830,40 @@ static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t, Py_ssize_t, int
 #define __Pyx_UNARY_NEG_WOULD_OVERFLOW(x)\
         (((x) < 0) & ((unsigned long)(x) == 0-(unsigned long)(x)))
 
-/* ModInt[Py_ssize_t].proto */
-static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
-/* RejectKeywords.export */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
 
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char);
 
 /* ArgTypeTestError.export */
 static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
@@ -2554,8 +2871,59 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
-/* ModInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+/* ModInt[Py_ssize_t].proto */
+static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
+
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
+/* PyOverflowError_Check.proto */
+#define __Pyx_PyExc_OverflowError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OverflowError)
+
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_uint64_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_uint64_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
+
+/* UnicodeConcatInPlace.proto */
+# if CYTHON_COMPILING_IN_CPYTHON
+    #if CYTHON_REFNANNY
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared, __pyx_refnanny)
+    #else
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared)
+    #endif
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_DefinitelyUnique)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_OwnStrongReference)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_FunctionArgument)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_SharedReference)
+    static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    );
+#else
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace __Pyx_PyUnicode_Concat
+#endif
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
 
 /* PyIndexError_Check.proto */
 #define __Pyx_PyExc_IndexError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_IndexError)
@@ -2722,155 +3090,8 @@ static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imp
 /* ImportFrom.export */
 static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
 
-/* dict_setdefault.proto (used by FetchCommonType) */
+/* dict_setdefault.proto (used by CLineInTraceback) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
-
-/* AddModuleRef.proto (used by FetchSharedCythonModule) */
-#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
-     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
-#else
-  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
-#endif
-
-/* FetchSharedCythonModule.proto (used by FetchCommonType) */
-static PyObject *__Pyx_FetchSharedCythonABIModule(void);
-
-/* VerifyCachedType.proto (used by FetchCommonType) */
-static int __Pyx_VerifyCachedType(PyObject *cached_type,
-                               const char *name,
-                               Py_ssize_t expected_basicsize);
-
-/* FetchCommonType.proto (used by CommonTypesMetaclass) */
-static PyTypeObject* __Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases);
-
-/* CommonTypesMetaclass.proto (used by CythonFunctionShared) */
-static int __pyx_CommonTypesMetaclass_init(PyObject *module);
-#define __Pyx_CommonTypesMetaclass_USED
-
-/* CythonFunctionPerModule.proto (used by CythonFunctionShared) */
-#define __Pyx_CyFunction_USED
-#if CYTHON_OPAQUE_SHARED_TYPES
-#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)PyObject_GetTypeData((o), __pyx_mstate_global->__pyx_CyFunctionType))
-#else
-#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)o)
-#endif
-#define __Pyx_CYFUNCTION_STATICMETHOD  0x01
-#define __Pyx_CYFUNCTION_CLASSMETHOD   0x02
-#define __Pyx_CYFUNCTION_CCLASS        0x04
-#define __Pyx_CYFUNCTION_COROUTINE     0x08
-#define __Pyx_CyFunction_GetClosure(f)\
-    ((__Pyx_as_CyFunctionObject(f))->func_closure)
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-  #define __Pyx_CyFunction_ClassObj(f)\
-      ((f)->func_classobj)
-  #define __Pyx_CyFunction_MethodDef(cyfunc) ((cyfunc)->func_methoddef)
-  #define __Pyx_CyFunction_Module(cyfunc) ((cyfunc)->func_module)
-#else
-  #define __Pyx_CyFunction_ClassObj(f)\
-      (((PyCMethodObject *) (f))->mm_class)
-  #define __Pyx_CyFunction_MethodDef(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_ml)
-  #define __Pyx_CyFunction_Module(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_module)
-#endif
-#define __Pyx_CyFunction_GetClassObj(f)\
-    ((PyObject*)__Pyx_CyFunction_ClassObj(__Pyx_as_CyFunctionObject(f)))
-#define __Pyx_CyFunction_SetClassObj(f, classobj)\
-    __Pyx__CyFunction_SetClassObj(__Pyx_as_CyFunctionObject(f), (classobj))
-#define __Pyx_CyFunction_Defaults(type, f)\
-    ((type *)((__Pyx_as_CyFunctionObject(f))->defaults))
-#define __Pyx_CyFunction_SetDefaultsGetter(f, g)\
-    (__Pyx_as_CyFunctionObject(f))->defaults_getter = (g)
-typedef struct {
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-#if !CYTHON_OPAQUE_OBJECTS
-    PyObject_HEAD
-#endif
-    PyMethodDef *func_methoddef;
-    PyObject *func_module;
-#else
-    PyCMethodObject func;
-#endif
-#if (CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL) && CYTHON_VECTORCALL
-    __pyx_vectorcallfunc func_vectorcall;
-#endif
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-    PyObject *func_weakreflist;
-#endif
-#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
-    PyObject *func_dict;
-#endif
-    PyObject *func_name;
-    PyObject *func_qualname;
-    PyObject *func_doc;
-    PyObject *func_globals;
-    PyObject *func_code;
-    PyObject *func_closure;
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-    PyObject *func_classobj;
-#endif
-    PyObject *defaults;
-    int flags;
-    PyObject *defaults_tuple;
-    PyObject *defaults_kwdict;
-    PyObject *(*defaults_getter)(PyObject *);
-    PyObject *func_annotations;
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-    PyObject *func_is_coroutine;
-#endif
-} __pyx_CyFunctionObject;
-#undef __Pyx_CyOrPyCFunction_Check
-#define __Pyx_CyFunction_Check(obj)  __Pyx_TypeCheck(obj, __pyx_mstate_global->__pyx_CyFunctionType)
-#define __Pyx_CyOrPyCFunction_Check(obj)  __Pyx_TypeCheck2(obj, __pyx_mstate_global->__pyx_CyFunctionType, &PyCFunction_Type)
-#define __Pyx_CyFunction_CheckExact(obj)  Py_IS_TYPE(obj, __pyx_mstate_global->__pyx_CyFunctionType)
-static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void));
-#undef __Pyx_IsSameCFunction
-#define __Pyx_IsSameCFunction(func, cfunc)   __Pyx__IsSameCyOrCFunction(func, cfunc)
-static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj);
-static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func,
-                                                         PyTypeObject *defaults_type);
-static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *m,
-                                                            PyObject *tuple);
-static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *m,
-                                                             PyObject *dict);
-static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *m,
-                                                              PyObject *dict);
-static int __pyx_CyFunction_init(PyObject *module);
-#if CYTHON_VECTORCALL
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
-#define __Pyx_CyFunction_func_vectorcall(f) ((f)->func_vectorcall)
-#else
-#define __Pyx_CyFunction_func_vectorcall(f) (((PyCFunctionObject*)f)->vectorcall)
-#endif
-#endif
-
-/* PyMethodNew.proto (used by CythonFunctionShared) */
-static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ);
-
-/* PyVectorcallFastCallDict.proto (used by CythonFunctionShared) */
-#if CYTHON_VECTORCALL
-static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw);
-#endif
-
-/* CythonFunctionShared.proto (used by CythonFunction) */
-static PyObject *__Pyx_CyFunction_Init(PyObject *op_in, PyMethodDef *ml,
-                                      int flags, PyObject* qualname,
-                                      PyObject *closure,
-                                      PyObject *module, PyObject *globals,
-                                      PyObject* code);
-#if CYTHON_VECTORCALL
-static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
-
-/* CythonFunction.export */
-static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml,
-                                      int flags, PyObject* qualname,
-                                      PyObject *closure,
-                                      PyObject *module, PyObject *globals,
-                                      PyObject* code);
-static PyTypeObject *__Pyx_Get_CyFunction_Type(void);
 
 /* CLineInTraceback.proto (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
@@ -2911,12 +3132,6 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 /* CIntFromPy.proto */
 static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *);
 
-/* CIntFromPy.proto */
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
-
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 #define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
@@ -2935,7 +3150,16 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 #endif
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
@@ -2954,6 +3178,14 @@ static void __Pyx_init_runtime_version(void);
 #define __Pyx_init_runtime_version()
 #endif
 static unsigned long __Pyx_get_runtime_version(void);
+
+/* AddModuleRef.proto */
+#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
+     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
+#else
+  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
+#endif
 
 /* CheckBinaryVersion.proto */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer);
@@ -3036,11 +3268,19 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
-static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto*/
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self); /* proto*/
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into); /* proto*/
+static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size); /* proto*/
+static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into); /* proto*/
+static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
+static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
+static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto*/
 static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto*/
+static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -3060,19 +3300,42 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 
 /* Module declarations from "cpython.object" */
 
+/* Module declarations from "cpython.bytes" */
+
+/* Module declarations from "cpython.pyport" */
+
+/* Module declarations from "cpython.dict" */
+
 /* Module declarations from "cpython.exc" */
 
-/* Module declarations from "libc.stdlib" */
+/* Module declarations from "cpython.number" */
 
 /* Module declarations from "cpython.ref" */
+
+/* Module declarations from "libc.stdlib" */
 
 /* Module declarations from "ivshmem._libc" */
 
 /* Module declarations from "ivshmem._fds" */
 static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 
 /* Module declarations from "ivshmem._memory" */
+static PyObject *__pyx_v_7ivshmem_7_memory_LOADS = 0;
+static PyObject *__pyx_v_7ivshmem_7_memory_STORES = 0;
+static PyObject *__pyx_v_7ivshmem_7_memory_CHANGES = 0;
+static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
+static void *__pyx_f_7ivshmem_7_memory_free_place(size_t); /*proto*/
+static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
+static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *, char *, Py_ssize_t, int); /*proto*/
+static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj_7ivshmem_7_memory_Atomic *, __pyx_t_7ivshmem_7_memory_Change, PyObject *, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *, PyObject *); /*proto*/
+static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj_7ivshmem_7_memory_Atomic *, PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7ivshmem_7_memory_Mapping *); /*proto*/
+static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshmem_7_memory_Atomic *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem._memory"
@@ -3082,7 +3345,7 @@ int __pyx_module_is_main_ivshmem___memory = 0;
 /* Implementation of "ivshmem._memory" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Memory_at_C_speed_mappings_64_bi[] = "Memory at C speed: mappings, 64-bit words in them, and the registers of a device.\n\nKnows: mmap, and what the processor guarantees. Does not know: where memory comes from.\n";
+static const char __pyx_k_Memory_at_C_speed_mappings_words[] = "Memory at C speed: mappings, words and copies in them, and the registers of a device.\n\nKnows: mmap, and what the processor guarantees. Does not know: where memory comes from.\n\nInvariants:\n1. What is in use stays mapped. A view of a mapping and a call that runs without the GIL make its\n   `close()` fail; a call that keeps the GIL is over before anybody can close. Without a GIL such a\n   call is counted, and so is one that waits for a word: the last unmaps what was closed meanwhile.\n2. Shared bytes are accessed once for each call: words by one instruction, all else by one copy.\n\n(`binding=False`, since functions that bind take 90 ns longer to call for each round trip.)\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, int __pyx_v_fd, Py_ssize_t __pyx_v_size, int __pyx_v_readonly, int64_t __pyx_v_offset, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
@@ -3090,22 +3353,35 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_8__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7_memory_7Mapping_10__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_12__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7_memory_9AtomicU64___cinit__(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, Py_ssize_t __pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_2load(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_4store(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_value); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_expected, uint64_t __pyx_v_desired); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_amount); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
+static void __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_xor(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU32___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU32_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, int __pyx_v_fd, int64_t __pyx_v_offset, Py_ssize_t __pyx_v_size, int __pyx_v_mapped); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value); /* proto */
@@ -3115,14 +3391,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_10__reduce_cython__(CYTHO
 static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Mapping(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7_memory_Mapping(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -3130,13 +3406,36 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObjec
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_Registers(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_Atomic(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7_memory_Registers __pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers
+#define __pyx_tp_new_7ivshmem_7_memory_Atomic __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_7_memory_AtomicU32 __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
@@ -3160,6 +3459,29 @@ static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, PyObj
 #endif
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Registers(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_Registers(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_7_memory_Registers __pyx_tp_new_vectorcall_7ivshmem_7_memory_Registers
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Registers(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -3189,28 +3511,20 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
     PyObject *__pyx_type_7ivshmem_7_memory_Mapping;
-    PyObject *__pyx_type_7ivshmem_7_memory_Registers;
+    PyObject *__pyx_type_7ivshmem_7_memory_Atomic;
+    PyObject *__pyx_type_7ivshmem_7_memory_AtomicU32;
     PyObject *__pyx_type_7ivshmem_7_memory_AtomicU64;
+    PyObject *__pyx_type_7ivshmem_7_memory_Registers;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Mapping;
-    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Registers;
+    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Atomic;
+    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU32;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU64;
+    PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Registers;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[115];
+    PyObject *__pyx_string_tab[79];
 /* #### Code section: module_state_contents ### */
-/* CommonTypesMetaclass.module_state_decls */
-PyTypeObject *__pyx_CommonTypesMetaclassType;
-
-/* CachedMethodType.module_state_decls */
-#if CYTHON_COMPILING_IN_LIMITED_API
-PyObject *__Pyx_CachedMethodType;
-#endif
-
-/* CythonFunctionPerModule.module_state_decls */
-PyTypeObject *__pyx_CyFunctionType;
-
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
 
@@ -3243,120 +3557,84 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #endif
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u_bytes __pyx_string_tab[0]
-#define __pyx_kp_u_bytes_of_them __pyx_string_tab[1]
-#define __pyx_kp_u_in __pyx_string_tab[2]
-#define __pyx_kp_u_views_release_memoryviews_and_a __pyx_string_tab[3]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[4]
-#define __pyx_kp_u__2 __pyx_string_tab[5]
-#define __pyx_kp_u_there_are __pyx_string_tab[6]
+#define __pyx_kp_u_bytes_at __pyx_string_tab[1]
+#define __pyx_kp_u_bytes_of_them __pyx_string_tab[2]
+#define __pyx_kp_u_for_this_operation __pyx_string_tab[3]
+#define __pyx_kp_u_has_more_than_the_32_bits_of_th __pyx_string_tab[4]
+#define __pyx_kp_u_in __pyx_string_tab[5]
+#define __pyx_kp_u_views_release_memoryviews_and_a __pyx_string_tab[6]
 #define __pyx_kp_u_ __pyx_string_tab[7]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[8]
-#define __pyx_kp_u_add_note __pyx_string_tab[9]
-#define __pyx_kp_u_cannot_map __pyx_string_tab[10]
-#define __pyx_kp_u_disable __pyx_string_tab[11]
-#define __pyx_kp_u_enable __pyx_string_tab[12]
-#define __pyx_kp_u_gc __pyx_string_tab[13]
-#define __pyx_kp_u_isenabled __pyx_string_tab[14]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[15]
-#define __pyx_kp_u_ivshmem__memory_pyx __pyx_string_tab[16]
-#define __pyx_kp_u_no_aligned_64_bit_word_at __pyx_string_tab[17]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[18]
-#define __pyx_kp_u_no_register_at __pyx_string_tab[19]
-#define __pyx_kp_u_the_device_is_closed __pyx_string_tab[20]
-#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[21]
-#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[22]
-#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[23]
-#define __pyx_n_u_AtomicU64 __pyx_string_tab[24]
-#define __pyx_n_u_AtomicU64___reduce_cython __pyx_string_tab[25]
-#define __pyx_n_u_AtomicU64___setstate_cython __pyx_string_tab[26]
-#define __pyx_n_u_AtomicU64_compare_exchange __pyx_string_tab[27]
-#define __pyx_n_u_AtomicU64_fetch_add __pyx_string_tab[28]
-#define __pyx_n_u_AtomicU64_load __pyx_string_tab[29]
-#define __pyx_n_u_AtomicU64_store __pyx_string_tab[30]
-#define __pyx_n_u_ClosedError __pyx_string_tab[31]
-#define __pyx_n_u_Mapping __pyx_string_tab[32]
-#define __pyx_n_u_Mapping___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_Mapping___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_Mapping_atomic_u64 __pyx_string_tab[35]
-#define __pyx_n_u_Mapping_close __pyx_string_tab[36]
-#define __pyx_n_u_Mapping_populate __pyx_string_tab[37]
-#define __pyx_n_u_Mapping_resident __pyx_string_tab[38]
-#define __pyx_n_u_Registers __pyx_string_tab[39]
-#define __pyx_n_u_Registers___reduce_cython __pyx_string_tab[40]
-#define __pyx_n_u_Registers___setstate_cython __pyx_string_tab[41]
-#define __pyx_n_u_Registers_close __pyx_string_tab[42]
-#define __pyx_n_u_Registers_load __pyx_string_tab[43]
-#define __pyx_n_u_Registers_store __pyx_string_tab[44]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[45]
-#define __pyx_n_u_annotate __pyx_string_tab[46]
-#define __pyx_n_u_func __pyx_string_tab[47]
-#define __pyx_n_u_getstate __pyx_string_tab[48]
-#define __pyx_n_u_main __pyx_string_tab[49]
-#define __pyx_n_u_module __pyx_string_tab[50]
-#define __pyx_n_u_name __pyx_string_tab[51]
-#define __pyx_n_u_pyx_state __pyx_string_tab[52]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
-#define __pyx_n_u_qualname __pyx_string_tab[54]
-#define __pyx_n_u_reduce __pyx_string_tab[55]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
-#define __pyx_n_u_set_name __pyx_string_tab[58]
-#define __pyx_n_u_setstate __pyx_string_tab[59]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_test __pyx_string_tab[61]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[62]
-#define __pyx_n_u_address __pyx_string_tab[63]
-#define __pyx_n_u_advice __pyx_string_tab[64]
-#define __pyx_n_u_amount __pyx_string_tab[65]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[66]
-#define __pyx_n_u_at __pyx_string_tab[67]
-#define __pyx_n_u_atomic_u64 __pyx_string_tab[68]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[69]
-#define __pyx_n_u_close __pyx_string_tab[70]
-#define __pyx_n_u_code __pyx_string_tab[71]
-#define __pyx_n_u_compare_exchange __pyx_string_tab[72]
-#define __pyx_n_u_count __pyx_string_tab[73]
-#define __pyx_n_u_desired __pyx_string_tab[74]
-#define __pyx_n_u_end __pyx_string_tab[75]
-#define __pyx_n_u_errors __pyx_string_tab[76]
-#define __pyx_n_u_expected __pyx_string_tab[77]
-#define __pyx_n_u_fd __pyx_string_tab[78]
-#define __pyx_n_u_fetch_add __pyx_string_tab[79]
-#define __pyx_n_u_i __pyx_string_tab[80]
-#define __pyx_n_u_items __pyx_string_tab[81]
-#define __pyx_n_u_ivshmem__memory __pyx_string_tab[82]
-#define __pyx_n_u_load __pyx_string_tab[83]
-#define __pyx_n_u_mapped __pyx_string_tab[84]
-#define __pyx_n_u_mapping __pyx_string_tab[85]
-#define __pyx_n_u_offset __pyx_string_tab[86]
-#define __pyx_n_u_page __pyx_string_tab[87]
-#define __pyx_n_u_page_size __pyx_string_tab[88]
-#define __pyx_n_u_pages __pyx_string_tab[89]
-#define __pyx_n_u_pop __pyx_string_tab[90]
-#define __pyx_n_u_populate __pyx_string_tab[91]
-#define __pyx_n_u_readonly __pyx_string_tab[92]
-#define __pyx_n_u_resident __pyx_string_tab[93]
-#define __pyx_n_u_seen __pyx_string_tab[94]
-#define __pyx_n_u_self __pyx_string_tab[95]
-#define __pyx_n_u_setdefault __pyx_string_tab[96]
-#define __pyx_n_u_size __pyx_string_tab[97]
-#define __pyx_n_u_store __pyx_string_tab[98]
-#define __pyx_n_u_value __pyx_string_tab[99]
-#define __pyx_n_u_values __pyx_string_tab[100]
-#define __pyx_n_u_vector __pyx_string_tab[101]
-#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_F_1_D_Q __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_A_HA_4vS_4wd __pyx_string_tab[105]
-#define __pyx_kp_b_iso88591_A_4y_A __pyx_string_tab[106]
-#define __pyx_kp_b_iso88591_A_1D_Q __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_A_q_IT_1 __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_Qd_4q __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_A_U_1_q_2Q __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A __pyx_string_tab[114]
+#define __pyx_kp_u_bit_word_at __pyx_string_tab[8]
+#define __pyx_kp_u__3 __pyx_string_tab[9]
+#define __pyx_kp_u_there_are __pyx_string_tab[10]
+#define __pyx_kp_u__2 __pyx_string_tab[11]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[12]
+#define __pyx_kp_u_add_note __pyx_string_tab[13]
+#define __pyx_kp_u_cannot_map __pyx_string_tab[14]
+#define __pyx_kp_u_disable __pyx_string_tab[15]
+#define __pyx_kp_u_enable __pyx_string_tab[16]
+#define __pyx_kp_u_gc __pyx_string_tab[17]
+#define __pyx_kp_u_isenabled __pyx_string_tab[18]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[19]
+#define __pyx_kp_u_no __pyx_string_tab[20]
+#define __pyx_kp_u_no_aligned __pyx_string_tab[21]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[22]
+#define __pyx_kp_u_no_order __pyx_string_tab[23]
+#define __pyx_kp_u_no_pages_have __pyx_string_tab[24]
+#define __pyx_kp_u_no_register_at __pyx_string_tab[25]
+#define __pyx_kp_u_the_device_is_closed __pyx_string_tab[26]
+#define __pyx_kp_u_the_memory_is_closed __pyx_string_tab[27]
+#define __pyx_kp_u_the_memory_is_in_use_by __pyx_string_tab[28]
+#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[29]
+#define __pyx_n_u_Atomic __pyx_string_tab[30]
+#define __pyx_n_u_AtomicU32 __pyx_string_tab[31]
+#define __pyx_n_u_AtomicU64 __pyx_string_tab[32]
+#define __pyx_n_u_ClosedError __pyx_string_tab[33]
+#define __pyx_n_u_Mapping __pyx_string_tab[34]
+#define __pyx_n_u_Registers __pyx_string_tab[35]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[36]
+#define __pyx_n_u_getstate __pyx_string_tab[37]
+#define __pyx_n_u_main __pyx_string_tab[38]
+#define __pyx_n_u_module __pyx_string_tab[39]
+#define __pyx_n_u_name __pyx_string_tab[40]
+#define __pyx_n_u_pyx_state __pyx_string_tab[41]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[42]
+#define __pyx_n_u_qualname __pyx_string_tab[43]
+#define __pyx_n_u_reduce __pyx_string_tab[44]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[45]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[46]
+#define __pyx_n_u_set_name __pyx_string_tab[47]
+#define __pyx_n_u_setstate __pyx_string_tab[48]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[49]
+#define __pyx_n_u_test __pyx_string_tab[50]
+#define __pyx_n_u_acq_rel __pyx_string_tab[51]
+#define __pyx_n_u_acquire __pyx_string_tab[52]
+#define __pyx_n_u_amount __pyx_string_tab[53]
+#define __pyx_n_u_at __pyx_string_tab[54]
+#define __pyx_n_u_bits __pyx_string_tab[55]
+#define __pyx_n_u_buffer __pyx_string_tab[56]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[57]
+#define __pyx_n_u_data __pyx_string_tab[58]
+#define __pyx_n_u_desired __pyx_string_tab[59]
+#define __pyx_n_u_errors __pyx_string_tab[60]
+#define __pyx_n_u_expected __pyx_string_tab[61]
+#define __pyx_n_u_fd __pyx_string_tab[62]
+#define __pyx_n_u_items __pyx_string_tab[63]
+#define __pyx_n_u_mapped __pyx_string_tab[64]
+#define __pyx_n_u_mapping __pyx_string_tab[65]
+#define __pyx_n_u_offset __pyx_string_tab[66]
+#define __pyx_n_u_order __pyx_string_tab[67]
+#define __pyx_n_u_page_size __pyx_string_tab[68]
+#define __pyx_n_u_pop __pyx_string_tab[69]
+#define __pyx_n_u_readonly __pyx_string_tab[70]
+#define __pyx_n_u_relaxed __pyx_string_tab[71]
+#define __pyx_n_u_release __pyx_string_tab[72]
+#define __pyx_n_u_seq_cst __pyx_string_tab[73]
+#define __pyx_n_u_setdefault __pyx_string_tab[74]
+#define __pyx_n_u_size __pyx_string_tab[75]
+#define __pyx_n_u_value __pyx_string_tab[76]
+#define __pyx_n_u_values __pyx_string_tab[77]
+#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[78]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -3377,22 +3655,19 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Registers);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Atomic);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_AtomicU32);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_AtomicU64);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7_memory_Registers);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<79; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
-/* CommonTypesMetaclass.module_state_clear */
-Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
-
-/* CythonFunctionPerModule.module_state_clear */
-Py_CLEAR(clear_module_state->__pyx_CyFunctionType);
-
 /* #### Code section: module_state_clear_end ### */
 return 0;
 }
@@ -3414,29 +3689,628 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Mapping);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Registers);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Atomic);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_AtomicU32);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_AtomicU64);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Registers);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7_memory_Registers);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<79; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
-/* CommonTypesMetaclass.module_state_traverse */
-Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
-
-/* CythonFunctionPerModule.module_state_traverse */
-Py_VISIT(traverse_module_state->__pyx_CyFunctionType);
-
 /* #### Code section: module_state_traverse_end ### */
 return 0;
 }
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_memory.pyx":31
+/* "_fds.pxd":25
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+  struct timespec __pyx_v_t;
+  int64_t __pyx_r;
+
+  /* "_fds.pxd":27
+ * cdef inline int64_t now() noexcept nogil:
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+ * 
+*/
+  (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
+
+  /* "_fds.pxd":28
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((((int64_t)__pyx_v_t.tv_sec) * 0x3B9ACA00) + __pyx_v_t.tv_nsec);
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":25
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":31
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+  int64_t __pyx_r;
+  int64_t __pyx_t_1;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+  int64_t __pyx_t_5;
+  int __pyx_t_6;
+
+  /* "_fds.pxd":33
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_nanoseconds >= 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_3 = __Pyx_div_int64_t(((int64_t)INT64_MAX), 2, 1);
+
+    __pyx_t_4 = __pyx_v_nanoseconds;
+    __pyx_t_6 = (__pyx_t_3 < __pyx_t_4);
+
+    if (__pyx_t_6) {
+
+      __pyx_t_5 = __pyx_t_3;
+    } else {
+
+      __pyx_t_5 = __pyx_t_4;
+    }
+
+
+    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+
+  } else {
+
+    __pyx_t_1 = INT64_MAX;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":31
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+  int64_t __pyx_v_nanoseconds;
+  struct timespec *__pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+
+  /* "_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  __pyx_t_1 = (__pyx_v_deadline == INT64_MAX);
+
+  if (__pyx_t_1) {
+
+
+    /* "_fds.pxd":40
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  }
+
+  /* "_fds.pxd":41
+ *     if deadline == INT64_MAX:
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+*/
+
+  __pyx_t_2 = ((int64_t)0);
+
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_4 = __pyx_t_2;
+  } else {
+
+    __pyx_t_4 = __pyx_t_3;
+  }
+
+  __pyx_v_nanoseconds = __pyx_t_4;
+
+
+  /* "_fds.pxd":42
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left
+*/
+  __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "_fds.pxd":43
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
+ *     return left
+ * 
+*/
+  __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "_fds.pxd":44
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_left;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+  int64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  uint64_t __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "_fds.pxd":49
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+  __pyx_t_1 = ((uint64_t)INT64_MAX);
+
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
+
+  if (__pyx_t_4) {
+
+    __pyx_t_3 = __pyx_t_1;
+  } else {
+
+    __pyx_t_3 = __pyx_t_2;
+  }
+
+  {
+
+    __pyx_r = ((int64_t)__pyx_t_3);
+  }
+
+  goto __pyx_L0;
+
+  /* "_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+  uint64_t __pyx_v_count;
+  struct iovec __pyx_v_iov;
+  Py_ssize_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+
+  /* "_fds.pxd":58
+ *     it since Linux 5.8, which is why that is the oldest kernel supported.
+ *     """
+ *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *     cdef iovec iov
+ *     cdef ssize_t n
+*/
+  __pyx_v_count = 0;
+
+  /* "_fds.pxd":61
+ *     cdef iovec iov
+ *     cdef ssize_t n
+ *     iov.iov_base = &count             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+*/
+  __pyx_v_iov.iov_base = (&__pyx_v_count);
+
+  /* "_fds.pxd":62
+ *     cdef ssize_t n
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+
+  /* "_fds.pxd":63
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)
+ *     while True:             # <<<<<<<<<<<<<<
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+*/
+  while (1) {
+
+    /* "_fds.pxd":64
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
+ *         if n == sizeof(count):
+ *             return count_of(count)
+*/
+    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
+
+    /* "_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":66
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+ *             return count_of(count)             # <<<<<<<<<<<<<<
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+*/
+      {
+
+        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    }
+
+    /* "_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":68
+ *             return count_of(count)
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      {
+
+        __pyx_r = (-EINVAL);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    }
+
+    /* "_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    __pyx_t_1 = (errno == EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":70
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         if errno != EINTR:
+ *             return -errno
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    }
+
+    /* "_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    __pyx_t_1 = (errno != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":72
+ *             return 0
+ *         if errno != EINTR:
+ *             return -errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      {
+
+        __pyx_r = (-errno);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    }
+  }
+
+  /* "_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+  uint64_t __pyx_v_one;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "_fds.pxd":77
+ * cdef inline int add_one(int fd) noexcept nogil:
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+*/
+  __pyx_v_one = 1;
+
+  /* "_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  __pyx_t_2 = (write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one))) >= 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EAGAIN);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "_fds.pxd":79
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0             # <<<<<<<<<<<<<<
+ *     return errno
+ * 
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  }
+
+  /* "_fds.pxd":80
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+ *     return errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = errno;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":58
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -3478,41 +4352,41 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_readonly,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 31, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 58, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 31, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 58, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 31, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 58, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 2) ? kwd_pos_args : 2;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 31, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, __pyx_v_kwargs, values, used_pos_args, __pyx_kwds_len, "__cinit__", 1) < (0)) __PYX_ERR(0, 58, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 31, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, i); __PYX_ERR(0, 58, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 31, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 58, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 31, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 58, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 32, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 32, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 32, __pyx_L3_error)
+      __pyx_v_readonly = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_readonly == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_memory.pyx":32
+      /* "ivshmem/_memory.pyx":59
  * 
  *     def __cinit__(
  *         self, int fd, Py_ssize_t size, *args, bint readonly=False, int64_t offset=0, **kwargs             # <<<<<<<<<<<<<<
@@ -3522,14 +4396,14 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
       __pyx_v_readonly = ((int)0);
     }
     if (values[3]) {
-      __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 32, __pyx_L3_error)
+      __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L3_error)
     } else {
       __pyx_v_offset = ((int64_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 31, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 2, 2, __pyx_nargs); __PYX_ERR(0, 58, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3544,7 +4418,7 @@ static int __pyx_pw_7ivshmem_7_memory_7Mapping_1__cinit__(PyObject *__pyx_v_self
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_fd, __pyx_v_size, __pyx_v_readonly, __pyx_v_offset, __pyx_v_args, __pyx_v_kwargs);
 
-  /* "ivshmem/_memory.pyx":31
+  /* "ivshmem/_memory.pyx":58
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -3585,12 +4459,12 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_memory.pyx":35
+  /* "ivshmem/_memory.pyx":62
  *     ):
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE             # <<<<<<<<<<<<<<
  *         self.start = NULL
- *         if size <= 0:
+ *         # Closed, to a subclass's __del__ after a failure here.
 */
   if (__pyx_v_readonly) {
 
@@ -3601,18 +4475,28 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   }
   __pyx_v_protection = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":36
+  /* "ivshmem/_memory.pyx":63
  *         cdef void *address
  *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
  *         self.start = NULL             # <<<<<<<<<<<<<<
- *         if size <= 0:
- *             raise ValueError(f"cannot map {size} bytes")
+ *         # Closed, to a subclass's __del__ after a failure here.
+ *         self.views = self.accesses = IVSHMEM_CLOSING
 */
   __pyx_v_self->start = NULL;
 
-  /* "ivshmem/_memory.pyx":37
- *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
+  /* "ivshmem/_memory.pyx":65
  *         self.start = NULL
+ *         # Closed, to a subclass's __del__ after a failure here.
+ *         self.views = self.accesses = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
+ *         if size <= 0:
+ *             raise ValueError(f"cannot map {size} bytes")
+*/
+  __pyx_v_self->views = IVSHMEM_CLOSING;
+  __pyx_v_self->accesses = IVSHMEM_CLOSING;
+
+  /* "ivshmem/_memory.pyx":66
+ *         # Closed, to a subclass's __del__ after a failure here.
+ *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
@@ -3622,15 +4506,15 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":38
- *         self.start = NULL
+    /* "ivshmem/_memory.pyx":67
+ *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")             # <<<<<<<<<<<<<<
  *         with nogil:
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 38, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_map;
     __pyx_t_6[1] = __pyx_t_5;
@@ -3641,7 +4525,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
     #endif
     __pyx_t_1 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 38, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 67, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -3650,27 +4534,27 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 38, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 67, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 38, __pyx_L1_error)
+    __PYX_ERR(0, 67, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":37
- *         cdef int protection = PROT_READ if readonly else PROT_READ | PROT_WRITE
- *         self.start = NULL
+    /* "ivshmem/_memory.pyx":66
+ *         # Closed, to a subclass's __del__ after a failure here.
+ *         self.views = self.accesses = IVSHMEM_CLOSING
  *         if size <= 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
 */
   }
 
-  /* "ivshmem/_memory.pyx":39
+  /* "ivshmem/_memory.pyx":68
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:
 */
   {
@@ -3679,21 +4563,21 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_memory.pyx":40
+        /* "ivshmem/_memory.pyx":69
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)             # <<<<<<<<<<<<<<
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)             # <<<<<<<<<<<<<<
  *         if address == MAP_FAILED:
  *             fail()
 */
-        __pyx_v_address = mmap(NULL, __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, __pyx_v_offset);
+        __pyx_v_address = mmap(__pyx_f_7ivshmem_7_memory_free_place(__pyx_v_size), __pyx_v_size, __pyx_v_protection, MAP_SHARED, __pyx_v_fd, __pyx_v_offset);
       }
 
-      /* "ivshmem/_memory.pyx":39
+      /* "ivshmem/_memory.pyx":68
  *         if size <= 0:
  *             raise ValueError(f"cannot map {size} bytes")
  *         with nogil:             # <<<<<<<<<<<<<<
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:
 */
       /*finally:*/ {
@@ -3706,9 +4590,9 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
       }
   }
 
-  /* "ivshmem/_memory.pyx":41
+  /* "ivshmem/_memory.pyx":70
  *         with nogil:
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
  *             fail()
  *         self.start = <char *>address
@@ -3718,26 +4602,26 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":42
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+    /* "ivshmem/_memory.pyx":71
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.start = <char *>address
  *         self.length = size
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 42, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":41
+    /* "ivshmem/_memory.pyx":70
  *         with nogil:
- *             address = mmap(NULL, size, protection, MAP_SHARED, fd, offset)
+ *             address = mmap(free_place(size), size, protection, MAP_SHARED, fd, offset)
  *         if address == MAP_FAILED:             # <<<<<<<<<<<<<<
  *             fail()
  *         self.start = <char *>address
 */
   }
 
-  /* "ivshmem/_memory.pyx":43
+  /* "ivshmem/_memory.pyx":72
  *         if address == MAP_FAILED:
  *             fail()
  *         self.start = <char *>address             # <<<<<<<<<<<<<<
@@ -3746,25 +4630,35 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->start = ((char *)__pyx_v_address);
 
-  /* "ivshmem/_memory.pyx":44
+  /* "ivshmem/_memory.pyx":73
  *             fail()
  *         self.start = <char *>address
  *         self.length = size             # <<<<<<<<<<<<<<
  *         self.fixed = readonly
- * 
+ *         self.views = self.accesses = 0
 */
   __pyx_v_self->length = __pyx_v_size;
 
-  /* "ivshmem/_memory.pyx":45
+  /* "ivshmem/_memory.pyx":74
  *         self.start = <char *>address
  *         self.length = size
  *         self.fixed = readonly             # <<<<<<<<<<<<<<
+ *         self.views = self.accesses = 0
  * 
- *     @property
 */
   __pyx_v_self->fixed = __pyx_v_readonly;
 
-  /* "ivshmem/_memory.pyx":31
+  /* "ivshmem/_memory.pyx":75
+ *         self.length = size
+ *         self.fixed = readonly
+ *         self.views = self.accesses = 0             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_v_self->views = 0;
+  __pyx_v_self->accesses = 0;
+
+  /* "ivshmem/_memory.pyx":58
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -3790,8 +4684,8 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":47
- *         self.fixed = readonly
+/* "ivshmem/_memory.pyx":77
+ *         self.views = self.accesses = 0
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def address(self):
@@ -3822,14 +4716,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":50
+  /* "ivshmem/_memory.pyx":80
  *     def address(self):
  *         """Where the memory begins in this process, 0 when closed; for ctypes and its like."""
  *         return <size_t>self.start             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_FromSize_t(((size_t)__pyx_v_self->start)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 80, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -3842,8 +4736,8 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":47
- *         self.fixed = readonly
+  /* "ivshmem/_memory.pyx":77
+ *         self.views = self.accesses = 0
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def address(self):
@@ -3861,7 +4755,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_7address___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":52
+/* "ivshmem/_memory.pyx":82
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -3893,14 +4787,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":55
+  /* "ivshmem/_memory.pyx":85
  *     def size(self):
  *         """Bytes mapped."""
  *         return self.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 85, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -3913,7 +4807,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":52
+  /* "ivshmem/_memory.pyx":82
  *         return <size_t>self.start
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -3932,7 +4826,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":57
+/* "ivshmem/_memory.pyx":87
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -3964,14 +4858,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":60
+  /* "ivshmem/_memory.pyx":90
  *     def readonly(self):
  *         """Whether this process may only read."""
  *         return self.fixed             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 60, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(__pyx_v_self->fixed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 90, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -3984,7 +4878,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":57
+  /* "ivshmem/_memory.pyx":87
  *         return self.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -4003,7 +4897,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":62
+/* "ivshmem/_memory.pyx":92
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -4035,14 +4929,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_memory.pyx":65
+  /* "ivshmem/_memory.pyx":95
  *     def closed(self):
  *         """Whether the memory is no longer mapped here."""
- *         return self.start == NULL             # <<<<<<<<<<<<<<
+ *         return ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int check(self) except -1:
+ *     cdef int pin(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->start == NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 65, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->views)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -4055,7 +4949,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":62
+  /* "ivshmem/_memory.pyx":92
  *         return self.fixed
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -4074,15 +4968,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":67
- *         return self.start == NULL
+/* "ivshmem/_memory.pyx":97
+ *         return ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
  * 
- *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.start == NULL:
- *             raise ClosedError("the memory is closed")
+ *     cdef int pin(self) except -1:             # <<<<<<<<<<<<<<
+ *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
+ *         if not ivshmem_enter(&self.views):
 */
 
-static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7_memory_7Mapping_pin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -4093,29 +4987,29 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("check", 0);
+  __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/_memory.pyx":68
- * 
- *     cdef int check(self) except -1:
- *         if self.start == NULL:             # <<<<<<<<<<<<<<
+  /* "ivshmem/_memory.pyx":99
+ *     cdef int pin(self) except -1:
+ *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
+ *         if not ivshmem_enter(&self.views):             # <<<<<<<<<<<<<<
  *             raise ClosedError("the memory is closed")
  *         return 0
 */
-  __pyx_t_1 = (__pyx_v_self->start == NULL);
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->views)));
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":69
- *     cdef int check(self) except -1:
- *         if self.start == NULL:
+    /* "ivshmem/_memory.pyx":100
+ *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
+ *         if not ivshmem_enter(&self.views):
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -4134,28 +5028,28 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 69, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 69, __pyx_L1_error)
+    __PYX_ERR(0, 100, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":68
- * 
- *     cdef int check(self) except -1:
- *         if self.start == NULL:             # <<<<<<<<<<<<<<
+    /* "ivshmem/_memory.pyx":99
+ *     cdef int pin(self) except -1:
+ *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
+ *         if not ivshmem_enter(&self.views):             # <<<<<<<<<<<<<<
  *             raise ClosedError("the memory is closed")
  *         return 0
 */
   }
 
-  /* "ivshmem/_memory.pyx":70
- *         if self.start == NULL:
+  /* "ivshmem/_memory.pyx":101
+ *         if not ivshmem_enter(&self.views):
  *             raise ClosedError("the memory is closed")
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     def populate(self, Py_ssize_t page_size):
+ *     cdef void unpin(self) noexcept nogil:
 */
   {
 
@@ -4163,12 +5057,12 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":67
- *         return self.start == NULL
+  /* "ivshmem/_memory.pyx":97
+ *         return ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
  * 
- *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.start == NULL:
- *             raise ClosedError("the memory is closed")
+ *     cdef int pin(self) except -1:             # <<<<<<<<<<<<<<
+ *         """One user more: until `unpin` the memory stays mapped, and close() fails."""
+ *         if not ivshmem_enter(&self.views):
 */
 
   /* function exit code */
@@ -4176,7 +5070,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -4184,8 +5078,38 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_check(struct __pyx_obj_7ivshmem_7_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":72
+/* "ivshmem/_memory.pyx":103
  *         return 0
+ * 
+ *     cdef void unpin(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         ivshmem_leave(&self.views)
+ * 
+*/
+
+static void __pyx_f_7ivshmem_7_memory_7Mapping_unpin(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+
+  /* "ivshmem/_memory.pyx":104
+ * 
+ *     cdef void unpin(self) noexcept nogil:
+ *         ivshmem_leave(&self.views)             # <<<<<<<<<<<<<<
+ * 
+ *     def populate(self, Py_ssize_t page_size):
+*/
+  (void)(ivshmem_leave((&__pyx_v_self->views)));
+
+  /* "ivshmem/_memory.pyx":103
+ *         return 0
+ * 
+ *     cdef void unpin(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         ivshmem_leave(&self.views)
+ * 
+*/
+
+  /* function exit code */
+}
+
+/* "ivshmem/_memory.pyx":106
+ *         ivshmem_leave(&self.views)
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
@@ -4200,8 +5124,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_2populate, "Fault every page in, for writing where that is allowed; contents stay as they are.\n\n        Raises:\n            OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_3populate = {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_2populate};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_2populate, "populate($self, page_size)\n--\n\nFault every page in, for writing where that is allowed; contents stay as they are.\n\nRaises:\n    OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_3populate(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -4232,32 +5155,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 72, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 106, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 72, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "populate", 0) < (0)) __PYX_ERR(0, 106, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 72, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, i); __PYX_ERR(0, 106, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 72, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 72, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 106, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4289,22 +5212,29 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
-  int __pyx_t_3;
-  char *__pyx_t_4;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[3];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_10;
+  char *__pyx_t_11;
+  int __pyx_t_12;
+  char const *__pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("populate", 0);
 
-  /* "ivshmem/_memory.pyx":78
+  /* "ivshmem/_memory.pyx":112
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -4320,7 +5250,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":79
+  /* "ivshmem/_memory.pyx":113
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -4329,45 +5259,92 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_memory.pyx":82
+  /* "ivshmem/_memory.pyx":116
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
- *         self.check()
- *         self.views += 1
+ *         if page_size <= 0:
+ *             raise ValueError(f"no pages have {page_size} bytes")
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/_memory.pyx":83
+  /* "ivshmem/_memory.pyx":117
  *         cdef char *end
  *         cdef char seen = 0
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.views += 1
+ *         if page_size <= 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no pages have {page_size} bytes")
+ *         self.pin()
+*/
+  __pyx_t_2 = (__pyx_v_page_size <= 0);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":118
+ *         cdef char seen = 0
+ *         if page_size <= 0:
+ *             raise ValueError(f"no pages have {page_size} bytes")             # <<<<<<<<<<<<<<
+ *         self.pin()
  *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L1_error)
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_page_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 118, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_no_pages_have;
+    __pyx_t_6[1] = __pyx_t_5;
+    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_7 = 20;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    #endif
+    __pyx_t_8 = 0;
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 118, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_10 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_9};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 118, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 118, __pyx_L1_error)
 
-
-  /* "ivshmem/_memory.pyx":84
+    /* "ivshmem/_memory.pyx":117
+ *         cdef char *end
  *         cdef char seen = 0
- *         self.check()
- *         self.views += 1             # <<<<<<<<<<<<<<
+ *         if page_size <= 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no pages have {page_size} bytes")
+ *         self.pin()
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":119
+ *         if page_size <= 0:
+ *             raise ValueError(f"no pages have {page_size} bytes")
+ *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  __pyx_v_self->views = (__pyx_v_self->views + 1);
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
 
-  /* "ivshmem/_memory.pyx":85
- *         self.check()
- *         self.views += 1
+
+  /* "ivshmem/_memory.pyx":120
+ *             raise ValueError(f"no pages have {page_size} bytes")
+ *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
  *             while True:
  *                 with nogil:
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":86
- *         self.views += 1
+    /* "ivshmem/_memory.pyx":121
+ *         self.pin()
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
  *                 with nogil:
@@ -4375,7 +5352,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
     while (1) {
 
-      /* "ivshmem/_memory.pyx":87
+      /* "ivshmem/_memory.pyx":122
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4388,27 +5365,27 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_memory.pyx":88
+            /* "ivshmem/_memory.pyx":123
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
  *                 if code != EINTR and code != EAGAIN:
  *                     break
 */
-            __pyx_t_3 = (madvise(__pyx_v_self->start, __pyx_v_self->length, __pyx_v_advice) < 0);
+            __pyx_t_2 = (madvise(__pyx_v_self->start, __pyx_v_self->length, __pyx_v_advice) < 0);
 
-            if (__pyx_t_3) {
+            if (__pyx_t_2) {
 
-              __pyx_t_2 = errno;
+              __pyx_t_8 = errno;
             } else {
 
-              __pyx_t_2 = 0;
+              __pyx_t_8 = 0;
             }
 
-            __pyx_v_code = __pyx_t_2;
+            __pyx_v_code = __pyx_t_8;
           }
 
-          /* "ivshmem/_memory.pyx":87
+          /* "ivshmem/_memory.pyx":122
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4419,13 +5396,13 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
             /*normal exit:*/{
               __Pyx_FastGIL_Forget();
               PyEval_RestoreThread(_save);
-              goto __pyx_L12;
+              goto __pyx_L13;
             }
-            __pyx_L12:;
+            __pyx_L13:;
           }
       }
 
-      /* "ivshmem/_memory.pyx":89
+      /* "ivshmem/_memory.pyx":124
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -4435,25 +5412,25 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
       switch (__pyx_v_code) {
         case EINTR:
         case EAGAIN:
-        __pyx_t_3 = 0;
+        __pyx_t_2 = 0;
         break;
         default:
-        __pyx_t_3 = 1;
+        __pyx_t_2 = 1;
         break;
       }
-      if (__pyx_t_3) {
+      if (__pyx_t_2) {
 
 
-        /* "ivshmem/_memory.pyx":90
+        /* "ivshmem/_memory.pyx":125
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
 */
-        goto __pyx_L7_break;
+        goto __pyx_L8_break;
 
-        /* "ivshmem/_memory.pyx":89
+        /* "ivshmem/_memory.pyx":124
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -4462,42 +5439,42 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_memory.pyx":91
+      /* "ivshmem/_memory.pyx":126
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L4_error)
+      __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 126, __pyx_L5_error)
 
     }
-    __pyx_L7_break:;
+    __pyx_L8_break:;
 
-    /* "ivshmem/_memory.pyx":92
+    /* "ivshmem/_memory.pyx":127
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
  *                 page = self.start
  *                 end = self.start + self.length
 */
-    __pyx_t_3 = (__pyx_v_code == EINVAL);
+    __pyx_t_2 = (__pyx_v_code == EINVAL);
 
-    if (__pyx_t_3) {
+    if (__pyx_t_2) {
 
 
-      /* "ivshmem/_memory.pyx":93
+      /* "ivshmem/_memory.pyx":128
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
  *                 end = self.start + self.length
  *                 with nogil:
 */
-      __pyx_t_4 = __pyx_v_self->start;
+      __pyx_t_11 = __pyx_v_self->start;
 
-      __pyx_v_page = __pyx_t_4;
+      __pyx_v_page = __pyx_t_11;
 
-      /* "ivshmem/_memory.pyx":94
+      /* "ivshmem/_memory.pyx":129
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -4506,7 +5483,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/_memory.pyx":95
+      /* "ivshmem/_memory.pyx":130
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4519,7 +5496,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_memory.pyx":96
+            /* "ivshmem/_memory.pyx":131
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -4527,24 +5504,24 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
  *                             seen |= (<volatile_char *>page)[0]
 */
             while (1) {
-              __pyx_t_3 = (__pyx_v_page < __pyx_v_end);
+              __pyx_t_2 = (__pyx_v_page < __pyx_v_end);
 
 
-              if (!__pyx_t_3) break;
+              if (!__pyx_t_2) break;
 
-              /* "ivshmem/_memory.pyx":97
+              /* "ivshmem/_memory.pyx":132
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
 */
-              __pyx_t_3 = (__pyx_v_advice == MADV_POPULATE_READ);
+              __pyx_t_2 = (__pyx_v_advice == MADV_POPULATE_READ);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_2) {
 
 
-                /* "ivshmem/_memory.pyx":98
+                /* "ivshmem/_memory.pyx":133
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -4553,17 +5530,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/_memory.pyx":97
+                /* "ivshmem/_memory.pyx":132
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
 */
-                goto __pyx_L20;
+                goto __pyx_L21;
               }
 
-              /* "ivshmem/_memory.pyx":100
+              /* "ivshmem/_memory.pyx":135
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -4573,9 +5550,9 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
               /*else*/ {
                 ivshmem_touch(__pyx_v_page);
               }
-              __pyx_L20:;
+              __pyx_L21:;
 
-              /* "ivshmem/_memory.pyx":101
+              /* "ivshmem/_memory.pyx":136
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -4586,7 +5563,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
             }
           }
 
-          /* "ivshmem/_memory.pyx":95
+          /* "ivshmem/_memory.pyx":130
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -4597,45 +5574,45 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
             /*normal exit:*/{
               __Pyx_FastGIL_Forget();
               PyEval_RestoreThread(_save);
-              goto __pyx_L17;
+              goto __pyx_L18;
             }
-            __pyx_L17:;
+            __pyx_L18:;
           }
       }
 
-      /* "ivshmem/_memory.pyx":92
+      /* "ivshmem/_memory.pyx":127
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
  *                 page = self.start
  *                 end = self.start + self.length
 */
-      goto __pyx_L14;
+      goto __pyx_L15;
     }
 
-    /* "ivshmem/_memory.pyx":102
+    /* "ivshmem/_memory.pyx":137
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
  *                 fail_with(code)
  *         finally:
 */
-    __pyx_t_3 = (__pyx_v_code != 0);
+    __pyx_t_2 = (__pyx_v_code != 0);
 
-    if (__pyx_t_3) {
+    if (__pyx_t_2) {
 
 
-      /* "ivshmem/_memory.pyx":103
+      /* "ivshmem/_memory.pyx":138
  *                         page += page_size
  *             elif code:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
- *             self.views -= 1
+ *             self.unpin()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 103, __pyx_L4_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L5_error)
 
 
-      /* "ivshmem/_memory.pyx":102
+      /* "ivshmem/_memory.pyx":137
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -4643,55 +5620,59 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
  *         finally:
 */
     }
-    __pyx_L14:;
+    __pyx_L15:;
   }
 
-  /* "ivshmem/_memory.pyx":105
+  /* "ivshmem/_memory.pyx":140
  *                 fail_with(code)
  *         finally:
- *             self.views -= 1             # <<<<<<<<<<<<<<
+ *             self.unpin()             # <<<<<<<<<<<<<<
  * 
- *     def resident(self, Py_ssize_t page_size):
+ *     def resident(self):
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_v_self->views = (__pyx_v_self->views - 1);
-      goto __pyx_L5;
+      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+      goto __pyx_L6;
     }
-    __pyx_L4_error:;
+    __pyx_L5_error:;
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_2 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
+      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_17);
+      __Pyx_XGOTREF(__pyx_t_18);
+      __Pyx_XGOTREF(__pyx_t_19);
+      __pyx_t_8 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
       {
-        __pyx_v_self->views = (__pyx_v_self->views - 1);
+        ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       }
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_XGIVEREF(__pyx_t_19);
+      __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_XGIVEREF(__pyx_t_16);
+      __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
+      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+      __pyx_lineno = __pyx_t_8; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
       goto __pyx_L1_error;
     }
-    __pyx_L5:;
+    __pyx_L6:;
   }
 
-  /* "ivshmem/_memory.pyx":72
- *         return 0
+  /* "ivshmem/_memory.pyx":106
+ *         ivshmem_leave(&self.views)
  * 
  *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
@@ -4702,6 +5683,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem._memory.Mapping.populate", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -4715,12 +5700,12 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":107
- *             self.views -= 1
+/* "ivshmem/_memory.pyx":142
+ *             self.unpin()
  * 
- *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *     def resident(self):             # <<<<<<<<<<<<<<
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
+ *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
 */
 
 /* Python wrapper */
@@ -4731,8 +5716,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "Bytes of the file that are in memory now, whoever brought them there (mincore(2)).");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_5resident = {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_4resident};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).");
 static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_5resident(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -4740,15 +5724,10 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  Py_ssize_t __pyx_v_page_size;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("resident (wrapper)", 0);
@@ -4760,57 +5739,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, i); __PYX_ERR(0, 107, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
-    }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 107, __pyx_L3_error)
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem._memory.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4resident(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_page_size);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("resident", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("resident", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4resident(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
 
   /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+  Py_ssize_t __pyx_v_page_size;
   Py_ssize_t __pyx_v_pages;
   Py_ssize_t __pyx_v_i;
   Py_ssize_t __pyx_v_count;
@@ -4836,9 +5777,18 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_memory.pyx":109
- *     def resident(self, Py_ssize_t page_size):
+  /* "ivshmem/_memory.pyx":144
+ *     def resident(self):
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+ *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
+ *         cdef Py_ssize_t i
+*/
+  __pyx_v_page_size = sysconf(_SC_PAGESIZE);
+
+  /* "ivshmem/_memory.pyx":145
+ *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+ *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0
@@ -4847,85 +5797,85 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 109, __pyx_L1_error)
+    __PYX_ERR(0, 145, __pyx_L1_error)
   }
   else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
     PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 109, __pyx_L1_error)
+    __PYX_ERR(0, 145, __pyx_L1_error)
   }
   __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
 
-  /* "ivshmem/_memory.pyx":111
+  /* "ivshmem/_memory.pyx":147
  *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
  *         cdef unsigned char *vector
- *         self.check()
+ *         self.pin()
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_memory.pyx":113
+  /* "ivshmem/_memory.pyx":149
  *         cdef Py_ssize_t count = 0
  *         cdef unsigned char *vector
- *         self.check()             # <<<<<<<<<<<<<<
+ *         self.pin()             # <<<<<<<<<<<<<<
  *         vector = <unsigned char *>malloc(pages)
- *         if vector == NULL:
+ *         try:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":114
+  /* "ivshmem/_memory.pyx":150
  *         cdef unsigned char *vector
- *         self.check()
+ *         self.pin()
  *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
- *         if vector == NULL:
- *             raise MemoryError
+ *         try:
+ *             if vector == NULL:
 */
   __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
 
-  /* "ivshmem/_memory.pyx":115
- *         self.check()
+  /* "ivshmem/_memory.pyx":151
+ *         self.pin()
  *         vector = <unsigned char *>malloc(pages)
- *         if vector == NULL:             # <<<<<<<<<<<<<<
- *             raise MemoryError
- *         try:
-*/
-  __pyx_t_3 = (__pyx_v_vector == NULL);
-
-  if (unlikely(__pyx_t_3)) {
-
-
-    /* "ivshmem/_memory.pyx":116
- *         vector = <unsigned char *>malloc(pages)
- *         if vector == NULL:
- *             raise MemoryError             # <<<<<<<<<<<<<<
- *         try:
- *             if mincore(self.start, self.length, vector) < 0:
-*/
-    PyErr_NoMemory(); __PYX_ERR(0, 116, __pyx_L1_error)
-
-    /* "ivshmem/_memory.pyx":115
- *         self.check()
- *         vector = <unsigned char *>malloc(pages)
- *         if vector == NULL:             # <<<<<<<<<<<<<<
- *             raise MemoryError
- *         try:
-*/
-  }
-
-  /* "ivshmem/_memory.pyx":117
- *         if vector == NULL:
- *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
- *             if mincore(self.start, self.length, vector) < 0:
- *                 fail()
+ *             if vector == NULL:
+ *                 raise MemoryError
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":118
- *             raise MemoryError
+    /* "ivshmem/_memory.pyx":152
+ *         vector = <unsigned char *>malloc(pages)
  *         try:
+ *             if vector == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             if mincore(self.start, self.length, vector) < 0:
+*/
+    __pyx_t_3 = (__pyx_v_vector == NULL);
+
+    if (unlikely(__pyx_t_3)) {
+
+
+      /* "ivshmem/_memory.pyx":153
+ *         try:
+ *             if vector == NULL:
+ *                 raise MemoryError             # <<<<<<<<<<<<<<
+ *             if mincore(self.start, self.length, vector) < 0:
+ *                 fail()
+*/
+      PyErr_NoMemory(); __PYX_ERR(0, 153, __pyx_L4_error)
+
+      /* "ivshmem/_memory.pyx":152
+ *         vector = <unsigned char *>malloc(pages)
+ *         try:
+ *             if vector == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             if mincore(self.start, self.length, vector) < 0:
+*/
+    }
+
+    /* "ivshmem/_memory.pyx":154
+ *             if vector == NULL:
+ *                 raise MemoryError
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
  *                 fail()
  *             for i in range(pages):
@@ -4935,26 +5885,26 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_memory.pyx":119
- *         try:
+      /* "ivshmem/_memory.pyx":155
+ *                 raise MemoryError
  *             if mincore(self.start, self.length, vector) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             for i in range(pages):
  *                 count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L5_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L4_error)
 
 
-      /* "ivshmem/_memory.pyx":118
- *             raise MemoryError
- *         try:
+      /* "ivshmem/_memory.pyx":154
+ *             if vector == NULL:
+ *                 raise MemoryError
  *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
  *                 fail()
  *             for i in range(pages):
 */
     }
 
-    /* "ivshmem/_memory.pyx":120
+    /* "ivshmem/_memory.pyx":156
  *             if mincore(self.start, self.length, vector) < 0:
  *                 fail()
  *             for i in range(pages):             # <<<<<<<<<<<<<<
@@ -4968,7 +5918,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_memory.pyx":121
+      /* "ivshmem/_memory.pyx":157
  *                 fail()
  *             for i in range(pages):
  *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -4980,19 +5930,28 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
   }
 
-  /* "ivshmem/_memory.pyx":123
+  /* "ivshmem/_memory.pyx":159
  *                 count += vector[i] & 1
  *         finally:
  *             free(vector)             # <<<<<<<<<<<<<<
+ *             self.unpin()
  *         return count * page_size
- * 
 */
   /*finally:*/ {
     /*normal exit:*/{
       free(__pyx_v_vector);
-      goto __pyx_L6;
+
+      /* "ivshmem/_memory.pyx":160
+ *         finally:
+ *             free(vector)
+ *             self.unpin()             # <<<<<<<<<<<<<<
+ *         return count * page_size
+ * 
+*/
+      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+      goto __pyx_L5;
     }
-    __pyx_L5_error:;
+    __pyx_L4_error:;
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
@@ -5007,7 +5966,24 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
       __Pyx_XGOTREF(__pyx_t_13);
       __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
       {
+
+        /* "ivshmem/_memory.pyx":159
+ *                 count += vector[i] & 1
+ *         finally:
+ *             free(vector)             # <<<<<<<<<<<<<<
+ *             self.unpin()
+ *         return count * page_size
+*/
         free(__pyx_v_vector);
+
+        /* "ivshmem/_memory.pyx":160
+ *         finally:
+ *             free(vector)
+ *             self.unpin()             # <<<<<<<<<<<<<<
+ *         return count * page_size
+ * 
+*/
+        ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       }
       __Pyx_XGIVEREF(__pyx_t_11);
       __Pyx_XGIVEREF(__pyx_t_12);
@@ -5021,17 +5997,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
       __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_7;
       goto __pyx_L1_error;
     }
-    __pyx_L6:;
+    __pyx_L5:;
   }
 
-  /* "ivshmem/_memory.pyx":124
- *         finally:
+  /* "ivshmem/_memory.pyx":161
  *             free(vector)
+ *             self.unpin()
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
- *     def atomic_u64(self, Py_ssize_t offset):
+ *     # -- copies -----------------------------------------------------------------------------------
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   {
     PyObject *__pyx_temp;
@@ -5044,12 +6020,12 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   __pyx_t_14 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":107
- *             self.views -= 1
+  /* "ivshmem/_memory.pyx":142
+ *             self.unpin()
  * 
- *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
+ *     def resident(self):             # <<<<<<<<<<<<<<
  *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
+ *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
 */
 
   /* function exit code */
@@ -5062,37 +6038,1209 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
 
 
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":126
- *         return count * page_size
+/* "ivshmem/_memory.pyx":165
+ *     # -- copies -----------------------------------------------------------------------------------
  * 
- *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
- *         """The 64-bit word at `offset` bytes, a multiple of 8.
+ *     def read(self, offset, size):             # <<<<<<<<<<<<<<
+ *         """A copy of `size` bytes at `offset`.
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7atomic_u64(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7read(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_6atomic_u64, "The 64-bit word at `offset` bytes, a multiple of 8.\n\n        Raises:\n            ValueError: there is no such word.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_7atomic_u64 = {"atomic_u64", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_7atomic_u64, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_6atomic_u64};
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7atomic_u64(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_6read, "read($self, offset, size)\n--\n\nA copy of `size` bytes at `offset`.\n\nOne copy, as memcpy(3) makes it; nothing orders it, so what another peer writes meanwhile\nmay be in it in part. Other threads run during a copy of 256 KiB or more. `read_into` spares\nthe new object, whose pages, if it is large, take longer than the copy.\n\nRaises:\n    ValueError: they do not all lie in the memory.\n    ClosedError: the memory is closed.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_7read(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  Py_ssize_t __pyx_v_offset;
+  PyObject *__pyx_v_offset = 0;
+  PyObject *__pyx_v_size = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("read (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 165, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 165, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 165, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+    }
+    __pyx_v_offset = values[0];
+    __pyx_v_size = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 165, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_6read(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size) {
+  Py_ssize_t __pyx_v_length;
+  Py_ssize_t __pyx_v_start;
+  PyObject *__pyx_v_data = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  Py_ssize_t __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("read", 0);
+
+  /* "ivshmem/_memory.pyx":176
+ *             ClosedError: the memory is closed.
+ *         """
+ *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t start = self.place(offset, length)
+ *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
+*/
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_v_length = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":177
+ *         """
+ *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
+ *         cdef Py_ssize_t start = self.place(offset, length)             # <<<<<<<<<<<<<<
+ *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
+ *         self.copy(start, PyBytes_AS_STRING(data), length, False)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_v_start = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":178
+ *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
+ *         cdef Py_ssize_t start = self.place(offset, length)
+ *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
+ *         self.copy(start, PyBytes_AS_STRING(data), length, False)
+ *         return data
+*/
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_v_data = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/_memory.pyx":179
+ *         cdef Py_ssize_t start = self.place(offset, length)
+ *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
+ *         self.copy(start, PyBytes_AS_STRING(data), length, False)             # <<<<<<<<<<<<<<
+ *         return data
+ * 
+*/
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+
+
+  /* "ivshmem/_memory.pyx":180
+ *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
+ *         self.copy(start, PyBytes_AS_STRING(data), length, False)
+ *         return data             # <<<<<<<<<<<<<<
+ * 
+ *     def read_into(self, offset, buffer):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_data);
+      __pyx_r = __pyx_v_data;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":165
+ *     # -- copies -----------------------------------------------------------------------------------
+ * 
+ *     def read(self, offset, size):             # <<<<<<<<<<<<<<
+ *         """A copy of `size` bytes at `offset`.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.read", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XDECREF(__pyx_v_data);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":182
+ *         return data
+ * 
+ *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
+ *         """Fill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_8read_into, "read_into($self, offset, buffer)\n--\n\nFill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.\n\nArgs:\n    buffer: anything contiguous that can be written: a bytearray, an array, a memoryview.\n\nRaises:\n    ValueError: so many bytes do not all lie in the memory.\n    TypeError, BufferError: it is no such buffer (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, the buffer is as it was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_offset = 0;
+  PyObject *__pyx_v_buffer = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("read_into (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_buffer,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 182, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+    }
+    __pyx_v_offset = values[0];
+    __pyx_v_buffer = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_buffer);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("read_into", 0);
+
+  /* "ivshmem/_memory.pyx":194
+ *                 Whatever is raised, the buffer is as it was.
+ *         """
+ *         return self.exchange(offset, buffer, False)             # <<<<<<<<<<<<<<
+ * 
+ *     def write(self, offset, data):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":182
+ *         return data
+ * 
+ *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
+ *         """Fill `buffer` from `offset` on, and return its size in bytes. One copy, as `read`.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.read_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":196
+ *         return self.exchange(offset, buffer, False)
+ * 
+ *     def write(self, offset, data):             # <<<<<<<<<<<<<<
+ *         """Copy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_11write(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_10write, "write($self, offset, data)\n--\n\nCopy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.\n\nNothing orders it: to publish what was written, store a word or ring. `data` may be a view\nof this memory. Other threads run during a copy of 256 KiB or more.\n\nArgs:\n    data: anything contiguous: bytes, an array, a memoryview.\n\nRaises:\n    ValueError: it does not fit between `offset` and the end of the memory.\n    TypeError: it is no buffer, or the memory is mapped for reading only.\n    BufferError: it is not contiguous (numpy: ValueError).\n    ClosedError: the memory is closed.\n        Whatever is raised, nothing was written.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_11write(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_offset = 0;
+  PyObject *__pyx_v_data = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("write (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_data,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 196, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 196, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 196, __pyx_L3_error)
+    }
+    __pyx_v_offset = values[0];
+    __pyx_v_data = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_10write(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_data);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("write", 0);
+
+  /* "ivshmem/_memory.pyx":212
+ *                 Whatever is raised, nothing was written.
+ *         """
+ *         if self.fixed:             # <<<<<<<<<<<<<<
+ *             raise TypeError("the memory is mapped for reading only")
+ *         return self.exchange(offset, data, True)
+*/
+  if (unlikely(__pyx_v_self->fixed)) {
+
+    /* "ivshmem/_memory.pyx":213
+ *         """
+ *         if self.fixed:
+ *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
+ *         return self.exchange(offset, data, True)
+ * 
+*/
+    __pyx_t_2 = NULL;
+    __pyx_t_3 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 213, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":212
+ *                 Whatever is raised, nothing was written.
+ *         """
+ *         if self.fixed:             # <<<<<<<<<<<<<<
+ *             raise TypeError("the memory is mapped for reading only")
+ *         return self.exchange(offset, data, True)
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":214
+ *         if self.fixed:
+ *             raise TypeError("the memory is mapped for reading only")
+ *         return self.exchange(offset, data, True)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object exchange(self, object offset, object buffer, bint into):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":196
+ *         return self.exchange(offset, buffer, False)
+ * 
+ *     def write(self, offset, data):             # <<<<<<<<<<<<<<
+ *         """Copy `data` to `offset`, and return its size in bytes. One copy, as memcpy(3) makes it.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.write", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":216
+ *         return self.exchange(offset, data, True)
+ * 
+ *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
+ *         # By hand: a typed memoryview as an argument takes 60 ns longer.
+ *         cdef Py_buffer view
+*/
+
+static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into) {
+  Py_buffer __pyx_v_view;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  Py_ssize_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  char const *__pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("exchange", 0);
+
+  /* "ivshmem/_memory.pyx":219
+ *         # By hand: a typed memoryview as an argument takes 60 ns longer.
+ *         cdef Py_buffer view
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         try:
+ *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
+*/
+  if (__pyx_v_into) {
+
+    __pyx_t_1 = PyBUF_SIMPLE;
+  } else {
+
+    __pyx_t_1 = PyBUF_WRITABLE;
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
+
+
+
+  /* "ivshmem/_memory.pyx":220
+ *         cdef Py_buffer view
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
+ *             return view.len
+*/
+  /*try:*/ {
+
+    /* "ivshmem/_memory.pyx":221
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
+ *         try:
+ *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)             # <<<<<<<<<<<<<<
+ *             return view.len
+ *         finally:
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 221, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L4_error)
+
+
+
+    /* "ivshmem/_memory.pyx":222
+ *         try:
+ *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
+ *             return view.len             # <<<<<<<<<<<<<<
+ *         finally:
+ *             PyBuffer_Release(&view)
+*/
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L4_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_4;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_4 = 0;
+    goto __pyx_L3_return;
+  }
+
+  /* "ivshmem/_memory.pyx":224
+ *             return view.len
+ *         finally:
+ *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
+*/
+  /*finally:*/ {
+    __pyx_L4_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_8);
+      __Pyx_XGOTREF(__pyx_t_9);
+      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_11);
+      __Pyx_XGOTREF(__pyx_t_12);
+      __pyx_t_2 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
+      {
+        PyBuffer_Release((&__pyx_v_view));
+      }
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_XGIVEREF(__pyx_t_11);
+      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+      goto __pyx_L1_error;
+    }
+    __pyx_L3_return: {
+      __pyx_t_12 = __pyx_r;
+      __pyx_r = 0;
+      PyBuffer_Release((&__pyx_v_view));
+      __pyx_r = __pyx_t_12;
+      __pyx_t_12 = 0;
+      goto __pyx_L0;
+    }
+  }
+
+  /* "ivshmem/_memory.pyx":216
+ *         return self.exchange(offset, data, True)
+ * 
+ *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
+ *         # By hand: a typed memoryview as an argument takes 60 ns longer.
+ *         cdef Py_buffer view
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":226
+ *             PyBuffer_Release(&view)
+ * 
+ *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
+ *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+*/
+
+static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size) {
+  Py_ssize_t __pyx_v_start;
+  Py_ssize_t __pyx_r;
+  __Pyx_RefNannyDeclarations
+  Py_ssize_t __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[7];
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("place", 0);
+
+  /* "ivshmem/_memory.pyx":228
+ *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
+ *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
+ *         if size < 0 or start < 0 or start > self.length - size:
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+*/
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_v_start = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":229
+ *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         return start
+*/
+  __pyx_t_3 = (__pyx_v_size < 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = (__pyx_v_start < 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = (__pyx_v_start > (__pyx_v_self->length - __pyx_v_size));
+
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":230
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         if size < 0 or start < 0 or start > self.length - size:
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
+ *         return start
+ * 
+*/
+    __pyx_t_5 = NULL;
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no;
+    __pyx_t_9[1] = __pyx_t_6;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_at;
+    __pyx_t_9[3] = __pyx_t_7;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_in;
+    __pyx_t_9[5] = __pyx_t_8;
+    __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_1 = 23;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[5]);
+    #endif
+    __pyx_t_10 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
+    #endif
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_12 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 230, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":229
+ *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         return start
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":231
+ *         if size < 0 or start < 0 or start > self.length - size:
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         return start             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
+*/
+  {
+
+    __pyx_r = __pyx_v_start;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":226
+ *             PyBuffer_Release(&view)
+ * 
+ *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
+ *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1L;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":233
+ *         return start
+ * 
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
+ *         if size < LARGE:
+ *             hold(self)
+*/
+
+static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/_memory.pyx":234
+ * 
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
+ *         if size < LARGE:             # <<<<<<<<<<<<<<
+ *             hold(self)
+ *             move(self.start + start, buffer, size, into)
+*/
+  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_7_memory_LARGE);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":235
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
+ *         if size < LARGE:
+ *             hold(self)             # <<<<<<<<<<<<<<
+ *             move(self.start + start, buffer, size, into)
+ *             let_go(self)
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
+
+
+    /* "ivshmem/_memory.pyx":236
+ *         if size < LARGE:
+ *             hold(self)
+ *             move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
+ *             let_go(self)
+ *         else:
+*/
+    __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
+
+    /* "ivshmem/_memory.pyx":237
+ *             hold(self)
+ *             move(self.start + start, buffer, size, into)
+ *             let_go(self)             # <<<<<<<<<<<<<<
+ *         else:
+ *             self.pin()
+*/
+    __pyx_f_7ivshmem_7_memory_let_go(__pyx_v_self);
+
+    /* "ivshmem/_memory.pyx":234
+ * 
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
+ *         if size < LARGE:             # <<<<<<<<<<<<<<
+ *             hold(self)
+ *             move(self.start + start, buffer, size, into)
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/_memory.pyx":239
+ *             let_go(self)
+ *         else:
+ *             self.pin()             # <<<<<<<<<<<<<<
+ *             with nogil:
+ *                 move(self.start + start, buffer, size, into)
+*/
+  /*else*/ {
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+
+
+    /* "ivshmem/_memory.pyx":240
+ *         else:
+ *             self.pin()
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 move(self.start + start, buffer, size, into)
+ *             self.unpin()
+*/
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/_memory.pyx":241
+ *             self.pin()
+ *             with nogil:
+ *                 move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
+ *             self.unpin()
+ *         return 0
+*/
+          __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
+        }
+
+        /* "ivshmem/_memory.pyx":240
+ *         else:
+ *             self.pin()
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 move(self.start + start, buffer, size, into)
+ *             self.unpin()
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L6;
+          }
+          __pyx_L6:;
+        }
+    }
+
+    /* "ivshmem/_memory.pyx":242
+ *             with nogil:
+ *                 move(self.start + start, buffer, size, into)
+ *             self.unpin()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/_memory.pyx":243
+ *                 move(self.start + start, buffer, size, into)
+ *             self.unpin()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     # -- words ------------------------------------------------------------------------------------
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":233
+ *         return start
+ * 
+ *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
+ *         if size < LARGE:
+ *             hold(self)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":247
+ *     # -- words ------------------------------------------------------------------------------------
+ * 
+ *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
+ *         """The 32-bit word at `offset` bytes, a multiple of 4.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_12atomic_u32, "atomic_u32($self, offset)\n--\n\nThe 32-bit word at `offset` bytes, a multiple of 4.\n\nRaises:\n    ValueError: there is no such word.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_offset = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("atomic_u32 (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 247, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 247, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 247, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
+    }
+    __pyx_v_offset = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 247, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("atomic_u32", 0);
+
+  /* "ivshmem/_memory.pyx":253
+ *             ValueError: there is no such word.
+ *         """
+ *         return AtomicU32(self, offset)             # <<<<<<<<<<<<<<
+ * 
+ *     def atomic_u64(self, offset):
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 253, __pyx_L1_error)
+    __Pyx_GOTREF((PyObject *)__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = ((PyObject *)__pyx_t_1);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":247
+ *     # -- words ------------------------------------------------------------------------------------
+ * 
+ *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
+ *         """The 32-bit word at `offset` bytes, a multiple of 4.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u32", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":255
+ *         return AtomicU32(self, offset)
+ * 
+ *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
+ *         """The 64-bit word at `offset` bytes, a multiple of 8.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_14atomic_u64, "atomic_u64($self, offset)\n--\n\nThe 64-bit word at `offset` bytes, a multiple of 8.\n\nRaises:\n    ValueError: there is no such word.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_offset = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -5115,32 +7263,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 255, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 255, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 126, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 255, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
     }
-    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 126, __pyx_L3_error)
+    __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 255, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5151,166 +7299,66 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_6atomic_u64(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7[5];
-  Py_ssize_t __pyx_t_8;
-  int __pyx_t_9;
-  PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/_memory.pyx":132
+  /* "ivshmem/_memory.pyx":261
  *             ValueError: there is no such word.
  *         """
- *         if offset < 0 or offset % 8 or offset > self.length - 8:             # <<<<<<<<<<<<<<
- *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")
- *         return AtomicU64(self, offset)
-*/
-  __pyx_t_2 = (__pyx_v_offset < 0);
-
-  if (!__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__Pyx_mod_Py_ssize_t(__pyx_v_offset, 8, 1) != 0);
-
-  if (!__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_v_offset > (__pyx_v_self->length - 8));
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/_memory.pyx":133
- *         """
- *         if offset < 0 or offset % 8 or offset > self.length - 8:
- *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
- *         return AtomicU64(self, offset)
- * 
-*/
-    __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 133, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned_64_bit_word_at;
-    __pyx_t_7[1] = __pyx_t_5;
-    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_in;
-    __pyx_t_7[3] = __pyx_t_6;
-    __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes;
-    __pyx_t_8 = 36;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
-    #endif
-    __pyx_t_9 = 0;
-    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 133, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_11 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 133, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 133, __pyx_L1_error)
-
-    /* "ivshmem/_memory.pyx":132
- *             ValueError: there is no such word.
- *         """
- *         if offset < 0 or offset % 8 or offset > self.length - 8:             # <<<<<<<<<<<<<<
- *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")
- *         return AtomicU64(self, offset)
-*/
-  }
-
-  /* "ivshmem/_memory.pyx":134
- *         if offset < 0 or offset % 8 or offset > self.length - 8:
- *             raise ValueError(f"no aligned 64-bit word at {offset} in {self.length} bytes")
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
  * 
- *     def __len__(self):
+ *     # -- views ------------------------------------------------------------------------------------
 */
-  __pyx_t_10 = NULL;
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_11 = 1;
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
   {
-    PyObject *__pyx_callargs[3] = {__pyx_t_10, ((PyObject *)__pyx_v_self), __pyx_t_4};
-    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_callargs+__pyx_t_11, (3-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 134, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_3);
+    PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = ((PyObject *)__pyx_t_3);
+      __pyx_r = ((PyObject *)__pyx_t_1);
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_3 = 0;
+  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":126
- *         return count * page_size
+  /* "ivshmem/_memory.pyx":255
+ *         return AtomicU32(self, offset)
  * 
- *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
+ *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
  *         """The 64-bit word at `offset` bytes, a multiple of 8.
  * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem._memory.Mapping.atomic_u64", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -5319,8 +7367,8 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6atomic_u64(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":136
- *         return AtomicU64(self, offset)
+/* "ivshmem/_memory.pyx":265
+ *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.length
@@ -5328,24 +7376,24 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6atomic_u64(struct __pyx_ob
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_9__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_9__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_17__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_17__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_8__len__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_8__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_memory.pyx":137
+  /* "ivshmem/_memory.pyx":266
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -5358,8 +7406,8 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_8__len__(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":136
- *         return AtomicU64(self, offset)
+  /* "ivshmem/_memory.pyx":265
+ *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.length
@@ -5372,23 +7420,23 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_8__len__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":139
+/* "ivshmem/_memory.pyx":268
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         self.check()
- *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         self.pin()
+ *         try:
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_19__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_19__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_10__getbuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
 
   /* function exit code */
 
@@ -5397,10 +7445,16 @@ CYTHON_UNUSED static int __pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__(PyO
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_7Mapping_10__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -5412,47 +7466,127 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_10__getbuffer__(struct __pyx_obj_
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_memory.pyx":140
+  /* "ivshmem/_memory.pyx":269
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
- *         self.check()             # <<<<<<<<<<<<<<
- *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
- *         self.views += 1
+ *         self.pin()             # <<<<<<<<<<<<<<
+ *         try:
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":141
+  /* "ivshmem/_memory.pyx":270
  *     def __getbuffer__(self, Py_buffer *view, int flags):
- *         self.check()
- *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
- *         self.views += 1
+ *         self.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         except BaseException:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    /*try:*/ {
+
+      /* "ivshmem/_memory.pyx":271
+ *         self.pin()
+ *         try:
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             self.unpin()
+*/
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L3_error)
+
+
+      /* "ivshmem/_memory.pyx":270
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+ *         self.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         except BaseException:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+
+    /* "ivshmem/_memory.pyx":272
+ *         try:
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         except BaseException:             # <<<<<<<<<<<<<<
+ *             self.unpin()
+ *             raise
+*/
+    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_1) {
+      __Pyx_AddTraceback("ivshmem._memory.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 272, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/_memory.pyx":273
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         except BaseException:
+ *             self.unpin()             # <<<<<<<<<<<<<<
+ *             raise
  * 
 */
-  __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 141, __pyx_L1_error)
+      ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-
-  /* "ivshmem/_memory.pyx":142
- *         self.check()
- *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
- *         self.views += 1             # <<<<<<<<<<<<<<
+      /* "ivshmem/_memory.pyx":274
+ *         except BaseException:
+ *             self.unpin()
+ *             raise             # <<<<<<<<<<<<<<
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
 */
-  __pyx_v_self->views = (__pyx_v_self->views + 1);
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_GIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
+      __PYX_ERR(0, 274, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
 
-  /* "ivshmem/_memory.pyx":139
+    /* "ivshmem/_memory.pyx":270
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+ *         self.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         except BaseException:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/_memory.pyx":268
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         self.check()
- *         PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
+ *         self.pin()
+ *         try:
 */
 
   /* function exit code */
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem._memory.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   if (__pyx_v_view->obj != NULL) {
@@ -5471,44 +7605,44 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_10__getbuffer__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":144
- *         self.views += 1
+/* "ivshmem/_memory.pyx":276
+ *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.views -= 1
+ *         self.unpin()
  * 
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_13__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_13__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7_memory_7Mapping_12__releasebuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
+  __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
 
   /* function exit code */
 
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_12__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+static void __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_memory.pyx":145
+  /* "ivshmem/_memory.pyx":277
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
- *         self.views -= 1             # <<<<<<<<<<<<<<
+ *         self.unpin()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  __pyx_v_self->views = (__pyx_v_self->views - 1);
+  ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":144
- *         self.views += 1
+  /* "ivshmem/_memory.pyx":276
+ *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.views -= 1
+ *         self.unpin()
  * 
 */
 
@@ -5516,25 +7650,24 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_12__releasebuffer__(struct __pyx
 
 }
 
-/* "ivshmem/_memory.pyx":147
- *         self.views -= 1
+/* "ivshmem/_memory.pyx":279
+ *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap.
+ *         """Unmap; may be called twice.
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_23close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_14close, "Unmap.\n\n        Raises:\n            BufferError: a memoryview, an array or a running call still uses the memory; nothing is\n                changed then.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_14close};
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_15close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_22close, "close($self)\n--\n\nUnmap; may be called twice.\n\nRaises:\n    BufferError: a memoryview, an array or a running call still uses the memory; nothing is\n        changed then.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_23close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5560,60 +7693,57 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_14close(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_22close(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
-  char *__pyx_v_address;
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+  unsigned int __pyx_v_views;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  char *__pyx_t_1;
-  int __pyx_t_2;
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":154
+  /* "ivshmem/_memory.pyx":286
  *                 changed then.
  *         """
- *         cdef char *address = self.start             # <<<<<<<<<<<<<<
- *         if address == NULL:
+ *         cdef unsigned int views = ivshmem_shut_unused(&self.views)             # <<<<<<<<<<<<<<
+ *         if views & IVSHMEM_CLOSING:
  *             return
 */
-  __pyx_t_1 = __pyx_v_self->start;
+  __pyx_v_views = ivshmem_shut_unused((&__pyx_v_self->views));
 
-  __pyx_v_address = __pyx_t_1;
-
-  /* "ivshmem/_memory.pyx":155
+  /* "ivshmem/_memory.pyx":287
  *         """
- *         cdef char *address = self.start
- *         if address == NULL:             # <<<<<<<<<<<<<<
+ *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
+ *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             return
- *         if self.views:
+ *         if views:
 */
-  __pyx_t_2 = (__pyx_v_address == NULL);
+  __pyx_t_1 = ((__pyx_v_views & IVSHMEM_CLOSING) != 0);
 
-  if (__pyx_t_2) {
+  if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":156
- *         cdef char *address = self.start
- *         if address == NULL:
+    /* "ivshmem/_memory.pyx":288
+ *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
+ *         if views & IVSHMEM_CLOSING:
  *             return             # <<<<<<<<<<<<<<
- *         if self.views:
+ *         if views:
  *             raise BufferError(
 */
     {
@@ -5626,102 +7756,114 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":155
+    /* "ivshmem/_memory.pyx":287
  *         """
- *         cdef char *address = self.start
- *         if address == NULL:             # <<<<<<<<<<<<<<
+ *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
+ *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             return
- *         if self.views:
+ *         if views:
 */
   }
 
-  /* "ivshmem/_memory.pyx":157
- *         if address == NULL:
+  /* "ivshmem/_memory.pyx":289
+ *         if views & IVSHMEM_CLOSING:
  *             return
- *         if self.views:             # <<<<<<<<<<<<<<
+ *         if views:             # <<<<<<<<<<<<<<
  *             raise BufferError(
- *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
 */
-  __pyx_t_2 = (__pyx_v_self->views != 0);
+  __pyx_t_1 = (__pyx_v_views != 0);
 
-  if (unlikely(__pyx_t_2)) {
+  if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":158
+    /* "ivshmem/_memory.pyx":290
  *             return
- *         if self.views:
+ *         if views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
- *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
 */
-    __pyx_t_4 = NULL;
+    __pyx_t_3 = NULL;
 
-    /* "ivshmem/_memory.pyx":159
- *         if self.views:
+    /* "ivshmem/_memory.pyx":291
+ *         if views:
  *             raise BufferError(
- *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
- *         self.start = NULL
+ *         if ivshmem_shut(&self.accesses):
 */
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->views, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
-    __pyx_t_6[1] = __pyx_t_5;
-    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_views_release_memoryviews_and_a;
-    __pyx_t_7 = 68;
+    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
+    __pyx_t_5[1] = __pyx_t_4;
+    __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_views_release_memoryviews_and_a;
+    __pyx_t_6 = 68;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
     #endif
-    __pyx_t_8 = 0;
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 159, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_10 = 1;
+    __pyx_t_7 = 0;
+    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_9 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_9};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 158, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_8};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 158, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 290, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":157
- *         if address == NULL:
+    /* "ivshmem/_memory.pyx":289
+ *         if views & IVSHMEM_CLOSING:
  *             return
- *         if self.views:             # <<<<<<<<<<<<<<
+ *         if views:             # <<<<<<<<<<<<<<
  *             raise BufferError(
- *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
 */
   }
 
-  /* "ivshmem/_memory.pyx":161
- *                 f"the memory is in use by {self.views} views: release memoryviews and arrays first"
+  /* "ivshmem/_memory.pyx":293
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
- *         self.start = NULL             # <<<<<<<<<<<<<<
- *         munmap(address, self.length)
+ *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self)
  * 
 */
-  __pyx_v_self->start = NULL;
+  __pyx_t_1 = ivshmem_shut((&__pyx_v_self->accesses));
 
-  /* "ivshmem/_memory.pyx":162
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":294
  *             )
- *         self.start = NULL
- *         munmap(address, self.length)             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.accesses):
+ *             unmap(self)             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  (void)(munmap(__pyx_v_address, __pyx_v_self->length));
+    __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":147
- *         self.views -= 1
+    /* "ivshmem/_memory.pyx":293
+ *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
+ *             )
+ *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self)
+ * 
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":279
+ *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap.
+ *         """Unmap; may be called twice.
  * 
 */
 
@@ -5729,10 +7871,10 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7i
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem._memory.Mapping.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -5742,8 +7884,8 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":164
- *         munmap(address, self.length)
+/* "ivshmem/_memory.pyx":296
+ *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         if self.start != NULL:
@@ -5751,22 +7893,22 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14close(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7_memory_7Mapping_17__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7_memory_7Mapping_17__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7_memory_7Mapping_25__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7_memory_7Mapping_25__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":165
+  /* "ivshmem/_memory.pyx":297
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -5778,7 +7920,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":166
+    /* "ivshmem/_memory.pyx":298
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -5787,7 +7929,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_memory.pyx":165
+    /* "ivshmem/_memory.pyx":297
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -5796,8 +7938,8 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":164
- *         munmap(address, self.length)
+  /* "ivshmem/_memory.pyx":296
+ *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         if self.start != NULL:
@@ -5815,16 +7957,15 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_16__dealloc__(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_19__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_27__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_18__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_19__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_18__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_19__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_26__reduce_cython__, "__reduce_cython__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_27__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5850,14 +7991,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_18__reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_26__reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -5897,16 +8038,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_18__reduce_cython__(CYTHON_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_21__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_29__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_20__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_7Mapping_21__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_20__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_21__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_28__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_29__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5972,7 +8112,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_20__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_28__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5982,7 +8122,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6014,23 +8154,507 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_20__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":183
- *     cdef Py_ssize_t offset
+/* "ivshmem/_memory.pyx":301
  * 
- *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):             # <<<<<<<<<<<<<<
- *         self.mapping = mapping
- *         self.offset = offset
+ * 
+ * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
+ *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+ *     if not ivshmem_enter_held(&mapping.accesses):
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("hold", 0);
+
+  /* "ivshmem/_memory.pyx":303
+ * cdef inline int hold(Mapping mapping) except -1:
+ *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+ *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
+ *         raise ClosedError("the memory is closed")
+ *     return 0
+*/
+  __pyx_t_1 = (!ivshmem_enter_held((&__pyx_v_mapping->accesses)));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_memory.pyx":304
+ *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+ *     if not ivshmem_enter_held(&mapping.accesses):
+ *         raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_memory_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 304, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":303
+ * cdef inline int hold(Mapping mapping) except -1:
+ *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+ *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
+ *         raise ClosedError("the memory is closed")
+ *     return 0
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":305
+ *     if not ivshmem_enter_held(&mapping.accesses):
+ *         raise ClosedError("the memory is closed")
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":301
+ * 
+ * 
+ * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
+ *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
+ *     if not ivshmem_enter_held(&mapping.accesses):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._memory.hold", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":308
+ * 
+ * 
+ * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
+ *     if ivshmem_leave_held(&mapping.accesses):
+ *         unmap(mapping)
+*/
+
+static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+  int __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":309
+ * 
+ * cdef inline void let_go(Mapping mapping) noexcept:
+ *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
+ *         unmap(mapping)
+ * 
+*/
+  __pyx_t_1 = ivshmem_leave_held((&__pyx_v_mapping->accesses));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":310
+ * cdef inline void let_go(Mapping mapping) noexcept:
+ *     if ivshmem_leave_held(&mapping.accesses):
+ *         unmap(mapping)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+    __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_mapping);
+
+    /* "ivshmem/_memory.pyx":309
+ * 
+ * cdef inline void let_go(Mapping mapping) noexcept:
+ *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
+ *         unmap(mapping)
+ * 
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":308
+ * 
+ * 
+ * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
+ *     if ivshmem_leave_held(&mapping.accesses):
+ *         unmap(mapping)
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/_memory.pyx":313
+ * 
+ * 
+ * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """A hint where to map so much: at a multiple of 2 MiB, NULL for anywhere.
+ * 
+*/
+
+static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
+  void *__pyx_v_place;
+  void *__pyx_r;
+  int __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":320
+ *     """
+ *     cdef void *place
+ *     if size < HUGE:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+*/
+  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_7_memory_HUGE);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":321
+ *     cdef void *place
+ *     if size < HUGE:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+ *     if place == MAP_FAILED:
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_memory.pyx":320
+ *     """
+ *     cdef void *place
+ *     if size < HUGE:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":322
+ *     if size < HUGE:
+ *         return NULL
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)             # <<<<<<<<<<<<<<
+ *     if place == MAP_FAILED:
+ *         return NULL
+*/
+  __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
+
+  /* "ivshmem/_memory.pyx":323
+ *         return NULL
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+ *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     munmap(place, size + HUGE)
+*/
+  __pyx_t_1 = (__pyx_v_place == MAP_FAILED);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":324
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+ *     if place == MAP_FAILED:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     munmap(place, size + HUGE)
+ *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_memory.pyx":323
+ *         return NULL
+ *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+ *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     munmap(place, size + HUGE)
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":325
+ *     if place == MAP_FAILED:
+ *         return NULL
+ *     munmap(place, size + HUGE)             # <<<<<<<<<<<<<<
+ *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))
+ * 
+*/
+  (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE)));
+
+  /* "ivshmem/_memory.pyx":326
+ *         return NULL
+ *     munmap(place, size + HUGE)
+ *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((void *)(((((size_t)__pyx_v_place) + __pyx_e_7ivshmem_7_memory_HUGE) - 1) & (~((size_t)(__pyx_e_7ivshmem_7_memory_HUGE - 1)))));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":313
+ * 
+ * 
+ * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """A hint where to map so much: at a multiple of 2 MiB, NULL for anywhere.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":329
+ * 
+ * 
+ * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
+ *     cdef char *address = mapping.start
+ *     cdef Py_ssize_t length = mapping.length
+*/
+
+static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+  char *__pyx_v_address;
+  Py_ssize_t __pyx_v_length;
+  char *__pyx_t_1;
+  Py_ssize_t __pyx_t_2;
+  int __pyx_t_3;
+
+  /* "ivshmem/_memory.pyx":330
+ * 
+ * cdef void unmap(Mapping mapping) noexcept:
+ *     cdef char *address = mapping.start             # <<<<<<<<<<<<<<
+ *     cdef Py_ssize_t length = mapping.length
+ *     mapping.start = NULL
+*/
+  __pyx_t_1 = __pyx_v_mapping->start;
+
+  __pyx_v_address = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":331
+ * cdef void unmap(Mapping mapping) noexcept:
+ *     cdef char *address = mapping.start
+ *     cdef Py_ssize_t length = mapping.length             # <<<<<<<<<<<<<<
+ *     mapping.start = NULL
+ *     if length < LARGE:
+*/
+  __pyx_t_2 = __pyx_v_mapping->length;
+
+  __pyx_v_length = __pyx_t_2;
+
+  /* "ivshmem/_memory.pyx":332
+ *     cdef char *address = mapping.start
+ *     cdef Py_ssize_t length = mapping.length
+ *     mapping.start = NULL             # <<<<<<<<<<<<<<
+ *     if length < LARGE:
+ *         munmap(address, length)
+*/
+  __pyx_v_mapping->start = NULL;
+
+  /* "ivshmem/_memory.pyx":333
+ *     cdef Py_ssize_t length = mapping.length
+ *     mapping.start = NULL
+ *     if length < LARGE:             # <<<<<<<<<<<<<<
+ *         munmap(address, length)
+ *     else:
+*/
+  __pyx_t_3 = (__pyx_v_length < __pyx_e_7ivshmem_7_memory_LARGE);
+
+  if (__pyx_t_3) {
+
+
+    /* "ivshmem/_memory.pyx":334
+ *     mapping.start = NULL
+ *     if length < LARGE:
+ *         munmap(address, length)             # <<<<<<<<<<<<<<
+ *     else:
+ *         with nogil:  # 30 ms for each GiB of small pages
+*/
+    (void)(munmap(__pyx_v_address, __pyx_v_length));
+
+    /* "ivshmem/_memory.pyx":333
+ *     cdef Py_ssize_t length = mapping.length
+ *     mapping.start = NULL
+ *     if length < LARGE:             # <<<<<<<<<<<<<<
+ *         munmap(address, length)
+ *     else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/_memory.pyx":336
+ *         munmap(address, length)
+ *     else:
+ *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
+ *             munmap(address, length)
+ * 
+*/
+  /*else*/ {
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/_memory.pyx":337
+ *     else:
+ *         with nogil:  # 30 ms for each GiB of small pages
+ *             munmap(address, length)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+          (void)(munmap(__pyx_v_address, __pyx_v_length));
+        }
+
+        /* "ivshmem/_memory.pyx":336
+ *         munmap(address, length)
+ *     else:
+ *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
+ *             munmap(address, length)
+ * 
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L6;
+          }
+          __pyx_L6:;
+        }
+    }
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/_memory.pyx":329
+ * 
+ * 
+ * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
+ *     cdef char *address = mapping.start
+ *     cdef Py_ssize_t length = mapping.length
+*/
+
+  /* function exit code */
+
+
+
+}
+
+/* "ivshmem/_memory.pyx":340
+ * 
+ * 
+ * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+ *     if into:
+*/
+
+static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
+
+  /* "ivshmem/_memory.pyx":342
+ * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
+ *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+ *     if into:             # <<<<<<<<<<<<<<
+ *         memmove(memory, buffer, size)
+ *     else:
+*/
+  if (__pyx_v_into) {
+
+    /* "ivshmem/_memory.pyx":343
+ *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+ *     if into:
+ *         memmove(memory, buffer, size)             # <<<<<<<<<<<<<<
+ *     else:
+ *         memmove(buffer, memory, size)
+*/
+    (void)(memmove(__pyx_v_memory, __pyx_v_buffer, __pyx_v_size));
+
+    /* "ivshmem/_memory.pyx":342
+ * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
+ *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+ *     if into:             # <<<<<<<<<<<<<<
+ *         memmove(memory, buffer, size)
+ *     else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/_memory.pyx":345
+ *         memmove(memory, buffer, size)
+ *     else:
+ *         memmove(buffer, memory, size)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  /*else*/ {
+    (void)(memmove(__pyx_v_buffer, __pyx_v_memory, __pyx_v_size));
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/_memory.pyx":340
+ * 
+ * 
+ * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
+ *     if into:
+*/
+
+  /* function exit code */
+}
+
+/* "ivshmem/_memory.pyx":381
+ *     """
+ * 
+ *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         cdef Py_ssize_t size
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7_memory_9AtomicU64_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_7_memory_9AtomicU64_1__cinit__(PyObject *__pyx_v_self, 
+static int __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL_TPNEW
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6038,7 +8662,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
   struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping = 0;
-  Py_ssize_t __pyx_v_offset;
+  PyObject *__pyx_v_offset = 0;
   #if !CYTHON_VECTORCALL_TPNEW
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -6061,51 +8685,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 381, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 381, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 381, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 381, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 183, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 381, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 381, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 381, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L3_error)
+    __pyx_v_offset = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 381, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 183, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64___cinit__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 381, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
   goto __pyx_L0;
@@ -6120,21 +8744,178 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7_memory_9AtomicU64___cinit__(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, Py_ssize_t __pyx_v_offset) {
+static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping, PyObject *__pyx_v_offset) {
+  Py_ssize_t __pyx_v_start;
+  Py_ssize_t __pyx_v_size;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
+  Py_ssize_t __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[7];
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_memory.pyx":184
+  /* "ivshmem/_memory.pyx":382
  * 
- *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):
+ *     def __cinit__(self, Mapping mapping not None, offset):
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t size
+ *         self.wide = isinstance(self, AtomicU64)
+*/
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_v_start = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":384
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         cdef Py_ssize_t size
+ *         self.wide = isinstance(self, AtomicU64)             # <<<<<<<<<<<<<<
+ *         size = 8 if self.wide else 4
+ *         if start < 0 or start % size or start > mapping.length - size:
+*/
+  __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64); 
+  __pyx_v_self->wide = __pyx_t_2;
+
+  /* "ivshmem/_memory.pyx":385
+ *         cdef Py_ssize_t size
+ *         self.wide = isinstance(self, AtomicU64)
+ *         size = 8 if self.wide else 4             # <<<<<<<<<<<<<<
+ *         if start < 0 or start % size or start > mapping.length - size:
+ *             raise ValueError(
+*/
+  if (__pyx_v_self->wide) {
+
+    __pyx_t_1 = 8;
+  } else {
+
+    __pyx_t_1 = 4;
+  }
+  __pyx_v_size = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":386
+ *         self.wide = isinstance(self, AtomicU64)
+ *         size = 8 if self.wide else 4
+ *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
+ *             raise ValueError(
+ *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
+*/
+  __pyx_t_3 = (__pyx_v_start < 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  if (unlikely(__pyx_v_size == 0)) {
+    PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
+    __PYX_ERR(0, 386, __pyx_L1_error)
+  }
+  __pyx_t_3 = (__Pyx_mod_Py_ssize_t(__pyx_v_start, __pyx_v_size, 0) != 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = (__pyx_v_start > (__pyx_v_mapping->length - __pyx_v_size));
+
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":387
+ *         size = 8 if self.wide else 4
+ *         if start < 0 or start % size or start > mapping.length - size:
+ *             raise ValueError(             # <<<<<<<<<<<<<<
+ *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
+ *             )
+*/
+    __pyx_t_5 = NULL;
+
+    /* "ivshmem/_memory.pyx":388
+ *         if start < 0 or start % size or start > mapping.length - size:
+ *             raise ValueError(
+ *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"             # <<<<<<<<<<<<<<
+ *             )
+ *         self.mapping = mapping
+*/
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned;
+    __pyx_t_9[1] = __pyx_t_6;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bit_word_at;
+    __pyx_t_9[3] = __pyx_t_7;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_in;
+    __pyx_t_9[5] = __pyx_t_8;
+    __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_1 = 34;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[5]);
+    #endif
+    __pyx_t_10 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
+    #endif
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_12 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 387, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 387, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":386
+ *         self.wide = isinstance(self, AtomicU64)
+ *         size = 8 if self.wide else 4
+ *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
+ *             raise ValueError(
+ *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":390
+ *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
+ *             )
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
- *         self.offset = offset
+ *         self.offset = start
  * 
 */
   __Pyx_INCREF((PyObject *)__pyx_v_mapping);
@@ -6142,94 +8923,162 @@ static int __pyx_pf_7ivshmem_7_memory_9AtomicU64___cinit__(struct __pyx_obj_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/_memory.pyx":185
- *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):
+  /* "ivshmem/_memory.pyx":391
+ *             )
  *         self.mapping = mapping
- *         self.offset = offset             # <<<<<<<<<<<<<<
+ *         self.offset = start             # <<<<<<<<<<<<<<
  * 
- *     cdef void *word(self) except NULL:
+ *     cdef void *pin(self) except NULL:
 */
-  __pyx_v_self->offset = __pyx_v_offset;
+  __pyx_v_self->offset = __pyx_v_start;
 
-  /* "ivshmem/_memory.pyx":183
- *     cdef Py_ssize_t offset
+  /* "ivshmem/_memory.pyx":381
+ *     """
  * 
- *     def __cinit__(self, Mapping mapping not None, Py_ssize_t offset):             # <<<<<<<<<<<<<<
- *         self.mapping = mapping
- *         self.offset = offset
+ *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
+ *         cdef Py_ssize_t size
 */
 
   /* function exit code */
   __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":187
- *         self.offset = offset
+/* "ivshmem/_memory.pyx":393
+ *         self.offset = start
  * 
- *     cdef void *word(self) except NULL:             # <<<<<<<<<<<<<<
- *         self.mapping.check()
- *         return self.mapping.start + self.offset
+ *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
+ *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+ *         if not ivshmem_enter(&self.mapping.accesses):
 */
 
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self) {
+static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
   void *__pyx_r;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/_memory.pyx":188
- * 
- *     cdef void *word(self) except NULL:
- *         self.mapping.check()             # <<<<<<<<<<<<<<
- *         return self.mapping.start + self.offset
+  /* "ivshmem/_memory.pyx":395
+ *     cdef void *pin(self) except NULL:
+ *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+ *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the memory is closed")
+ *         return at(self)
+*/
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->mapping->accesses)));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_memory.pyx":396
+ *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+ *         if not ivshmem_enter(&self.mapping.accesses):
+ *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
+ *         return at(self)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->check(__pyx_v_self->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L1_error)
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_memory_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 396, __pyx_L1_error)
 
+    /* "ivshmem/_memory.pyx":395
+ *     cdef void *pin(self) except NULL:
+ *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+ *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the memory is closed")
+ *         return at(self)
+*/
+  }
 
-  /* "ivshmem/_memory.pyx":189
- *     cdef void *word(self) except NULL:
- *         self.mapping.check()
- *         return self.mapping.start + self.offset             # <<<<<<<<<<<<<<
+  /* "ivshmem/_memory.pyx":397
+ *         if not ivshmem_enter(&self.mapping.accesses):
+ *             raise ClosedError("the memory is closed")
+ *         return at(self)             # <<<<<<<<<<<<<<
  * 
- *     cdef void *own_word(self) except NULL:
+ *     cdef void *pin_own(self) except NULL:
 */
   {
 
-    __pyx_r = (__pyx_v_self->mapping->start + __pyx_v_self->offset);
+    __pyx_r = __pyx_f_7ivshmem_7_memory_at(__pyx_v_self);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":187
- *         self.offset = offset
+  /* "ivshmem/_memory.pyx":393
+ *         self.offset = start
  * 
- *     cdef void *word(self) except NULL:             # <<<<<<<<<<<<<<
- *         self.mapping.check()
- *         return self.mapping.start + self.offset
+ *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
+ *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
+ *         if not ivshmem_enter(&self.mapping.accesses):
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.word", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":191
- *         return self.mapping.start + self.offset
+/* "ivshmem/_memory.pyx":399
+ *         return at(self)
  * 
- *     cdef void *own_word(self) except NULL:             # <<<<<<<<<<<<<<
+ *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
+ *         """The same, to be changed."""
  *         if self.mapping.fixed:
- *             raise TypeError("the memory is mapped for reading only")
 */
 
-static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self) {
+static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
   void *__pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6239,22 +9088,22 @@ static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivs
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("own_word", 0);
+  __Pyx_RefNannySetupContext("pin_own", 0);
 
-  /* "ivshmem/_memory.pyx":192
- * 
- *     cdef void *own_word(self) except NULL:
+  /* "ivshmem/_memory.pyx":401
+ *     cdef void *pin_own(self) except NULL:
+ *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
  *             raise TypeError("the memory is mapped for reading only")
- *         return self.word()
+ *         return self.pin()
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/_memory.pyx":193
- *     cdef void *own_word(self) except NULL:
+    /* "ivshmem/_memory.pyx":402
+ *         """The same, to be changed."""
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
- *         return self.word()
+ *         return self.pin()
  * 
 */
     __pyx_t_2 = NULL;
@@ -6263,48 +9112,48 @@ static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivs
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 193, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 402, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 193, __pyx_L1_error)
+    __PYX_ERR(0, 402, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":192
- * 
- *     cdef void *own_word(self) except NULL:
+    /* "ivshmem/_memory.pyx":401
+ *     cdef void *pin_own(self) except NULL:
+ *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
  *             raise TypeError("the memory is mapped for reading only")
- *         return self.word()
+ *         return self.pin()
 */
   }
 
-  /* "ivshmem/_memory.pyx":194
+  /* "ivshmem/_memory.pyx":403
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
- *         return self.word()             # <<<<<<<<<<<<<<
+ *         return self.pin()             # <<<<<<<<<<<<<<
  * 
- *     def load(self):
+ *     cdef void unpin(self) noexcept:
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_7_memory_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 403, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":191
- *         return self.mapping.start + self.offset
+  /* "ivshmem/_memory.pyx":399
+ *         return at(self)
  * 
- *     cdef void *own_word(self) except NULL:             # <<<<<<<<<<<<<<
+ *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
+ *         """The same, to be changed."""
  *         if self.mapping.fixed:
- *             raise TypeError("the memory is mapped for reading only")
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.own_word", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.pin_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -6312,35 +9161,136 @@ static void *__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":196
- *         return self.word()
+/* "ivshmem/_memory.pyx":405
+ *         return self.pin()
  * 
- *     def load(self):             # <<<<<<<<<<<<<<
- *         """The value; what its writer stored before is seen, too (acquire)."""
- *         return ivshmem_load(self.word())
+ *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.mapping.accesses):
+ *             unmap(self.mapping)
+*/
+
+static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  __Pyx_RefNannySetupContext("unpin", 0);
+
+  /* "ivshmem/_memory.pyx":406
+ * 
+ *     cdef void unpin(self) noexcept:
+ *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self.mapping)
+ * 
+*/
+  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->mapping->accesses));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_memory.pyx":407
+ *     cdef void unpin(self) noexcept:
+ *         if ivshmem_leave(&self.mapping.accesses):
+ *             unmap(self.mapping)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef uint64_t peek(self) noexcept nogil:
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->mapping);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_f_7ivshmem_7_memory_unmap(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_2));
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/_memory.pyx":406
+ * 
+ *     cdef void unpin(self) noexcept:
+ *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self.mapping)
+ * 
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":405
+ *         return self.pin()
+ * 
+ *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.mapping.accesses):
+ *             unmap(self.mapping)
+*/
+
+  /* function exit code */
+
+  __Pyx_RefNannyFinishContext();
+}
+
+/* "ivshmem/_memory.pyx":409
+ *             unmap(self.mapping)
+ * 
+ *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """The value (acquire), for other Cython code; the word has to be pinned."""
+ *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+*/
+
+static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+  uint64_t __pyx_r;
+
+  /* "ivshmem/_memory.pyx":411
+ *     cdef uint64_t peek(self) noexcept nogil:
+ *         """The value (acquire), for other Cython code; the word has to be pinned."""
+ *         return ivshmem_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
+ * 
+ *     def load(self, order="acquire"):
+*/
+  {
+
+    __pyx_r = ivshmem_load(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __ATOMIC_ACQUIRE);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":409
+ *             unmap(self.mapping)
+ * 
+ *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """The value (acquire), for other Cython code; the word has to be pinned."""
+ *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":413
+ *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+ * 
+ *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
+ *         """The value."""
+ *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_3load(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_3load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_2load, "The value; what its writer stored before is seen, too (acquire).");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_3load = {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_2load};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_3load(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_2load, "load($self, order=\047acquire\047)\n--\n\nThe value.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_3load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
+  PyObject *__pyx_v_order = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("load (wrapper)", 0);
@@ -6352,99 +9302,199 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("load", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("load", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_2load(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self));
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 413, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_acquire));
+    } else {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_acquire));
+    }
+    __pyx_v_order = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 413, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_2load(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_order);
 
   /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_2load(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_order) {
+  int __pyx_v_how;
+  uint64_t __pyx_v_value;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  void *__pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":198
- *     def load(self):
- *         """The value; what its writer stored before is seen, too (acquire)."""
- *         return ivshmem_load(self.word())             # <<<<<<<<<<<<<<
- * 
- *     def store(self, uint64_t value):
+  /* "ivshmem/_memory.pyx":415
+ *     def load(self, order="acquire"):
+ *         """The value."""
+ *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)             # <<<<<<<<<<<<<<
+ *         cdef uint64_t value
+ *         hold(self.mapping)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9AtomicU64_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 198, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_load(__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_2 = (__pyx_v_order == __pyx_mstate_global->__pyx_n_u_acquire);
+  if (__pyx_t_2) {
 
+    __pyx_t_1 = __ATOMIC_ACQUIRE;
+  } else {
+    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_LOADS;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_t_4;
+  }
+
+  __pyx_v_how = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":417
+ *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
+ *         cdef uint64_t value
+ *         hold(self.mapping)             # <<<<<<<<<<<<<<
+ *         value = ivshmem_load(at(self), self.wide, how)
+ *         let_go(self.mapping)
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+  /* "ivshmem/_memory.pyx":418
+ *         cdef uint64_t value
+ *         hold(self.mapping)
+ *         value = ivshmem_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
+ *         let_go(self.mapping)
+ *         return value
+*/
+  __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
+
+  /* "ivshmem/_memory.pyx":419
+ *         hold(self.mapping)
+ *         value = ivshmem_load(at(self), self.wide, how)
+ *         let_go(self.mapping)             # <<<<<<<<<<<<<<
+ *         return value
+ * 
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/_memory.pyx":420
+ *         value = ivshmem_load(at(self), self.wide, how)
+ *         let_go(self.mapping)
+ *         return value             # <<<<<<<<<<<<<<
+ * 
+ *     def store(self, value, order="release"):
+*/
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_2 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":196
- *         return self.word()
+  /* "ivshmem/_memory.pyx":413
+ *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
- *     def load(self):             # <<<<<<<<<<<<<<
- *         """The value; what its writer stored before is seen, too (acquire)."""
- *         return ivshmem_load(self.word())
+ *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
+ *         """The value."""
+ *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":200
- *         return ivshmem_load(self.word())
+/* "ivshmem/_memory.pyx":422
+ *         return value
  * 
- *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
- *         """Set the value, after all that was stored before (release)."""
- *         ivshmem_store(self.own_word(), value)
+ *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
+ *         """Set the value."""
+ *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_5store(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_5store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_4store, "Set the value, after all that was stored before (release).");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_5store = {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_4store};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_5store(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_4store, "store($self, value, order=\047release\047)\n--\n\nSet the value.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_5store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  uint64_t __pyx_v_value;
+  PyObject *__pyx_v_value = 0;
+  PyObject *__pyx_v_order = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
+  PyObject* values[2] = {0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6460,88 +9510,320 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 200, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 422, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 200, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 200, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 422, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_release));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, i); __PYX_ERR(0, 200, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 422, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 200, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_release));
     }
-    __pyx_v_value = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_value == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 200, __pyx_L3_error)
+    __pyx_v_value = values[0];
+    __pyx_v_order = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 200, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 422, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_4store(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v_value);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_4store(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_4store(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_value) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+  int __pyx_v_how;
+  uint64_t __pyx_v_number;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  void *__pyx_t_1;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  uint64_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":202
- *     def store(self, uint64_t value):
- *         """Set the value, after all that was stored before (release)."""
- *         ivshmem_store(self.own_word(), value)             # <<<<<<<<<<<<<<
- * 
- *     def compare_exchange(self, uint64_t expected, uint64_t desired):
+  /* "ivshmem/_memory.pyx":424
+ *     def store(self, value, order="release"):
+ *         """Set the value."""
+ *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)             # <<<<<<<<<<<<<<
+ *         cdef uint64_t number = fitting(self, value)
+ *         hold_own(self.mapping)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 202, __pyx_L1_error)
-  ivshmem_store(__pyx_t_1, __pyx_v_value);
+  __pyx_t_2 = (__pyx_v_order == __pyx_mstate_global->__pyx_n_u_release);
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = __ATOMIC_RELEASE;
+  } else {
+    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_STORES;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_t_4;
+  }
+
+  __pyx_v_how = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":425
+ *         """Set the value."""
+ *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
+ *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
+ *         hold_own(self.mapping)
+ *         ivshmem_store(at(self), self.wide, number, how)
+*/
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_v_number = __pyx_t_5;
+
+  /* "ivshmem/_memory.pyx":426
+ *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
+ *         cdef uint64_t number = fitting(self, value)
+ *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
+ *         ivshmem_store(at(self), self.wide, number, how)
+ *         let_go(self.mapping)
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 426, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":200
- *         return ivshmem_load(self.word())
+  /* "ivshmem/_memory.pyx":427
+ *         cdef uint64_t number = fitting(self, value)
+ *         hold_own(self.mapping)
+ *         ivshmem_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
+ *         let_go(self.mapping)
  * 
- *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
- *         """Set the value, after all that was stored before (release)."""
- *         ivshmem_store(self.own_word(), value)
+*/
+  ivshmem_store(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
+
+  /* "ivshmem/_memory.pyx":428
+ *         hold_own(self.mapping)
+ *         ivshmem_store(at(self), self.wide, number, how)
+ *         let_go(self.mapping)             # <<<<<<<<<<<<<<
+ * 
+ *     def exchange(self, value, order="seq_cst"):
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/_memory.pyx":422
+ *         return value
+ * 
+ *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
+ *         """Set the value."""
+ *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":430
+ *         let_go(self.mapping)
+ * 
+ *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set the value; return what it was."""
+ *         return change(self, ivshmem_exchange, value, order)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_7exchange(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_6exchange, "exchange($self, value, order=\047seq_cst\047)\n--\n\nSet the value; return what it was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_7exchange(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_value = 0;
+  PyObject *__pyx_v_order = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("exchange (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 430, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 430, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 430, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 430, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 430, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+    }
+    __pyx_v_value = values[0];
+    __pyx_v_order = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 430, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_value, __pyx_v_order);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("exchange", 0);
+
+  /* "ivshmem/_memory.pyx":432
+ *     def exchange(self, value, order="seq_cst"):
+ *         """Set the value; return what it was."""
+ *         return change(self, ivshmem_exchange, value, order)             # <<<<<<<<<<<<<<
+ * 
+ *     def compare_exchange(self, expected, desired, order="seq_cst"):
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":430
+ *         let_go(self.mapping)
+ * 
+ *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set the value; return what it was."""
+ *         return change(self, ivshmem_exchange, value, order)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -6549,38 +9831,38 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_4store(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":204
- *         ivshmem_store(self.own_word(), value)
+/* "ivshmem/_memory.pyx":434
+ *         return change(self, ivshmem_exchange, value, order)
  * 
- *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
+ *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set `desired` if the value is `expected`; return what it was.
+ * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_9compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange, "Set `desired` if the value is `expected`; return what it was (full barrier).");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_7compare_exchange = {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_8compare_exchange, "compare_exchange($self, expected, desired, order=\047seq_cst\047)\n--\n\nSet `desired` if the value is `expected`; return what it was.\n\nIf it was not, this is a load, and has of `order` what a load can have.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_9compare_exchange(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  uint64_t __pyx_v_expected;
-  uint64_t __pyx_v_desired;
+  PyObject *__pyx_v_expected = 0;
+  PyObject *__pyx_v_desired = 0;
+  PyObject *__pyx_v_order = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6596,145 +9878,239 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 434, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 434, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 434, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 434, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 434, __pyx_L3_error)
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, i); __PYX_ERR(0, 204, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 434, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 434, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 434, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 434, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
     }
-    __pyx_v_expected = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_expected == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L3_error)
-    __pyx_v_desired = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_desired == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L3_error)
+    __pyx_v_expected = values[0];
+    __pyx_v_desired = values[1];
+    __pyx_v_order = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("compare_exchange", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 434, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v_expected, __pyx_v_desired);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_expected, __pyx_v_desired, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_6compare_exchange(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_expected, uint64_t __pyx_v_desired) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_expected, PyObject *__pyx_v_desired, PyObject *__pyx_v_order) {
+  int __pyx_v_how;
+  uint64_t __pyx_v_old;
+  uint64_t __pyx_v_new;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  void *__pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  uint64_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/_memory.pyx":206
- *     def compare_exchange(self, uint64_t expected, uint64_t desired):
- *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)             # <<<<<<<<<<<<<<
- * 
- *     def fetch_add(self, uint64_t amount):
+  /* "ivshmem/_memory.pyx":439
+ *         If it was not, this is a load, and has of `order` what a load can have.
+ *         """
+ *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
+ *         cdef uint64_t old = fitting(self, expected)
+ *         cdef uint64_t new = fitting(self, desired)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 206, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_compare_exchange(__pyx_t_1, __pyx_v_expected, __pyx_v_desired)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_2 = (__pyx_v_order == __pyx_mstate_global->__pyx_n_u_seq_cst);
+  if (__pyx_t_2) {
 
+    __pyx_t_1 = __ATOMIC_SEQ_CST;
+  } else {
+    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_t_4;
+  }
+
+  __pyx_v_how = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":440
+ *         """
+ *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *         cdef uint64_t old = fitting(self, expected)             # <<<<<<<<<<<<<<
+ *         cdef uint64_t new = fitting(self, desired)
+ *         hold_own(self.mapping)
+*/
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_v_old = __pyx_t_5;
+
+  /* "ivshmem/_memory.pyx":441
+ *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *         cdef uint64_t old = fitting(self, expected)
+ *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
+ *         hold_own(self.mapping)
+ *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+*/
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_v_new = __pyx_t_5;
+
+  /* "ivshmem/_memory.pyx":442
+ *         cdef uint64_t old = fitting(self, expected)
+ *         cdef uint64_t new = fitting(self, desired)
+ *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
+ *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         let_go(self.mapping)
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+  /* "ivshmem/_memory.pyx":443
+ *         cdef uint64_t new = fitting(self, desired)
+ *         hold_own(self.mapping)
+ *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
+ *         let_go(self.mapping)
+ *         return old
+*/
+  __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
+
+  /* "ivshmem/_memory.pyx":444
+ *         hold_own(self.mapping)
+ *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         let_go(self.mapping)             # <<<<<<<<<<<<<<
+ *         return old
+ * 
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/_memory.pyx":445
+ *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         let_go(self.mapping)
+ *         return old             # <<<<<<<<<<<<<<
+ * 
+ *     def fetch_add(self, amount, order="seq_cst"):
+*/
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_2 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":204
- *         ivshmem_store(self.own_word(), value)
+  /* "ivshmem/_memory.pyx":434
+ *         return change(self, ivshmem_exchange, value, order)
  * 
- *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
+ *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set `desired` if the value is `expected`; return what it was.
+ * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.compare_exchange", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
+
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":208
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
+/* "ivshmem/_memory.pyx":447
+ *         return old
  * 
- *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (full barrier)."""
- *         return ivshmem_add(self.own_word(), amount)
+ *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Add, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_add, amount, order)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_11fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add, "Add, modulo 2**64; return what the value was (full barrier).");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_9fetch_add = {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_10fetch_add, "fetch_add($self, amount, order=\047seq_cst\047)\n--\n\nAdd, modulo 2**32 or 2**64; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_11fetch_add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  uint64_t __pyx_v_amount;
+  PyObject *__pyx_v_amount = 0;
+  PyObject *__pyx_v_order = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
+  PyObject* values[2] = {0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6750,99 +10126,733 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 208, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 447, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 208, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 208, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, i); __PYX_ERR(0, 208, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 447, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 208, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 447, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
     }
-    __pyx_v_amount = __Pyx_PyLong_As_uint64_t(values[0]); if (unlikely((__pyx_v_amount == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 208, __pyx_L3_error)
+    __pyx_v_amount = values[0];
+    __pyx_v_order = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_add", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 208, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v_amount);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, uint64_t __pyx_v_amount) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  void *__pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/_memory.pyx":210
- *     def fetch_add(self, uint64_t amount):
- *         """Add, modulo 2**64; return what the value was (full barrier)."""
- *         return ivshmem_add(self.own_word(), amount)             # <<<<<<<<<<<<<<
+  /* "ivshmem/_memory.pyx":449
+ *     def fetch_add(self, amount, order="seq_cst"):
+ *         """Add, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_add, amount, order)             # <<<<<<<<<<<<<<
  * 
- * 
+ *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9AtomicU64_own_word(__pyx_v_self); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 210, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(ivshmem_add(__pyx_t_1, __pyx_v_amount)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
+      __pyx_r = __pyx_t_1;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_2 = 0;
+  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":208
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
+  /* "ivshmem/_memory.pyx":447
+ *         return old
  * 
- *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (full barrier)."""
- *         return ivshmem_add(self.own_word(), amount)
+ *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Add, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_add, amount, order)
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem._memory.AtomicU64.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_add", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":451
+ *         return change(self, ivshmem_add, amount, order)
+ * 
+ *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_sub, amount, order)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_13fetch_sub(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_12fetch_sub, "fetch_sub($self, amount, order=\047seq_cst\047)\n--\n\nSubtract, modulo 2**32 or 2**64; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_13fetch_sub(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_amount = 0;
+  PyObject *__pyx_v_order = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fetch_sub (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 451, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+    }
+    __pyx_v_amount = values[0];
+    __pyx_v_order = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_amount, __pyx_v_order);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_amount, PyObject *__pyx_v_order) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fetch_sub", 0);
+
+  /* "ivshmem/_memory.pyx":453
+ *     def fetch_sub(self, amount, order="seq_cst"):
+ *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_sub, amount, order)             # <<<<<<<<<<<<<<
+ * 
+ *     def fetch_and(self, bits, order="seq_cst"):
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":451
+ *         return change(self, ivshmem_add, amount, order)
+ * 
+ *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
+ *         return change(self, ivshmem_sub, amount, order)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_sub", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":455
+ *         return change(self, ivshmem_sub, amount, order)
+ * 
+ *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Clear all but these bits; return what the value was."""
+ *         return change(self, ivshmem_and, bits, order)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_and(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_14fetch_and, "fetch_and($self, bits, order=\047seq_cst\047)\n--\n\nClear all but these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_and(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_bits = 0;
+  PyObject *__pyx_v_order = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fetch_and (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 455, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 455, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 455, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+    }
+    __pyx_v_bits = values[0];
+    __pyx_v_order = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 455, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fetch_and", 0);
+
+  /* "ivshmem/_memory.pyx":457
+ *     def fetch_and(self, bits, order="seq_cst"):
+ *         """Clear all but these bits; return what the value was."""
+ *         return change(self, ivshmem_and, bits, order)             # <<<<<<<<<<<<<<
+ * 
+ *     def fetch_or(self, bits, order="seq_cst"):
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":455
+ *         return change(self, ivshmem_sub, amount, order)
+ * 
+ *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Clear all but these bits; return what the value was."""
+ *         return change(self, ivshmem_and, bits, order)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_and", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":459
+ *         return change(self, ivshmem_and, bits, order)
+ * 
+ *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set these bits; return what the value was."""
+ *         return change(self, ivshmem_or, bits, order)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_16fetch_or, "fetch_or($self, bits, order=\047seq_cst\047)\n--\n\nSet these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_bits = 0;
+  PyObject *__pyx_v_order = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fetch_or (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 459, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 459, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 459, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 459, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 459, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 459, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 459, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+    }
+    __pyx_v_bits = values[0];
+    __pyx_v_order = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 459, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fetch_or", 0);
+
+  /* "ivshmem/_memory.pyx":461
+ *     def fetch_or(self, bits, order="seq_cst"):
+ *         """Set these bits; return what the value was."""
+ *         return change(self, ivshmem_or, bits, order)             # <<<<<<<<<<<<<<
+ * 
+ *     def fetch_xor(self, bits, order="seq_cst"):
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":459
+ *         return change(self, ivshmem_and, bits, order)
+ * 
+ *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Set these bits; return what the value was."""
+ *         return change(self, ivshmem_or, bits, order)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":463
+ *         return change(self, ivshmem_or, bits, order)
+ * 
+ *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Invert these bits; return what the value was."""
+ *         return change(self, ivshmem_xor, bits, order)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_xor(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_18fetch_xor, "fetch_xor($self, bits, order=\047seq_cst\047)\n--\n\nInvert these bits; return what the value was.");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_xor(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_bits = 0;
+  PyObject *__pyx_v_order = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fetch_xor (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 463, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
+    }
+    __pyx_v_bits = values[0];
+    __pyx_v_order = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_xor(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_bits, __pyx_v_order);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_xor(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, PyObject *__pyx_v_bits, PyObject *__pyx_v_order) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fetch_xor", 0);
+
+  /* "ivshmem/_memory.pyx":465
+ *     def fetch_xor(self, bits, order="seq_cst"):
+ *         """Invert these bits; return what the value was."""
+ *         return change(self, ivshmem_xor, bits, order)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":463
+ *         return change(self, ivshmem_or, bits, order)
+ * 
+ *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
+ *         """Invert these bits; return what the value was."""
+ *         return change(self, ivshmem_xor, bits, order)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.fetch_xor", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -6857,16 +10867,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_8fetch_add(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_21__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_20__reduce_cython__, "__reduce_cython__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_21__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6892,14 +10901,422 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_20__reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_23__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_6Atomic_22__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_6Atomic_23__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic_22__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._memory.Atomic.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU32_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU32___reduce_cython__, "__reduce_cython__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU32_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU32___reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU32___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._memory.AtomicU32.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU32_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU32_2__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU32_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.AtomicU32.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU32_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU32_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._memory.AtomicU32.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64___reduce_cython__, "__reduce_cython__($self)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64___reduce_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6939,16 +11356,15 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__(CYTHO
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_3__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
+static PyObject *__pyx_pw_7ivshmem_7_memory_9AtomicU64_3__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7014,7 +11430,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7024,7 +11440,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7056,7 +11472,546 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__(CYT
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":230
+/* "ivshmem/_memory.pyx":478
+ * 
+ * 
+ * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
+ *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *     cdef uint64_t number = fitting(word, value)
+*/
+
+static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, __pyx_t_7ivshmem_7_memory_Change __pyx_v_operation, PyObject *__pyx_v_value, PyObject *__pyx_v_order) {
+  int __pyx_v_how;
+  uint64_t __pyx_v_number;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  uint64_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("change", 0);
+
+  /* "ivshmem/_memory.pyx":479
+ * 
+ * cdef inline object change(Atomic word, Change operation, object value, object order):
+ *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
+ *     cdef uint64_t number = fitting(word, value)
+ *     hold_own(word.mapping)
+*/
+  __pyx_t_2 = (__pyx_v_order == __pyx_mstate_global->__pyx_n_u_seq_cst);
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = __ATOMIC_SEQ_CST;
+  } else {
+    __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 479, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_t_4;
+  }
+
+  __pyx_v_how = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":480
+ * cdef inline object change(Atomic word, Change operation, object value, object order):
+ *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *     cdef uint64_t number = fitting(word, value)             # <<<<<<<<<<<<<<
+ *     hold_own(word.mapping)
+ *     number = operation(at(word), word.wide, number, how)
+*/
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_v_number = __pyx_t_5;
+
+  /* "ivshmem/_memory.pyx":481
+ *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *     cdef uint64_t number = fitting(word, value)
+ *     hold_own(word.mapping)             # <<<<<<<<<<<<<<
+ *     number = operation(at(word), word.wide, number, how)
+ *     let_go(word.mapping)
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 481, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+  /* "ivshmem/_memory.pyx":482
+ *     cdef uint64_t number = fitting(word, value)
+ *     hold_own(word.mapping)
+ *     number = operation(at(word), word.wide, number, how)             # <<<<<<<<<<<<<<
+ *     let_go(word.mapping)
+ *     return number
+*/
+  __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_7_memory_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
+
+  /* "ivshmem/_memory.pyx":483
+ *     hold_own(word.mapping)
+ *     number = operation(at(word), word.wide, number, how)
+ *     let_go(word.mapping)             # <<<<<<<<<<<<<<
+ *     return number
+ * 
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/_memory.pyx":484
+ *     number = operation(at(word), word.wide, number, how)
+ *     let_go(word.mapping)
+ *     return number             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_3;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_3 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":478
+ * 
+ * 
+ * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
+ *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
+ *     cdef uint64_t number = fitting(word, value)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem._memory.change", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":487
+ * 
+ * 
+ * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
+ *     if found == NULL:
+*/
+
+static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject *__pyx_v_allowed) {
+  PyObject *__pyx_v_found;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[4];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("order_of", 0);
+
+  /* "ivshmem/_memory.pyx":488
+ * 
+ * cdef int order_of(object order, dict allowed) except -1:
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)             # <<<<<<<<<<<<<<
+ *     if found == NULL:
+ *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
+*/
+  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_v_found = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":489
+ * cdef int order_of(object order, dict allowed) except -1:
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
+ *     if found == NULL:             # <<<<<<<<<<<<<<
+ *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
+ *     return <object>found
+*/
+  __pyx_t_2 = (__pyx_v_found == NULL);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":490
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
+ *     if found == NULL:
+ *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")             # <<<<<<<<<<<<<<
+ *     return <object>found
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u_, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_order;
+    __pyx_t_7[1] = __pyx_t_5;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_for_this_operation;
+    __pyx_t_7[3] = __pyx_t_6;
+    __pyx_t_8 = 30;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
+    #endif
+    __pyx_t_9 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
+    #endif
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_11 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 490, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":489
+ * cdef int order_of(object order, dict allowed) except -1:
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
+ *     if found == NULL:             # <<<<<<<<<<<<<<
+ *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
+ *     return <object>found
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":491
+ *     if found == NULL:
+ *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
+ *     return <object>found             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 491, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_9;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":487
+ * 
+ * 
+ * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
+ *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
+ *     if found == NULL:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem._memory.order_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":494
+ * 
+ * 
+ * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
+ *     if number > UINT32_MAX and not word.wide:
+*/
+
+static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_value) {
+  uint64_t __pyx_v_number;
+  uint64_t __pyx_r;
+  __Pyx_RefNannyDeclarations
+  uint64_t __pyx_t_1;
+  int __pyx_t_2;
+  uint64_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fitting", 0);
+
+  /* "ivshmem/_memory.pyx":495
+ * 
+ * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)             # <<<<<<<<<<<<<<
+ *     if number > UINT32_MAX and not word.wide:
+ *         raise OverflowError(f"{number} has more than the 32 bits of the word")
+*/
+  __pyx_t_2 = PyLong_Check(__pyx_v_value); 
+  if (__pyx_t_2) {
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_1 = __pyx_t_3;
+  } else {
+    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 495, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_1 = __pyx_t_3;
+  }
+
+  __pyx_v_number = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":496
+ * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
+ *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
+ *         raise OverflowError(f"{number} has more than the 32 bits of the word")
+ *     return number
+*/
+  __pyx_t_5 = (__pyx_v_number > UINT32_MAX);
+
+  if (__pyx_t_5) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_5;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_5 = (!__pyx_v_word->wide);
+
+
+  __pyx_t_2 = __pyx_t_5;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":497
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
+ *     if number > UINT32_MAX and not word.wide:
+ *         raise OverflowError(f"{number} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
+ *     return number
+ * 
+*/
+    __pyx_t_6 = NULL;
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 497, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 497, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_9 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_8};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 497, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":496
+ * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
+ *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
+ *         raise OverflowError(f"{number} has more than the 32 bits of the word")
+ *     return number
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":498
+ *     if number > UINT32_MAX and not word.wide:
+ *         raise OverflowError(f"{number} has more than the 32 bits of the word")
+ *     return number             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_number;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":494
+ * 
+ * 
+ * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
+ *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
+ *     if number > UINT32_MAX and not word.wide:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem._memory.fitting", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1LL;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":501
+ * 
+ * 
+ * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
+ *     if mapping.fixed:
+ *         raise TypeError("the memory is mapped for reading only")
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("hold_own", 0);
+
+  /* "ivshmem/_memory.pyx":502
+ * 
+ * cdef inline int hold_own(Mapping mapping) except -1:
+ *     if mapping.fixed:             # <<<<<<<<<<<<<<
+ *         raise TypeError("the memory is mapped for reading only")
+ *     return hold(mapping)
+*/
+  if (unlikely(__pyx_v_mapping->fixed)) {
+
+    /* "ivshmem/_memory.pyx":503
+ * cdef inline int hold_own(Mapping mapping) except -1:
+ *     if mapping.fixed:
+ *         raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
+ *     return hold(mapping)
+ * 
+*/
+    __pyx_t_2 = NULL;
+    __pyx_t_3 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 503, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":502
+ * 
+ * cdef inline int hold_own(Mapping mapping) except -1:
+ *     if mapping.fixed:             # <<<<<<<<<<<<<<
+ *         raise TypeError("the memory is mapped for reading only")
+ *     return hold(mapping)
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":504
+ *     if mapping.fixed:
+ *         raise TypeError("the memory is mapped for reading only")
+ *     return hold(mapping)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_4;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":501
+ * 
+ * 
+ * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
+ *     if mapping.fixed:
+ *         raise TypeError("the memory is mapped for reading only")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._memory.hold_own", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":507
+ * 
+ * 
+ * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     return word.mapping.start + word.offset
+ * 
+*/
+
+static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word) {
+  void *__pyx_r;
+
+  /* "ivshmem/_memory.pyx":508
+ * 
+ * cdef inline void *at(Atomic word) noexcept nogil:
+ *     return word.mapping.start + word.offset             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = (__pyx_v_word->mapping->start + __pyx_v_word->offset);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":507
+ * 
+ * 
+ * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     return word.mapping.start + word.offset
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":528
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -7105,51 +12060,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_mapped,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 230, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 230, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 528, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 528, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L3_error)
-    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L3_error)
+      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
     } else {
       __pyx_v_mapped = ((int)1);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 230, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7184,7 +12139,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_memory.pyx":231
+  /* "ivshmem/_memory.pyx":529
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
@@ -7193,11 +12148,11 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   if (unlikely(__pyx_e_7ivshmem_7_memory_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 231, __pyx_L1_error)
+    __PYX_ERR(0, 529, __pyx_L1_error)
   }
   __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_7_memory_REGISTER_PAGE, 0);
 
-  /* "ivshmem/_memory.pyx":233
+  /* "ivshmem/_memory.pyx":531
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -7206,7 +12161,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_memory.pyx":234
+  /* "ivshmem/_memory.pyx":532
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -7215,7 +12170,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/_memory.pyx":235
+  /* "ivshmem/_memory.pyx":533
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -7224,7 +12179,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/_memory.pyx":236
+  /* "ivshmem/_memory.pyx":534
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -7233,7 +12188,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/_memory.pyx":237
+  /* "ivshmem/_memory.pyx":535
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -7242,7 +12197,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/_memory.pyx":238
+    /* "ivshmem/_memory.pyx":536
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -7251,7 +12206,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/_memory.pyx":239
+    /* "ivshmem/_memory.pyx":537
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -7260,7 +12215,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/_memory.pyx":242
+    /* "ivshmem/_memory.pyx":540
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -7272,17 +12227,17 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_memory.pyx":243
+      /* "ivshmem/_memory.pyx":541
  *             )
  *             if address == MAP_FAILED:
  *                 fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
 
 
-      /* "ivshmem/_memory.pyx":242
+      /* "ivshmem/_memory.pyx":540
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -7291,25 +12246,25 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/_memory.pyx":244
+    /* "ivshmem/_memory.pyx":542
  *             if address == MAP_FAILED:
  *                 fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
  *             self.first = self.page + inside
- *         self.open = True
+ * 
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/_memory.pyx":245
+    /* "ivshmem/_memory.pyx":543
  *                 fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
- *         self.open = True
  * 
+ *     cdef int check(self, Py_ssize_t at) except -1:
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/_memory.pyx":237
+    /* "ivshmem/_memory.pyx":535
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -7318,16 +12273,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":246
- *             self.page = <char *>address
- *             self.first = self.page + inside
- *         self.open = True             # <<<<<<<<<<<<<<
- * 
- *     cdef int check(self, Py_ssize_t at) except -1:
-*/
-  __pyx_v_self->open = 1;
-
-  /* "ivshmem/_memory.pyx":230
+  /* "ivshmem/_memory.pyx":528
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -7348,174 +12294,119 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":248
- *         self.open = True
+/* "ivshmem/_memory.pyx":545
+ *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
- *         if not self.open:
- *             raise ClosedError("the device is closed")
+ *         if at < 0 or at % 4 or at > self.size - 4:
+ *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
 */
 
 static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[5];
-  Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[5];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_memory.pyx":249
+  /* "ivshmem/_memory.pyx":546
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the device is closed")
- *         if at < 0 or at % 4 or at > self.size - 4:
-*/
-  __pyx_t_1 = (!__pyx_v_self->open);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/_memory.pyx":250
- *     cdef int check(self, Py_ssize_t at) except -1:
- *         if not self.open:
- *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
- *         if at < 0 or at % 4 or at > self.size - 4:
- *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 250, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_device_is_closed};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 250, __pyx_L1_error)
-
-    /* "ivshmem/_memory.pyx":249
- * 
- *     cdef int check(self, Py_ssize_t at) except -1:
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the device is closed")
- *         if at < 0 or at % 4 or at > self.size - 4:
-*/
-  }
-
-  /* "ivshmem/_memory.pyx":251
- *         if not self.open:
- *             raise ClosedError("the device is closed")
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0
 */
-  __pyx_t_6 = (__pyx_v_at < 0);
+  __pyx_t_2 = (__pyx_v_at < 0);
 
-  if (!__pyx_t_6) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_6;
-
-    goto __pyx_L5_bool_binop_done;
-  }
-  __pyx_t_6 = (__Pyx_mod_Py_ssize_t(__pyx_v_at, 4, 1) != 0);
-
-  if (!__pyx_t_6) {
+  if (!__pyx_t_2) {
 
   } else {
 
-    __pyx_t_1 = __pyx_t_6;
+    __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L5_bool_binop_done;
+    goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_6 = (__pyx_v_at > (__pyx_v_self->size - 4));
+  __pyx_t_2 = (__Pyx_mod_Py_ssize_t(__pyx_v_at, 4, 1) != 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_at > (__pyx_v_self->size - 4));
 
 
-  __pyx_t_1 = __pyx_t_6;
+  __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L5_bool_binop_done:;
+  __pyx_L4_bool_binop_done:;
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":252
- *             raise ClosedError("the device is closed")
+    /* "ivshmem/_memory.pyx":547
+ *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 252, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 252, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
-    __pyx_t_8[1] = __pyx_t_3;
-    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_there_are;
-    __pyx_t_8[3] = __pyx_t_7;
-    __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_bytes_of_them;
-    __pyx_t_9 = 41;
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 547, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 547, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
+    __pyx_t_7[1] = __pyx_t_5;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_there_are;
+    __pyx_t_7[3] = __pyx_t_6;
+    __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_of_them;
+    __pyx_t_8 = 41;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
     #endif
-    __pyx_t_10 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 252, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_5 = 1;
+    __pyx_t_9 = 0;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 547, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_11 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 252, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 547, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 252, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 547, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":251
- *         if not self.open:
- *             raise ClosedError("the device is closed")
+    /* "ivshmem/_memory.pyx":546
+ * 
+ *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0
 */
   }
 
-  /* "ivshmem/_memory.pyx":253
+  /* "ivshmem/_memory.pyx":548
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -7528,21 +12419,21 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":248
- *         self.open = True
+  /* "ivshmem/_memory.pyx":545
+ *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
- *         if not self.open:
- *             raise ClosedError("the device is closed")
+ *         if at < 0 or at % 4 or at > self.size - 4:
+ *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem._memory.Registers.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -7551,12 +12442,12 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":255
+/* "ivshmem/_memory.pyx":550
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
- *         """The register at `at` bytes."""
- *         cdef uint32_t value = 0
+ *         """The register at `at` bytes.
+ * 
 */
 
 /* Python wrapper */
@@ -7567,8 +12458,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_2load, "The register at `at` bytes.");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9Registers_3load = {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_2load};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_2load, "load($self, at)\n--\n\nThe register at `at` bytes.\n\nRaises:\n    IndexError: there is none.\n    OSError: as of pread(2), where it is not mapped.\n    ClosedError: the device is closed.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_3load(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -7599,32 +12489,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 255, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 550, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 255, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 550, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 255, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 550, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 255, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 550, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7648,115 +12538,225 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at) {
   uint32_t __pyx_v_value;
+  int __pyx_v_code;
+  Py_ssize_t __pyx_v_n;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":257
- *     def load(self, Py_ssize_t at):
- *         """The register at `at` bytes."""
+  /* "ivshmem/_memory.pyx":558
+ *             ClosedError: the device is closed.
+ *         """
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
- *         self.check(at)
- *         if self.page != NULL:
+ *         cdef int code = 0
+ *         cdef Py_ssize_t n
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/_memory.pyx":258
- *         """The register at `at` bytes."""
+  /* "ivshmem/_memory.pyx":559
+ *         """
  *         cdef uint32_t value = 0
- *         self.check(at)             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             return ivshmem_load32(self.first + at)
-*/
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
-
-
-  /* "ivshmem/_memory.pyx":259
- *         cdef uint32_t value = 0
+ *         cdef int code = 0             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t n
  *         self.check(at)
+*/
+  __pyx_v_code = 0;
+
+  /* "ivshmem/_memory.pyx":561
+ *         cdef int code = 0
+ *         cdef Py_ssize_t n
+ *         self.check(at)             # <<<<<<<<<<<<<<
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
+
+
+  /* "ivshmem/_memory.pyx":562
+ *         cdef Py_ssize_t n
+ *         self.check(at)
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         if self.page != NULL:
+*/
+  __pyx_t_2 = (!ivshmem_enter((&__pyx_v_self->state)));
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/_memory.pyx":563
+ *         self.check(at)
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
+ *         if self.page != NULL:
+ *             value = ivshmem_load32(self.first + at)
+*/
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_6 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_device_is_closed};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 563, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 563, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":562
+ *         cdef Py_ssize_t n
+ *         self.check(at)
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         if self.page != NULL:
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":564
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             return ivshmem_load32(self.first + at)
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *             value = ivshmem_load32(self.first + at)
+ *         else:
 */
   __pyx_t_2 = (__pyx_v_self->page != NULL);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":260
- *         self.check(at)
+    /* "ivshmem/_memory.pyx":565
+ *             raise ClosedError("the device is closed")
  *         if self.page != NULL:
- *             return ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()
+ *             value = ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
+ *         else:
+ *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
 */
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(ivshmem_load32((__pyx_v_self->first + __pyx_v_at))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_3;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_3 = 0;
-    goto __pyx_L0;
+    __pyx_v_value = ivshmem_load32((__pyx_v_self->first + __pyx_v_at));
 
-    /* "ivshmem/_memory.pyx":259
- *         cdef uint32_t value = 0
- *         self.check(at)
+    /* "ivshmem/_memory.pyx":564
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             return ivshmem_load32(self.first + at)
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *             value = ivshmem_load32(self.first + at)
+ *         else:
 */
+    goto __pyx_L4;
   }
 
-  /* "ivshmem/_memory.pyx":261
- *         if self.page != NULL:
- *             return ivshmem_load32(self.first + at)
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
- *             fail()
+  /* "ivshmem/_memory.pyx":567
+ *             value = ivshmem_load32(self.first + at)
+ *         else:
+ *             n = pread(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
+ *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
+ *         self.leave()
+*/
+  /*else*/ {
+    __pyx_v_n = pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
+
+    /* "ivshmem/_memory.pyx":568
+ *         else:
+ *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
+ *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
+ *         self.leave()
+ *         if code:
+*/
+    __pyx_t_2 = (__pyx_v_n == (sizeof(__pyx_v_value)));
+
+    if (__pyx_t_2) {
+
+      __pyx_t_1 = 0;
+    } else {
+      __pyx_t_8 = (__pyx_v_n < 0);
+
+      if (__pyx_t_8) {
+
+        __pyx_t_7 = errno;
+      } else {
+
+        __pyx_t_7 = EIO;
+      }
+
+      __pyx_t_1 = __pyx_t_7;
+    }
+
+    __pyx_v_code = __pyx_t_1;
+  }
+  __pyx_L4:;
+
+  /* "ivshmem/_memory.pyx":569
+ *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
+ *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
+ *         self.leave()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             fail_with(code)
+*/
+  __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
+
+  /* "ivshmem/_memory.pyx":570
+ *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
  *         return value
 */
-  __pyx_t_2 = (pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at)) != (sizeof(__pyx_v_value)));
+  __pyx_t_2 = (__pyx_v_code != 0);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":262
- *             return ivshmem_load32(self.first + at)
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()             # <<<<<<<<<<<<<<
+    /* "ivshmem/_memory.pyx":571
+ *         self.leave()
+ *         if code:
+ *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":261
- *         if self.page != NULL:
- *             return ivshmem_load32(self.first + at)
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
- *             fail()
+    /* "ivshmem/_memory.pyx":570
+ *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
  *         return value
 */
   }
 
-  /* "ivshmem/_memory.pyx":263
- *         if pread(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()
+  /* "ivshmem/_memory.pyx":572
+ *         if code:
+ *             fail_with(code)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -7769,32 +12769,36 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":255
+  /* "ivshmem/_memory.pyx":550
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
- *         """The register at `at` bytes."""
- *         cdef uint32_t value = 0
+ *         """The register at `at` bytes.
+ * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem._memory.Registers.load", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
+
 
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":265
+/* "ivshmem/_memory.pyx":574
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
- *         """Set the register at `at` bytes, after all that was written to memory before."""
- *         self.check(at)
+ *         """Set the register at `at` bytes, after all that was written to memory before.
+ * 
 */
 
 /* Python wrapper */
@@ -7805,8 +12809,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_4store, "Set the register at `at` bytes, after all that was written to memory before.");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9Registers_5store = {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_4store};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_4store, "store($self, at, value)\n--\n\nSet the register at `at` bytes, after all that was written to memory before.\n\nRaises:\n    IndexError, OSError, ClosedError: as of `load`, but of pwrite(2).\n    OverflowError: the value has more than 32 bits.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_5store(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -7838,39 +12841,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 574, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 574, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 265, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 574, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 265, __pyx_L3_error)
-    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 265, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 574, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7894,234 +12897,404 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
+  int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":267
- *     def store(self, Py_ssize_t at, uint32_t value):
- *         """Set the register at `at` bytes, after all that was written to memory before."""
+  /* "ivshmem/_memory.pyx":582
+ *         """
+ *         cdef int code
  *         self.check(at)             # <<<<<<<<<<<<<<
- *         self.put(at, value)
- * 
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":268
- *         """Set the register at `at` bytes, after all that was written to memory before."""
+  /* "ivshmem/_memory.pyx":583
+ *         cdef int code
  *         self.check(at)
- *         self.put(at, value)             # <<<<<<<<<<<<<<
- * 
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         code = self.put(at, value)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_2 = (!ivshmem_enter((&__pyx_v_self->state)));
+
+  if (unlikely(__pyx_t_2)) {
 
 
-  /* "ivshmem/_memory.pyx":265
+    /* "ivshmem/_memory.pyx":584
+ *         self.check(at)
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
+ *         code = self.put(at, value)
+ *         self.leave()
+*/
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_6 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_device_is_closed};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 584, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":583
+ *         cdef int code
+ *         self.check(at)
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the device is closed")
+ *         code = self.put(at, value)
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":585
+ *         if not ivshmem_enter(&self.state):
+ *             raise ClosedError("the device is closed")
+ *         code = self.put(at, value)             # <<<<<<<<<<<<<<
+ *         self.leave()
+ *         if code:
+*/
+  __pyx_v_code = __pyx_f_7ivshmem_7_memory_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
+
+  /* "ivshmem/_memory.pyx":586
+ *             raise ClosedError("the device is closed")
+ *         code = self.put(at, value)
+ *         self.leave()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             fail_with(code)
+*/
+  __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
+
+  /* "ivshmem/_memory.pyx":587
+ *         code = self.put(at, value)
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_code != 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_memory.pyx":588
+ *         self.leave()
+ *         if code:
+ *             fail_with(code)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
+*/
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L1_error)
+
+
+    /* "ivshmem/_memory.pyx":587
+ *         code = self.put(at, value)
+ *         self.leave()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ * 
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":574
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
- *         """Set the register at `at` bytes, after all that was written to memory before."""
- *         self.check(at)
+ *         """Set the register at `at` bytes, after all that was written to memory before.
+ * 
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem._memory.Registers.store", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":270
- *         self.put(at, value)
+/* "ivshmem/_memory.pyx":590
+ *             fail_with(code)
  * 
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             ivshmem_store32(self.first + at, value)
+ *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """For those who have entered `state`: 0 or errno."""
+ *         cdef Py_ssize_t n
 */
 
 static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self, Py_ssize_t __pyx_v_at, uint32_t __pyx_v_value) {
+  Py_ssize_t __pyx_v_n;
   int __pyx_r;
-  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("put", 0);
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_t_4;
 
-  /* "ivshmem/_memory.pyx":271
- * 
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
+  /* "ivshmem/_memory.pyx":593
+ *         """For those who have entered `state`: 0 or errno."""
+ *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store32(self.first + at, value)
- *         elif not self.open:
+ *             return 0
 */
   __pyx_t_1 = (__pyx_v_self->page != NULL);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":272
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
+    /* "ivshmem/_memory.pyx":594
+ *         cdef Py_ssize_t n
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
- *         elif not self.open:
- *             raise ClosedError("the device is closed")
+ *             return 0
+ *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/_memory.pyx":271
- * 
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:
+    /* "ivshmem/_memory.pyx":595
+ *         if self.page != NULL:
+ *             ivshmem_store32(self.first + at, value)
+ *             return 0             # <<<<<<<<<<<<<<
+ *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
+ *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_memory.pyx":593
+ *         """For those who have entered `state`: 0 or errno."""
+ *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
  *             ivshmem_store32(self.first + at, value)
- *         elif not self.open:
-*/
-    goto __pyx_L3;
-  }
-
-  /* "ivshmem/_memory.pyx":273
- *         if self.page != NULL:
- *             ivshmem_store32(self.first + at, value)
- *         elif not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the device is closed")
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
-*/
-  __pyx_t_1 = (!__pyx_v_self->open);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/_memory.pyx":274
- *             ivshmem_store32(self.first + at, value)
- *         elif not self.open:
- *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_device_is_closed};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 274, __pyx_L1_error)
-
-    /* "ivshmem/_memory.pyx":273
- *         if self.page != NULL:
- *             ivshmem_store32(self.first + at, value)
- *         elif not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the device is closed")
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
+ *             return 0
 */
   }
 
-  /* "ivshmem/_memory.pyx":275
- *         elif not self.open:
- *             raise ClosedError("the device is closed")
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
- *             fail()
- *         return 0
+  /* "ivshmem/_memory.pyx":596
+ *             ivshmem_store32(self.first + at, value)
+ *             return 0
+ *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
+ *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
+ * 
 */
-  __pyx_t_1 = (pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at)) != (sizeof(__pyx_v_value)));
+  __pyx_v_n = pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
+
+  /* "ivshmem/_memory.pyx":597
+ *             return 0
+ *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
+ *         return 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void leave(self) noexcept nogil:
+*/
+  __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_value)));
+
+  if (__pyx_t_1) {
+
+    __pyx_t_2 = 0;
+  } else {
+    __pyx_t_4 = (__pyx_v_n < 0);
+
+    if (__pyx_t_4) {
+
+      __pyx_t_3 = errno;
+    } else {
+
+      __pyx_t_3 = EIO;
+    }
+
+    __pyx_t_2 = __pyx_t_3;
+  }
+
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_memory.pyx":590
+ *             fail_with(code)
+ * 
+ *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """For those who have entered `state`: 0 or errno."""
+ *         cdef Py_ssize_t n
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_memory.pyx":599
+ *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
+ * 
+ *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.state):
+ *             self.release()
+*/
+
+static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+  int __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":600
+ * 
+ *     cdef void leave(self) noexcept nogil:
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ * 
+*/
+  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->state));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":276
- *             raise ClosedError("the device is closed")
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()             # <<<<<<<<<<<<<<
- *         return 0
+    /* "ivshmem/_memory.pyx":601
+ *     cdef void leave(self) noexcept nogil:
+ *         if ivshmem_leave(&self.state):
+ *             self.release()             # <<<<<<<<<<<<<<
  * 
+ *     cdef void release(self) noexcept nogil:
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-
-    /* "ivshmem/_memory.pyx":275
- *         elif not self.open:
- *             raise ClosedError("the device is closed")
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):             # <<<<<<<<<<<<<<
- *             fail()
- *         return 0
+    /* "ivshmem/_memory.pyx":600
+ * 
+ *     cdef void leave(self) noexcept nogil:
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ * 
 */
   }
-  __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":277
- *         elif pwrite(self.fd, &value, sizeof(value), self.offset + at) != sizeof(value):
- *             fail()
- *         return 0             # <<<<<<<<<<<<<<
+  /* "ivshmem/_memory.pyx":599
+ *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
- *     def close(self):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/_memory.pyx":270
- *         self.put(at, value)
- * 
- *     cdef int put(self, Py_ssize_t at, uint32_t value) except -1:             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             ivshmem_store32(self.first + at, value)
+ *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.state):
+ *             self.release()
 */
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem._memory.Registers.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":279
- *         return 0
+/* "ivshmem/_memory.pyx":603
+ *             self.release()
+ * 
+ *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         cdef char *page = self.page
+ *         self.page = NULL
+*/
+
+static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
+  char *__pyx_v_page;
+  char *__pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/_memory.pyx":604
+ * 
+ *     cdef void release(self) noexcept nogil:
+ *         cdef char *page = self.page             # <<<<<<<<<<<<<<
+ *         self.page = NULL
+ *         if page != NULL:
+*/
+  __pyx_t_1 = __pyx_v_self->page;
+
+  __pyx_v_page = __pyx_t_1;
+
+  /* "ivshmem/_memory.pyx":605
+ *     cdef void release(self) noexcept nogil:
+ *         cdef char *page = self.page
+ *         self.page = NULL             # <<<<<<<<<<<<<<
+ *         if page != NULL:
+ *             munmap(page, self.length)
+*/
+  __pyx_v_self->page = NULL;
+
+  /* "ivshmem/_memory.pyx":606
+ *         cdef char *page = self.page
+ *         self.page = NULL
+ *         if page != NULL:             # <<<<<<<<<<<<<<
+ *             munmap(page, self.length)
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_page != NULL);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_memory.pyx":607
+ *         self.page = NULL
+ *         if page != NULL:
+ *             munmap(page, self.length)             # <<<<<<<<<<<<<<
+ * 
+ *     def close(self):
+*/
+    (void)(munmap(__pyx_v_page, __pyx_v_self->length));
+
+    /* "ivshmem/_memory.pyx":606
+ *         cdef char *page = self.page
+ *         self.page = NULL
+ *         if page != NULL:             # <<<<<<<<<<<<<<
+ *             munmap(page, self.length)
+ * 
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":603
+ *             self.release()
+ * 
+ *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         cdef char *page = self.page
+ *         self.page = NULL
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/_memory.pyx":609
+ *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap; may be called twice."""
- *         self.open = False
+ *         """Unmap, when the last call that uses them is over; may be called twice."""
+ *         if ivshmem_shut(&self.state):
 */
 
 /* Python wrapper */
@@ -8132,8 +13305,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_6close, "Unmap; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9Registers_7close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_6close};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_6close, "close($self)\n--\n\nUnmap, when the last call that uses them is over; may be called twice.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -8173,60 +13345,42 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":281
+  /* "ivshmem/_memory.pyx":611
  *     def close(self):
- *         """Unmap; may be called twice."""
- *         self.open = False             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             munmap(self.page, self.length)
+ *         """Unmap, when the last call that uses them is over; may be called twice."""
+ *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ * 
 */
-  __pyx_v_self->open = 0;
-
-  /* "ivshmem/_memory.pyx":282
- *         """Unmap; may be called twice."""
- *         self.open = False
- *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             munmap(self.page, self.length)
- *             self.page = NULL
-*/
-  __pyx_t_1 = (__pyx_v_self->page != NULL);
+  __pyx_t_1 = ivshmem_shut((&__pyx_v_self->state));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":283
- *         self.open = False
- *         if self.page != NULL:
- *             munmap(self.page, self.length)             # <<<<<<<<<<<<<<
- *             self.page = NULL
- * 
-*/
-    (void)(munmap(__pyx_v_self->page, __pyx_v_self->length));
-
-    /* "ivshmem/_memory.pyx":284
- *         if self.page != NULL:
- *             munmap(self.page, self.length)
- *             self.page = NULL             # <<<<<<<<<<<<<<
+    /* "ivshmem/_memory.pyx":612
+ *         """Unmap, when the last call that uses them is over; may be called twice."""
+ *         if ivshmem_shut(&self.state):
+ *             self.release()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-    __pyx_v_self->page = NULL;
+    __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":282
- *         """Unmap; may be called twice."""
- *         self.open = False
- *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             munmap(self.page, self.length)
- *             self.page = NULL
+    /* "ivshmem/_memory.pyx":611
+ *     def close(self):
+ *         """Unmap, when the last call that uses them is over; may be called twice."""
+ *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ * 
 */
   }
 
-  /* "ivshmem/_memory.pyx":279
- *         return 0
+  /* "ivshmem/_memory.pyx":609
+ *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap; may be called twice."""
- *         self.open = False
+ *         """Unmap, when the last call that uses them is over; may be called twice."""
+ *         if ivshmem_shut(&self.state):
 */
 
   /* function exit code */
@@ -8236,12 +13390,12 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":286
- *             self.page = NULL
+/* "ivshmem/_memory.pyx":614
+ *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             munmap(self.page, self.length)
+ *         self.release()
+ * 
 */
 
 /* Python wrapper */
@@ -8258,44 +13412,22 @@ static void __pyx_pw_7ivshmem_7_memory_9Registers_9__dealloc__(PyObject *__pyx_v
 }
 
 static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
-  int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":287
+  /* "ivshmem/_memory.pyx":615
  * 
  *     def __dealloc__(self):
- *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             munmap(self.page, self.length)
- * 
-*/
-  __pyx_t_1 = (__pyx_v_self->page != NULL);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/_memory.pyx":288
- *     def __dealloc__(self):
- *         if self.page != NULL:
- *             munmap(self.page, self.length)             # <<<<<<<<<<<<<<
+ *         self.release()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    (void)(munmap(__pyx_v_self->page, __pyx_v_self->length));
+  __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":287
- * 
- *     def __dealloc__(self):
- *         if self.page != NULL:             # <<<<<<<<<<<<<<
- *             munmap(self.page, self.length)
- * 
-*/
-  }
-
-  /* "ivshmem/_memory.pyx":286
- *             self.page = NULL
+  /* "ivshmem/_memory.pyx":614
+ *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
- *         if self.page != NULL:
- *             munmap(self.page, self.length)
+ *         self.release()
+ * 
 */
 
   /* function exit code */
@@ -8316,8 +13448,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_10__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9Registers_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_10__reduce_cython__};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_10__reduce_cython__, "__reduce_cython__($self)\n--\n\n");
 static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_11__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -8398,8 +13529,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_12__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7_memory_9Registers_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9Registers_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9Registers_12__setstate_cython__};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_9Registers_12__setstate_cython__, "__setstate_cython__($self, __pyx_state)\n--\n\n");
 static PyObject *__pyx_pw_7ivshmem_7_memory_9Registers_13__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -8542,7 +13672,7 @@ static void __pyx_tp_dealloc_7ivshmem_7_memory_Mapping(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_7_memory_7Mapping_17__dealloc__(o);
+    __pyx_pw_7ivshmem_7_memory_7Mapping_25__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -8579,10 +13709,14 @@ static PyObject *__pyx_getprop_7ivshmem_7_memory_7Mapping_closed(PyObject *o, CY
 static PyMethodDef __pyx_methods_7ivshmem_7_memory_Mapping[] = {
   {"populate", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_3populate, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_2populate},
   {"resident", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_5resident, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_4resident},
-  {"atomic_u64", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_7atomic_u64, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_6atomic_u64},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_14close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_18__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_20__setstate_cython__},
+  {"read", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_7read, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_6read},
+  {"read_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_9read_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_8read_into},
+  {"write", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_11write, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_10write},
+  {"atomic_u32", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_13atomic_u32, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_12atomic_u32},
+  {"atomic_u64", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_15atomic_u64, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_14atomic_u64},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_23close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_22close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_27__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_26__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_7Mapping_29__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_7Mapping_28__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -8597,19 +13731,19 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7_memory_Mapping[] = {
 #if !CYTHON_COMPILING_IN_LIMITED_API
 
 static PyBufferProcs __pyx_tp_as_buffer_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7_memory_7Mapping_13__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_19__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer__, /*bf_releasebuffer*/
 };
 #endif
 static PyType_Slot __pyx_type_7ivshmem_7_memory_Mapping_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Mapping},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_9__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_9__len__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_17__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_17__len__},
   #if defined(Py_bf_getbuffer)
-  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__},
+  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_19__getbuffer__},
   #endif
   #if defined(Py_bf_releasebuffer)
-  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_13__releasebuffer__},
+  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A shared mapping of a file, from `offset` on, offered through the buffer protocol.\n\n    Raises:\n        OSError: as of mmap(2).\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_Mapping},
@@ -8627,7 +13761,7 @@ static PyType_Spec __pyx_type_7ivshmem_7_memory_Mapping_spec = {
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_9__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_17__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   0, /*sq_item*/
@@ -8640,14 +13774,14 @@ static PySequenceMethods __pyx_tp_as_sequence_Mapping = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_9__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_17__len__, /*mp_length*/
   0, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
 
 static PyBufferProcs __pyx_tp_as_buffer_Mapping = {
-  __pyx_pw_7ivshmem_7_memory_7Mapping_11__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7_memory_7Mapping_13__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_19__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer__, /*bf_releasebuffer*/
 };
 
 static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
@@ -8708,6 +13842,553 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Mapping = {
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
   0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic __pyx_vtable_7ivshmem_7_memory_Atomic;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = ((struct __pyx_obj_7ivshmem_7_memory_Atomic *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7_memory_Atomic;
+  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
+  {
+    int cinit_result = __pyx_pw_7ivshmem_7_memory_6Atomic_1__cinit__(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 0);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7_memory_Atomic(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_Atomic(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_7_memory_Atomic(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7_memory_Atomic) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  Py_CLEAR(p->mapping);
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7_memory_Atomic(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+  {
+    e = __Pyx_call_type_traverse(o, 1, v, a);
+    if (e) return e;
+  }
+  if (p->mapping) {
+    e = (*v)(((PyObject *)p->mapping), a); if (e) return e;
+  }
+  return 0;
+}
+
+static int __pyx_tp_clear_7ivshmem_7_memory_Atomic(PyObject *o) {
+  PyObject* tmp;
+  struct __pyx_obj_7ivshmem_7_memory_Atomic *p = (struct __pyx_obj_7ivshmem_7_memory_Atomic *)o;
+  tmp = ((PyObject*)p->mapping);
+  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  return 0;
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7_memory_Atomic[] = {
+  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_2load},
+  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_4store},
+  {"exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_7exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_6exchange},
+  {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_9compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_8compare_exchange},
+  {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_11fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_10fetch_add},
+  {"fetch_sub", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_13fetch_sub, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_12fetch_sub},
+  {"fetch_and", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_15fetch_and, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_14fetch_and},
+  {"fetch_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_17fetch_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_16fetch_or},
+  {"fetch_xor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_19fetch_xor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_18fetch_xor},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_21__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_20__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_6Atomic_23__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_6Atomic_22__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7_memory_Atomic_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
+  {Py_tp_doc, (void *)PyDoc_STR("A word of shared memory in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping\047s `close()`;\n    afterwards every call raises ClosedError.\n\n    Memory orders have C11\047s names: \"relaxed\", \"acquire\", \"release\", \"acq_rel\" and \"seq_cst\".\n    A load can\047t have those with release, a store none with acquire. What was stored anywhere before\n    a release is seen by whoever acquires from this word and finds the value, or a later one.\n\n    Raises, in all calls:\n        ValueError: the operation cannot have that order.\n        OverflowError: a value that is negative or has more bits than the word.\n        TypeError: a value is no integer; or the memory is mapped for reading only, and this is not\n            a load.\n        ClosedError: the memory is closed.\n            Whatever is raised, the word is as it was.\n    ")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_Atomic},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_Atomic},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_Atomic},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7_memory_Atomic_spec = {
+  "ivshmem._memory.Atomic",
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7_memory_Atomic_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7_memory_Atomic = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._memory.""Atomic", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("A word of shared memory in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping\047s `close()`;\n    afterwards every call raises ClosedError.\n\n    Memory orders have C11\047s names: \"relaxed\", \"acquire\", \"release\", \"acq_rel\" and \"seq_cst\".\n    A load can\047t have those with release, a store none with acquire. What was stored anywhere before\n    a release is seen by whoever acquires from this word and finds the value, or a later one.\n\n    Raises, in all calls:\n        ValueError: the operation cannot have that order.\n        OverflowError: a value that is negative or has more bits than the word.\n        TypeError: a value is no integer; or the memory is mapped for reading only, and this is not\n            a load.\n        ClosedError: the memory is closed.\n            Whatever is raised, the word is as it was.\n    "), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7_memory_Atomic, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7_memory_Atomic, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_7_memory_Atomic, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 __pyx_vtable_7ivshmem_7_memory_AtomicU32;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *p = ((struct __pyx_obj_7ivshmem_7_memory_AtomicU32 *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic*)__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
+  return o;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(t, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU32(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU32(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU32((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static PyMethodDef __pyx_methods_7ivshmem_7_memory_AtomicU32[] = {
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU32_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU32___reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU32_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU32_2__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7_memory_AtomicU32_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
+  {Py_tp_doc, (void *)PyDoc_STR("A 32-bit word of shared memory; see Atomic.")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_AtomicU32},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_AtomicU32},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7_memory_AtomicU32_spec = {
+  "ivshmem._memory.AtomicU32",
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7_memory_AtomicU32_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU32 = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._memory.""AtomicU32", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("A 32-bit word of shared memory; see Atomic."), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7_memory_AtomicU32, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7_memory_AtomicU32, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU32, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 __pyx_vtable_7ivshmem_7_memory_AtomicU64;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = ((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic*)__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
+  return o;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_Atomic(t, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static PyMethodDef __pyx_methods_7ivshmem_7_memory_AtomicU64[] = {
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64___reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7_memory_AtomicU64_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_Atomic},
+  {Py_tp_doc, (void *)PyDoc_STR("A 64-bit word of shared memory; see Atomic.")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_Atomic},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_Atomic},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_AtomicU64},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_AtomicU64},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7_memory_AtomicU64_spec = {
+  "ivshmem._memory.AtomicU64",
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7_memory_AtomicU64_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._memory.""AtomicU64", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7_memory_Atomic, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("A 64-bit word of shared memory; see Atomic."), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7_memory_Atomic, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7_memory_Atomic, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7_memory_AtomicU64, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7_memory_AtomicU64, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -8918,219 +14599,6 @@ static PyTypeObject __pyx_type_7ivshmem_7_memory_Registers = {
   #endif
 };
 #endif
-static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 __pyx_vtable_7ivshmem_7_memory_AtomicU64;
-
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = ((struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
-  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
-  {
-    int cinit_result = __pyx_pw_7ivshmem_7_memory_9AtomicU64_1__cinit__(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
-    if (unlikely(cinit_result)) goto bad;
-  }
-  return o;
-  bad:
-  Py_DECREF(o); o = 0;
-  return NULL;
-}
-
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
-  PyObject *o;
-  o = __Pyx_AllocateExtensionType(t, 1);
-  if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7_memory_AtomicU64(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
-}
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7_memory_AtomicU64(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64, t, a, k);
-}
-#endif
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64 || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
-    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
-  }
-  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7_memory_AtomicU64((PyTypeObject*)t, args, nargs, kwnames);
-  return o;
-}
-#endif
-
-static void __pyx_tp_dealloc_7ivshmem_7_memory_AtomicU64(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = (struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o;
-  PyObject_GC_UnTrack(o);
-  Py_CLEAR(p->mapping);
-  PyTypeObject *tp = Py_TYPE(o);
-  #if CYTHON_USE_TYPE_SLOTS
-  (*tp->tp_free)(o);
-  #else
-  {
-    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
-    if (tp_free) tp_free(o);
-  }
-  #endif
-  #if CYTHON_USE_TYPE_SPECS
-  Py_DECREF(tp);
-  #endif
-}
-
-static int __pyx_tp_traverse_7ivshmem_7_memory_AtomicU64(PyObject *o, visitproc v, void *a) {
-  int e;
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = (struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o;
-  {
-    e = __Pyx_call_type_traverse(o, 1, v, a);
-    if (e) return e;
-  }
-  if (p->mapping) {
-    e = (*v)(((PyObject *)p->mapping), a); if (e) return e;
-  }
-  return 0;
-}
-
-static int __pyx_tp_clear_7ivshmem_7_memory_AtomicU64(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *p = (struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *)o;
-  tmp = ((PyObject*)p->mapping);
-  p->mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_7_memory_AtomicU64[] = {
-  {"load", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_3load, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_2load},
-  {"store", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_5store, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_4store},
-  {"compare_exchange", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_7compare_exchange, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_6compare_exchange},
-  {"fetch_add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_9fetch_add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_8fetch_add},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_10__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7_memory_9AtomicU64_12__setstate_cython__},
-  {0, 0, 0, 0}
-};
-#if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7_memory_AtomicU64_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7_memory_AtomicU64},
-  {Py_tp_doc, (void *)PyDoc_STR("A 64-bit word of shared memory, in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u64`; after the mapping is closed every call raises ClosedError.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7_memory_AtomicU64},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7_memory_AtomicU64},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7_memory_AtomicU64},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7_memory_AtomicU64},
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64},
-  #endif
-  #endif
-  {0, 0},
-};
-static PyType_Spec __pyx_type_7ivshmem_7_memory_AtomicU64_spec = {
-  "ivshmem._memory.AtomicU64",
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
-  0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7_memory_AtomicU64_slots,
-};
-#else
-
-static PyTypeObject __pyx_type_7ivshmem_7_memory_AtomicU64 = {
-  PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._memory.""AtomicU64", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), /*tp_basicsize*/
-  0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7_memory_AtomicU64, /*tp_dealloc*/
-  0, /*tp_vectorcall_offset*/
-  0, /*tp_getattr*/
-  0, /*tp_setattr*/
-  0, /*tp_as_async*/
-  0, /*tp_repr*/
-  0, /*tp_as_number*/
-  0, /*tp_as_sequence*/
-  0, /*tp_as_mapping*/
-  0, /*tp_hash*/
-  0, /*tp_call*/
-  0, /*tp_str*/
-  0, /*tp_getattro*/
-  0, /*tp_setattro*/
-  0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("A 64-bit word of shared memory, in the machine\047s byte order, read and changed as a whole.\n\n    Made by `Mapping.atomic_u64`; after the mapping is closed every call raises ClosedError.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7_memory_AtomicU64, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7_memory_AtomicU64, /*tp_clear*/
-  0, /*tp_richcompare*/
-  0, /*tp_weaklistoffset*/
-  0, /*tp_iter*/
-  0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7_memory_AtomicU64, /*tp_methods*/
-  0, /*tp_members*/
-  0, /*tp_getset*/
-  0, /*tp_base*/
-  0, /*tp_dict*/
-  0, /*tp_descr_get*/
-  0, /*tp_descr_set*/
-  #if !CYTHON_USE_TYPE_SPECS
-  0, /*tp_dictoffset*/
-  #endif
-  0, /*tp_init*/
-  0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7_memory_AtomicU64, /*tp_new*/
-  0, /*tp_free*/
-  0, /*tp_is_gc*/
-  0, /*tp_bases*/
-  0, /*tp_mro*/
-  0, /*tp_cache*/
-  0, /*tp_subclasses*/
-  0, /*tp_weaklist*/
-  0, /*tp_del*/
-  0, /*tp_version_tag*/
-  #if CYTHON_USE_TP_FINALIZE
-  0, /*tp_finalize*/
-  #else
-  NULL, /*tp_finalize*/
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7_memory_AtomicU64, /*tp_vectorcall*/
-  #else
-  NULL, /*tp_vectorcall*/
-  #endif
-  #endif
-  #if __PYX_NEED_TP_PRINT_SLOT == 1
-  0, /*tp_print*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030C0000
-  0, /*tp_watched*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030d00A4
-  0, /*tp_versions_used*/
-  #endif
-  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
-  0, /*tp_pypy_flags*/
-  #endif
-};
-#endif
 
 static PyMethodDef __pyx_methods[] = {
   {0, 0, 0, 0}
@@ -9145,8 +14613,10 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -9158,6 +14628,9 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Global_init_code", 0);
   /*--- Global init code ---*/
+  __pyx_v_7ivshmem_7_memory_LOADS = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_7_memory_STORES = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_7_memory_CHANGES = ((PyObject*)Py_None); Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -9189,9 +14662,13 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstat
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7_memory_Mapping ---*/
   __pyx_vtabptr_7ivshmem_7_memory_Mapping = &__pyx_vtable_7ivshmem_7_memory_Mapping;
-  __pyx_vtable_7ivshmem_7_memory_Mapping.check = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *))__pyx_f_7ivshmem_7_memory_7Mapping_check;
+  __pyx_vtable_7ivshmem_7_memory_Mapping.pin = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *))__pyx_f_7ivshmem_7_memory_7Mapping_pin;
+  __pyx_vtable_7ivshmem_7_memory_Mapping.unpin = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *))__pyx_f_7ivshmem_7_memory_7Mapping_unpin;
+  __pyx_vtable_7ivshmem_7_memory_Mapping.exchange = (PyObject *(*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, PyObject *, int))__pyx_f_7ivshmem_7_memory_7Mapping_exchange;
+  __pyx_vtable_7ivshmem_7_memory_Mapping.place = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_7_memory_7Mapping_place;
+  __pyx_vtable_7ivshmem_7_memory_Mapping.copy = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Mapping *, Py_ssize_t, char *, Py_ssize_t, int))__pyx_f_7ivshmem_7_memory_7Mapping_copy;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping)) __PYX_ERR(0, 24, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Mapping_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping)) __PYX_ERR(0, 51, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_as_buffer = &__pyx_tp_as_buffer_Mapping;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -9207,7 +14684,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstat
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping);
@@ -9217,12 +14694,143 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_vtabptr_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_vtabptr_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Mapping, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7_memory_Atomic ---*/
+  __pyx_vtabptr_7ivshmem_7_memory_Atomic = &__pyx_vtable_7ivshmem_7_memory_Atomic;
+  __pyx_vtable_7ivshmem_7_memory_Atomic.pin = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_pin;
+  __pyx_vtable_7ivshmem_7_memory_Atomic.pin_own = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_pin_own;
+  __pyx_vtable_7ivshmem_7_memory_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_unpin;
+  __pyx_vtable_7ivshmem_7_memory_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_peek;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic)) __PYX_ERR(0, 362, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = &__pyx_type_7ivshmem_7_memory_Atomic;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, __pyx_vtabptr_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7_memory_AtomicU32 ---*/
+  __pyx_vtabptr_7ivshmem_7_memory_AtomicU32 = &__pyx_vtable_7ivshmem_7_memory_AtomicU32;
+  __pyx_vtable_7ivshmem_7_memory_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU32_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32)) __PYX_ERR(0, 468, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = &__pyx_type_7ivshmem_7_memory_AtomicU32;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_vtabptr_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7_memory_AtomicU64 ---*/
+  __pyx_vtabptr_7ivshmem_7_memory_AtomicU64 = &__pyx_vtable_7ivshmem_7_memory_AtomicU64;
+  __pyx_vtable_7ivshmem_7_memory_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 473, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU64_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64)) __PYX_ERR(0, 473, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = &__pyx_type_7ivshmem_7_memory_AtomicU64;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_vtabptr_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_RefNannyFinishContext();
   return -1;
 }
@@ -9238,15 +14846,17 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mst
   __pyx_vtabptr_7ivshmem_7_memory_Registers = &__pyx_vtable_7ivshmem_7_memory_Registers;
   __pyx_vtable_7ivshmem_7_memory_Registers.check = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t))__pyx_f_7ivshmem_7_memory_9Registers_check;
   __pyx_vtable_7ivshmem_7_memory_Registers.put = (int (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *, Py_ssize_t, uint32_t))__pyx_f_7ivshmem_7_memory_9Registers_put;
+  __pyx_vtable_7ivshmem_7_memory_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_leave;
+  __pyx_vtable_7ivshmem_7_memory_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers)) __PYX_ERR(0, 513, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = &__pyx_type_7ivshmem_7_memory_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers);
@@ -9256,48 +14866,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mst
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_vtabptr_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
-  __Pyx_RefNannyFinishContext();
-  return 0;
-  __pyx_L1_error:;
-  __Pyx_RefNannyFinishContext();
-  return -1;
-}
-
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstatetype *__pyx_mstate) {
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7_memory_AtomicU64 ---*/
-  __pyx_vtabptr_7ivshmem_7_memory_AtomicU64 = &__pyx_vtable_7ivshmem_7_memory_AtomicU64;
-  __pyx_vtable_7ivshmem_7_memory_AtomicU64.word = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *))__pyx_f_7ivshmem_7_memory_9AtomicU64_word;
-  __pyx_vtable_7ivshmem_7_memory_AtomicU64.own_word = (void *(*)(struct __pyx_obj_7ivshmem_7_memory_AtomicU64 *))__pyx_f_7ivshmem_7_memory_9AtomicU64_own_word;
-  #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU64_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64)) __PYX_ERR(0, 173, __pyx_L1_error)
-  #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = &__pyx_type_7ivshmem_7_memory_AtomicU64;
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  #endif
-  #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
-  #endif
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
-  }
-  #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_vtabptr_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_vtabptr_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9326,7 +14897,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9336,8 +14907,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 83, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 83, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -9346,8 +14917,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 32, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 32, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 96, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 96, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -9356,8 +14927,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 103, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9438,7 +15009,7 @@ namespace {
   {
       PyModuleDef_HEAD_INIT,
       "_memory",
-      __pyx_k_Memory_at_C_speed_mappings_64_bi, /* m_doc */
+      __pyx_k_Memory_at_C_speed_mappings_words, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
     #else
@@ -9690,288 +15261,122 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Mapping(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_memory.pyx":22
+  /* "ivshmem/_memory.pyx":41
  * )
  * 
  * from .errors import ClosedError             # <<<<<<<<<<<<<<
  * 
- * cdef class Mapping:
+ * cdef enum:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":72
- *         return 0
+  /* "ivshmem/_memory.pyx":355
  * 
- *     def populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
- *         """Fault every page in, for writing where that is allowed; contents stay as they are.
- * 
+ * # The orders that an operation can have, by their names in C11.
+ * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
+ * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
+ * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_3populate, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_populate, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_mstate_global->__pyx_n_u_populate, __pyx_t_2) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_LOADS);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_LOADS, ((PyObject*)__pyx_t_2));
+  __Pyx_GIVEREF(__pyx_t_2);
+  __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":107
- *             self.views -= 1
- * 
- *     def resident(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_5resident, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_resident, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 107, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_mstate_global->__pyx_n_u_resident, __pyx_t_2) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":126
- *         return count * page_size
- * 
- *     def atomic_u64(self, Py_ssize_t offset):             # <<<<<<<<<<<<<<
- *         """The 64-bit word at `offset` bytes, a multiple of 8.
+  /* "ivshmem/_memory.pyx":356
+ * # The orders that an operation can have, by their names in C11.
+ * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
+ * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
+ * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_7atomic_u64, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_atomic_u64, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_mstate_global->__pyx_n_u_atomic_u64, __pyx_t_2) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_STORES);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_STORES, ((PyObject*)__pyx_t_2));
+  __Pyx_GIVEREF(__pyx_t_2);
+  __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":147
- *         self.views -= 1
+  /* "ivshmem/_memory.pyx":357
+ * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
+ * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
+ * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}             # <<<<<<<<<<<<<<
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap.
- * 
+ * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (unlikely(__pyx_v_7ivshmem_7_memory_LOADS == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
+    __PYX_ERR(0, 357, __pyx_L1_error)
+  }
+  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_7_memory_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_7Mapping_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Mapping___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":196
- *         return self.word()
- * 
- *     def load(self):             # <<<<<<<<<<<<<<
- *         """The value; what its writer stored before is seen, too (acquire)."""
- *         return ivshmem_load(self.word())
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":200
- *         return ivshmem_load(self.word())
- * 
- *     def store(self, uint64_t value):             # <<<<<<<<<<<<<<
- *         """Set the value, after all that was stored before (release)."""
- *         ivshmem_store(self.own_word(), value)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 200, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 200, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":204
- *         ivshmem_store(self.own_word(), value)
- * 
- *     def compare_exchange(self, uint64_t expected, uint64_t desired):             # <<<<<<<<<<<<<<
- *         """Set `desired` if the value is `expected`; return what it was (full barrier)."""
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_7compare_exchange, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_compare_exchange, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_mstate_global->__pyx_n_u_compare_exchange, __pyx_t_2) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":208
- *         return ivshmem_compare_exchange(self.own_word(), expected, desired)
- * 
- *     def fetch_add(self, uint64_t amount):             # <<<<<<<<<<<<<<
- *         """Add, modulo 2**64; return what the value was (full barrier)."""
- *         return ivshmem_add(self.own_word(), amount)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_9fetch_add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64_fetch_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 208, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_mstate_global->__pyx_n_u_fetch_add, __pyx_t_2) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9AtomicU64_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_AtomicU64___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":255
- *         return 0
- * 
- *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
- *         """The register at `at` bytes."""
- *         cdef uint32_t value = 0
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9Registers_3load, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_load, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 255, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_mstate_global->__pyx_n_u_load, __pyx_t_2) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":265
- *         return value
- * 
- *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
- *         """Set the register at `at` bytes, after all that was written to memory before."""
- *         self.check(at)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9Registers_5store, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_store, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 265, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_mstate_global->__pyx_n_u_store, __pyx_t_2) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_memory.pyx":279
- *         return 0
- * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         """Unmap; may be called twice."""
- *         self.open = False
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9Registers_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9Registers_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7_memory_9Registers_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Registers___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__memory, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_CHANGES);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_CHANGES, ((PyObject*)__pyx_t_2));
+  __Pyx_GIVEREF(__pyx_t_2);
+  __pyx_t_2 = 0;
 
   /* "ivshmem/_memory.pyx":1
- * # cython: language_level=3, binding=True, freethreading_compatible=False             # <<<<<<<<<<<<<<
+ * # cython: language_level=3, binding=False, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """Memory at C speed: mappings, 64-bit words in them, and the registers of a device.
+ * """Memory at C speed: mappings, words and copies in them, and the registers of a device.
 */
   __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -10042,41 +15447,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{14},{4},{44},{15},{1},{12},{1},{179},{8},{11},{7},{6},{2},{9},{14},{19},{26},{50},{15},{20},{20},{24},{37},{9},{27},{29},{26},{19},{14},{15},{11},{7},{25},{27},{18},{13},{16},{16},{9},{27},{29},{15},{14},{15},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{7},{6},{6},{18},{2},{10},{18},{5},{4},{16},{5},{7},{3},{6},{8},{2},{9},{1},{5},{15},{4},{6},{7},{6},{4},{9},{5},{3},{8},{8},{8},{4},{4},{10},{4},{5},{5},{6},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{35},{9},{22},{40},{17},{15},{20},{15},{85},{126},{66},{193},{64}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{10},{14},{21},{38},{4},{44},{2},{13},{1},{12},{1},{179},{8},{11},{7},{6},{2},{9},{14},{3},{11},{50},{9},{14},{15},{20},{20},{24},{37},{6},{9},{9},{11},{7},{9},{20},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{7},{7},{6},{2},{4},{6},{18},{4},{7},{6},{8},{2},{5},{6},{7},{6},{5},{9},{3},{8},{7},{7},{7},{10},{4},{5},{6}};
+    const struct { const unsigned int length: 6; } bytes_length_index[] = {{35}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1255 bytes) */
-static const char cstring[] = "x\332uT\315s\323F\024\217!t\034j\210\035\002\244\2012\353P\032\002\203\333\024\023>\016\355\230\204\217tZ&N\241\345\266\263\226V\316\266\262\326\326\256\354\210\366\300\321\307=\356QG\035}\324\321\307\034s\3241\177\002\177B\337\312_i\323z\306\322\356\373\374\275\337{O\250\021J*\320\350\311\035$\017h\0131\017\241.\243=\361\014\371\324\245DP\324\242-\356\207\231\020\021\317F\304\367I(\220\303|!\357J\237R\344\370\244\331\242\236\334\250<3Q|\n6\024\375\360\206K\nw\"\321v(\017\270\207\230@6uY\203\372DR7DB\372\314\222\3247F\036\332{\261\367\240\372\244\232\345\360\351\357\324\222\002\211\240a\271D\210\021\302F\300\\\t\010e\330\246\242\202v\035\024\362\000y\224\332Hr\324\006\273\323\016\200\304C\202Js@\353\304\363\270$\222q\017\203;\363\232\353\310f>$a]j\274_\022W\320\n\261m\014v\324\312\314Q\213\264\301J\220\206K\251g\236M\213\211\321\311f]q\000\324T\250\357s_\214o\337\340\021[\225vx\350qD\\\326\364\000\335V\365A\203I\324\343>\320\047\021hl\352\220\300\225\010c\237\332\201E1Fv\220\001\361\270\367\000x\3512\342\202\326b\036\223\0300\001%M&\014YdT\221M\273\314\242\206S\313\345\202\332F6J\376\1772`.\200~6B\364O9T\331\006\220\016\367!\t\261\201\033\304=7\254I\336b\326\273\255\352\364P\231\242\265\262\206b|Z\005T\013`\370\277\224\026o\265a$0=\264\240\323M:\3238TZ\007\030h\237\211\\NN\335\204\344>\335\316\252ya\230\376\031\300\002\302\361\353,\242\231\342\014\236\211\212d\301q\260U\235H2\266&\2276o\007.\370M\356>\025\314\206\351\336\0377@L\017g\263\237V\235\311?Sf\371fWS\361\354\226U\214\361^x\010\377\035X\020\374\206\036Bv\007\343\361\020\203\026c\047\360,\363nN\322\300\257E\230\227\275\271\035\270\231\304#\255\354\r\363\210\307f\346\330\225f\206\215\242\023\020wb4\031\3053eM\005\364\320\\\240\262i`q*\375\231\2121\206o\013\214/f\002[\334\347\001l/L\230\r\224\nb\233\371%-\036x\222\210\320\263\030\257Lm\004\221\263.Y.H0T&}b\321\006\261\376\310\370\263\270M\377=X\226\211fC\303\000/\365\354\321n\322\3036\3549\265\035{:m\214I\332\232,me\274\264\246\r\243]h\215Z\317\035\007Jj\223&5""\177,\330\207\354 `B&Cb\026\306,\313dH\004|(\004u\215\337x\305\215W\326\322.q\203\321Ct\001\017\367\231\047\321]xl\314e\247.g\366\306\234C\230\213{L\036d\247\217\271t\376b\377\276\252\177\254\235\344\013\375\227\252\2546S8\354\250\234Z\236H_\253Z\232\377\274_\355w\325/:\227\026\226\300\252\252z\332\216\312i\241\250\362:g\354\026\373\177\352\262\256\3520\236\217k#\301_zS\357D\027\242,\316\342\361\342z\324\001\345\356\340m\262:\3344\262\253\252\256l\275\021U\243\216\271\336\322$\235\2418\225\361\212\372>*E_E\315x?\356\030\315\243\014\337;H\3708Z\217W\006\313\203\367\311~\"\207\017\207\315\243\272\001\225K!\177\026\264\034-G\357\301\357C\262\224<L\254a\351$\217\242\334\270\3324_:.\255E_\307\271\270d\342>V\267\025\370_J\363\013ia\261\337SDI\375\004\360\205\203|r.)\247\305e \003\342_\310\222o\246\305/\3645\335\211\316G\337E\365\023\223W\225L\346\256\332W\220\375San\241\000A\327\324se\351\353\321\271h-\332\216zqc0?x\235<O\210!\363\236\256\035\177\3714)%\367\207\365\241}T6\376\241\316\231\270\243\0107\216W\277\005\207\237\206P\324\212\316}\372lnaU\227\322I\005\205\376\217\212d\200/\245W\257\245\3137\364\323\350U\274\031\357\000\344\371dw\370\376h\377\250w\374\353oi\361\212z\244\317\353- \344]|;\256\247\313W\323\342\232i\342b?P\333\252\223\026\257C\271P\3245\350\312z\264d\372\222\205\\\325w\264\037\225\322\225\033\300\367\355\250\236\336\274s|gk@\223\315\244vrs#.\305\345t\005XMKK\206\221\222.\033..\3522\024pyn\341\226~\033e\364>Q\017\001\252\241\3274\267c\252\277\257\353i\361^\\\216\253q\3074e\027\370\317_\356\023\240`^\327\376\006K<0\250";
-    PyObject *data = __Pyx_DecompressString(cstring, 1255, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (577 bytes) */
+static const char cstring[] = "x\332uS\301n\3330\014\355\247\360\326\025Xsh\203a\350e\030\272\016\330aEQ`g\201\226\350\204\233,9\"\355\306\373\372Qr\322u\207\001\226DS\217\342\343\243\004\335\242$\260\316\250p\262r\017\272\247\001\372\\\314`s\214TP9\247;\200=\n\014\271\220\355`\2528\270\275\201\216\365\034\006/\271\004\340\00403\275\310\035\024\212\204B0\220\205-\315\t\230\002`)\270\010\364\\D\337\303\265\035\261\206\032\217\315]=\311r\240\215O\217Y[6\205\373E\3679\2011\n\024\271\253\244(. Z\330+\225\225\322\323\303\323\365\366\343\266\345(\364\223\274Q\223\251\363\021E\326\342\272\211\243\032C]F\222\r|\353a\311\023$\242\000\232a4\334\333\000c\222@H[q\227\230R\326\246\205\263pN\273K\010\\,\t\317T\243\277b\024\332`\010\316p\344\033\034\006\034\r%\330E\242T\347\235gY\255\300\263\354M\232\r\225\222\213\244\014\366a\344]26f\006\352q\212\n\316\025\n\223\047\347 L-S\312\351\332\n\237\031\243\355zN\254\316\222\202ihR\244Z\310\316\350\357\321\210\331_\241\035K\025\t\327J\002\315\354\251j\351c\026\n\325\267\266\350\177>Sl\262>v\013\374\353\267\352F#[oK!\014\246\t\344\024\227\317\232\007\366\353\374\343\366\346d|\330\336\267\243\037j\271\337-\322\340\317\047j\342\334\323r\264\361\305\332\351\036\351\250\317\324;\267#\025\223\334Jwn@Nm\315a\212\315\223ph\353h\221\047X5g\255\352\326\215\303\204\361\014:k\370j\371v\243\3368\350X\177\254\335\257\007\313\233\364\257\366\3378{0\246;\372\203\235\020m\231\3546\340\220\247d\270\372,\272\251\357\251\370\310\211\234q\327\202\236:\364\277\002*\006\022C\207\265\365t\034\355\032Q\350\003+\r\262\252:\254\n\345\276\267\324\255\263\265\253N\3707\215y\254rW\251k\346#\205\323K\023:8/j\001\247\313S\3213\306i\235\204\223\302;\233\256.\2325g\016W\027=rt/\254\373f\375\001\242J\215\367";
+    PyObject *data = __Pyx_DecompressString(cstring, 577, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1596 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of them \377in  view\377s: relea\377se memor\375y\020\002 and a\377rrays fi\377rst(tree\377 fragmenot).:B\001re!\000\177e ?NoteS\000\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\357-484_\002rej\377ects sub\237class\245\000\237\000b\357uilt\237\000typ\377es. If y\377ou need \217to p%\000%\t\315\000n\357 set\325\001 \047a\377nnotatio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a\267dd_%\000ec*\002 \367map#\000sabl\367een\002\001gcis\276\004\003divsh\230 .\277errors\007\004/\375_\250#.pyxno\277 align\233\0006\3774-bit wo\355r\274 t \027\000def\377ault __r\377educe__ {du\204\002non-\225 \357vial\033\000cin\347it_\221\000\214@gis\372\251!a\314\003devic\375e\320!closed\240\274@\244D\000\021\370!\331@u\315@b\323y \036\013\343\000p\300 fo\355r\361@ad\231  on\377lyAtomicWU64\000\006.\245\006c\314B\323__\017\t\350 s\337 e_\376\013\017compare\377_exchang\375eH\007fetch_\274\364 [\007loadi\007s_toreC\335\002E\346!\017Mapp\273@\000\004\200\017\017\007\364\177\016,\005a\324\002_u64\370>\005\275\"K\005popul\367ate[\005resi\277dentRe\373#s\000\000\006\376\017\017\t\377\016.\007\255B=\007\356\001|K\007\355\002__Pyx\001\000\377Dict_Nex\316{\000f__\276\204\004\253`__\377func____\347get\361#\n\000mai}n\020\001modul!\002\027nam)\002pK\000 \004\007\001\363vt\320\204\001;\001qual\260\035\005\203\204\005\326N\235\204\006exo\001s\227et_Q\005st\010\361N_\337_test\243\000is\377_corouti\337neadd\320 sa\375d\274\204\001amount\377asyncio.n\033\006sat\234Gcl3\000\375_\327\000traceb\367ack\355\204\002codej\311mcJ\001d\256@re\260@\375d\226\206\003expect\357edfd\345fiit\213em\255\206\005.\256\206\004\365a\206\205\003m\376\337coffsetp\367age\000\001_siz\022\004\002s\237`\235er\314\000\251\205\001\235e\177seensel4\001\370\334\206\0042\001\300\204\002value\376\000\002svector\337int (\002\000)\000\376\005\002void)\000f\377ail_with\376\005\002\200\001\330\004\n\210+\377\220Q\200A\340\010\014\210\277F\220!\2201\330\006\000D\357\220\001\220\024\016\005H""\220A\377\330\010\013\2104\210v\220\277S\230\001\330\014\022#\0004\377\220w\230d\240!\330\014\337\020\220\010\230\001:\001\017\210\377{\230!\2304\230y\250\367\004\250A\013\003|\2301\230\357D\240\005\240Y\002\017\320\017\367\047\240q\032\000I\260T\270\367\032\3001n\001\025\220Q\220\177d\230)\2404\240q}\001\317\036\230a\330|\007g\010\023\220\377>\240\021\240$\240g\250WR\250q\210\0015\233\002Un\000\3777\240\047\250\030\260\024\260\377X\270R\270t\3003\300\367g\310Q\221\001\001\330\010\017}\210P\002!\240\024\240X5\000\377z\270\022\2703\270c\300\277\021\340\010 \240\001\347\004\330\377\010\021\320\021\"\240&\250\367\001\250\021\340\0017\220#\220\376=\000\r\330\010\t\330\014\017\377\210w\220a\220t\2308\376\235\000y\260\010\270\002\270!g\330\020\024\212 \362\000\005\220y\001\3771\330\020\031\230\026\230q\177\240\003\2402\240Q\340\212 k\001\220E\000\017\247 R\220\320\000\377\360\014\000\t\014\2107\220\377\"\220B\220c\230\027\240\377\002\240\"\240C\240w\250\377b\260\004\260H\270B\270\375a\311!*\230A\320\0359\377\270\021\270+\300Q\300d\273\310!\266\001y\230\001T\001\200\275A>\001\033\320\0320.\000L\375\300\322\000\030\230\001\360\006\000\317\t\032\230\021\243$\252AJ\220\375a\254\002\r\330\025\026\330\024\377\033\2309\240G\2501\250\375D\260\000\004\270I\300X\310\377R\310w\320VW\330\020\177\023\2205\230\003\2306\216 \377U\250#\250Q\330\024\025\367\330\020\"\301A\017\210u\220?C\220q\330\020\027\354\000\322\000\235\026\223@\047\240\022\224AN\002\032\377\230%\230r\240\021\330\030\377\033\2307\240#\240Q\330\377\034%\320%6\260e\270\3771\270A\340\034)\250\021\357\250!\330\030\323 \330\021\022\356\216!\021\230!\210!\n\230!\376\276\000\016\000\t\036\230T\240n\332\"8\2203\250\000\014\r\311c\375q\307a+\230Q\330\020*\277\250!\2504\250q\377aI\376\375 \010\016\210a\210y\230\007\004\230A";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1596, 2116);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (823 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \367at \t\004of t\177hem for\006\000\377is opera\377tion:  h\177as more \000\373an$\001 32 b\363it#\0002\002 wor\377d in  vi\377ews: rel\177ease me4\000\375y\020\002 and a\377rrays fi?rst, -@\0005\003\246\205\000.:}\001a\000ae\000?\367Noti\002t Cy\337thon \217\000de\367lib\221\001ely \377stricter\376\215\003PEP-484\276_\002rejec\230\000s\377ubclasse\276\241\002built\237\000t\377ypes. If\377 you nee\277d to p%\000 |&\010\210 n set\347\002\277\047annot\207\"_\376<\000ing\047 di\355rb\000iv\220 o F\377alse.add\355_%\000ec*\002 ma\375p#\000sablee\275n\002\001gcis\004\003d\357ivsh\230 .er\177rorsno \000\000\237align\213\000\013\000d\377efault _\377_reduce_\357_ due\002non\275-\366\000vial\033\000c_init_r\000 \374 \334\210 F\000pag\332@ha|\226\000T\000regis\241!\375a\304\003device~\310!closed\357@\320\234D\000\021\360!\321@u\305@by\311 \036\013\333\000p\270 \252are\373ad\221  only\277Atomic\000\003U\27332\002\00464Cj\002E^\353\001Mapp\300 R\224\004\277s__Pyx\001\000D\376\314@_NextRe\177f__gets\360 \376\370\000__main_\275_\005\000odul\r\002n\213am\025\002p7\000 \004\007\001vyt\352!\047\001qual\035\005\304\274%\305&c\315bN\001\330$ex\024[\001\354@_Q\005st\010\003\006.\007wtes\365 acq\236@\365l\004\000u\213`amou\371n\243`\223\205\001buffe\177rcline_\271\000\377tracebac\377kdatades\372\271`d\365Cexpec\377tedfdite\353ms\320#m\234#off\370\377`\325B\322A_size\347pop\353!\347!rel\357axed\343\205\004seq\177_cstset\266d\276*\001value\000\002s\337int (\002\000)\000\376\005\002void)\000f\377ail_with\000\005\002";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 823, 1049);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2116 bytes) */
-static const char bytes[] = " bytes bytes of them in  views: release memoryviews and arrays first(tree fragment).: there are ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot map disableenablegcisenabledivshmem.errorsivshmem/_memory.pyxno aligned 64-bit word at no default __reduce__ due to non-trivial __cinit__no register at the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicU64AtomicU64.__reduce_cython__AtomicU64.__setstate_cython__AtomicU64.compare_exchangeAtomicU64.fetch_addAtomicU64.loadAtomicU64.storeClosedErrorMappingMapping.__reduce_cython__Mapping.__setstate_cython__Mapping.atomic_u64Mapping.closeMapping.populateMapping.residentRegistersRegisters.__reduce_cython__Registers.__setstate_cython__Registers.closeRegisters.loadRegisters.store__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddressadviceamountasyncio.coroutinesatatomic_u64cline_in_tracebackclosecodecompare_exchangecountdesiredenderrorsexpectedfdfetch_addiitemsivshmem._memoryloadmappedmappingoffsetpagepage_sizepagespoppopulatereadonlyresidentseenselfsetdefaultsizestorevaluevaluesvectorint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200A\340\010\014\210F\220!\2201\330\010\014\210D\220\001\220\024\220Q\200A\340\010\014\210H\220A\330\010\013\2104\210v\220S\230\001\330\014\022\220!\2204\220w\230d\240!\330\014\020\220\010\230\001\200A\340\010\017\210{\230!\2304\230y\250\004\250A\200A\340\010\017\210|\2301\230D\240\005\240Q\200A\340\010\017\320\017\047\240q\250\004\250I\260T\270\032\3001\200A\340\010\025\220Q\220d\230)\2404\240q\200A\340\010\036\230a\330\010\014\210F\220!\2201\330\010\013\2104\210v\220S\230\001\330\014\023\220>\240\021\240$""\240g\250R\250q\330\010\013\2105\220\001\220\024\220U\230!\2307\240\047\250\030\260\024\260X\270R\270t\3003\300g\310Q\330\014\020\220\001\330\010\017\210q\200A\340\010!\240\024\240X\250R\250z\270\022\2703\270c\300\021\340\010 \240\001\340\010\014\210F\220!\330\010\021\320\021\"\240&\250\001\250\021\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014\017\210w\220a\220t\2308\2404\240y\260\010\270\002\270!\330\020\024\220A\330\014\020\220\005\220U\230!\2301\330\020\031\230\026\230q\240\003\2402\240Q\340\014\020\220\001\220\021\330\010\017\210v\220R\220q\200A\360\014\000\t\014\2107\220\"\220B\220c\230\027\240\002\240\"\240C\240w\250b\260\004\260H\270B\270a\330\014\022\220*\230A\320\0359\270\021\270+\300Q\300d\310!\330\010\017\210y\230\001\230\026\230q\200A\360\014\000\t\033\320\0320\260\004\260L\300\001\330\010\030\230\001\360\006\000\t\032\230\021\330\010\014\210F\220!\330\010\014\210J\220a\330\010\t\330\014\r\330\025\026\330\024\033\2309\240G\2501\250D\260\010\270\004\270I\300X\310R\310w\320VW\330\020\023\2205\230\003\2306\240\024\240U\250#\250Q\330\024\025\330\020\"\240!\330\014\017\210u\220C\220q\330\020\027\220t\2301\330\020\026\220d\230\047\240\022\2404\240q\330\025\026\330\024\032\230%\230r\240\021\330\030\033\2307\240#\240Q\330\034%\320%6\260e\2701\270A\340\034)\250\021\250!\330\030 \240\001\330\021\022\330\020\031\230\021\230!\340\014\020\220\n\230!\200A\360\016\000\t\036\230T\240\021\330\010\013\2108\2203\220a\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020*\250!\2504\250q\340\010\014\210I\220Q\330\010\016\210a\210y\230\004\230A";
+    #else /* compression: none (1049 bytes) */
+static const char bytes[] = " bytes bytes at  bytes of them for this operation:  has more than the 32 bits of the word in  views: release memoryviews and arrays first, -bit word at .: there are ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot map disableenablegcisenabledivshmem.errorsno no aligned no default __reduce__ due to non-trivial __cinit__no order no pages have no register at the device is closedthe memory is closedthe memory is in use by the memory is mapped for reading onlyAtomicAtomicU32AtomicU64ClosedErrorMappingRegisters__Pyx_PyDict_NextRef__getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test__acq_relacquireamountatbitsbuffercline_in_tracebackdatadesirederrorsexpectedfditemsmappedmappingoffsetorderpage_sizepopreadonlyrelaxedreleaseseq_cstsetdefaultsizevaluevaluesint (int)\000int (void)\000fail_with\000fail";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 102; i++) {
+    for (int i = 0; i < 78; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 30) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -10084,8 +15489,8 @@ static const char bytes[] = " bytes bytes of them in  views: release memoryviews
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 102; i < 115; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-102].length;
+    for (int i = 78; i < 79; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-78].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -10095,15 +15500,15 @@ static const char bytes[] = " bytes bytes of them in  views: release memoryviews
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 115; i++) {
+    for (Py_ssize_t i = 0; i < 79; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 102;
-      for (Py_ssize_t i=0; i<13; ++i) {
+      PyObject **table = stringtab + 78;
+      for (Py_ssize_t i=0; i<1; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -10129,124 +15534,10 @@ static const char bytes[] = " bytes bytes of them in  views: release memoryviews
   return -1;
 }
 /* #### Code section: init_codeobjects ### */
-#ifdef __cplusplus
-namespace {
-#endif
-typedef struct {
-    unsigned int argcount : 2;
-    unsigned int num_posonly_args : 1;
-    unsigned int num_kwonly_args : 1;
-    unsigned int nlocals : 3;
-    unsigned int flags : 10;
-    unsigned int first_line : 9;
-} __Pyx_PyCode_New_function_description;
-#ifdef __cplusplus
-} /* anonymous namespace */
-#endif
-/* NewCodeObj.proto */
-static PyObject* __Pyx_PyCode_New(
-        const __Pyx_PyCode_New_function_description descr,
-        PyObject * const *varnames,
-        PyObject *filename,
-        PyObject *funcname,
-        PyObject *line_table,
-        PyObject *tuple_dedup_map
-);
-
 
 static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
-  PyObject* tuple_dedup_map = PyDict_New();
-  if (unlikely(!tuple_dedup_map)) return -1;
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 72};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_advice, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_page, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_seen};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_populate, __pyx_mstate->__pyx_kp_b_iso88591_A_0_L_F_Ja_9G1D_IXRwVW_5_6_U_Q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_page_size, __pyx_mstate->__pyx_n_u_pages, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_resident, __pyx_mstate->__pyx_kp_b_iso88591_A_XRz_3c_F_7_Q_wat84y_A_U_1_q_2Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 126};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_offset};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_atomic_u64, __pyx_mstate->__pyx_kp_b_iso88591_A_7_Bc_Cwb_HBa_A_9_Qd_y_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_address};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_83a_4q_Q_4q_IQ_ay_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 200};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_Qd_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_expected, __pyx_mstate->__pyx_n_u_desired};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_compare_exchange, __pyx_mstate->__pyx_kp_b_iso88591_A_q_IT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 208};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_amount};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_fetch_add, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 255};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_load, __pyx_mstate->__pyx_kp_b_iso88591_A_a_F_1_4vS_gRq_5_U_7_XRt3gQ_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_value};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_store, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1_D_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__memory_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_4vS_4wd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
-  }
-  Py_DECREF(tuple_dedup_map);
+  CYTHON_UNUSED_VAR(__pyx_mstate);
   return 0;
-  bad:
-  Py_DECREF(tuple_dedup_map);
-  return -1;
 }
 /* #### Code section: init_globals ### */
 
@@ -10259,25 +15550,6 @@ static int __Pyx_InitGlobals(void) {
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
-  /* CommonTypesMetaclass.init */
-  if (likely(__pyx_CommonTypesMetaclass_init(__pyx_m) == 0)); else
-  
-  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
-
-  /* CachedMethodType.init */
-  #if CYTHON_COMPILING_IN_LIMITED_API
-  {
-      PyObject *typesModule=NULL;
-      typesModule = PyImport_ImportModule("types");
-      if (typesModule) {
-          __pyx_mstate_global->__Pyx_CachedMethodType = PyObject_GetAttrString(typesModule, "MethodType");
-          Py_DECREF(typesModule);
-      }
-  } // error handling follows
-  #endif
-  
-  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
-
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -10285,17 +15557,7 @@ static int __Pyx_InitGlobals(void) {
 /* #### Code section: init_after_shared_utility ### */
 
 static int __Pyx_InitAfterSharedUtility(void) {
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  /* CythonFunctionPerModule.init */
-  if (likely(__pyx_CyFunction_init(__pyx_m) == 0)); else
-  
-  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
-
   return 0;
-  __pyx_L1_error:;
-  return -1;
 }
 /* #### Code section: cleanup_globals ### */
 /* #### Code section: cleanup_module ### */
@@ -10331,6 +15593,27 @@ end:
     return (__Pyx_RefNannyAPIStruct *)r;
 }
 #endif
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -12246,27 +17529,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
-/* DivInt[Py_ssize_t] */
-static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
-    Py_ssize_t q = a / b;
-    Py_ssize_t r = a - q*b;
-    Py_ssize_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* ModInt[Py_ssize_t] */
-static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
-    Py_ssize_t r = a % b;
-    Py_ssize_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     PyObject *key = NULL;
@@ -12292,6 +17554,110 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
             function_name, key);
         Py_DECREF(key);
     }
+}
+
+/* DivInt[Py_ssize_t] */
+static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
+    Py_ssize_t q = a / b;
+    Py_ssize_t r = a - q*b;
+    Py_ssize_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (unsigned int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(unsigned int)*3+2];
+    char *dpos, *end = digits + sizeof(unsigned int)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    unsigned int remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (unsigned int) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (unsigned int) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (unsigned int) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
 /* ArgTypeTestError (used by ArgTypeTest) */
@@ -12357,15 +17723,191 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
+/* ModInt[Py_ssize_t] */
+static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
+    Py_ssize_t r = a % b;
+    Py_ssize_t adapt_python = (b_is_constant ?
         ((r != 0) & ((r < 0) ^ (b < 0))) :
         ((r != 0) & ((r ^ b) < 0))
     );
     return r + adapt_python * b;
 }
+
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (uint64_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(uint64_t)*3+2];
+    char *dpos, *end = digits + sizeof(uint64_t)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    uint64_t remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (uint64_t) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (uint64_t) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (uint64_t) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* UnicodeConcatInPlace */
+# if CYTHON_COMPILING_IN_CPYTHON
+static int
+__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
+{
+    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
+        return 0;
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
+    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
+        return 0;
+#endif
+    if (!PyUnicode_CheckExact(unicode))
+        return 0;
+    if (PyUnicode_CHECK_INTERNED(unicode))
+        return 0;
+    return 1;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    ) {
+    PyObject *left = *p_left;
+    Py_ssize_t left_len, right_len, new_len;
+    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
+        return NULL;
+    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
+        return NULL;
+    left_len = PyUnicode_GET_LENGTH(left);
+    if (left_len == 0) {
+        Py_INCREF(right);
+        return right;
+    }
+    right_len = PyUnicode_GET_LENGTH(right);
+    if (right_len == 0) {
+        Py_INCREF(left);
+        return left;
+    }
+    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
+        PyErr_SetString(PyExc_OverflowError,
+                        "strings are too large to concat");
+        return NULL;
+    }
+    new_len = left_len + right_len;
+    if (left != right
+            && __Pyx_unicode_modifiable(left, unsafe_shared)
+            && PyUnicode_CheckExact(right)
+            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
+            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
+        int ret;
+        __Pyx_GIVEREF(*p_left);
+        ret = PyUnicode_Resize(p_left, new_len);
+        __Pyx_GOTREF(*p_left);
+        if (unlikely(ret != 0))
+            return NULL;
+        #if PY_VERSION_HEX >= 0x030d0000
+        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
+        #else
+        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
+        #endif
+        __Pyx_INCREF(*p_left);
+        __Pyx_GIVEREF(*p_left);
+        return *p_left;
+    } else {
+        return __Pyx_PyUnicode_Concat(left, right);
+    }
+  }
+#endif
 
 /* AllocateExtensionType */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
@@ -12507,7 +18049,7 @@ __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
         result = name;
         name = NULL;
     } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
     }
     goto done;
 }
@@ -13482,7 +19024,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__2);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }
@@ -13508,7 +19050,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
     return value;
 }
 
-/* dict_setdefault (used by FetchCommonType) */
+/* dict_setdefault (used by CLineInTraceback) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
     PyObject* value;
 #if __PYX_LIMITED_VERSION_HEX >= 0x030F0000 || (!CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4)
@@ -13524,1474 +19066,6 @@ static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *ke
     Py_INCREF(value);
 #endif
     return value;
-}
-
-/* AddModuleRef (used by FetchSharedCythonModule) */
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
-  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
-      PyObject *module_dict = PyImport_GetModuleDict();
-      PyObject *m;
-      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
-          return NULL;
-      }
-      if (m != NULL && PyModule_Check(m)) {
-          return m;
-      }
-      Py_XDECREF(m);
-      m = PyModule_NewObject(name);
-      if (m == NULL)
-          return NULL;
-      if (PyDict_CheckExact(module_dict)) {
-          PyObject *new_m;
-          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
-          Py_DECREF(m);
-          return new_m;
-      } else {
-           if (PyObject_SetItem(module_dict, name, m) != 0) {
-                Py_DECREF(m);
-                return NULL;
-            }
-            return m;
-      }
-  }
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
-          return PyImport_AddModuleRef(name);
-      }
-      PyObject *py_name = PyUnicode_FromString(name);
-      if (!py_name) return NULL;
-      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
-      Py_DECREF(py_name);
-      return module;
-  }
-#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      PyObject *module = PyImport_AddModule(name);
-      Py_XINCREF(module);
-      return module;
-  }
-#endif
-
-/* FetchSharedCythonModule (used by FetchCommonType) */
-static PyObject *__Pyx_FetchSharedCythonABIModule(void) {
-    return __Pyx_PyImport_AddModuleRef(__PYX_ABI_MODULE_NAME);
-}
-
-/* VerifyCachedType (used by FetchCommonType) */
-static int __Pyx_VerifyCachedType(PyObject *cached_type,
-                               const char *name,
-                               Py_ssize_t expected_basicsize) {
-    Py_ssize_t basicsize;
-    if (!PyType_Check(cached_type)) {
-        PyErr_Format(PyExc_TypeError,
-            "Shared Cython type %.200s is not a type object", name);
-        return -1;
-    }
-    if (expected_basicsize == 0) {
-        return 0; // size is inherited, nothing useful to check
-    }
-#if CYTHON_COMPILING_IN_LIMITED_API && CYTHON_OPAQUE_OBJECTS
-    if (expected_basicsize < 0) {
-        basicsize = PyType_GetTypeDataSize((PyTypeObject*)cached_type);
-    } else
-#endif
-    {
-    #if CYTHON_COMPILING_IN_LIMITED_API
-        PyObject *py_basicsize;
-        py_basicsize = PyObject_GetAttrString(cached_type, "__basicsize__");
-        if (unlikely(!py_basicsize)) return -1;
-        basicsize = PyLong_AsSsize_t(py_basicsize);
-        Py_DECREF(py_basicsize);
-        py_basicsize = NULL;
-        if (unlikely(basicsize == (Py_ssize_t)-1) && PyErr_Occurred()) return -1;
-    #else
-        basicsize = ((PyTypeObject*) cached_type)->tp_basicsize;
-    #endif
-    }
-    if ((expected_basicsize >= 0) ?
-            (basicsize != expected_basicsize) :
-            (basicsize < -expected_basicsize)) {
-        PyErr_Format(PyExc_TypeError,
-            "Shared Cython type %.200s has the wrong size, try recompiling",
-            name);
-        return -1;
-    }
-    return 0;
-}
-
-/* FetchCommonType (used by CommonTypesMetaclass) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-static PyObject* __Pyx_PyType_FromMetaclass(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
-    PyObject *result = __Pyx_PyType_FromModuleAndSpec(module, spec, bases);
-    if (result && metaclass) {
-        PyObject *old_tp = (PyObject*)Py_TYPE(result);
-        Py_INCREF((PyObject*)metaclass);
-        Py_SET_TYPE(result, metaclass);
-        Py_DECREF(old_tp);
-        PyType_Modified((PyTypeObject*)result);
-    }
-    return result;
-}
-#else
-#define __Pyx_PyType_FromMetaclass(me, mo, s, b) PyType_FromMetaclass(me, mo, s, b)
-#endif
-static PyTypeObject *__Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
-    PyObject *abi_module = NULL, *cached_type = NULL, *abi_module_dict, *new_cached_type, *py_object_name;
-    int get_item_ref_result;
-    const char* object_name = strrchr(spec->name, '.');
-    object_name = object_name ? object_name+1 : spec->name;
-    py_object_name = PyUnicode_FromString(object_name);
-    if (!py_object_name) return NULL;
-    abi_module = __Pyx_FetchSharedCythonABIModule();
-    if (!abi_module) goto done;
-    abi_module_dict = PyModule_GetDict(abi_module);
-    if (!abi_module_dict) goto done;
-    get_item_ref_result = __Pyx_PyDict_GetItemRef(abi_module_dict, py_object_name, &cached_type);
-    if (get_item_ref_result == 1) {
-        if (__Pyx_VerifyCachedType(
-              cached_type,
-              object_name,
-              spec->basicsize) < 0) {
-            goto bad;
-        }
-        goto done;
-    } else if (unlikely(get_item_ref_result == -1)) {
-        goto bad;
-    }
-    cached_type = __Pyx_PyType_FromMetaclass(
-        metaclass,
-        CYTHON_USE_MODULE_STATE ? module : abi_module,
-        spec, bases);
-    if (unlikely(!cached_type)) goto bad;
-    new_cached_type = __Pyx_PyDict_SetDefault(abi_module_dict, py_object_name, cached_type);
-    if (unlikely(new_cached_type != cached_type)) {
-        if (unlikely(!new_cached_type)) goto bad;
-        Py_DECREF(cached_type);
-        cached_type = new_cached_type;
-        if (__Pyx_VerifyCachedType(
-                cached_type,
-                object_name,
-                spec->basicsize) < 0) {
-            goto bad;
-        }
-        goto done;
-    } else {
-        Py_DECREF(new_cached_type);
-    }
-done:
-    Py_XDECREF(abi_module);
-    Py_DECREF(py_object_name);
-    assert(cached_type == NULL || PyType_Check(cached_type));
-    return (PyTypeObject *) cached_type;
-bad:
-    Py_XDECREF(cached_type);
-    cached_type = NULL;
-    goto done;
-}
-
-/* CommonTypesMetaclass (used by CythonFunctionShared) */
-static PyObject* __pyx_CommonTypesMetaclass_get_module(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED void* context) {
-    return PyUnicode_FromString(__PYX_ABI_MODULE_NAME);
-}
-#if __PYX_LIMITED_VERSION_HEX < 0x030A0000
-static PyObject* __pyx_CommonTypesMetaclass_call(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *args, CYTHON_UNUSED PyObject *kwds) {
-    PyErr_SetString(PyExc_TypeError, "Cannot instantiate Cython internal types");
-    return NULL;
-}
-static int __pyx_CommonTypesMetaclass_setattr(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *attr, CYTHON_UNUSED PyObject *value) {
-    PyErr_SetString(PyExc_TypeError, "Cython internal types are immutable");
-    return -1;
-}
-#endif
-static PyGetSetDef __pyx_CommonTypesMetaclass_getset[] = {
-    {"__module__", __pyx_CommonTypesMetaclass_get_module, NULL, NULL, NULL},
-    {0, 0, 0, 0, 0}
-};
-static PyType_Slot __pyx_CommonTypesMetaclass_slots[] = {
-    {Py_tp_getset, (void *)__pyx_CommonTypesMetaclass_getset},
-    #if __PYX_LIMITED_VERSION_HEX < 0x030A0000
-    {Py_tp_call, (void*)__pyx_CommonTypesMetaclass_call},
-    {Py_tp_new, (void*)__pyx_CommonTypesMetaclass_call},
-    {Py_tp_setattro, (void*)__pyx_CommonTypesMetaclass_setattr},
-    #endif
-    {0, 0}
-};
-static PyType_Spec __pyx_CommonTypesMetaclass_spec = {
-    __PYX_TYPE_MODULE_PREFIX "_common_types_metatype",
-    0,
-    0,
-    Py_TPFLAGS_IMMUTABLETYPE |
-    Py_TPFLAGS_DISALLOW_INSTANTIATION |
-    Py_TPFLAGS_DEFAULT,
-    __pyx_CommonTypesMetaclass_slots
-};
-static int __pyx_CommonTypesMetaclass_init(PyObject *module) {
-    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
-    PyObject *bases = PyTuple_Pack(1, &PyType_Type);
-    if (unlikely(!bases)) {
-        return -1;
-    }
-    mstate->__pyx_CommonTypesMetaclassType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CommonTypesMetaclass_spec, bases);
-    Py_DECREF(bases);
-    if (unlikely(mstate->__pyx_CommonTypesMetaclassType == NULL)) {
-        return -1;
-    }
-    return 0;
-}
-
-/* CythonFunctionPerModule (used by CythonFunctionShared) */
-#if CYTHON_OPAQUE_SHARED_TYPES && CYTHON_USE_MODULE_STATE
-static __pyx_CyFunctionObject *__Pyx_as_CyFunctionObject_safe(PyObject *o) {
-    PyTypeObject *cyfunctype = Py_TYPE(o);
-    while (1) {
-        PyTypeObject *base = (PyTypeObject *)PyType_GetSlot(cyfunctype, Py_tp_base);
-        if (base == &PyBaseObject_Type || base == NULL) {
-            break;
-        }
-        cyfunctype = base;
-    }
-    return (__pyx_CyFunctionObject *)PyObject_GetTypeData((o), cyfunctype);
-}
-#else
-#define __Pyx_as_CyFunctionObject_safe __Pyx_as_CyFunctionObject
-#endif
-#if CYTHON_COMPILING_IN_LIMITED_API
-static CYTHON_INLINE int __Pyx__IsSameCyOrCFunctionNoMethod(PyObject *func, void (*cfunc)(void)) {
-    if (__Pyx_CyFunction_Check(func)) {
-        return __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_meth == (PyCFunction) cfunc;
-    } else if (PyCFunction_Check(func)) {
-        return PyCFunction_GetFunction(func) == (PyCFunction) cfunc;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
-    if ((PyObject*)Py_TYPE(func) == __pyx_mstate_global->__Pyx_CachedMethodType) {
-        int result;
-        PyObject *newFunc = PyObject_GetAttr(func, __pyx_mstate_global->__pyx_n_u_func);
-        if (unlikely(!newFunc)) {
-            PyErr_Clear(); // It's only an optimization, so don't throw an error
-            return 0;
-        }
-        result = __Pyx__IsSameCyOrCFunctionNoMethod(newFunc, cfunc);
-        Py_DECREF(newFunc);
-        return result;
-    }
-    return __Pyx__IsSameCyOrCFunctionNoMethod(func, cfunc);
-}
-#else
-static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
-    if (PyMethod_Check(func)) {
-        func = PyMethod_GET_FUNCTION(func);
-    }
-    return __Pyx_CyOrPyCFunction_Check(func) && __Pyx_CyOrPyCFunction_GET_FUNCTION(func) == (PyCFunction) cfunc;
-}
-#endif
-static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj) {
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-    __Pyx_Py_XDECREF_SET(
-        __Pyx_CyFunction_ClassObj(f),
-            ((classobj) ? __Pyx_NewRef(classobj) : NULL));
-#else
-    __Pyx_Py_XDECREF_SET(
-        ((PyCMethodObject *) (f))->mm_class,
-        (PyTypeObject*)((classobj) ? __Pyx_NewRef(classobj) : NULL));
-#endif
-}
-static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func, PyTypeObject *defaults_type) {
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
-    m->defaults = PyObject_CallObject((PyObject*)defaults_type, NULL); // _PyObject_New(defaults_type);
-    if (unlikely(!m->defaults))
-        return NULL;
-    return m->defaults;
-}
-static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *func, PyObject *tuple) {
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
-    m->defaults_tuple = tuple;
-    Py_INCREF(tuple);
-}
-static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *func, PyObject *dict) {
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
-    m->defaults_kwdict = dict;
-    Py_INCREF(dict);
-}
-static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *func, PyObject *dict) {
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
-    m->func_annotations = dict;
-    Py_INCREF(dict);
-}
-
-/* PyMethodNew (used by CythonFunctionShared) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
-    PyObject *result;
-    CYTHON_UNUSED_VAR(typ);
-    if (!self)
-        return __Pyx_NewRef(func);
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    {
-        PyObject *args[] = {func, self};
-        result = PyObject_Vectorcall(__pyx_mstate_global->__Pyx_CachedMethodType, args, 2, NULL);
-    }
-    #else
-    result = PyObject_CallFunctionObjArgs(__pyx_mstate_global->__Pyx_CachedMethodType, func, self, NULL);
-    #endif
-    return result;
-}
-#else
-static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
-    CYTHON_UNUSED_VAR(typ);
-    if (!self)
-        return __Pyx_NewRef(func);
-    return PyMethod_New(func, self);
-}
-#endif
-
-/* PyVectorcallFastCallDict (used by CythonFunctionShared) */
-#if CYTHON_VECTORCALL
-static PyObject *__Pyx_PyVectorcall_FastCallDict_kw(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
-{
-    PyObject *res = NULL;
-    PyObject *kwnames;
-    PyObject **newargs;
-    PyObject **kwvalues;
-    Py_ssize_t i;
-    #if CYTHON_AVOID_BORROWED_REFS
-    PyObject *pos;
-    #else
-    Py_ssize_t pos;
-    #endif
-    size_t j;
-    PyObject *key, *value;
-    unsigned long keys_are_strings;
-    #if !CYTHON_ASSUME_SAFE_SIZE
-    Py_ssize_t nkw = PyDict_Size(kw);
-    if (unlikely(nkw == -1)) return NULL;
-    #else
-    Py_ssize_t nkw = PyDict_GET_SIZE(kw);
-    #endif
-    newargs = (PyObject **)PyMem_Malloc((nargs + (size_t)nkw) * sizeof(args[0]));
-    if (unlikely(newargs == NULL)) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    for (j = 0; j < nargs; j++) newargs[j] = args[j];
-    kwnames = PyTuple_New(nkw);
-    if (unlikely(kwnames == NULL)) {
-        PyMem_Free(newargs);
-        return NULL;
-    }
-    kwvalues = newargs + nargs;
-    pos = 0;
-    i = 0;
-    keys_are_strings = Py_TPFLAGS_UNICODE_SUBCLASS;
-    while (__Pyx_PyDict_NextRef(kw, &pos, &key, &value)) {
-        keys_are_strings &=
-        #if CYTHON_COMPILING_IN_LIMITED_API
-            PyType_GetFlags(Py_TYPE(key));
-        #else
-            Py_TYPE(key)->tp_flags;
-        #endif
-        #if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely(PyTuple_SetItem(kwnames, i, key) < 0)) goto cleanup;
-        #else
-        PyTuple_SET_ITEM(kwnames, i, key);
-        #endif
-        kwvalues[i] = value;
-        i++;
-    }
-    if (unlikely(!keys_are_strings)) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        goto cleanup;
-    }
-    res = vc(func, newargs, nargs, kwnames);
-cleanup:
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(pos);
-    #endif
-    Py_DECREF(kwnames);
-    for (i = 0; i < nkw; i++)
-        Py_DECREF(kwvalues[i]);
-    PyMem_Free(newargs);
-    return res;
-}
-static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
-{
-    Py_ssize_t kw_size =
-        likely(kw == NULL) ?
-        0 :
-#if !CYTHON_ASSUME_SAFE_SIZE
-        PyDict_Size(kw);
-#else
-        PyDict_GET_SIZE(kw);
-#endif
-    if (kw_size == 0) {
-        return vc(func, args, nargs, NULL);
-    }
-#if !CYTHON_ASSUME_SAFE_SIZE
-    else if (unlikely(kw_size == -1)) {
-        return NULL;
-    }
-#endif
-    return __Pyx_PyVectorcall_FastCallDict_kw(func, vc, args, nargs, kw);
-}
-#endif
-
-/* CythonFunctionShared (used by CythonFunction) */
-static PyObject *
-__Pyx_CyFunction_get_doc_locked(__pyx_CyFunctionObject *op)
-{
-    if (unlikely(op->func_doc == NULL)) {
-        const char *doc = __Pyx_CyFunction_MethodDef(op)->ml_doc;
-        if (doc) {
-            op->func_doc = PyUnicode_FromString(doc);
-            if (unlikely(op->func_doc == NULL))
-                return NULL;
-        } else {
-            Py_INCREF(Py_None);
-            return Py_None;
-        }
-    }
-    Py_INCREF(op->func_doc);
-    return op->func_doc;
-}
-static PyObject *
-__Pyx_CyFunction_get_doc(PyObject *op_in, void *closure) {
-    PyObject *result;
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    CYTHON_UNUSED_VAR(closure);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    result = __Pyx_CyFunction_get_doc_locked(op);
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static int
-__Pyx_CyFunction_set_doc(PyObject *op_in, PyObject *value, void *context)
-{
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    CYTHON_UNUSED_VAR(context);
-    if (value == NULL) {
-        value = Py_None;
-    }
-    Py_INCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->func_doc, value);
-    __Pyx_END_CRITICAL_SECTION();
-    return 0;
-}
-static PyObject *
-__Pyx_CyFunction_get_name_locked(__pyx_CyFunctionObject *op)
-{
-    if (unlikely(op->func_name == NULL)) {
-        const char *name = __Pyx_CyFunction_MethodDef(op)->ml_name;
-        op->func_name = PyUnicode_InternFromString(name);
-        if (unlikely(op->func_name == NULL))
-            return NULL;
-    }
-    Py_INCREF(op->func_name);
-    return op->func_name;
-}
-static PyObject *
-__Pyx_CyFunction_get_name(PyObject *op, void *context)
-{
-    PyObject *result = NULL;
-    CYTHON_UNUSED_VAR(context);
-    __Pyx_BEGIN_CRITICAL_SECTION(op);
-    result = __Pyx_CyFunction_get_name_locked(__Pyx_as_CyFunctionObject(op));
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static int
-__Pyx_CyFunction_set_name(PyObject *op_in, PyObject *value, void *context)
-{
-    CYTHON_UNUSED_VAR(context);
-    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "__name__ must be set to a string object");
-        return -1;
-    }
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    Py_INCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->func_name, value);
-    __Pyx_END_CRITICAL_SECTION();
-    return 0;
-}
-static PyObject *
-__Pyx_CyFunction_get_qualname(PyObject *op_in, void *context)
-{
-    CYTHON_UNUSED_VAR(context);
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject *result;
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    Py_INCREF(op->func_qualname);
-    result = op->func_qualname;
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static int
-__Pyx_CyFunction_set_qualname(PyObject *op_in, PyObject *value, void *context)
-{
-    CYTHON_UNUSED_VAR(context);
-    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "__qualname__ must be set to a string object");
-        return -1;
-    }
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    Py_INCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->func_qualname, value);
-    __Pyx_END_CRITICAL_SECTION();
-    return 0;
-}
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-static PyObject *
-__Pyx_CyFunction_get_dict(__pyx_CyFunctionObject *op, void *context)
-{
-    CYTHON_UNUSED_VAR(context);
-    if (unlikely(op->func_dict == NULL)) {
-        op->func_dict = PyDict_New();
-        if (unlikely(op->func_dict == NULL))
-            return NULL;
-    }
-    Py_INCREF(op->func_dict);
-    return op->func_dict;
-}
-#endif
-static PyObject *
-__Pyx_CyFunction_get_globals(PyObject *op_in, void *context)
-{
-    CYTHON_UNUSED_VAR(context);
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    Py_INCREF(op->func_globals);
-    return op->func_globals;
-}
-static PyObject *
-__Pyx_CyFunction_get_closure(PyObject *op, void *context)
-{
-    CYTHON_UNUSED_VAR(op);
-    CYTHON_UNUSED_VAR(context);
-    Py_INCREF(Py_None);
-    return Py_None;
-}
-static PyObject *
-__Pyx_CyFunction_get_code(PyObject *op_in, void *context)
-{
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject* result = (op->func_code) ? op->func_code : Py_None;
-    CYTHON_UNUSED_VAR(context);
-    Py_INCREF(result);
-    return result;
-}
-static int
-__Pyx_CyFunction_init_defaults(__pyx_CyFunctionObject *op, PyObject *op_obj) {
-    int result = 0;
-    PyObject *res = op->defaults_getter(op_obj);
-    if (unlikely(!res))
-        return -1;
-    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-    op->defaults_tuple = PyTuple_GET_ITEM(res, 0);
-    Py_INCREF(op->defaults_tuple);
-    op->defaults_kwdict = PyTuple_GET_ITEM(res, 1);
-    Py_INCREF(op->defaults_kwdict);
-    #else
-    op->defaults_tuple = __Pyx_PySequence_ITEM(res, 0);
-    if (unlikely(!op->defaults_tuple)) result = -1;
-    else {
-        op->defaults_kwdict = __Pyx_PySequence_ITEM(res, 1);
-        if (unlikely(!op->defaults_kwdict)) result = -1;
-    }
-    #endif
-    Py_DECREF(res);
-    return result;
-}
-static int
-__Pyx_CyFunction_set_defaults(PyObject *op_in, PyObject* value, void *context) {
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    CYTHON_UNUSED_VAR(context);
-    if (!value) {
-        value = Py_None;
-    } else if (unlikely(value != Py_None && !PyTuple_Check(value))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "__defaults__ must be set to a tuple object");
-        return -1;
-    }
-    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__defaults__ will not "
-                 "currently affect the values used in function calls", 1);
-    Py_INCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->defaults_tuple, value);
-    __Pyx_END_CRITICAL_SECTION();
-    return 0;
-}
-static PyObject *
-__Pyx_CyFunction_get_defaults_locked(PyObject *op_in) {
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject* result = op->defaults_tuple;
-    if (unlikely(!result)) {
-        if (op->defaults_getter) {
-            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
-            result = op->defaults_tuple;
-        } else {
-            result = Py_None;
-        }
-    }
-    Py_INCREF(result);
-    return result;
-}
-static PyObject *
-__Pyx_CyFunction_get_defaults(PyObject *op, void *context) {
-    PyObject* result = NULL;
-    CYTHON_UNUSED_VAR(context);
-    __Pyx_BEGIN_CRITICAL_SECTION(op);
-    result = __Pyx_CyFunction_get_defaults_locked(op);
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static int
-__Pyx_CyFunction_set_kwdefaults(PyObject *op_in, PyObject* value, void *context) {
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    CYTHON_UNUSED_VAR(context);
-    if (!value) {
-        value = Py_None;
-    } else if (unlikely(value != Py_None && !PyDict_Check(value))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "__kwdefaults__ must be set to a dict object");
-        return -1;
-    }
-    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__kwdefaults__ will not "
-                 "currently affect the values used in function calls", 1);
-    Py_INCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->defaults_kwdict, value);
-    __Pyx_END_CRITICAL_SECTION();
-    return 0;
-}
-static PyObject *
-__Pyx_CyFunction_get_kwdefaults_locked(PyObject *op_in) {
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject* result = op->defaults_kwdict;
-    if (unlikely(!result)) {
-        if (op->defaults_getter) {
-            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
-            result = op->defaults_kwdict;
-        } else {
-            result = Py_None;
-        }
-    }
-    Py_INCREF(result);
-    return result;
-}
-static PyObject *
-__Pyx_CyFunction_get_kwdefaults(PyObject *op, void *context) {
-    PyObject* result;
-    CYTHON_UNUSED_VAR(context);
-    __Pyx_BEGIN_CRITICAL_SECTION(op);
-    result = __Pyx_CyFunction_get_kwdefaults_locked(op);
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static int __Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value);
-static int
-__Pyx_CyFunction_set_annotations(PyObject *op_in, PyObject* value, void *context) {
-    CYTHON_UNUSED_VAR(context);
-    if (!value || value == Py_None) {
-        value = NULL;
-    } else if (unlikely(!PyDict_Check(value))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "__annotations__ must be set to a dict object");
-        return -1;
-    }
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    Py_XINCREF(value);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->func_annotations, value);
-    __Pyx_END_CRITICAL_SECTION();
-    if (unlikely(__Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, Py_None) < 0)) return -1;
-    return 0;
-}
-static int
-__Pyx_CyFunction_get_dict_if_exists(PyObject *op_in, PyObject **dict) {
-    /* Return 1 if the function dict exists, 0 otherwise.  This cannot fail:
-     * _PyObject_GetDictPtr() may clear errors internally, but never reports them. */
-#if CYTHON_COMPILING_IN_PYPY
-    *dict = PyObject_GenericGetDict(op_in, NULL);
-#elif CYTHON_COMPILING_IN_LIMITED_API || PY_VERSION_HEX < 0x030C0000
-    *dict = __Pyx_as_CyFunctionObject(op_in)->func_dict;
-#else
-    PyObject **dictptr = _PyObject_GetDictPtr(op_in);
-    *dict = likely(dictptr) ? *dictptr : NULL;
-#endif
-    return *dict ? 1 : 0;
-}
-static int
-__Pyx_CyFunction_get_annotate_from_dict_if_exists(PyObject *op_in, PyObject **annotate) {
-    PyObject *dict;
-    int dict_found;
-    *annotate = NULL;
-    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
-    if (!dict_found) return 0;
-    return __Pyx_PyDict_GetItemRef(dict, __pyx_mstate_global->__pyx_n_u_annotate, annotate);
-}
-static int
-__Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value) {
-    PyObject *dict;
-    int dict_found;
-    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
-    if (!dict_found) return 0;
-    if (value) {
-        return PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
-    } else {
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d0000
-        return PyDict_Pop(dict, __pyx_mstate_global->__pyx_n_u_annotate, NULL);
-#else
-        int result = PyDict_Contains(dict, __pyx_mstate_global->__pyx_n_u_annotate);
-        if (result == 1) {
-            result = PyDict_DelItem(dict, __pyx_mstate_global->__pyx_n_u_annotate);
-        }
-        return result;
-#endif
-    }
-}
-static int
-__Pyx_CyFunction_set_annotate_in_dict(PyObject *op_in, PyObject *value) {
-    PyObject *dict;
-    int result;
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-    dict = __Pyx_CyFunction_get_dict(__Pyx_as_CyFunctionObject(op_in), NULL);
-#else
-    dict = PyObject_GenericGetDict(op_in, NULL);
-#endif
-    if (unlikely(!dict)) return -1;
-    result = PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
-    Py_DECREF(dict);
-    return result;
-}
-static PyObject *
-__Pyx_CyFunction_get_annotations_locked(__pyx_CyFunctionObject *op) {
-    PyObject* result = op->func_annotations;
-    if (unlikely(!result)) {
-        result = PyDict_New();
-        if (unlikely(!result)) return NULL;
-        op->func_annotations = result;
-    }
-    Py_INCREF(result);
-    return result;
-}
-static PyObject *
-__Pyx_CyFunction_get_annotations(PyObject *op_in, void *context) {
-    PyObject *annotate = NULL;
-    PyObject *result = NULL;
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    CYTHON_UNUSED_VAR(context);
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    result = __Pyx_XNewRef(op->func_annotations);
-    __Pyx_END_CRITICAL_SECTION();
-    if (result) return result;
-    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
-    if (!annotate || annotate == Py_None) {
-        Py_XDECREF(annotate);
-        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-        result = __Pyx_CyFunction_get_annotations_locked(op);
-        __Pyx_END_CRITICAL_SECTION();
-        return result;
-    }
-    PyObject *format = PyLong_FromLong(1L);  // annotationlib.Format.VALUE
-    if (likely(format)) {
-        if (!Py_EnterRecursiveCall(" cyfunction __annotations__.__get__")) {
-            result = __Pyx_PyObject_CallOneArg(annotate, format);
-            Py_LeaveRecursiveCall();
-            Py_DECREF(format);
-        }
-    }
-    Py_DECREF(annotate);
-    if (unlikely(!result)) return NULL;
-    if (unlikely(!PyDict_Check(result))) {
-        PyErr_SetString(PyExc_TypeError, "__annotate__ must return a dict");
-        Py_DECREF(result);
-        return NULL;
-    }
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    __Pyx_Py_XDECREF_SET(op->func_annotations, __Pyx_NewRef(result));
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static PyObject *__Pyx_CyFunction_annotate_impl(PyObject *self, PyObject *arg) {
-    CYTHON_UNUSED_VAR(arg);
-    if (unlikely(!self)) {
-        PyErr_SetString(PyExc_SystemError, "cython __annotate__ called without 'self' argument");
-        return NULL;
-    }
-    PyObject *result;
-    if (Py_EnterRecursiveCall(" in cyfunction annotate")) {
-        return NULL;
-    }
-    result = __Pyx_CyFunction_get_annotations(self, NULL);
-    Py_LeaveRecursiveCall();
-    return result;
-}
-static PyObject *
-__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context);
-static int
-__Pyx_CyFunction_set_annotate(PyObject *op_in, PyObject* value, void *context) {
-    CYTHON_UNUSED_VAR(context);
-    if (value == NULL) {
-        PyErr_SetString(PyExc_TypeError, "__annotate__ cannot be deleted");
-        return -1;
-    }
-    if (unlikely(value != Py_None && !PyCallable_Check(value))) {
-        PyErr_SetString(PyExc_TypeError, "__annotate__ must be callable or None");
-        return -1;
-    }
-    if (unlikely(__Pyx_TypeCheck(value, &PyCFunction_Type))) {
-#if !CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_PYPY
-        PyCFunction cfunction = PyCFunction_GetFunction(value);
-        if (unlikely(!cfunction)) return -1;
-        PyObject *value_self = PyCFunction_GetSelf(value);
-        if (unlikely(!value_self && PyErr_Occurred())) return -1;
-#else
-        PyCFunction cfunction = PyCFunction_GET_FUNCTION(value);
-        PyObject *value_self = PyCFunction_GET_SELF(value);
-#endif
-        if (cfunction == __Pyx_CyFunction_annotate_impl && value_self == op_in) {
-            return __Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, NULL);
-        }
-    }
-    if (value != Py_None) {
-        __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-        Py_CLEAR(op->func_annotations);
-        __Pyx_END_CRITICAL_SECTION();
-    }
-    return __Pyx_CyFunction_set_annotate_in_dict(op_in, value);
-}
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-static PyObject *
-__Pyx_CyFunction_get_is_coroutine_value(__pyx_CyFunctionObject *op) {
-    int is_coroutine = op->flags & __Pyx_CYFUNCTION_COROUTINE;
-    if (is_coroutine) {
-        PyObject *is_coroutine_value, *module, *fromlist, *marker = __pyx_mstate_global->__pyx_n_u_is_coroutine;
-        fromlist = PyList_New(1);
-        if (unlikely(!fromlist)) return NULL;
-        Py_INCREF(marker);
-#if CYTHON_ASSUME_SAFE_MACROS
-        PyList_SET_ITEM(fromlist, 0, marker);
-#else
-        if (unlikely(PyList_SetItem(fromlist, 0, marker) < 0)) {
-            Py_DECREF(fromlist);
-            return NULL;
-        }
-#endif
-        module = PyImport_ImportModuleLevelObject(__pyx_mstate_global->__pyx_n_u_asyncio_coroutines, NULL, NULL, fromlist, 0);
-        Py_DECREF(fromlist);
-        if (unlikely(!module)) {
-            goto ignore_or_error;
-        }
-        is_coroutine_value = __Pyx_PyObject_GetAttrStr(module, marker);
-        Py_DECREF(module);
-        if (likely(is_coroutine_value)) {
-            return is_coroutine_value;
-        }
-ignore_or_error:
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL;
-        }
-    }
-    return __Pyx_PyBool_FromLong(is_coroutine);
-}
-static PyObject *
-__Pyx_CyFunction_get_is_coroutine(PyObject *op_in, void *context) {
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject *result;
-    CYTHON_UNUSED_VAR(context);
-    if (op->func_is_coroutine) {
-        return __Pyx_NewRef(op->func_is_coroutine);
-    }
-    result = __Pyx_CyFunction_get_is_coroutine_value(op);
-    if (unlikely(!result))
-        return NULL;
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    if (op->func_is_coroutine) {
-        Py_DECREF(result);
-        result = __Pyx_NewRef(op->func_is_coroutine);
-    } else {
-        op->func_is_coroutine = __Pyx_NewRef(result);
-    }
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-#endif
-static void __Pyx_CyFunction_raise_argument_count_error(PyObject *func, const char* message, Py_ssize_t size) {
-    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
-    PyErr_Format(PyExc_TypeError,
-        "%.200s() %s (%" CYTHON_FORMAT_SSIZE_T "d given)",
-        name, message, size);
-}
-static void __Pyx_CyFunction_raise_type_error(PyObject *func, const char* message) {
-    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
-    PyErr_Format(PyExc_TypeError,
-        "%.200s() %s",
-        name, message);
-}
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-static PyObject *
-__Pyx_CyFunction_get_module(PyObject *op_in, void *context) {
-    CYTHON_UNUSED_VAR(context);
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    Py_INCREF(op->func_module);
-    return op->func_module;
-}
-static int
-__Pyx_CyFunction_set_module(PyObject *op_in, PyObject* value, void *context) {
-    CYTHON_UNUSED_VAR(context);
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    if (value == NULL) {
-        value = Py_None;
-    }
-    Py_INCREF(value);
-    PyObject *old = op->func_module;
-    op->func_module = value;
-    Py_DECREF(old);
-    return 0;
-}
-#endif
-static PyGetSetDef __pyx_CyFunction_getsets[] = {
-    {"func_doc", (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
-    {"__doc__",  (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
-    {"func_name", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
-    {"__name__", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
-    {"__qualname__", (getter)__Pyx_CyFunction_get_qualname, (setter)__Pyx_CyFunction_set_qualname, 0, 0},
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-    {"func_dict", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
-    {"__dict__", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
-#else
-    {"func_dict", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
-    {"__dict__", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
-#endif
-    {"func_globals", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
-    {"__globals__", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
-    {"func_closure", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
-    {"__closure__", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
-    {"func_code", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
-    {"__code__", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
-    {"func_defaults", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
-    {"__defaults__", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
-    {"__kwdefaults__", (getter)__Pyx_CyFunction_get_kwdefaults, (setter)__Pyx_CyFunction_set_kwdefaults, 0, 0},
-    {"__annotations__", (getter)__Pyx_CyFunction_get_annotations, (setter)__Pyx_CyFunction_set_annotations, 0, 0},
-    {"__annotate__", (getter)__Pyx_CyFunction_get_annotate, (setter)__Pyx_CyFunction_set_annotate, 0, 0},
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-    {"_is_coroutine", (getter)__Pyx_CyFunction_get_is_coroutine, 0, 0, 0},
-#endif
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-    {"__module__", (getter)__Pyx_CyFunction_get_module, (setter)__Pyx_CyFunction_set_module, 0, 0},
-#endif
-    {0, 0, 0, 0, 0}
-};
-static PyMemberDef __pyx_CyFunction_members[] = {
-#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
-    {"__module__", T_OBJECT, offsetof(PyCFunctionObject, m_module), 0, 0},
-#endif
-#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
-    {"__dictoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_dict),
-        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
-#endif
-#if CYTHON_VECTORCALL
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_vectorcall),
-        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
-#else
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(PyCFunctionObject, vectorcall), READONLY, 0},
-#endif
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-    {"__weaklistoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_weakreflist),
-        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
-#else
-    {"__weaklistoffset__", T_PYSSIZET, offsetof(PyCFunctionObject, m_weakreflist), READONLY, 0},
-#endif
-#endif
-    {0, 0, 0,  0, 0}
-};
-static PyObject *
-__Pyx_CyFunction_reduce(PyObject *m_in, PyObject *args)
-{
-    PyObject *result = NULL;
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(m_in);
-    CYTHON_UNUSED_VAR(args);
-    __Pyx_BEGIN_CRITICAL_SECTION(m_in);
-    Py_INCREF(m->func_qualname);
-    result = m->func_qualname;
-    __Pyx_END_CRITICAL_SECTION();
-    return result;
-}
-static PyMethodDef __pyx_CyFunction_methods[] = {
-    {"__annotate_cython__", __Pyx_CyFunction_annotate_impl, METH_O,
-        "Placeholder __annotate__ function to allow 'functools.wraps' to work "
-        "on Cython functions."},
-    {"__reduce__", (PyCFunction)__Pyx_CyFunction_reduce, METH_NOARGS, 0},
-    {0, 0, 0, 0}
-};
-static PyObject *
-__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context) {
-    PyObject *annotate = NULL;
-    CYTHON_UNUSED_VAR(context);
-    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
-    if (annotate) return annotate;
-    PyObject *method = PyCFunction_New(
-        &__pyx_CyFunction_methods[0],
-        op_in);
-    return method;
-}
-#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
-#define __Pyx_CyFunction_weakreflist(cyfunc) ((cyfunc)->func_weakreflist)
-#else
-#define __Pyx_CyFunction_weakreflist(cyfunc) (((PyCFunctionObject*)cyfunc)->m_weakreflist)
-#endif
-static PyObject *__Pyx_CyFunction_Init(PyObject *op_in,
-                                       PyMethodDef *ml, int flags, PyObject* qualname,
-                                       PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
-    __pyx_CyFunctionObject* op = __Pyx_as_CyFunctionObject(op_in);
-#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
-    PyCFunctionObject *cf = (PyCFunctionObject*) op;
-#endif
-    if (unlikely(op == NULL))
-        return NULL;
-    __Pyx_CyFunction_MethodDef(op) = ml;
-    Py_XINCREF(module);
-    __Pyx_CyFunction_Module(op) = module;
-    op->flags = flags;
-    __Pyx_CyFunction_weakreflist(op) = NULL;
-#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
-    cf->m_self = (PyObject *) op;
-#endif
-    Py_XINCREF(closure);
-    op->func_closure = closure;
-#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
-    op->func_dict = NULL;
-#endif
-    op->func_name = NULL;
-    Py_INCREF(qualname);
-    op->func_qualname = qualname;
-    op->func_doc = NULL;
-    __Pyx_CyFunction_ClassObj(op) = NULL;
-    op->func_globals = globals;
-    Py_INCREF(op->func_globals);
-    Py_XINCREF(code);
-    op->func_code = code;
-    op->defaults = NULL;
-    op->defaults_tuple = NULL;
-    op->defaults_kwdict = NULL;
-    op->defaults_getter = NULL;
-    op->func_annotations = NULL;
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-    op->func_is_coroutine = NULL;
-#endif
-#if CYTHON_VECTORCALL
-    switch (ml->ml_flags & (METH_VARARGS | METH_FASTCALL | METH_NOARGS | METH_O | METH_KEYWORDS | METH_METHOD)) {
-    case METH_NOARGS:
-        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_NOARGS;
-        break;
-    case METH_O:
-        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_O;
-        break;
-    case METH_METHOD | METH_FASTCALL | METH_KEYWORDS:
-        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD;
-        break;
-    case METH_FASTCALL | METH_KEYWORDS:
-        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS;
-        break;
-    case METH_VARARGS | METH_KEYWORDS:
-        __Pyx_CyFunction_func_vectorcall(op) = NULL;
-        break;
-    default:
-        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
-        Py_DECREF(op_in);
-        return NULL;
-    }
-#endif
-    return op_in;
-}
-static int __Pyx__CyFunction_clear(__pyx_CyFunctionObject *m)
-{
-    Py_CLEAR(m->func_closure);
-    Py_CLEAR(__Pyx_CyFunction_Module(m));
-#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
-    Py_CLEAR(m->func_dict);
-#elif PY_VERSION_HEX < 0x030d0000
-    _PyObject_ClearManagedDict((PyObject*)m);
-#else
-    PyObject_ClearManagedDict((PyObject*)m);
-#endif
-    Py_CLEAR(m->func_name);
-    Py_CLEAR(m->func_qualname);
-    Py_CLEAR(m->func_doc);
-    Py_CLEAR(m->func_globals);
-    Py_CLEAR(m->func_code);
-    Py_CLEAR(__Pyx_CyFunction_ClassObj(m));
-    Py_CLEAR(m->defaults_tuple);
-    Py_CLEAR(m->defaults_kwdict);
-    Py_CLEAR(m->func_annotations);
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-    Py_CLEAR(m->func_is_coroutine);
-#endif
-    Py_CLEAR(m->defaults);
-    return 0;
-}
-static int
-__Pyx_CyFunction_clear(PyObject *m)
-{
-    return __Pyx__CyFunction_clear(__Pyx_as_CyFunctionObject_safe(m));
-}
-static void __Pyx__CyFunction_dealloc(PyObject *m)
-{
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject_safe(m);
-    if (__Pyx_CyFunction_weakreflist(cyfunc) != NULL)
-        PyObject_ClearWeakRefs(m);
-    __Pyx__CyFunction_clear(cyfunc);
-    __Pyx_PyHeapTypeObject_GC_Del(m);
-}
-static void __Pyx_CyFunction_dealloc(PyObject *m)
-{
-    PyObject_GC_UnTrack(m);
-    __Pyx__CyFunction_dealloc(m);
-}
-static int __Pyx_CyFunction_traverse(PyObject *m_in, visitproc visit, void *arg)
-{
-    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject_safe(m_in);
-    {
-        int e = __Pyx_call_type_traverse(m_in, 1, visit, arg);
-        if (e) return e;
-    }
-    Py_VISIT(m->func_closure);
-    Py_VISIT(__Pyx_CyFunction_Module(m));
-#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
-    Py_VISIT(m->func_dict);
-#else
-    {
-        int e =
-#if PY_VERSION_HEX < 0x030d0000
-            _PyObject_VisitManagedDict
-#else
-            PyObject_VisitManagedDict
-#endif
-                ((PyObject*)m, visit, arg);
-        if (e != 0) return e;
-    }
-#endif
-    __Pyx_VISIT_CONST(m->func_name);
-    __Pyx_VISIT_CONST(m->func_qualname);
-    Py_VISIT(m->func_doc);
-    Py_VISIT(m->func_globals);
-    __Pyx_VISIT_CONST(m->func_code);
-    Py_VISIT(__Pyx_CyFunction_ClassObj(m));
-    Py_VISIT(m->defaults_tuple);
-    Py_VISIT(m->defaults_kwdict);
-    Py_VISIT(m->func_annotations);
-#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
-    Py_VISIT(m->func_is_coroutine);
-#endif
-    Py_VISIT(m->defaults);
-    return 0;
-}
-static PyObject*
-__Pyx_CyFunction_repr(PyObject *op_in)
-{
-    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
-    PyObject *repr;
-    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
-    repr = PyUnicode_FromFormat("<cyfunction %U at %p>",
-                                op->func_qualname, (void *)op);
-    __Pyx_END_CRITICAL_SECTION();
-    return repr;
-}
-static PyObject * __Pyx_CyFunction_CallMethod(PyObject *func, PyObject *self, PyObject *arg, PyObject *kw) {
-    PyMethodDef *methoddef = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func));
-    PyCFunction meth = methoddef->ml_meth;
-    int flags = methoddef->ml_flags;
-    Py_ssize_t size;
-    switch (flags & (METH_VARARGS | METH_KEYWORDS | METH_NOARGS | METH_O)) {
-    case METH_VARARGS:
-        if (likely(kw == NULL || PyDict_Size(kw) == 0))
-            return (*meth)(self, arg);
-        break;
-    case METH_VARARGS | METH_KEYWORDS:
-        return (*(PyCFunctionWithKeywords)(void(*)(void))meth)(self, arg, kw);
-    case METH_NOARGS:
-        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
-#if CYTHON_ASSUME_SAFE_SIZE
-            size = PyTuple_GET_SIZE(arg);
-#else
-            size = PyTuple_Size(arg);
-            if (unlikely(size < 0)) return NULL;
-#endif
-            if (likely(size == 0))
-                return (*meth)(self, NULL);
-            __Pyx_CyFunction_raise_argument_count_error(
-                func,
-                "takes no arguments", size);
-            return NULL;
-        }
-        break;
-    case METH_O:
-        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
-#if CYTHON_ASSUME_SAFE_SIZE
-            size = PyTuple_GET_SIZE(arg);
-#else
-            size = PyTuple_Size(arg);
-            if (unlikely(size < 0)) return NULL;
-#endif
-            if (likely(size == 1)) {
-                PyObject *result, *arg0;
-                #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-                arg0 = PyTuple_GET_ITEM(arg, 0);
-                #else
-                arg0 = __Pyx_PySequence_ITEM(arg, 0); if (unlikely(!arg0)) return NULL;
-                #endif
-                result = (*meth)(self, arg0);
-                #if !(CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS)
-                Py_DECREF(arg0);
-                #endif
-                return result;
-            }
-            __Pyx_CyFunction_raise_argument_count_error(
-                func,
-                "takes exactly one argument", size);
-            return NULL;
-        }
-        break;
-    default:
-        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
-        return NULL;
-    }
-    __Pyx_CyFunction_raise_type_error(
-        func, "takes no keyword arguments");
-    return NULL;
-}
-static CYTHON_INLINE PyObject *__Pyx_CyFunction_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    result = __Pyx_CyFunction_CallMethod(func, func, arg, kw);
-    return result;
-}
-static PyObject *__Pyx_CyFunction_CallAsMethod(PyObject *func, PyObject *args, PyObject *kw) {
-    PyObject *result;
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
-#if CYTHON_VECTORCALL
-     __pyx_vectorcallfunc vc = __Pyx_CyFunction_func_vectorcall(cyfunc);
-    if (vc) {
-#if CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-        return __Pyx_PyVectorcall_FastCallDict(func, vc, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args), kw);
-#else
-        (void) &__Pyx_PyVectorcall_FastCallDict;
-        return PyVectorcall_Call(func, args, kw);
-#endif
-    }
-#endif
-    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
-        Py_ssize_t argc;
-        PyObject *new_args;
-        PyObject *self;
-#if CYTHON_ASSUME_SAFE_SIZE
-        argc = PyTuple_GET_SIZE(args);
-#else
-        argc = PyTuple_Size(args);
-        if (unlikely(argc < 0)) return NULL;
-#endif
-        new_args = PyTuple_GetSlice(args, 1, argc);
-        if (unlikely(!new_args))
-            return NULL;
-        self = PyTuple_GetItem(args, 0);
-        if (unlikely(!self)) {
-            Py_DECREF(new_args);
-            PyErr_Format(PyExc_TypeError,
-                         "unbound method %.200S() needs an argument",
-                         cyfunc->func_qualname);
-            return NULL;
-        }
-        result = __Pyx_CyFunction_CallMethod(func, self, new_args, kw);
-        Py_DECREF(new_args);
-    } else {
-        result = __Pyx_CyFunction_Call(func, args, kw);
-    }
-    return result;
-}
-#if CYTHON_VECTORCALL
-static CYTHON_INLINE int __Pyx_CyFunction_Vectorcall_CheckArgs(PyObject *func, __pyx_CyFunctionObject *cyfunc, Py_ssize_t nargs, PyObject *kwnames)
-{
-    int ret = 0;
-    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
-        if (unlikely(nargs < 1)) {
-            __Pyx_CyFunction_raise_type_error(
-                func, "needs an argument");
-            return -1;
-        }
-        ret = 1;
-    }
-    if (unlikely(kwnames) && unlikely(__Pyx_PyTuple_GET_SIZE(kwnames))) {
-        __Pyx_CyFunction_raise_type_error(
-            func, "takes no keyword arguments");
-        return -1;
-    }
-    return ret;
-}
-static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
-{
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
-    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-    PyObject *self;
-    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
-    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
-    case 1:
-        self = args[0];
-        args += 1;
-        nargs -= 1;
-        break;
-    case 0:
-        self = func;
-        break;
-    default:
-        return NULL;
-    }
-    if (unlikely(nargs != 0)) {
-        __Pyx_CyFunction_raise_argument_count_error(
-            func, "takes no arguments", nargs);
-        return NULL;
-    }
-    return meth(self, NULL);
-}
-static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
-{
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
-    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-    PyObject *self;
-    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
-    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
-    case 1:
-        self = args[0];
-        args += 1;
-        nargs -= 1;
-        break;
-    case 0:
-        self = func;
-        break;
-    default:
-        return NULL;
-    }
-    if (unlikely(nargs != 1)) {
-        __Pyx_CyFunction_raise_argument_count_error(
-            func, "takes exactly one argument", nargs);
-        return NULL;
-    }
-    return meth(self, args[0]);
-}
-static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
-{
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
-    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-    PyObject *self;
-    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
-    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
-    case 1:
-        self = args[0];
-        args += 1;
-        nargs -= 1;
-        break;
-    case 0:
-        self = func;
-        break;
-    default:
-        return NULL;
-    }
-    return ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))meth)(self, args, nargs, kwnames);
-}
-static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
-{
-    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
-    PyTypeObject *cls = (PyTypeObject *) __Pyx_CyFunction_ClassObj(cyfunc);
-    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-    PyObject *self;
-    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
-    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
-    case 1:
-        self = args[0];
-        args += 1;
-        nargs -= 1;
-        break;
-    case 0:
-        self = func;
-        break;
-    default:
-        return NULL;
-    }
-    #if PY_VERSION_HEX < 0x030e00A6
-    size_t nargs_value = (size_t) nargs;
-    #else
-    Py_ssize_t nargs_value = nargs;
-    #endif
-    return ((__Pyx_PyCMethod)(void(*)(void))meth)(self, cls, args, nargs_value, kwnames);
-}
-#endif
-static PyType_Slot __pyx_CyFunctionType_slots[] = {
-    {Py_tp_dealloc, (void *)__Pyx_CyFunction_dealloc},
-    {Py_tp_repr, (void *)__Pyx_CyFunction_repr},
-    {Py_tp_call, (void *)__Pyx_CyFunction_CallAsMethod},
-    {Py_tp_traverse, (void *)__Pyx_CyFunction_traverse},
-    {Py_tp_clear, (void *)__Pyx_CyFunction_clear},
-    {Py_tp_methods, (void *)__pyx_CyFunction_methods},
-    {Py_tp_members, (void *)__pyx_CyFunction_members},
-    {Py_tp_getset, (void *)__pyx_CyFunction_getsets},
-    {Py_tp_descr_get, (void *)__Pyx_PyMethod_New},
-    {0, 0},
-};
-static PyType_Spec __pyx_CyFunctionType_spec = {
-    __PYX_TYPE_MODULE_PREFIX "cython_function_or_method",
-    __PYX_SHARED_SIZEOF(__pyx_CyFunctionObject),
-    0,
-#ifdef Py_TPFLAGS_METHOD_DESCRIPTOR
-    Py_TPFLAGS_METHOD_DESCRIPTOR |
-#endif
-#if CYTHON_VECTORCALL
-#if defined(Py_TPFLAGS_HAVE_VECTORCALL)
-    Py_TPFLAGS_HAVE_VECTORCALL |
-#elif defined(_Py_TPFLAGS_HAVE_VECTORCALL)
-    _Py_TPFLAGS_HAVE_VECTORCALL |
-#endif
-#endif // CYTHON_VECTORCALL
-#if PY_VERSION_HEX >= 0x030C0000 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_TPFLAGS_MANAGED_DICT |
-#endif
-    Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION |
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    __pyx_CyFunctionType_slots
-};
-static int __pyx_CyFunction_init(PyObject *module) {
-    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
-    if (mstate->__pyx_CyFunctionType != NULL) {
-        return 0;
-    }
-    mstate->__pyx_CyFunctionType = __Pyx_FetchCommonTypeFromSpec(
-        mstate->__pyx_CommonTypesMetaclassType, module, &__pyx_CyFunctionType_spec, NULL);
-    if (unlikely(mstate->__pyx_CyFunctionType == NULL)) {
-        return -1;
-    }
-    return 0;
-}
-
-/* CythonFunction */
-static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml, int flags, PyObject* qualname,
-                                      PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
-    (void)&__Pyx_Get_CyFunction_Type;
-    PyObject *op = __Pyx_CyFunction_Init(
-        PyObject_GC_New(PyObject, __pyx_mstate_global->__pyx_CyFunctionType),
-        ml, flags, qualname, closure, module, globals, code
-    );
-    if (likely(op)) {
-        PyObject_GC_Track(op);
-    }
-    return op;
-}
-static PyTypeObject *__Pyx_Get_CyFunction_Type(void) {
-    PyTypeObject *tp = __pyx_mstate_global->__pyx_CyFunctionType;
-    Py_INCREF((PyObject*)tp);
-    return tp;
 }
 
 /* CLineInTraceback (used by AddTraceback) */
@@ -15911,304 +19985,130 @@ static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *x) {
     }
 }
 
-/* CIntFromPy */
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
-static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
     }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
+    return 0;
+}
 #else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (uint64_t) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(uint64_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    uint64_t val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint64_t) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (uint64_t) -1;
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
         }
-        is_negative = result == 1;
     }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint64_t");
-        return (uint64_t) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (uint64_t) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (uint64_t) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((uint64_t) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((uint64_t) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (uint64_t) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    return out;
 }
-static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
         }
     } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
 #endif
-}
-static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    uint64_t val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint64_t) -1;
-    val = __Pyx_PyLong_As_uint64_t(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 
@@ -16513,54 +20413,6 @@ static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
     }
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
-    }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
-
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
@@ -16637,6 +20489,307 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         Py_XDECREF(from_bytes_str);
         return result;
 #endif
+    }
+}
+
+/* CIntFromPy */
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
+static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint64_t) -1;
+}
+static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint64_t) -1;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint64_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint64_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint64_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint64_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint64_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint64_t");
+        return (uint64_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint64_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint64_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint64_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint64_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint64_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+#endif
+}
+static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    uint64_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint64_t) -1;
+    val = __Pyx_PyLong_As_uint64_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
     }
 }
 
@@ -17132,6 +21285,52 @@ static unsigned long __Pyx_get_runtime_version(void) {
 #endif
 }
 
+/* AddModuleRef */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
+  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
+      PyObject *module_dict = PyImport_GetModuleDict();
+      PyObject *m;
+      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
+          return NULL;
+      }
+      if (m != NULL && PyModule_Check(m)) {
+          return m;
+      }
+      Py_XDECREF(m);
+      m = PyModule_NewObject(name);
+      if (m == NULL)
+          return NULL;
+      if (PyDict_CheckExact(module_dict)) {
+          PyObject *new_m;
+          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
+          Py_DECREF(m);
+          return new_m;
+      } else {
+           if (PyObject_SetItem(module_dict, name, m) != 0) {
+                Py_DECREF(m);
+                return NULL;
+            }
+            return m;
+      }
+  }
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
+          return PyImport_AddModuleRef(name);
+      }
+      PyObject *py_name = PyUnicode_FromString(name);
+      if (!py_name) return NULL;
+      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
+      Py_DECREF(py_name);
+      return module;
+  }
+#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      PyObject *module = PyImport_AddModule(name);
+      Py_XINCREF(module);
+      return module;
+  }
+#endif
+
 /* CheckBinaryVersion */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer) {
     const unsigned long MAJOR_MINOR = 0xFFFF0000UL;
@@ -17153,152 +21352,6 @@ static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt
        );
         return PyErr_WarnEx(NULL, message, 1);
     }
-}
-
-/* NewCodeObj */
-#if CYTHON_COMPILING_IN_LIMITED_API
-    static PyObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
-                                       PyObject *code, PyObject *c, PyObject* n, PyObject *v,
-                                       PyObject *fv, PyObject *cell, PyObject* fn,
-                                       PyObject *name, int fline, PyObject *lnos) {
-        PyObject *exception_table = NULL;
-        PyObject *types_module=NULL, *code_type=NULL, *result=NULL;
-        #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-        PyObject *version_info;
-        PyObject *py_minor_version = NULL;
-        #endif
-        long minor_version = 0;
-        #if __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-        minor_version = 11;
-        #else
-        if (!(version_info = PySys_GetObject("version_info"))) goto end;
-        if (!(py_minor_version = PySequence_GetItem(version_info, 1))) goto end;
-        minor_version = PyLong_AsLong(py_minor_version);
-        Py_DECREF(py_minor_version);
-        if (minor_version == -1 && PyErr_Occurred()) goto end;
-        #endif
-        if (!(types_module = PyImport_ImportModule("types"))) goto end;
-        if (!(code_type = PyObject_GetAttrString(types_module, "CodeType"))) goto end;
-        if (minor_version <= 10) {
-            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOiOOO", a,p, k, l, s, f, code,
-                          c, n, v, fn, name, fline, lnos, fv, cell);
-        } else {
-            if (!(exception_table = PyBytes_FromStringAndSize(NULL, 0))) goto end;
-            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOOiOOOO", a,p, k, l, s, f, code,
-                          c, n, v, fn, name, name, fline, lnos, exception_table, fv, cell);
-        }
-    end:
-        Py_XDECREF(code_type);
-        Py_XDECREF(exception_table);
-        Py_XDECREF(types_module);
-        if (!result) {
-            PyObject *exc_type, *exc_value, *exc_tb;
-            PyErr_Fetch(&exc_type, &exc_value, &exc_tb);
-            if (PyErr_WarnFormat(
-                    PyExc_RuntimeWarning, 1,
-                    "Code object creation failed in Cython module: %S\nTry recompiling with a more recent version of Cython.",
-                    exc_value ? exc_value : exc_type) == 0) {
-                result = Py_None;
-                Py_INCREF(result);
-            }
-            Py_DECREF(exc_type);
-            Py_XDECREF(exc_value);
-            Py_XDECREF(exc_tb);
-        }
-        return result;
-    }
-#elif PY_VERSION_HEX >= 0x030B0000
-  static PyCodeObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
-                                         PyObject *code, PyObject *c, PyObject* n, PyObject *v,
-                                         PyObject *fv, PyObject *cell, PyObject* fn,
-                                         PyObject *name, int fline, PyObject *lnos) {
-    PyCodeObject *result;
-    result =
-      #if PY_VERSION_HEX >= 0x030C0000
-        PyUnstable_Code_NewWithPosOnlyArgs
-      #else
-        PyCode_NewWithPosOnlyArgs
-      #endif
-        (a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, name, fline, lnos, __pyx_mstate_global->__pyx_empty_bytes);
-    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030c00A1
-    if (likely(result))
-        result->_co_firsttraceable = 0;
-    #endif
-    return result;
-  }
-#elif !CYTHON_COMPILING_IN_PYPY
-  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
-          PyCode_NewWithPosOnlyArgs(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
-#else
-  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
-          PyCode_New(a, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
-#endif
-static PyObject* __Pyx_PyCode_New(
-        const __Pyx_PyCode_New_function_description descr,
-        PyObject * const *varnames,
-        PyObject *filename,
-        PyObject *funcname,
-        PyObject *line_table,
-        PyObject *tuple_dedup_map
-) {
-    PyObject *code_obj = NULL, *varnames_tuple_dedup = NULL, *code_bytes = NULL;
-    Py_ssize_t var_count = (Py_ssize_t) descr.nlocals;
-    PyObject *varnames_tuple = PyTuple_New(var_count);
-    if (unlikely(!varnames_tuple)) return NULL;
-    for (Py_ssize_t i=0; i < var_count; i++) {
-        Py_INCREF(varnames[i]);
-        if (__Pyx_PyTuple_SET_ITEM(varnames_tuple, i, varnames[i]) != (0)) goto done;
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    varnames_tuple_dedup = PyDict_GetItem(tuple_dedup_map, varnames_tuple);
-    if (!varnames_tuple_dedup) {
-        if (unlikely(PyDict_SetItem(tuple_dedup_map, varnames_tuple, varnames_tuple) < 0)) goto done;
-        varnames_tuple_dedup = varnames_tuple;
-    }
-    #else
-    varnames_tuple_dedup = PyDict_SetDefault(tuple_dedup_map, varnames_tuple, varnames_tuple);
-    if (unlikely(!varnames_tuple_dedup)) goto done;
-    #endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(varnames_tuple_dedup);
-    #endif
-    if (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table != NULL && !CYTHON_COMPILING_IN_GRAAL) {
-        Py_ssize_t line_table_length = __Pyx_PyBytes_GET_SIZE(line_table);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(line_table_length == -1)) goto done;
-        #endif
-        Py_ssize_t code_len = (line_table_length * 2 + 4) & ~3LL;
-        code_bytes = PyBytes_FromStringAndSize(NULL, code_len);
-        if (unlikely(!code_bytes)) goto done;
-        char* c_code_bytes = PyBytes_AsString(code_bytes);
-        if (unlikely(!c_code_bytes)) goto done;
-        memset(c_code_bytes, 0, (size_t) code_len);
-    }
-    code_obj = (PyObject*) __Pyx__PyCode_New(
-        (int) descr.argcount,
-        (int) descr.num_posonly_args,
-        (int) descr.num_kwonly_args,
-        (int) descr.nlocals,
-        0,
-        (int) descr.flags,
-        code_bytes ? code_bytes : __pyx_mstate_global->__pyx_empty_bytes,
-        __pyx_mstate_global->__pyx_empty_tuple,
-        __pyx_mstate_global->__pyx_empty_tuple,
-        varnames_tuple_dedup,
-        __pyx_mstate_global->__pyx_empty_tuple,
-        __pyx_mstate_global->__pyx_empty_tuple,
-        filename,
-        funcname,
-        (int) descr.first_line,
-        (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table) ? line_table : __pyx_mstate_global->__pyx_empty_bytes
-    );
-done:
-    Py_XDECREF(code_bytes);
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_XDECREF(varnames_tuple_dedup);
-    #endif
-    Py_DECREF(varnames_tuple);
-    return code_obj;
 }
 
 /* DecompressString */

@@ -1258,6 +1258,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1359,30 +1360,161 @@ static int __Pyx_init_tpflags_variables(void) {
         ivshmem_write_barrier();
         *(volatile uint32_t *)address = value;
     }
+    
 
-    static inline uint64_t ivshmem_load(const void *word)
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers take an order that is no constant for seq_cst: hence a case for each. */
+    static inline uint64_t ivshmem_load(void *word, int wide, int order)
     {
-        return __atomic_load_n((const uint64_t *)word, __ATOMIC_ACQUIRE);
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline void ivshmem_store(void *word, uint64_t value)
+    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
     {
-        __atomic_store_n((uint64_t *)word, value, __ATOMIC_RELEASE);
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
     }
-    static inline uint64_t ivshmem_compare_exchange(void *word, uint64_t expected, uint64_t desired)
+
+    /* Those that change the word and return what it was. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+
+    /* A word that is not as expected is only loaded: that has no release in its order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
     {
-        __atomic_compare_exchange_n((uint64_t *)word, &expected, desired, 0, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_SEQ_CST);
-        return expected;
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
     }
-    static inline uint64_t ivshmem_add(void *word, uint64_t amount)
+    
+
+    /* How many calls use something without the GIL, and whether it is to end: who turns out to be
+       the last ends it. One word, so that no order of events ends it twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* One user more; 0 when it is ending. */
+    static inline int ivshmem_enter(unsigned int *state)
     {
-        return __atomic_fetch_add((uint64_t *)word, amount, __ATOMIC_SEQ_CST);
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* One user less; 1 when the caller has to end it. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* No more users; 1 when the caller has to end it. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    }
+
+    /* What tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    
+
+    /* No more users, if there is none: what the state was, 0 when the caller has to end it. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave of a call that keeps the GIL. Nobody else can close
+       meanwhile, so that only builds without a GIL have to count it. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
     }
     
 
     /* Whether no other Python thread could want the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* to let go of nothing is cheap */
+    #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
                && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
@@ -1403,7 +1535,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
 #endif
 #else
-#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_USED
+#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_NOT_USED
 #endif
 #define __PYX_DEFAULT_STRING_ENCODING_IS_ASCII 0
 #define __PYX_DEFAULT_STRING_ENCODING_IS_UTF8 0
@@ -1788,15 +1920,16 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
 
-/* "_fds.pxd":7
- * from ._libc cimport aio_context_t, epoll_event
+/* "_fds.pxd":10
+ * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
  *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
 */
 enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64
+  __pyx_e_7ivshmem_4_fds_BATCH = 64,
+  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
 /* "ivshmem/_wire.pyx":21
@@ -1810,7 +1943,7 @@ enum  {
   __pyx_e_7ivshmem_5_wire_MESSAGE = 8
 };
 
-/* "_fds.pxd":21
+/* "_fds.pxd":83
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -1823,12 +1956,13 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
   int *fds;
   Py_ssize_t count;
   Py_ssize_t room;
-  int users;
-  int closing;
+  unsigned int state;
+  int *outgrown[__pyx_e_7ivshmem_4_fds_OUTGROWN];
+  int outgrown_count;
 };
 
 
-/* "_fds.pxd":32
+/* "_fds.pxd":96
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -1843,7 +1977,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":39
+/* "_fds.pxd":103
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1858,7 +1992,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 
 
 
-/* "_fds.pxd":21
+/* "_fds.pxd":83
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -1867,13 +2001,14 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 */
 
 struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
+  int (*enter)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
   void (*release)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
-  void (*done)(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":32
+/* "_fds.pxd":96
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -1887,7 +2022,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":39
+/* "_fds.pxd":103
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -1974,6 +2109,12 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fd
     } while (0)
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -2882,6 +3023,8 @@ static int __Pyx_State_RemoveModule(void*);
 
 /* Module declarations from "ivshmem._fds" */
 static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 
 /* Module declarations from "ivshmem._wire" */
 static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *, ivshmem_control *, int); /*proto*/
@@ -3101,6 +3244,608 @@ return 0;
 }
 #endif
 /* #### Code section: module_code ### */
+
+/* "_fds.pxd":25
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
+  struct timespec __pyx_v_t;
+  int64_t __pyx_r;
+
+  /* "_fds.pxd":27
+ * cdef inline int64_t now() noexcept nogil:
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+ * 
+*/
+  (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
+
+  /* "_fds.pxd":28
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((((int64_t)__pyx_v_t.tv_sec) * 0x3B9ACA00) + __pyx_v_t.tv_nsec);
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":25
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":31
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_nanoseconds) {
+  int64_t __pyx_r;
+  int64_t __pyx_t_1;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+  int64_t __pyx_t_5;
+  int __pyx_t_6;
+
+  /* "_fds.pxd":33
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_nanoseconds >= 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_3 = __Pyx_div_int64_t(((int64_t)INT64_MAX), 2, 1);
+
+    __pyx_t_4 = __pyx_v_nanoseconds;
+    __pyx_t_6 = (__pyx_t_3 < __pyx_t_4);
+
+    if (__pyx_t_6) {
+
+      __pyx_t_5 = __pyx_t_3;
+    } else {
+
+      __pyx_t_5 = __pyx_t_4;
+    }
+
+
+    __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_now() + __pyx_t_5);
+
+  } else {
+
+    __pyx_t_1 = INT64_MAX;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":31
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+  int64_t __pyx_v_nanoseconds;
+  struct timespec *__pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+
+  /* "_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  __pyx_t_1 = (__pyx_v_deadline == INT64_MAX);
+
+  if (__pyx_t_1) {
+
+
+    /* "_fds.pxd":40
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "_fds.pxd":39
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  }
+
+  /* "_fds.pxd":41
+ *     if deadline == INT64_MAX:
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+*/
+
+  __pyx_t_2 = ((int64_t)0);
+
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_4_fds_now());
+  __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_4 = __pyx_t_2;
+  } else {
+
+    __pyx_t_4 = __pyx_t_3;
+  }
+
+  __pyx_v_nanoseconds = __pyx_t_4;
+
+
+  /* "_fds.pxd":42
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left
+*/
+  __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "_fds.pxd":43
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
+ *     return left
+ * 
+*/
+  __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "_fds.pxd":44
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_left;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":36
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_count) {
+  int64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  uint64_t __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "_fds.pxd":49
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+  __pyx_t_1 = ((uint64_t)INT64_MAX);
+
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
+
+  if (__pyx_t_4) {
+
+    __pyx_t_3 = __pyx_t_1;
+  } else {
+
+    __pyx_t_3 = __pyx_t_2;
+  }
+
+  {
+
+    __pyx_r = ((int64_t)__pyx_t_3);
+  }
+
+  goto __pyx_L0;
+
+  /* "_fds.pxd":47
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
+  uint64_t __pyx_v_count;
+  struct iovec __pyx_v_iov;
+  Py_ssize_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+
+  /* "_fds.pxd":58
+ *     it since Linux 5.8, which is why that is the oldest kernel supported.
+ *     """
+ *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *     cdef iovec iov
+ *     cdef ssize_t n
+*/
+  __pyx_v_count = 0;
+
+  /* "_fds.pxd":61
+ *     cdef iovec iov
+ *     cdef ssize_t n
+ *     iov.iov_base = &count             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+*/
+  __pyx_v_iov.iov_base = (&__pyx_v_count);
+
+  /* "_fds.pxd":62
+ *     cdef ssize_t n
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+
+  /* "_fds.pxd":63
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)
+ *     while True:             # <<<<<<<<<<<<<<
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+*/
+  while (1) {
+
+    /* "_fds.pxd":64
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
+ *         if n == sizeof(count):
+ *             return count_of(count)
+*/
+    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
+
+    /* "_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":66
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+ *             return count_of(count)             # <<<<<<<<<<<<<<
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+*/
+      {
+
+        __pyx_r = __pyx_f_7ivshmem_4_fds_count_of(__pyx_v_count);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":65
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    }
+
+    /* "_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":68
+ *             return count_of(count)
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      {
+
+        __pyx_r = (-EINVAL);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":67
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    }
+
+    /* "_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    __pyx_t_1 = (errno == EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":70
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         if errno != EINTR:
+ *             return -errno
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":69
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    }
+
+    /* "_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    __pyx_t_1 = (errno != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "_fds.pxd":72
+ *             return 0
+ *         if errno != EINTR:
+ *             return -errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      {
+
+        __pyx_r = (-errno);
+      }
+      goto __pyx_L0;
+
+      /* "_fds.pxd":71
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    }
+  }
+
+  /* "_fds.pxd":52
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
+  uint64_t __pyx_v_one;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "_fds.pxd":77
+ * cdef inline int add_one(int fd) noexcept nogil:
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+*/
+  __pyx_v_one = 1;
+
+  /* "_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  __pyx_t_2 = (write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one))) >= 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EAGAIN);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "_fds.pxd":79
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0             # <<<<<<<<<<<<<<
+ *     return errno
+ * 
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "_fds.pxd":78
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  }
+
+  /* "_fds.pxd":80
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+ *     return errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = errno;
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":75
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
 
 /* "ivshmem/_wire.pyx":26
  * 
@@ -5147,7 +5892,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -5157,8 +5902,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 83, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 83, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -5167,8 +5912,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 32, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 32, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 96, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 96, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -5177,8 +5922,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 103, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -5571,7 +6316,7 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_wire.pyx":1
- * # cython: language_level=3, binding=True, freethreading_compatible=False             # <<<<<<<<<<<<<<
+ * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Messages with descriptors over Unix sockets, in batches.
 */
@@ -5871,6 +6616,27 @@ end:
     return (__Pyx_RefNannyAPIStruct *)r;
 }
 #endif
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON

@@ -1,4 +1,4 @@
-# cython: language_level=3, binding=True, freethreading_compatible=False
+# cython: language_level=3, binding=True, freethreading_compatible=True
 # cython: embedsignature=True, embedsignature.format=clinic
 """Messages with descriptors over Unix sockets, in batches.
 

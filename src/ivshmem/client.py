@@ -310,8 +310,11 @@ class Client(Endpoint):
             BufferError: a view of the memory is alive: that stays mapped until it is gone, and
                 another close() unmaps it. All else is closed.
         """
-        self._unwatch()
-        self._hang_up()
+        # While another thread reads the socket, its number must not become another file's. In a
+        # forked child there is no such thread, which would give the lock back.
+        with self._lock if os.getpid() == self._pid else contextlib.nullcontext():
+            self._unwatch()
+            self._hang_up()
         super().close()
 
     def __repr__(self) -> str:

@@ -160,7 +160,9 @@ class Session:
     @property
     def peers(self) -> list[int]:
         """Ids of the other peers that have joined, in ascending order."""
-        return sorted(p for p, n in self._counts.items() if p != self.id and n == self._vectors)
+        # A copy, since another thread may take in a message meanwhile.
+        counts = list(self._counts.items())
+        return sorted(p for p, n in counts if p != self.id and n == self._vectors)
 
     def receive(self, message: Message) -> GotMemory | GotVector | GotLeave | None:
         """Take one message and say what it means.

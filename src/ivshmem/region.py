@@ -374,7 +374,7 @@ class Region(_memory.Mapping):
             # mincore sees only this process's page tables there; hugetlbfs counts the blocks.
             resident = huge = min(status.st_blocks * 512, self.size)
         else:
-            resident = min(self.resident(PAGE), self.size)
+            resident = min(self.resident(), self.size)
             huge = min(pages.transparent_huge_bytes(self.address, self.size), resident)
         try:
             seals = fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)

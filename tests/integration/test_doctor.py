@@ -34,9 +34,11 @@ NAMES = [
 ]
 
 # What is imported here, only root may be able to read.
+# The version is asked for first: what that imports, the interpreter may keep in a home of root's.
 AS_NOBODY = """
-import os, sys
+import importlib.metadata, os, sys
 from ivshmem.cli import main
+importlib.metadata.version("ivshmem")
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)

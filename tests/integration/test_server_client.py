@@ -791,3 +791,14 @@ def test_closing_is_noticed_though_a_child_has_copies(
         else:
             other.close()
             assert isinstance(client.next_event(5), PeerLeft)
+
+
+def test_ring_all_knows_who_has_just_come(tmp_path: Path) -> None:
+    with (
+        ivshmem.Server(tmp_path / "socket", "4K").start() as server,
+        ivshmem.connect(server.path) as a,
+        ExitStack() as others,
+    ):
+        peers = [others.enter_context(ivshmem.connect(server.path)) for _ in range(3)]
+        assert a.ring_all() == 3
+        assert [peer.wait(0, PATIENCE) for peer in peers] == [1, 1, 1]

@@ -38,9 +38,12 @@ _READ = {"x86_64": {0}, "aarch64": {63}}
 _WRITE = {"x86_64": {1}, "aarch64": {64}}
 
 
-def sleeps_in_poll(thread_id: int) -> bool:
-    """Whether a thread of this process sleeps in poll(2), epoll_wait(2) or one of their kind."""
-    return _sleeps_in(thread_id, _POLL)
+def sleeps(thread_id: int) -> bool:
+    """Whether a thread of this process sleeps in poll(2), epoll_wait(2), one of their kind or read.
+
+    Which of these a wait chooses is its own affair.
+    """
+    return _sleeps_in(thread_id, _POLL) or _sleeps_in(thread_id, _READ)
 
 
 def sleeps_in_read(thread_id: int) -> bool:
@@ -88,7 +91,7 @@ def once_asleep(action: Callable[[], object]) -> Iterator[None]:
 
     def watch() -> None:
         while not done.is_set():
-            if sleeps_in_poll(me):
+            if sleeps(me):
                 action()
                 return
             time.sleep(0.001)
@@ -103,7 +106,7 @@ def once_asleep(action: Callable[[], object]) -> Iterator[None]:
 
 
 def interrupt_when_asleep() -> contextlib.AbstractContextManager[None]:
-    """A real Ctrl-C for this (main) thread as soon as it sleeps in poll."""
+    """A real Ctrl-C for this (main) thread as soon as it sleeps."""
     target = threading.get_ident()
     return once_asleep(lambda: signal.pthread_kill(target, signal.SIGINT))
 
@@ -129,7 +132,7 @@ class Background:
         started.wait()
 
     def wait_until_asleep(self) -> None:
-        until(lambda: sleeps_in_poll(self.native_id), "a sleeping thread")
+        until(lambda: sleeps(self.native_id), "a sleeping thread")
 
     def wait_until_reading(self) -> None:
         until(lambda: sleeps_in_read(self.native_id), "a thread that waits in read")

@@ -24,12 +24,14 @@ from support.waiting import (
     Background,
     in_child,
     interrupt_when_asleep,
+    once_asleep,
     signals,
     sleeps_in_write,
     until,
 )
 
 from ivshmem import ClosedError, Interrupt, NoSuchPeer, NoSuchVector, ProtocolError
+from ivshmem._bell import Doorbell
 from ivshmem._core import Doorbells
 from ivshmem._fds import FdArray
 
@@ -535,3 +537,226 @@ def test_forgotten_doorbells_are_closed() -> None:
     os.close(bells.writer)
     del bells
     assert open_fds() == before
+
+
+# -- plain reads of shared eventfds ---------------------------------------------------------------
+
+
+def test_nonblock_set_by_a_peer_again_and_again(bells: Bells) -> None:
+    """As QEMU does when it joins: a wait without limit sleeps all the same, and wakes up."""
+    for fd in (bells.listened[1], bells.listened[1], bells.listened[0]):
+        waiting = Background(lambda: bells.wait(1))
+        waiting.wait_until_asleep()
+        os.set_blocking(fd, False)
+        bells.ring(ME, 1)
+        assert waiting.result() == 1
+    for _ in range(3):
+        os.set_blocking(bells.listened[1], False)
+        waiting = Background(lambda: bells.wait(1))
+        waiting.wait_until_asleep()
+        bells.ring(ME, 1)
+        assert waiting.result() == 1
+
+
+def test_close_ends_a_plain_read_that_a_thief_reads_as_well(bells: Bells) -> None:
+    """A peer takes what close() adds to the count to end the read: it has to be outrun."""
+    assert bells.wait(1, 0) == 0
+    fd = bells.listened[1]
+    stop, ready = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b"!")
+        while not select.select([stop[0]], [], [], 0)[0]:
+            for _ in range(1000):
+                with contextlib.suppress(BlockingIOError):
+                    os.set_blocking(fd, False)
+                    os.eventfd_read(fd)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        waiters = [Background(lambda: bells.wait(1)) for _ in range(2)]
+        for waiter in waiters:
+            waiter.wait_until_asleep()
+        bells.close()
+        for waiter in waiters:
+            with pytest.raises(ClosedError):
+                waiter.result()
+    finally:
+        os.write(stop[1], b"!")
+        os.waitpid(pid, 0)
+        for end in (*stop, *ready):
+            os.close(end)
+
+
+def test_close_by_a_signal_handler_of_the_thread_that_waits(bells: Bells) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: bells.close())
+    main = threading.get_ident()
+    try:
+        with (
+            pytest.raises(ClosedError),
+            once_asleep(lambda: signal.pthread_kill(main, signal.SIGUSR1)),
+        ):
+            bells.wait(1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_close_never_waits_for_a_full_counter(bells: Bells) -> None:
+    waiting = Background(lambda: bells.wait(1))
+    waiting.wait_until_asleep()
+    os.set_blocking(bells.listened[0], True)
+    os.eventfd_write(bells.listened[0], (1 << 64) - 2)
+    bells.close()
+    with pytest.raises(ClosedError):
+        waiting.result()
+
+
+# -- several doorbells ----------------------------------------------------------------------------
+
+
+def test_ring_all(bells: Bells) -> None:
+    assert bells.ring_all() == 1
+    assert [bells.rung(v) for v in range(3)] == [1, 0, 0]
+    assert bells.ring_all(vector=(0, 2, 2)) == 3
+    assert [bells.rung(v) for v in range(3)] == [1, 0, 2]
+    assert bells.ring_all([OTHER, ME], 1) == 2
+    assert bells.rung(1) == 1
+    assert bells.wait(1, 0) == 1
+    assert bells.ring_all([]) == bells.ring_all([OTHER], []) == 0
+    bells._drop_peer(OTHER)
+    assert bells.ring_all() == 0
+
+
+def test_ring_all_or_none(bells: Bells) -> None:
+    with pytest.raises(NoSuchPeer):
+        bells.ring_all([OTHER, ABSENT])
+    with pytest.raises(NoSuchVector):
+        bells.ring_all([OTHER], range(4))
+    assert bells.rung(0) == 0
+    bells.close()
+    with pytest.raises(ClosedError):
+        bells.ring_all()
+
+
+def test_ring_all_of_many(bells: Bells) -> None:
+    peers = FdArray.eventfds(300)
+    for i in range(300):
+        bells._add_bell(1000 + i, os.dup(peers[i]))
+    assert bells.ring_all() == 301
+    assert all(peers.drain(i) == 1 for i in range(300))
+    peers.close()
+
+
+def test_ring_all_and_a_full_counter_of_a_hostile_peer(bells: Bells) -> None:
+    fd = bells.theirs[1]
+    os.eventfd_write(fd, (1 << 64) - 2)
+    os.set_blocking(fd, True)
+    ringing = Background(lambda: bells.ring_all(vector=range(3)))
+    ringing.wait_until_writing()
+    assert os.eventfd_read(fd) == (1 << 64) - 2
+    assert ringing.result() == 3
+    os.set_blocking(fd, False)
+    assert [bells.rung(v) for v in range(3)] == [1, 1, 1]
+
+
+# -- a doorbell looked up once --------------------------------------------------------------------
+
+
+def test_doorbell(bells: Bells) -> None:
+    bell = bells.doorbell(OTHER, 2)
+    assert (bell.peer, bell.vector) == (OTHER, 2)
+    assert repr(bell) == f"<ivshmem.Doorbell of peer {OTHER}, vector 2>"
+    bell.ring()
+    bell.ring()
+    assert bells.rung(2) == 2
+    own = bells.doorbell(ME)
+    own.ring()
+    assert bells.wait(0, 0) == 1
+    with pytest.raises(NoSuchPeer):
+        bells.doorbell(ABSENT)
+    with pytest.raises(NoSuchVector):
+        bells.doorbell(OTHER, 3)
+
+
+def test_doorbell_keeps_nothing_open(bells: Bells) -> None:
+    bell, own = bells.doorbell(OTHER, 0), bells.doorbell(ME)
+    bells._drop_peer(OTHER)
+    assert bells.first_bell not in open_fds()
+    decoy = FdArray.eventfds(8)
+    with pytest.raises(NoSuchPeer, match=f"peer {OTHER} is gone"):
+        bell.ring()
+    assert not any(decoy.drain(i) for i in range(8))
+    decoy.close()
+    bells.close()
+    for made in (bell, own):
+        with pytest.raises(ClosedError):
+            made.ring()
+
+
+def test_doorbell_made_by_nobody() -> None:
+    with pytest.raises(TypeError, match="made by"):
+        Doorbell().ring()
+
+
+# -- echo -----------------------------------------------------------------------------------------
+
+
+def test_echo(bells: Bells) -> None:
+    assert bells.echo(OTHER, 1, timeout=0) == 0
+    bells.ring(ME, 1)
+    bells.ring(ME, 1)
+    assert bells.echo(OTHER, 1, timeout=0) == 1
+    assert bells.rung(1) == 1
+    bells.ring(ME, 0)
+    assert bells.echo(OTHER, answer=2, rounds=1) == 1
+    assert bells.rung(2) == 1
+    assert bells.echo(OTHER, rounds=0) == 0
+
+
+@pytest.mark.parametrize("spin", [0, 1e-4, "auto"])
+def test_echo_and_its_ends(bells: Bells, spin: float) -> None:
+    answering = Background(lambda: bells.echo(OTHER, spin=spin))
+    for _ in range(1000):
+        bells.ring(ME)
+        until(lambda: bells.rung(0) == 1)
+    answering.wait_until_asleep()
+    bells._drop_peer(OTHER)
+    bells.ring(ME)
+    with pytest.raises(NoSuchPeer):
+        answering.result()
+    with pytest.raises(NoSuchPeer):
+        bells.echo(OTHER)
+    waiting = Background(lambda: bells.echo(ME, 1, answer=0, spin=spin))
+    waiting.wait_until_asleep()
+    bells.close()
+    with pytest.raises(ClosedError):
+        waiting.result()
+
+
+def test_echo_of_no_vector(bells: Bells) -> None:
+    for wrong in (-1, 2):
+        with pytest.raises(NoSuchVector):
+            bells.echo(OTHER, wrong, answer=0, timeout=0)
+    with pytest.raises(NoSuchVector):
+        bells.echo(OTHER, 0, answer=3, timeout=0)
+
+
+def test_echo_and_signals(bells: Bells) -> None:
+    with signals() as handled:
+        assert bells.echo(OTHER, timeout=0.1) == 0
+    assert handled
+    with pytest.raises(KeyboardInterrupt), interrupt_when_asleep():
+        bells.echo(OTHER)
+
+
+def test_echo_to_a_full_counter_of_a_hostile_peer(bells: Bells) -> None:
+    """The echo waits with it, and Ctrl-C and this interpreter go on."""
+    fd = bells.theirs[0]
+    os.eventfd_write(fd, (1 << 64) - 2)
+    os.set_blocking(fd, True)
+    bells.ring(ME)
+    answering = Background(lambda: bells.echo(OTHER, rounds=1))
+    answering.wait_until_writing()
+    os.eventfd_read(fd)
+    assert answering.result() == 1
+    os.set_blocking(fd, False)

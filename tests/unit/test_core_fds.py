@@ -304,7 +304,7 @@ def test_closed_mapping() -> None:
     for call in (
         lambda: memoryview(mapping),
         lambda: mapping.populate(PAGE),
-        lambda: mapping.resident(PAGE),
+        lambda: mapping.resident(),
     ):
         with pytest.raises(ClosedError):
             call()
@@ -333,12 +333,12 @@ def test_what_cannot_be_mapped() -> None:
 def test_populate_and_resident() -> None:
     fd = memory_fd(64 * PAGE)
     mapping = Mapping(fd, 64 * PAGE)
-    assert mapping.resident(PAGE) == 0
+    assert mapping.resident() == 0
     with memoryview(mapping) as view:
         view[3 * PAGE + 5] = 9
-    assert mapping.resident(PAGE) == PAGE
+    assert mapping.resident() == PAGE
     mapping.populate(PAGE)
-    assert mapping.resident(PAGE) == 64 * PAGE
+    assert mapping.resident() == 64 * PAGE
     with memoryview(mapping) as view:
         assert view[3 * PAGE + 5] == 9, "contents stay as they are"
         assert bytes(view).count(0) == 64 * PAGE - 1
@@ -350,7 +350,7 @@ def test_populate_for_reading() -> None:
     fd = memory_fd(8 * PAGE)
     mapping = Mapping(fd, 8 * PAGE, readonly=True)
     mapping.populate(PAGE)
-    assert mapping.resident(PAGE) == 8 * PAGE
+    assert mapping.resident() == 8 * PAGE
     mapping.close()
     os.close(fd)
 

@@ -1,4 +1,4 @@
-"""Registers, AtomicU64, Signaller, and Doorbells over them: what a guest's device is made of.
+"""Registers, Signaller, and Doorbells over them: what a guest's device is made of.
 
 A memfd stands for the device. That a load or a store is one access of 32 bits cannot be seen there;
 tests/vm proves it with the real one.
@@ -17,12 +17,12 @@ import pytest
 from support.leaks import open_fds, shared_mappings
 from support.limits import free_fds
 from support.peer import Eventfds, memory_fd
-from support.waiting import PATIENCE, Background, in_child, until
+from support.waiting import PATIENCE, Background, in_child
 
 from ivshmem import ClosedError, DeviceGone, Interrupt, NoSuchPeer, NoSuchVector
 from ivshmem._core import Doorbells
 from ivshmem._fds import FdArray, Signaller
-from ivshmem._memory import AtomicU64, Mapping, Registers
+from ivshmem._memory import Registers
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 BAR = 256  # bytes of registers
@@ -128,122 +128,6 @@ def test_registers_that_cannot_be_had(fd: int) -> None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             call()
     closed.close()
-
-
-# -- AtomicU64 ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mapping(fd: int) -> Iterator[Mapping]:
-    mapping = Mapping(fd, 3 * PAGE)
-    yield mapping
-    mapping.close()
-
-
-def test_atomic_words(fd: int, mapping: Mapping) -> None:
-    value = mapping.atomic_u64(PAGE + 8)
-    assert value.load() == 0
-    value.store((1 << 64) - 1)
-    assert os.pread(fd, 24, PAGE) == bytes(8) + b"\xff" * 8 + bytes(8)
-    assert value.fetch_add(3) == (1 << 64) - 1
-    assert value.load() == 2, "it wraps"
-    assert value.compare_exchange(1, 9) == 2
-    assert value.load() == 2, "it was not what was expected"
-    assert value.compare_exchange(2, 9) == 2
-    assert value.load() == 9
-    os.pwrite(fd, struct.pack("=Q", 1 << 63), PAGE + 8)
-    assert value.load() == 1 << 63
-    last = mapping.atomic_u64(3 * PAGE - 8)
-    last.store(5)
-    assert mapping.atomic_u64(3 * PAGE - 8).load() == 5
-
-
-@pytest.mark.parametrize(
-    "offset", [-8, -1, 1, 4, 7, 3 * PAGE - 4, 3 * PAGE, 3 * PAGE + 8, sys.maxsize - 7]
-)
-def test_no_such_word(mapping: Mapping, offset: int) -> None:
-    with pytest.raises(ValueError, match=f"no aligned 64-bit word at {offset} in {3 * PAGE}"):
-        mapping.atomic_u64(offset)
-
-
-def test_no_word_in_less_than_one(fd: int) -> None:
-    small = Mapping(fd, 7)
-    with pytest.raises(ValueError):
-        small.atomic_u64(0)
-    small.close()
-
-
-def test_words_that_may_only_be_read(fd: int) -> None:
-    readonly = Mapping(fd, PAGE, readonly=True)
-    value = readonly.atomic_u64(0)
-    os.pwrite(fd, struct.pack("=Q", 8), 0)
-    assert value.load() == 8
-    calls: list[Callable[[], object]] = [
-        lambda: value.store(1),
-        lambda: value.fetch_add(1),
-        lambda: value.compare_exchange(8, 1),
-    ]
-    for call in calls:
-        with pytest.raises(TypeError, match="mapped for reading only"):
-            call()
-    assert value.load() == 8
-    readonly.close()
-
-
-def test_words_of_closed_memory(fd: int) -> None:
-    """Neither keeps the other: a word does not hold up close(), and does not outlive it."""
-    mapping = Mapping(fd, PAGE)
-    value = mapping.atomic_u64(0)
-    mapping.close()
-    calls: list[Callable[[], object]] = [
-        value.load,
-        lambda: value.store(1),
-        lambda: value.fetch_add(1),
-        lambda: value.compare_exchange(0, 1),
-    ]
-    for call in calls:
-        with pytest.raises(ClosedError, match="the memory is closed"):
-            call()
-    assert not any(os.pread(fd, PAGE, 0))
-
-
-def test_values_that_are_no_64_bits(mapping: Mapping) -> None:
-    value = mapping.atomic_u64(0)
-    calls: list[Callable[[int], object]] = [
-        value.store,
-        value.fetch_add,
-        lambda wrong: value.compare_exchange(wrong, 1),
-        lambda wrong: value.compare_exchange(0, wrong),
-    ]
-    for call in calls:
-        for wrong in (-1, 1 << 64):
-            with pytest.raises(OverflowError):
-                call(wrong)
-    assert value.load() == 0
-    nothing: Any = None
-    with pytest.raises(TypeError):
-        AtomicU64(nothing, 0)
-
-
-def test_two_processes_lose_no_addition(mapping: Mapping) -> None:
-    value, ready = mapping.atomic_u64(0), mapping.atomic_u64(64)
-    rounds = 20_000
-
-    def add() -> None:
-        ready.fetch_add(1)
-        until(lambda: ready.load() == 2, "the other process")
-        for number in range(rounds):
-            if number % 2:
-                value.fetch_add(1)
-            else:
-                seen = value.load()
-                while (before := value.compare_exchange(seen, seen + 1)) != seen:
-                    seen = before
-
-    other = Background(lambda: in_child(add))
-    add()
-    other.result()
-    assert value.load() == 2 * rounds
 
 
 # -- Signaller ------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_what_is_no_uio_device(
 ) -> None:
     """An error, not an endless loop: what is at its end is readable all the time."""
     counter.end()
-    with pytest.raises(OSError, match="what was opened is no UIO device"):
+    with pytest.raises(OSError, match="what was opened as a vector is no UIO device"):
         wait(listener, PATIENCE)
 
 

@@ -19,7 +19,8 @@ HOME = Path(ivshmem.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["sizes", "locks", "_fds"],
-    ["_wire", "_memory"],
+    ["_wire", "_memory", "_spin"],
+    ["_bell"],
     ["_core"],
     ["pages"],
     ["protocol"],
@@ -29,7 +30,7 @@ FLOORS: list[list[str]] = [
     ["engine"],
     ["server", "client"],
     ["guest"],
-    ["channel", "aio", "qemu"],
+    ["channel", "aio", "bench", "qemu"],
     ["doctor"],
     ["cli"],
     ["__main__"],

@@ -22,7 +22,7 @@ from typing import Literal, NoReturn, TypeAlias
 
 from .. import _fds, _memory
 from ..endpoint import Endpoint, Event
-from ..errors import ClosedError, DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
+from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
 from ..protocol import MAX_ID, MAX_VECTORS
 from ..region import Region
@@ -325,7 +325,6 @@ class VfioDevice(GuestDevice):
             for vector in range(count):
                 self.wait(vector, 0)  # half a relay that is closed rings, too
         else:
-            self._resources.callback(relay.close)
             self._listen_alone(relay)
 
     def _news(self) -> NoReturn:
@@ -384,21 +383,8 @@ class UioDevice(GuestDevice):
 class _Deaf(GuestDevice):
     """A device without interrupts: what waits for them raises, instead of waiting for ever."""
 
-    def _no_interrupts(self) -> NoReturn:
+    def _deaf(self) -> NoReturn:
         raise NoInterrupts(_PLAIN)
-
-    def wait(self, vector: object = None, timeout: object = None) -> NoReturn:
-        """Raise NoInterrupts: the message says what is missing."""
-        if self.closed:
-            raise ClosedError("the endpoint is closed")
-        self._no_interrupts()
-
-    def fileno(self) -> NoReturn:
-        """Raise NoInterrupts: the message says what is missing."""
-        self._no_interrupts()
-
-    def _wait_event(self, timeout: float | None = None) -> NoReturn:
-        self._no_interrupts()
 
 
 class SysfsDevice(_Deaf):
@@ -438,9 +424,9 @@ class SysfsDevice(_Deaf):
                 os.close(fd)
         self._map_resource(memory or RESOURCE)
 
-    def _no_interrupts(self) -> NoReturn:
+    def _deaf(self) -> NoReturn:
         if self.device.variant == "plain":
-            super()._no_interrupts()
+            super()._deaf()
         raise NoInterrupts(f"no interrupts here: {self._why}")
 
 

@@ -1,0 +1,9 @@
+from typing_extensions import final
+
+@final
+class Doorbell:
+    @property
+    def peer(self) -> int: ...
+    @property
+    def vector(self) -> int: ...
+    def ring(self) -> None: ...

@@ -1,0 +1,82 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""One doorbell, looked up once, to be rung often or without the interpreter.
+
+Knows: an eventfd or a register, and whether it is still there. Does not know: whose it is.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t
+
+from ._fds cimport add_one, fail_with, FdArray
+from ._libc cimport (
+    EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_is_only_thread,
+)
+from ._memory cimport Registers
+
+from .errors import ClosedError, NoSuchPeer
+
+cdef unsigned int NOBODY = IVSHMEM_CLOSING  # the state of a Doorbell that nobody made
+
+
+cdef int ring_bell(void *context, int64_t rings) noexcept nogil:
+    """Ring; 0 or errno. A Handler: what it is called with beside the bell is of no interest."""
+    cdef Bell *bell = <Bell *>context
+    cdef int code
+    if not ivshmem_enter(bell.state):
+        return ESHUTDOWN
+    if bell.fds != NULL:
+        code = add_one(bell.fd)
+        (<FdArray>bell.fds).leave()
+    else:
+        code = (<Registers>bell.registers).put(bell.at, bell.value)
+        (<Registers>bell.registers).leave()
+    return code
+
+
+@cython.final
+cdef class Doorbell:
+    """One vector of one peer, looked up once; made by `Doorbells.doorbell`.
+
+    It keeps nothing open: when the peer is gone or the endpoint closed, `ring` says so.
+
+    Attributes:
+        peer, vector: whom it rings.
+    """
+
+    def __cinit__(self):
+        self.bell.state = &NOBODY
+
+    cdef int ring_nogil(self) noexcept nogil:
+        return ring_bell(&self.bell, 1)
+
+    @cython.binding(False)
+    def ring(self):
+        """Interrupt the vector; as `Endpoint.ring`, but for the look-up.
+
+        Raises:
+            NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)
+            ClosedError: the endpoint is closed.
+        """
+        cdef int code
+        while True:
+            if ivshmem_is_only_thread():
+                code = ring_bell(&self.bell, 1)
+            else:
+                with nogil:
+                    code = ring_bell(&self.bell, 1)
+            if code == 0:
+                return
+            if code == ESHUTDOWN:
+                if self.endpoint is None:
+                    raise TypeError("a Doorbell is made by Endpoint.doorbell()")
+                if self.endpoint.closed:
+                    raise ClosedError("the endpoint is closed")
+                raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
+            if code != EINTR:
+                fail_with(code)
+            PyErr_CheckSignals()
+
+    def __repr__(self):
+        return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"

@@ -1,0 +1,9 @@
+from typing import Literal
+
+from typing_extensions import final
+
+@final
+class Spinner:
+    def _budget(self, which: int, spin: float | Literal["auto"]) -> int: ...
+    def _won(self, which: int, gap: int, held_up: bool = False) -> None: ...
+    def _lost(self, which: int) -> None: ...

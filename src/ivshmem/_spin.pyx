@@ -1,0 +1,170 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic, auto_pickle=False
+"""When to spin before sleeping, and for how long.
+
+Knows: what spins brought in the past. Does not know: what is waited for.
+
+To be woken costs ten times what all else costs, so a short spin that finds what it waits for makes
+a round trip up to thirty times faster. One that finds nothing is lost time, and where it keeps the
+peer from running (both are on one core) it finds nothing every time. A process cannot see on which
+core its peer runs; it can see what its own spins bring. So:
+
+- A spin is a try. Two in a row that find nothing, or one in which the processor was taken away for
+  long, and the next waits sleep at once: 512, then 4096 of them, then one more try. (Both ends try:
+  that is less than one wait in 2000, and leaves the 99.9th percentile alone.)
+- A spin that succeeds takes that back, and after 64 in a row all is forgotten.
+- What is tried is never short: a peer that has just been woken takes 5 to 15 microseconds for its
+  answer, and a budget below that would never succeed again.
+"""
+
+cimport cython
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from libc.stdint cimport int64_t, uint32_t
+
+from ._fds cimport now
+from ._libc cimport EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_state
+
+cdef enum:
+    # Nanoseconds. What "auto" tries at least and at most; from what hole on in its own time a spin
+    # was held up; after how long a spin lets signal handlers run.
+    SHORTEST = 20_000
+    LONGEST = 50_000
+    HELD_UP = 1_000_000
+    SLICE = 1_000_000
+    # Waits without a spin: at first, at last; and spins in a row after which it is the first again.
+    FIRST_PAUSE = 512
+    LAST_PAUSE = 4096
+    FORGET = 64
+    LOOKS = 4  # between two readings of the clock
+
+
+cdef int64_t spin_of(object spin) except -2:
+    """Nanoseconds, or SPIN_AUTO, for the `spin` argument of a wait."""
+    cdef double seconds
+    if PyFloat_CheckExact(spin):
+        seconds = PyFloat_AS_DOUBLE(spin)
+    elif isinstance(spin, str):
+        if spin != "auto":
+            raise ValueError(f'spin is seconds or "auto", not {spin!r}')
+        return SPIN_AUTO
+    else:
+        seconds = spin
+    if not seconds >= 0:
+        raise ValueError(f"cannot spin for {seconds:g} seconds")
+    return <int64_t>(min(seconds, 1e9) * 1e9)
+
+
+@cython.final
+cdef class Spinner:
+    """What spinning for each of up to 64 things brought; the rest share the last one's record.
+
+    Threads may use it at once without a lock: what they then overwrite is a guess.
+    """
+
+    cdef int64_t spin(
+        self,
+        Py_ssize_t which,
+        int64_t deadline,
+        Probe probe,
+        void *what,
+        Turn *turn,
+        const unsigned int *state,
+    ) noexcept nogil:
+        """Call `probe(what)` until it is not 0, for as long as `turn` leaves.
+
+        Args:
+            which: whose record counts.
+            turn: this wait's, from `begin`.
+            state: its IVSHMEM_CLOSING ends the spin.
+
+        Returns:
+            What `probe` returned; 0: it is time to sleep; -ESHUTDOWN; -EINTR: let signal handlers
+            run, and call again. (A signal that came during the spin would not end the sleep.)
+        """
+        cdef int64_t begun, last, t, n, until
+        cdef bint held_up = False
+        cdef int i
+        if turn.done == 0:  # a first try without the clock, which costs as much as two looks
+            for i in range(LOOKS):
+                n = probe(what)
+                if n:
+                    if i:  # else it was there already, which tells nothing
+                        self.won(which, 1, False)
+                    return n
+        begun = last = t = now()
+        until = min(begun + min(turn.left, <int64_t>SLICE), deadline)
+        while t < until:
+            for _ in range(LOOKS):
+                n = probe(what)
+                if n:
+                    t = now()
+                    self.won(which, turn.done + t - begun, held_up or t - last > HELD_UP)
+                    return n
+            if ivshmem_state(state) & IVSHMEM_CLOSING:
+                return -ESHUTDOWN
+            last = t
+            t = now()
+            held_up |= t - last > HELD_UP
+        turn.done += t - begun
+        turn.left -= t - begun
+        if t >= deadline:
+            turn.left = 0  # it was not given its time, so nothing is learnt
+        elif turn.left <= 0:
+            turn.left = 0
+            self.lost(which)
+        return -EINTR
+
+    cdef void begin(self, Turn *turn, Py_ssize_t which, int64_t wish) noexcept nogil:
+        """What a wait that begins now may spin; `wish`: nanoseconds at most, or SPIN_AUTO."""
+        turn.done = 0
+        turn.left = self.budget(which, wish) if wish else 0
+
+    cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
+        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
+        cdef uint32_t left = habit.left  # once: other threads change it
+        if left:
+            habit.left = left - 1
+            return 0
+        if wish >= 0:
+            return wish
+        if habit.gap == 0:
+            return LONGEST
+        return min(max(habit.gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
+
+    cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
+        """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
+        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
+        if held_up:
+            habit.losses += 1
+            self.lost(which)
+            return
+        habit.losses = 0
+        gap = max(gap, <int64_t>1)
+        habit.gap += (gap - habit.gap) // 8 if habit.gap else gap
+        habit.wins += 1
+        if habit.wins >= FORGET:
+            habit.wins = 0
+            habit.pause = 0
+
+    cdef void lost(self, Py_ssize_t which) noexcept nogil:
+        """A spin brought nothing."""
+        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
+        habit.wins = 0
+        habit.gap = 0
+        habit.losses += 1
+        if habit.losses < 2:
+            return
+        habit.losses = 1  # the next try has to succeed
+        habit.pause = min(habit.pause * 8, <int>LAST_PAUSE) if habit.pause else FIRST_PAUSE
+        habit.left = habit.pause
+
+    # The same for tests.
+
+    def _budget(self, Py_ssize_t which, spin):
+        return self.budget(which, spin_of(spin))
+
+    def _won(self, Py_ssize_t which, int64_t gap, bint held_up=False):
+        self.won(which, gap, held_up)
+
+    def _lost(self, Py_ssize_t which):
+        self.lost(which)
