@@ -206,7 +206,7 @@ def connect(
     """A stream socket connected to `path`, from `address` if one is given.
 
     Raises:
-        TimeoutError: the server did not make room in its backlog for `timeout` seconds.
+        TimeoutError: the server did not make room in its backlog for `timeout` seconds (0: now).
         OSError: as of connect(2), with what to do where that is known.
     """
     text = check_path(path)
@@ -215,6 +215,7 @@ def connect(
     try:
         if address is not None:
             sock.bind(address)
+        sock.setblocking(timeout != 0)
         while True:
             if deadline is not None:
                 # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails
@@ -233,11 +234,10 @@ def connect(
                     raise
                 if deadline is not None and time.monotonic() >= deadline:
                     raise BlockingIOError from None
+        sock.setblocking(True)
     except BlockingIOError:
         sock.close()
-        raise TimeoutError(
-            errno.ETIMEDOUT, f"the server accepts nobody: no answer in {timeout:g} seconds", text
-        ) from None
+        raise accepts_nobody(text, timeout or 0) from None
     except OSError as error:
         sock.close()
         raise OSError(
@@ -247,6 +247,12 @@ def connect(
         sock.close()
         raise
     return sock
+
+
+def accepts_nobody(path: str, timeout: float) -> TimeoutError:
+    """What to raise when a server's backlog was full for `timeout` seconds."""
+    reason = f"the server accepts nobody: no answer in {timeout:g} seconds"
+    return TimeoutError(errno.ETIMEDOUT, reason, path)
 
 
 _CONNECT_HINTS = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing_extensions import assert_type
 
 import ivshmem
-from ivshmem import guest
+from ivshmem import aio, guest
 
 
 def client(path: str) -> None:
@@ -59,3 +59,18 @@ def device(address: str | None) -> None:
         assert_type(device.wait(), ivshmem.Interrupt | None)
         assert_type(device.wait(0, timeout=1), int)
         assert_type(device.events(0), Iterator[ivshmem.Event])
+
+
+async def asynchronous(path: str, address: str | None) -> None:
+    async with aio.connect_async(path, timeout=1) as client:
+        assert_type(client, aio.AsyncEndpoint[ivshmem.Client])
+        assert_type(client.endpoint, ivshmem.Client)
+        assert_type(client.peers, list[int])
+        assert_type(await client.wait(), ivshmem.Interrupt)
+        assert_type(await client.wait(0), int)
+        client.ring(3, vector=1)
+        async for event in client:
+            assert_type(event, ivshmem.Event)
+    device = await aio.open_async(address, access="vfio")
+    assert_type(device, aio.AsyncEndpoint[guest.GuestDevice])
+    assert_type(device.peers, list[int])  # type: ignore[misc]

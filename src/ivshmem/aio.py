@@ -1,0 +1,626 @@
+"""Endpoints for asyncio: `await client.wait(vector)`, `async for event in client`.
+
+Knows: event loops, and how a task sleeps until a descriptor is readable.
+Does not know: what comes over a descriptor, or where an endpoint comes from.
+
+Invariants:
+1. A count is taken only for a task that goes on at once, inside the reader's callback. Nothing can
+   come between, so no cancellation, time limit or close() loses one. What nobody waits for stays
+   where it is, for who waits next, here or by the endpoint itself.
+2. No task is resumed inside another: what is not a reader's callback resumes by call_soon.
+3. The loop watches a descriptor only while it is open, and at most once without a waiter.
+4. Nothing here blocks the loop, and a peer that rings without end does not keep it from turning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from asyncio import get_running_loop
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any, Generic, Literal, TypeVar, overload
+
+from . import guest, sockets
+from ._core import Interrupt
+from .client import Client
+from .endpoint import Endpoint, Event
+from .errors import ClosedError
+from .guest import GuestDevice
+from .guest.device import Access, Memory
+from .region import Region
+
+__all__ = ["AsyncEndpoint", "Opening", "connect_async", "open_async"]
+
+# What is there already is taken without suspending, so often in a row; then others have a turn.
+_STREAK = 64
+
+_LOOK = 0.01  # seconds between looks whether a server has room in its backlog
+
+_EVENTS = object()  # what `async for` waits for: the key of its queue
+
+_E = TypeVar("_E", bound=Endpoint)
+
+
+class AsyncEndpoint(Generic[_E]):
+    """An endpoint whose waiting is asyncio's; made by `connect_async` and `open_async`.
+
+    It belongs to the event loop in which it is first waited for, until that loop is closed. Many
+    tasks can wait at once. Those that wait for one vector come before those that wait for any, and
+    these before `async for`; among equals, who began first. Each interrupt goes to one of them.
+    Rings that come while nobody waits are counted for the next who does.
+
+    Time limits are asyncio's: `async with asyncio.timeout(1)`, or `wait_for`. A wait that is cut
+    short takes no ring with it. To look without waiting: `client.endpoint.wait(0, timeout=0)`.
+
+    Close this, not the endpoint, whose descriptors the loop would go on watching.
+
+    Attributes:
+        endpoint: the wrapped one.
+        ring: its `ring(peer, vector=0)`, which does not wait.
+    """
+
+    def __init__(self, endpoint: _E) -> None:
+        self.ring = endpoint.ring
+        self.endpoint = endpoint
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._readers: _Readers
+        self._queues: dict[Any, _Queue] = {}  # those of _readers
+
+    @property
+    def id(self) -> int:
+        """This peer's own id, 0..65535."""
+        return self.endpoint.id
+
+    @property
+    def region(self) -> Region:
+        """The shared memory."""
+        return self.endpoint.region
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors others can ring here: they are 0..vectors-1."""
+        return self.endpoint.vectors
+
+    @property
+    def peers(self: AsyncEndpoint[Client]) -> list[int]:
+        """Ids of the other peers, as of now, in ascending order. (No device can tell.)"""
+        return self.endpoint.peers
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self.endpoint.closed
+
+    @overload
+    async def wait(self, vector: None = None) -> Interrupt: ...
+    @overload
+    async def wait(self, vector: int) -> int: ...
+    async def wait(self, vector: Any = None) -> Any:
+        """Wait for an interrupt. One that is there already is returned without suspending.
+
+        (After 64 of these in a row it does suspend, so that other tasks have their turn.)
+
+        Args:
+            vector: the one to wait for; None: any.
+
+        Returns:
+            For a given vector: how often it was rung since the last look.
+            For any: an Interrupt(vector, rings).
+            Rings coalesce in the count: never count messages by interrupts.
+
+        Raises:
+            NoSuchVector: this endpoint has no such vector.
+            ClosedError: the endpoint is closed, or was closed meanwhile.
+            DeviceGone: the device was unplugged.
+            RuntimeError: the endpoint belongs to another event loop.
+        """
+        if self._loop is not get_running_loop():
+            self._bind()
+        queue = self._queues.get(vector)
+        if queue is None:
+            queue = self._readers.listen(vector)
+        waiters = queue.waiters
+        if not waiters and queue.streak < _STREAK:
+            found = queue.take(vector)
+            if found:
+                queue.streak += 1
+                return found
+        queue.streak = 0
+        if not queue.watched:
+            queue.watch()
+        waiter = queue.spare
+        if waiter is None:
+            waiter = _Waiter(queue.loop)
+        else:
+            queue.spare = None
+            waiter._asyncio_future_blocking = True
+        waiters.append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            with contextlib.suppress(ValueError):  # it was passed over already
+                waiters.remove(waiter)
+            raise
+        queue.spare = waiter
+        return waiter.found
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Iterate over what happens: as Endpoint.events(), until this is closed."""
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            return await self.wait(_EVENTS)  # type: ignore[call-overload, no-any-return]
+        except ClosedError:
+            raise StopAsyncIteration from None
+
+    def _bind(self) -> None:
+        """Belong to the running loop."""
+        if self._loop is not None:
+            if not self._loop.is_closed():
+                raise RuntimeError(
+                    f"{self!r} belongs to another event loop: each needs an endpoint of its own"
+                )
+            self._readers.close()
+        self._loop = get_running_loop()
+        self._readers = _Readers(self._loop, self.endpoint)
+        self._queues = self._readers.queues
+
+    def close(self) -> None:
+        """Close the endpoint; waiting tasks get ClosedError. May be called twice.
+
+        Raises:
+            BufferError: a view of the memory is alive: that stays mapped until it is gone, and
+                another close() unmaps it. All else is closed.
+            RuntimeError: the loop runs in another thread: use its call_soon_threadsafe.
+        """
+        if self._loop is not None:
+            self._readers.close()
+        self.endpoint.close()
+
+    async def __aenter__(self) -> AsyncEndpoint[_E]:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ivshmem.aio.AsyncEndpoint of {self.endpoint!r}>"
+
+    def __del__(self) -> None:
+        # The endpoint may live on; if it does not, it warns that it was not closed.
+        loop = getattr(self, "_loop", None)
+        if loop is not None:
+            try:
+                self._readers.close()
+            except RuntimeError:  # forgotten by another thread than the loop's
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._readers.close)
+
+
+class _Waiter:
+    """What a task sleeps on: of a future, what asyncio.Task uses.
+
+    A future tells its task by call_soon, which takes one more turn of the loop, with a select of
+    its own: about as dear as all the rest. This one is private to one task, so its callback can be
+    called where it is known that no task is running.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_loop", "callback", "context", "error", "found")
+
+    context: Context
+    found: Any
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asyncio_future_blocking = True  # tells the task that this was awaited
+        self._loop = loop
+        self.callback: Any = None  # the task's; None if none sleeps on this, or it is being told
+        self.error: BaseException | None = None
+
+    def __await__(self) -> Generator[_Waiter, None, None]:
+        # Yields itself, once. A tuple's iterator is quicker than a generator.
+        return iter((self,))  # type: ignore[return-value]
+
+    # Called by the task.
+
+    def add_done_callback(self, callback: Callable[[_Waiter], object], *, context: Context) -> None:
+        self.callback = callback
+        self.context = context
+
+    def cancel(self, msg: object = None) -> bool:
+        return self.fail(asyncio.CancelledError(*(() if msg is None else (msg,))))
+
+    def result(self) -> None:
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None  # or its traceback would lead to itself
+
+    # Called by readers.
+
+    def resume(self, found: object) -> None:
+        """Let the task go on, here and now; returns when it waits for something else."""
+        callback = self.callback
+        self.callback = None
+        self.found = found
+        self.context.run(callback, self)
+
+    def fail(self, error: BaseException) -> bool:
+        """Let the error be raised in the task; False if it was told something before."""
+        callback = self.callback
+        if callback is None:
+            return False
+        self.callback = None
+        self.error = error
+        self._loop.call_soon(callback, self, context=self.context)
+        return True
+
+
+class _Queue:
+    """The tasks that wait for the same, the eldest first."""
+
+    __slots__ = ("loop", "readers", "spare", "streak", "waiters", "watched")
+
+    take: Callable[[Any], Any]  # what is there already, if anything; called with the queue's key
+
+    def __init__(self, readers: _Readers) -> None:
+        self.readers = readers
+        self.loop = readers.loop
+        self.waiters: deque[_Waiter] = deque()
+        self.watched = False  # whether the loop tells of it
+        self.streak = 0  # how often in a row it was there already
+        self.spare: _Waiter | None = None  # to be used again
+
+    def watch(self) -> None:
+        """Let the loop tell when there is something."""
+        raise NotImplementedError
+
+    def is_awaited(self) -> bool:
+        waiters = self.waiters
+        while waiters:
+            if waiters[0].callback is not None:
+                return True
+            waiters.popleft()  # cancelled
+        return False
+
+    def give(self, found: object) -> None:
+        """Let the eldest have it; there must be one."""
+        self.waiters.popleft().resume(found)
+
+
+class _Vector(_Queue):
+    """For rings of one vector."""
+
+    __slots__ = ("_fd", "_number", "take")
+
+    def __init__(self, readers: _Readers, number: int) -> None:
+        super().__init__(readers)
+        self._fd = readers.endpoint._descriptor(number)
+        self._number = number
+        self.take = readers.endpoint._take
+
+    def watch(self) -> None:
+        self.loop.add_reader(self._fd, self._ready)
+        self.watched = True
+        self.readers.watch("urgent")
+
+    def unwatch(self) -> None:
+        if self.watched:
+            self.watched = False
+            self.loop.remove_reader(self._fd)
+
+    def _ready(self) -> None:
+        if not self.is_awaited():
+            self.unwatch()
+            return
+        try:
+            rings = self.take(self._number)
+        except Exception as error:
+            self.readers.fail(error)
+            return
+        if rings:  # or somebody else has taken them
+            self.waiters.popleft().resume(rings)
+
+
+class _Any(_Queue):
+    """For interrupts of any vector."""
+
+    __slots__ = ()
+
+    def take(self, what: object) -> Interrupt | None:
+        # What tasks wait for by number is theirs: let the readers see to that.
+        return None if self.readers.wanted() else self.readers.endpoint.wait(None, 0)
+
+    def watch(self) -> None:
+        self.readers.watch("any")
+        self.watched = True
+
+
+class _Events(_Queue):
+    """For whatever happens."""
+
+    __slots__ = ()
+
+    def take(self, what: object) -> Event | None:
+        endpoint = self.readers.endpoint
+        if endpoint.closed:
+            raise ClosedError("the endpoint is closed")
+        if self.readers.wanted() or self.readers.awaited(None):
+            return endpoint._next_news()
+        return endpoint.next_event(0)
+
+    def watch(self) -> None:
+        self.readers.watch("any")
+        self.readers.watch("queued")
+        self.watched = True
+
+
+class _Readers:
+    """What one loop watches of an endpoint, and who waits for what.
+
+    Nothing that the loop holds refers to the AsyncEndpoint, so that one that was forgotten goes
+    away before the loop does.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> None:
+        self.loop = loop
+        self.endpoint = endpoint
+        self.queues: dict[Any, _Queue] = {}  # by vector, None (any) and _EVENTS
+        self._vectors: list[_Vector] = []  # of these
+        self._watched: dict[str, int] = {}  # descriptors beside those of vectors
+        self._pid = os.getpid()
+
+    def listen(self, what: Any) -> _Queue:
+        """The queue for what is waited for the first time."""
+        queue: _Queue
+        if what is None:
+            queue = _Any(self)
+        elif what is _EVENTS:
+            queue = _Events(self)
+        else:
+            queue = _Vector(self, what)
+            self._vectors.append(queue)
+        self.queues[what] = queue
+        return queue
+
+    def wanted(self) -> bool:
+        """Whether somebody waits for a vector by number."""
+        return any(vector.waiters for vector in self._vectors)
+
+    def awaited(self, what: Any) -> _Queue | None:
+        """The queue, if somebody waits in it."""
+        queue = self.queues.get(what)
+        return queue if queue is not None and queue.is_awaited() else None
+
+    # -- what the loop calls ----------------------------------------------------------------------
+
+    def _any_ready(self) -> None:
+        """A vector was rung, or there are news."""
+        bystanders, followers = self.awaited(None), self.awaited(_EVENTS)
+        others = bystanders or followers
+        if others is None:
+            self._unwatch("any")
+            return
+        try:
+            found = self.endpoint._wait_event(0)
+            if found is True:
+                news = self.endpoint._next_news() if followers is not None else None
+        except Exception as error:
+            self.fail(error)
+            return
+        if found is True:
+            if followers is not None and news is not None:
+                followers.give(news)
+        elif found is not None:
+            taker = self.awaited(found.vector)
+            if taker is not None:
+                taker.give(found.rings)
+            else:
+                others.give(found)
+
+    def _queued_ready(self) -> None:
+        """There are news, which somebody else has taken in: `peers`, for instance."""
+        followers = self.awaited(_EVENTS)
+        if followers is None:
+            self._unwatch("queued")
+        elif (news := self.endpoint._next_news()) is not None:
+            followers.give(news)
+
+    def _urgent_ready(self) -> None:
+        """There is what ends waiting for a vector."""
+        if not any(vector.is_awaited() for vector in self._vectors):
+            self._unwatch("urgent")
+            for vector in self._vectors:
+                vector.unwatch()  # who watches one again watches for this again
+            return
+        try:
+            self.endpoint._news()
+        except Exception as error:
+            self.fail(error)
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def watch(self, what: Literal["any", "queued", "urgent"]) -> None:
+        if what not in self._watched:
+            fd = self.endpoint._descriptor(what)
+            if fd >= 0:
+                self.loop.add_reader(fd, getattr(self, f"_{what}_ready"))
+                self._watched[what] = fd
+
+    def _unwatch(self, what: str) -> None:
+        self.loop.remove_reader(self._watched.pop(what))
+        if what != "urgent":
+            for key in (None, _EVENTS):
+                if (queue := self.queues.get(key)) is not None:
+                    queue.watched = False
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def fail(self, error: Exception) -> None:
+        """Raise it in every task that waits."""
+        for queue in self.queues.values():
+            for waiter in queue.waiters:
+                waiter.fail(error)
+
+    def close(self) -> None:
+        """Watch nothing any more, and send home who waits."""
+        # A forked child shares the loop's epoll object with its parent, and leaves it alone.
+        if not self.loop.is_closed() and os.getpid() == self._pid:
+            if self.loop.is_running() and asyncio._get_running_loop() is not self.loop:
+                raise RuntimeError("the event loop runs in another thread: call_soon_threadsafe")
+            for vector in self._vectors:
+                vector.unwatch()
+            for what in list(self._watched):
+                self._unwatch(what)
+            self.fail(ClosedError("the endpoint was closed while waiting"))
+        # They refer to this: it shall not take a garbage collection to let go of the endpoint.
+        self.queues.clear()
+        self._vectors.clear()
+
+
+# -- opening --------------------------------------------------------------------------------------
+
+
+class Opening(Generic[_E]):
+    """What `await` and `async with` make an AsyncEndpoint of."""
+
+    def __init__(self, opener: Callable[[], Coroutine[Any, Any, AsyncEndpoint[_E]]]) -> None:
+        self._opener = opener
+        self._opened: AsyncEndpoint[_E]
+
+    def __await__(self) -> Generator[Any, None, AsyncEndpoint[_E]]:
+        return self._opener().__await__()
+
+    async def __aenter__(self) -> AsyncEndpoint[_E]:
+        self._opened = await self._opener()
+        return self._opened
+
+    async def __aexit__(self, *error: object) -> None:
+        self._opened.close()
+
+
+def connect_async(
+    path: str | os.PathLike[str],
+    *,
+    timeout: float | None = None,
+    vectors: int | None = None,
+    readonly: bool = False,
+) -> Opening[Client]:
+    """Connect to the server at `path`: `async with connect_async(path) as client`, or `await` it.
+
+    The arguments, and what is raised, are those of `connect`. The loop goes on meanwhile, and what
+    is cancelled leaves no connection behind.
+    """
+
+    async def opener() -> AsyncEndpoint[Client]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sock = await _knock(path, timeout, deadline)
+        try:
+            plug = sock.dup()  # the thread may close its own at any time
+        except BaseException:
+            sock.close()
+            raise
+
+        def join() -> Client:
+            try:
+                return Client(sock, os.fspath(path), deadline, vectors, readonly)
+            except BaseException:
+                sock.close()
+                raise
+
+        def stop() -> None:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                plug.shutdown(socket.SHUT_RDWR)
+
+        with plug:
+            return await _by_thread(join, stop)
+
+    return Opening(opener)
+
+
+async def _knock(
+    path: str | os.PathLike[str], timeout: float | None, deadline: float | None
+) -> socket.socket:
+    """A connection to the server, which may not have been accepted yet."""
+    while True:
+        try:
+            return sockets.connect(path, 0)
+        except TimeoutError as error:  # the backlog is full
+            if timeout is not None and deadline is not None and time.monotonic() >= deadline:
+                raise sockets.accepts_nobody(os.fspath(path), timeout) from error
+        await asyncio.sleep(_LOOK)
+
+
+def open_async(
+    address: str | None = None, *, access: Access | None = None, memory: Memory | None = None
+) -> Opening[GuestDevice]:
+    """Open a guest's device: `async with open_async() as device`, or `await` it.
+
+    The arguments, and what is raised, are those of `guest.open`. The loop goes on meanwhile; what
+    is cancelled is opened all the same, and then closed.
+    """
+    return Opening(lambda: _by_thread(lambda: guest.open(address, access=access, memory=memory)))
+
+
+async def _by_thread(
+    open_: Callable[[], _E], stop: Callable[[], object] | None = None
+) -> AsyncEndpoint[_E]:
+    """Call it in a thread of its own.
+
+    Not one of the loop's executor: those stay, and while there is another thread each ring has to
+    let go of the interpreter's lock; and the loop's end would wait for a server that is silent.
+
+    Args:
+        stop: makes the call end early.
+    """
+    loop = get_running_loop()
+    done = loop.create_future()
+    lock = threading.Lock()
+    found: list[_E | BaseException] = []
+    wanted = True
+
+    def run() -> None:
+        try:
+            deliver(open_())
+        except BaseException as error:
+            deliver(error)
+
+    def deliver(result: _E | BaseException) -> None:
+        with lock:
+            if wanted:
+                found.append(result)
+                with contextlib.suppress(RuntimeError):  # closed; the task's end will find it
+                    loop.call_soon_threadsafe(arrive)
+                return
+        if isinstance(result, Endpoint):
+            result.close()
+
+    def arrive() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    # What nothing can stop is not torn down with the process: a device is given back.
+    thread = threading.Thread(target=run, name="ivshmem-open", daemon=stop is not None)
+    try:
+        thread.start()
+        await done
+    except BaseException:
+        with lock:
+            wanted = False
+        if stop is not None:
+            stop()
+        for late in found:
+            if isinstance(late, Endpoint):
+                late.close()
+        raise
+    thread.join()  # it has only to return
+    if isinstance(found[0], BaseException):
+        raise found.pop()  # type: ignore[misc]
+    return AsyncEndpoint(found[0])
