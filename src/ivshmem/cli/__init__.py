@@ -15,9 +15,9 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ..errors import IvshmemError
-from . import connect, doctor, guest, qemu, serve
+from . import bench, connect, doctor, guest, qemu, serve
 
-SUBCOMMANDS = (serve, connect, guest, qemu, doctor)
+SUBCOMMANDS = (serve, connect, guest, qemu, doctor, bench)
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 # What `in_background` hands over, to be called when all is set up.
 Ready = Callable[[], None]
@@ -86,14 +87,35 @@ def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
 @contextlib.contextmanager
 def ended_by_exceptions() -> Iterator[None]:
     """Inside `signals_held`: let them come while the block runs, and leave it by an exception."""
-
-    def leave(number: int, _frame: object) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)  # as shells report it
-
-    with _handled(leave):
+    with _handled(lambda number, _frame: _leave(number)):
         yield
+
+
+@contextlib.contextmanager
+def ended_at_steps() -> Iterator[Callable[[], None]]:
+    """The same, but the block is left only where it calls what it is given, or by a second signal.
+
+    For a block that makes things which an exception in the wrong moment would leave behind.
+    """
+    came: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if came:
+            _leave(number)
+        came.append(number)
+
+    def step() -> None:
+        if came:
+            _leave(came[0])
+
+    with _handled(note):
+        yield step
+
+
+def _leave(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)  # as shells report it
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ class Shell(cmd.Cmd):
             self._names = Directory.open(self.endpoint)
         return self._names
 
-    def _peer(self, word: str, vectors: range) -> tuple[int, range]:
+    def peer(self, word: str, vectors: range) -> tuple[int, range]:
         """An id and its vectors from a number or a published name."""
         try:
             return int(word, 0), vectors
@@ -187,7 +187,7 @@ class Shell(cmd.Cmd):
         words = _words(rest, 2, "int PEER VECTOR, or int PEER all", least=1)
         if len(words) == 1:
             raise CommandError("which vector? int PEER VECTOR, or int PEER all")
-        peer, vectors = self._peer(words[0], range(self.endpoint.vectors))
+        peer, vectors = self.peer(words[0], range(self.endpoint.vectors))
         if words[1] != "all":
             vector = _number(words[1], "vector")
             vectors = range(vector, vector + 1)

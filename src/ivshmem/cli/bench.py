@@ -1,0 +1,381 @@
+"""`ivshmem bench`: what doorbells and memory cost on this machine, or to a peer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from .. import guest
+from ..bench import remote, short
+from ..bench.echo import NAME, Echo
+from ..bench.quiet import LIMIT
+from ..bench.result import Group, Result, disturbers, machine
+from ..bench.roundtrip import EndFailed
+from ..bench.sample import PERCENTILES
+from ..client import connect
+from ..directory import Directory
+from ..endpoint import Endpoint
+from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
+from ..protocol import MAX_VECTORS
+from . import daemon
+from .progress import Progress
+from .serve import DEFAULT_SOCKET
+from .shell import Shell
+
+_COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}
+_NAME, _NUMBER, _RATIO = 32, 8, 7  # widths
+_WIDTH = 79
+_NAMED = 3  # of those who disturbed, at most
+_SET_UP = 10.0  # seconds for a server to answer
+_PATIENCE = 60.0  # seconds for the first answer of a peer
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure doorbells and memory here, or the round trip to a peer",
+        description="Measure what doorbells, copies and huge pages cost on this machine, each"
+        " beside what there is without this package. Needs no server, no guest and no root. With"
+        " --peer, measure the round trip to a peer, at which `ivshmem bench --echo` runs.",
+        epilog="Example: ivshmem bench --echo in one place, ivshmem bench --peer 0 in the other.",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        default=10.0,
+        metavar="N",
+        help="how long to measure, about (default: %(default)g)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    other = parser.add_argument_group("with another peer")
+    ends = other.add_mutually_exclusive_group()
+    ends.add_argument(
+        "--peer", metavar="PEER", help="ring this peer (its id, or its name in the directory)"
+    )
+    ends.add_argument(
+        "--echo",
+        metavar="PEER",
+        nargs="?",
+        const="",
+        help="be the other end: answer this peer (on a host, if none is given, the one that joined"
+        " last; where there is a directory of names, the one that rings) until Ctrl-C",
+    )
+    where = other.add_mutually_exclusive_group()
+    where.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        help=f"of the server (default: {DEFAULT_SOCKET}; in a guest: its device, and no server)",
+    )
+    where.add_argument(
+        "-a",
+        "--address",
+        metavar="ADDRESS",
+        help="in a guest: the device's PCI address; the only one need not be named",
+    )
+    other.add_argument(
+        "--vector",
+        type=_vector,
+        metavar="N",
+        help="to ring and to wait for, the same at both ends (default: 0)",
+    )
+    other.add_argument(
+        "--timeout",
+        type=_positive,
+        metavar="SECONDS",
+        help=f"for the first answer (default: {_PATIENCE:g}); with --echo, how long nobody rings"
+        " until it ends (default: for ever)",
+    )
+    other.add_argument(
+        "--rounds", type=_count, metavar="N", help="with --echo: end after so many answers"
+    )
+    other.add_argument(
+        "--spin", action="store_true", help='with --echo: spin before sleeping (spin="auto")'
+    )
+    parser.set_defaults(run=partial(_run, parser))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds")
+    return value
+
+
+def _vector(text: str) -> int:
+    if not (text.isdecimal() and int(text) < MAX_VECTORS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no vector: 0 to {MAX_VECTORS - 1}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds")
+    return int(text)
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if options.echo is None and (options.rounds or options.spin):
+        parser.error("--rounds and --spin are for --echo")
+    alone = options.echo is None and options.peer is None
+    theirs = (options.socket, options.address, options.vector, options.timeout)
+    if alone and any(option is not None for option in theirs):
+        parser.error("with another peer, say which end this is: --peer PEER, or --echo")
+    options.vector = options.vector or 0
+    work = _here if alone else _ping if options.peer is not None else _echo
+    try:
+        return work(options)
+    except EndFailed as error:
+        raise IvshmemError(f"the measurement failed: {error}") from error
+
+
+# -- this machine alone ----------------------------------------------------------------------------
+
+
+def _here(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    with (
+        daemon.signals_held(),
+        daemon.ended_at_steps() as step,
+        Progress(sys.stderr, quiet=options.quiet or options.json) as progress,
+    ):
+
+        def tell(share: float, what: str) -> None:
+            step()
+            progress.show(share, what)
+
+        groups = short.run(options.seconds, tell)
+    _print(groups, time.monotonic() - start, as_json=options.json)
+    return 0
+
+
+# -- with a peer -----------------------------------------------------------------------------------
+
+
+def _open(options: argparse.Namespace) -> Endpoint:
+    """The device of this machine, if it has one, or a client of a server, as is asked for."""
+    if options.address is not None or (options.socket is None and guest.devices()):
+        return guest.open(options.address)
+    path = options.socket or DEFAULT_SOCKET
+    # Who only answers writes nothing, so let that be impossible.
+    return connect(path, timeout=_SET_UP, readonly=options.echo is not None)
+
+
+def _peer(endpoint: Endpoint, word: str) -> int:
+    """An id from a number or a name."""
+    with Shell(endpoint) as shell:
+        peer, _ = shell.peer(word, range(0))
+    if peer == endpoint.id:
+        raise IvshmemError(f"peer {peer} is this end itself")
+    return peer
+
+
+def _ping(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    groups = []
+    with daemon.signals_held(), _open(options) as endpoint:
+        with daemon.ended_by_exceptions(), contextlib.ExitStack() as name:
+            peer = _peer(endpoint, options.peer)
+            waiting = partial(_ask_for_echo, endpoint, options, name)
+            remote.knock(endpoint, peer, options.vector, options.timeout or _PATIENCE, waiting)
+        with (
+            daemon.ended_at_steps() as step,
+            Progress(sys.stderr, quiet=options.quiet or options.json) as progress,
+            contextlib.closing(
+                remote.round_trips(endpoint, peer, options.vector, options.seconds)
+            ) as measuring,
+        ):
+            title = f"round trip to peer {peer}"
+            progress.show(0, title)
+            for share, group in measuring:
+                step()
+                progress.show(share, title)
+                groups = [group]
+    _print(groups, time.monotonic() - start, as_json=options.json)
+    if not options.json:
+        print("The other end sleeps at once, unless it was given --spin.")
+    return 0
+
+
+def _ask_for_echo(
+    endpoint: Endpoint, options: argparse.Namespace, name: contextlib.ExitStack
+) -> None:
+    """Say what is to be started at the other end; and tell it there, where there are names."""
+    vector = f" --vector {options.vector}" if options.vector else ""
+    command = f"ivshmem bench --echo {endpoint.id}{vector}"
+    print(f"no answer yet; this is peer {endpoint.id}: start there: {command}", file=sys.stderr)
+    with contextlib.suppress(NoDirectory):
+        names = name.enter_context(Directory.open(endpoint))
+        with contextlib.suppress(NameTaken, DirectoryFull):
+            names.publish(NAME, vectors=range(options.vector, options.vector + 1))
+
+
+def _echo(options: argparse.Namespace) -> int:
+    stopped: list[bool] = []
+
+    def stop() -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+
+    with (
+        daemon.signals_held(),
+        _open(options) as endpoint,
+        daemon.ended_by_signals(stop),
+    ):
+        peer = _peer(endpoint, options.echo) if options.echo else None
+        echo = Echo(endpoint, peer, options.vector, "auto" if options.spin else 0)
+        if not options.quiet:
+            _tell_ready(endpoint, echo, options)
+        _answer(echo, options, lambda: bool(stopped))
+    return 0
+
+
+def _tell_ready(endpoint: Endpoint, echo: Echo, options: argparse.Namespace) -> None:
+    vector = f" --vector {options.vector}" if options.vector else ""
+    whom = f"waiting for peer {echo.peer}" if echo.peer is not None else "waiting for a peer"
+    command = f"ivshmem bench --peer {endpoint.id}{vector}"
+    print(f"this is peer {endpoint.id}, {whom}: start there: {command}", file=sys.stderr)
+
+
+def _answer(echo: Echo, options: argparse.Namespace, stopped: Callable[[], bool]) -> None:
+    """Answer until it is enough, and print for each peer how often."""
+    left, limit = options.rounds, options.timeout
+    answered, whom = 0, echo.peer
+    since = time.monotonic()
+    try:
+        while left != 0 and not stopped():
+            if limit is not None and time.monotonic() > since + limit:
+                if not answered:
+                    raise IvshmemError(f"nobody rang vector {options.vector} for {limit:g} seconds")
+                break
+            done = echo.step(left)
+            if done:
+                since = time.monotonic()
+                answered += done
+                left = None if left is None else left - done
+            if echo.peer != whom:
+                _tell_answered(whom, answered, as_json=options.json)
+                answered, whom = 0, echo.peer
+    except NoSuchPeer:
+        if not answered:
+            raise
+    _tell_answered(whom, answered, as_json=options.json)
+
+
+def _tell_answered(peer: int | None, answered: int, *, as_json: bool) -> None:
+    if not answered:
+        return
+    if as_json:
+        print(json.dumps({"peer": peer, "answered": answered}), flush=True)
+    else:
+        times = "" if answered == 1 else f" {answered} times"
+        print(f"answered peer {peer}{times}", flush=True)
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def _print(groups: list[Group], seconds: float, *, as_json: bool) -> None:
+    if as_json:
+        values = {
+            "machine": machine(),
+            "seconds": round(seconds, 3),
+            "groups": [group.summary() for group in groups],
+            "disturbed_by": [
+                {"who": who, "cores": round(share, 3)} for who, share in disturbers(groups)
+            ],
+        }
+        print(json.dumps(values))
+        return
+    for line in _lines(groups, seconds):
+        print(line)
+
+
+def _lines(groups: list[Group], seconds: float) -> Iterator[str]:
+    values = machine()
+    cores = "1 core" if values["cores"] == 1 else f"{values['cores']} cores"
+    yield from _wrapped(
+        f"{values['processor']}, {cores}, Linux {values['kernel']}, Python {values['python']},"
+        f" ivshmem {values['ivshmem']}, {seconds:.1f} s"
+    )
+    for group in groups:
+        yield ""
+        yield from _table(group)
+    yield ""
+    yield from _wrapped(
+        "Microseconds. The ratio is that of p50 to p50 of the line that has 1, the median of all"
+        " rounds."
+    )
+    yield from _disturbances(groups)
+
+
+def _table(group: Group) -> Iterator[str]:
+    sized = any(result.size for _, result in group.results)
+    compared = any(yardstick for yardstick, _ in group.results)
+    titles = [f"{group.title:<{_NAME}}", *(f"{name:>{_NUMBER}}" for name in _COLUMNS)]
+    titles += [f"{'ratio':>{_RATIO}}" if compared else "", f"{'GB/s':>{_RATIO}}" if sized else ""]
+    yield "".join(titles).rstrip() if group.results else group.title
+    for yardstick, result in group.results:
+        yield _row(yardstick, result, compared=compared)
+    if group.note:
+        yield from _wrapped(f"not here: {group.note}", "  ")
+
+
+def _row(yardstick: Result | None, result: Result, *, compared: bool) -> str:
+    sample = result.sample()
+    summary = sample.summary()
+    mark = "*" if result.spoilt else " "
+    cells = [f"{mark} {result.what:<{_NAME - 2}}"]
+    for name, percent in _COLUMNS.items():
+        known = name == "max" or round(len(sample) * (100 - percent), 6) >= 100
+        cells.append(f"{_three_digits(summary[name] / 1e3) if known else '-':>{_NUMBER}}")
+    if compared:
+        ratio = "1" if yardstick is None else _three_digits(result.ratio(yardstick))
+        cells.append(f"{ratio:>{_RATIO}}")
+    if result.size:
+        cells.append(f"{_three_digits(result.size / max(summary['p50'], 1)):>{_RATIO}}")
+    return "".join(cells)
+
+
+def _three_digits(value: float) -> str:
+    digits = 3 if value < 0.0995 else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+def _disturbances(groups: list[Group]) -> Iterator[str]:
+    noises = [noise for group in groups for noise in group.noises()]
+    spoilt = sum(noise.spoilt for noise in noises)
+    if not spoilt:
+        return
+    who = [
+        f"{who.rstrip(',')} ({share:.0%} of a core)"
+        for who, share in disturbers(groups)
+        if share > LIMIT
+    ]
+    yield from _wrapped(
+        f"This machine was busy: {spoilt} of {len(noises)} measurements were disturbed"
+        + (f", by {', '.join(who[:_NAMED])}" if who else "")
+        + ". They are left out where there are others; a * says that there are none."
+    )
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
