@@ -6,15 +6,29 @@
  *                                to a process that takes them and closes the descriptors
  *
  * Prints nanoseconds each: of wall time for ring and wait, of the sender's CPU time for send.
+ *
+ *   baseline trips WAY ROLE THERE HERE
+ *
+ * One end of a round trip, as src/ivshmem/bench/end.py says: prints "ready", then for each line with
+ * a number makes so many trips and writes their nanoseconds as int64_t (ROLE ping), or answers so
+ * many rings (ROLE echo). THERE and HERE are inherited descriptors. WAY is one of
+ *
+ *   block     of two eventfds: write, blocking read
+ *   poll      of two eventfds with O_NONBLOCK: write, poll, read
+ *   spin      the same: write, read again and again
+ *   word      of one file in memory: the other's word is stored to, the own one read again and again
  */
 
 #define _GNU_SOURCE
 #include <poll.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -125,10 +139,132 @@ static double send_all(long count, int batch)
     return cost;
 }
 
+/* -- round trips ------------------------------------------------------------------------------ */
+
+enum { APART = 128 }; /* bytes between the two words: no common cache line, nor a pair of them */
+
+struct end {
+    int there, here;
+    uint32_t *their_word, *own_word, turn;
+};
+
+static void ring_eventfd(struct end *e)
+{
+    uint64_t one = 1;
+    check(write(e->there, &one, sizeof one) == sizeof one, "write");
+}
+
+static void wait_block(struct end *e)
+{
+    uint64_t value;
+    check(read(e->here, &value, sizeof value) == sizeof value, "read");
+}
+
+static void wait_poll(struct end *e)
+{
+    struct pollfd event = { e->here, POLLIN, 0 };
+    check(poll(&event, 1, -1) == 1, "poll");
+    wait_block(e);
+}
+
+static void wait_spin(struct end *e)
+{
+    uint64_t value;
+    while (read(e->here, &value, sizeof value) < 0)
+        ;
+}
+
+static void ring_word(struct end *e)
+{
+    __atomic_store_n(e->their_word, ++e->turn, __ATOMIC_RELEASE);
+}
+
+static void wait_word(struct end *e)
+{
+    static uint32_t seen;
+    while (__atomic_load_n(e->own_word, __ATOMIC_ACQUIRE) == seen)
+        ;
+    seen++;
+}
+
+static const struct way {
+    const char *name;
+    void (*ring)(struct end *), (*wait)(struct end *);
+} ways[] = {
+    { "block", ring_eventfd, wait_block },
+    { "poll", ring_eventfd, wait_poll },
+    { "spin", ring_eventfd, wait_spin },
+    { "word", ring_word, wait_word },
+};
+
+static int64_t nanoseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+static void ping(struct end *e, const struct way *way, long count)
+{
+    int64_t *times = malloc((count + 1) * sizeof *times);
+    check(times != NULL, "malloc");
+    memset(times, 0, (count + 1) * sizeof *times); /* no page faults while it is measured */
+    times[0] = nanoseconds();
+    for (long i = 1; i <= count; i++) {
+        way->ring(e);
+        way->wait(e);
+        times[i] = nanoseconds();
+    }
+    for (long i = 0; i < count; i++)
+        times[i] = times[i + 1] - times[i];
+    fwrite(times, sizeof *times, count, stdout);
+    fflush(stdout);
+    free(times);
+}
+
+static void echo(struct end *e, const struct way *way, long count)
+{
+    for (long i = 0; i < count; i++) {
+        way->wait(e);
+        way->ring(e);
+    }
+}
+
+static int trips(const char *name, int pings, struct end *e)
+{
+    const struct way *way = NULL;
+    char line[32];
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++)
+        if (!strcmp(name, ways[i].name))
+            way = &ways[i];
+    if (!way)
+        return 2;
+    if (way->ring == ring_word) {
+        char *memory = mmap(NULL, 2 * APART, PROT_READ | PROT_WRITE, MAP_SHARED, e->there, 0);
+        check(memory != MAP_FAILED, "mmap");
+        e->their_word = (uint32_t *)(memory + (pings ? 0 : APART));
+        e->own_word = (uint32_t *)(memory + (pings ? APART : 0));
+    }
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    puts("ready");
+    fflush(stdout);
+    while (fgets(line, sizeof line, stdin)) {
+        if (pings)
+            ping(e, way, atol(line));
+        else
+            echo(e, way, atol(line));
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 3)
         return 2;
+    if (!strcmp(argv[1], "trips") && argc == 6) {
+        struct end e = { .there = atoi(argv[4]), .here = atoi(argv[5]) };
+        return trips(argv[2], !strcmp(argv[3], "ping"), &e);
+    }
     long count = atol(argv[2]);
     if (!strcmp(argv[1], "ring"))
         printf("%.1f\n", ring(count, 0));

@@ -1,6 +1,6 @@
 """The floor in C, and how a figure of ours stands to it."""
 
-import shutil
+import faulthandler
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from . import floor
+
 HERE = Path(__file__).parent
 
 # Times that each side is measured, in turn, so that a machine whose speed drifts drifts for both.
@@ -16,7 +18,7 @@ ROUNDS = 7
 
 Measure = Callable[[], float]
 Compare = Callable[[Measure, list[str]], tuple[float, float]]
-Build = Callable[[str, Path], None]
+Build = Callable[..., None]  # source, program, further flags
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -27,15 +29,21 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{bench.name}: {figures}")
 
 
+@pytest.fixture(autouse=True)
+def single_thread() -> None:
+    """Send pytest's watchdog away: in a process with a second thread system calls take longer."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.fixture(scope="session")
 def build() -> Build:
-    """Compiles a C file of this folder into a program."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler for the floor: apt-get install gcc")
+    """Compiles a C file of this folder into a program, or with "-shared" into a library."""
 
-    def run(source: str, program: Path) -> None:
-        subprocess.run([compiler, "-O2", "-Wall", "-o", program, HERE / source], check=True)
+    def run(source: str, program: Path, *flags: str) -> None:
+        try:
+            floor.build(source, program, *flags)
+        except floor.NoCompiler as error:
+            pytest.skip(str(error))
 
     return run
 
@@ -57,11 +65,11 @@ def baseline(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Callable
 def compare(baseline: Callable[..., float]) -> Compare:
     """Measures ours and the floor in turn: (median nanoseconds of ours, median of the ratios)."""
 
-    def run(ours: Measure, floor: list[str]) -> tuple[float, float]:
+    def run(ours: Measure, case: list[str]) -> tuple[float, float]:
         figures, ratios = [], []
         for _ in range(ROUNDS):
             figures.append(ours())
-            ratios.append(figures[-1] / baseline(*floor))
+            ratios.append(figures[-1] / baseline(*case))
         return statistics.median(figures), statistics.median(ratios)
 
     return run
