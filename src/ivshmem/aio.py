@@ -540,7 +540,7 @@ def connect_async(
                 plug.shutdown(socket.SHUT_RDWR)
 
         with plug:
-            return await _by_thread(join, stop)
+            return await _by_thread(join, stop, sock.close)
 
     return Opening(opener)
 
@@ -570,7 +570,9 @@ def open_async(
 
 
 async def _by_thread(
-    open_: Callable[[], _E], stop: Callable[[], object] | None = None
+    open_: Callable[[], _E],
+    stop: Callable[[], object] | None = None,
+    abandon: Callable[[], object] | None = None,
 ) -> AsyncEndpoint[_E]:
     """Call it in a thread of its own.
 
@@ -579,6 +581,7 @@ async def _by_thread(
 
     Args:
         stop: makes the call end early.
+        abandon: instead of the call, if there can be no thread.
     """
     loop = get_running_loop()
     done = loop.create_future()
@@ -616,6 +619,8 @@ async def _by_thread(
             wanted = False
         if stop is not None:
             stop()
+        if thread.ident is None and abandon is not None:
+            abandon()
         for late in found:
             if isinstance(late, Endpoint):
                 late.close()

@@ -1202,6 +1202,25 @@ def test_a_cancelled_connect_ends(socket_path: str, run: Run[None]) -> None:
     until(lambda: threads() == 0)
 
 
+def test_no_thread_to_connect_with(
+    server: MakeServer, socket_path: str, run: Run[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket is closed at once: a ResourceWarning later would be an error here."""
+
+    async def main() -> None:
+        def start(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                await connect_async(socket_path)
+        gc.collect()
+
+    server()
+    run(main())
+
+
 def test_cancelled_at_any_moment(server: MakeServer, socket_path: str, run: Run[None]) -> None:
     """What comes too late is closed: the server has nobody left."""
     serving = server()
