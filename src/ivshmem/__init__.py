@@ -15,10 +15,11 @@ line does the same: `python -m ivshmem --help`.
 from ._bell import Doorbell
 from ._core import Interrupt
 from ._memory import AtomicU32, AtomicU64
+from .access import Rules, Verdict
 from .client import Client, connect
 from .directory import Directory, Entry, Publication
 from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
-from .engine import Peer
+from .engine import Peer, PeerReport
 from .errors import (
     ClosedError,
     DeviceGone,
@@ -65,14 +66,17 @@ __all__ = [
     "Peer",
     "PeerJoined",
     "PeerLeft",
+    "PeerReport",
     "ProtocolError",
     "Publication",
     "Region",
     "RegionError",
     "RegionInfo",
+    "Rules",
     "Server",
     "ServerGone",
     "ServerLost",
+    "Verdict",
     "connect",
     "parse_size",
 ]

@@ -6,6 +6,9 @@ EPOLLOUT: int
 EPOLLERR: int
 EPOLLHUP: int
 
+def fork_sharing_files() -> int: ...
+def count_of_eventfd(fd: int) -> int: ...
+
 @final
 class FdArray:
     @staticmethod

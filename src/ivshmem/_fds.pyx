@@ -23,13 +23,14 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 
 from ._libc cimport (
-    aio_context_t, c_close, c_eventfd, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC,     EFD_NONBLOCK,
+    aio_context_t, c_close, c_eventfd, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
     EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
     IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, IVSHMEM_CLOSING,
-    ivshmem_enter, ivshmem_io_any_end, ivshmem_io_destroy, ivshmem_io_getevents,
-    ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave, ivshmem_shut,
-    preadv2,     RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime,
+    ivshmem_enter, ivshmem_fork_sharing_files, ivshmem_io_any_end, ivshmem_io_destroy,
+    ivshmem_io_getevents, ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave,
+    ivshmem_shut, preadv2, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
 from ._libc cimport EPOLLHUP as _EPOLLHUP
@@ -427,6 +428,28 @@ cdef class Timer:
             c_close(self.fd)
 
 
+def fork_sharing_files():
+    """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
+
+    What one process opens, the other has, too; when one dies, nothing is closed.
+
+    Raises:
+        OSError: as of fork(2).
+    """
+    cdef long pid
+    cdef int code
+    PyOS_BeforeFork()
+    pid = ivshmem_fork_sharing_files()
+    code = errno
+    if pid == 0:
+        PyOS_AfterFork_Child()
+        return 0
+    PyOS_AfterFork_Parent()
+    if pid < 0:
+        fail_with(code)
+    return pid
+
+
 cdef int64_t take_count(int fd) except -1:
     """Like `look`, but raises OSError."""
     cdef int64_t count = look(fd)
@@ -435,6 +458,15 @@ cdef int64_t take_count(int fd) except -1:
     if count < 0:
         fail_with(<int>-count)
     return count
+
+
+def count_of_eventfd(int fd):
+    """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+        for line in info:
+            if line.startswith(b"eventfd-count:"):
+                return int(line.split()[1], 16)
+    raise OSError(EINVAL, "a vector's descriptor is no eventfd")
 
 
 cdef bint is_eventfd(int fd) noexcept:

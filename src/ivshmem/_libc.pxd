@@ -106,6 +106,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 
 cdef extern from "<sys/mman.h>" nogil:
+    int mlock(const void *address, size_t size)
     void *mmap(void *address, size_t size, int protection, int flags, int fd, int64_t offset)
     int munmap(void *address, size_t size)
     int madvise(void *address, size_t size, int advice)
@@ -444,3 +445,37 @@ cdef extern from *:
     }
     """
     bint ivshmem_is_only_thread()
+
+
+cdef extern from *:
+    """
+    #include <sched.h>
+    #include <signal.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* fork(2), but the child has the same descriptors, not copies: what either opens or closes, the
+       other has or lacks. glibc notes the thread's number where it has asked the kernel to clear it
+       at the thread's end; a child must have its own there, as after fork. (Kernels without
+       checkpoint/restore do not tell the address; only raise(3) would miss it.) */
+    static inline long ivshmem_fork_sharing_files(void)
+    {
+        int *tid = 0;
+        unsigned long flags = CLONE_FILES | SIGCHLD;
+        if (prctl(PR_GET_TID_ADDRESS, &tid) == 0 && tid != 0)
+            flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+    #if defined(__x86_64__)
+        return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
+    #else /* CONFIG_CLONE_BACKWARDS: the last two the other way round */
+        return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
+    #endif
+    }
+    """
+    long ivshmem_fork_sharing_files()
+
+
+cdef extern from "Python.h":
+    void PyOS_BeforeFork()
+    void PyOS_AfterFork_Parent()
+    void PyOS_AfterFork_Child()

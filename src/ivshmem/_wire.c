@@ -1255,6 +1255,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <string.h>
 #include <stdio.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
@@ -1520,6 +1521,35 @@ static int __Pyx_init_tpflags_variables(void) {
                && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
     }
     
+
+    #include <sched.h>
+    #include <signal.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* fork(2), but the child has the same descriptors, not copies: what either opens or closes, the
+       other has or lacks. glibc notes the thread's number where it has asked the kernel to clear it
+       at the thread's end; a child must have its own there, as after fork. (Kernels without
+       checkpoint/restore do not tell the address; only raise(3) would miss it.) */
+    static inline long ivshmem_fork_sharing_files(void)
+    {
+        int *tid = 0;
+        unsigned long flags = CLONE_FILES | SIGCHLD;
+        if (prctl(PR_GET_TID_ADDRESS, &tid) == 0 && tid != 0)
+            flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+    #if defined(__x86_64__)
+        return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
+    #else /* CONFIG_CLONE_BACKWARDS: the last two the other way round */
+        return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
+    #endif
+    }
+    
+
+    /* What was stored before this is there if what is stored after it is, for whoever looks when
+       the process has died. The processor keeps to that by itself, the compiler must be told. */
+    #define ivshmem_in_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -1738,6 +1768,7 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/_wire.pyx",
+  "(tree fragment)",
   "cpython/type.pxd",
   "ivshmem/_fds.pxd",
 };
@@ -1908,8 +1939,20 @@ static const char* const __pyx_f[] = {
 #define __Pyx_END_CRITICAL_SECTION Py_END_CRITICAL_SECTION
 #endif
 
+/* NoFastGil.proto */
+#define __Pyx_PyGILState_Ensure PyGILState_Ensure
+#define __Pyx_PyGILState_Release PyGILState_Release
+#define __Pyx_FastGIL_Remember()
+#define __Pyx_FastGIL_Forget()
+#define __Pyx_FastGilFuncInit()
+
 /* IncludeStructmemberH.proto (used by CythonFunctionShared) */
 #include <structmember.h>
+
+/* ForceInitThreads.proto */
+#ifndef __PYX_FORCE_INIT_THREADS
+  #define __PYX_FORCE_INIT_THREADS 0
+#endif
 
 /* #### Code section: numeric_typedefs ### */
 /* #### Code section: complex_type_declarations ### */
@@ -1919,6 +1962,7 @@ static const char* const __pyx_f[] = {
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
+struct __pyx_obj_7ivshmem_5_wire_Outbox;
 
 /* "_fds.pxd":10
  * )
@@ -1931,8 +1975,9 @@ enum  {
   __pyx_e_7ivshmem_4_fds_BATCH = 64,
   __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
+struct __pyx_t_7ivshmem_5_wire_Box;
 
-/* "ivshmem/_wire.pyx":21
+/* "ivshmem/_wire.pyx":28
  * from .errors import ProtocolError
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1941,6 +1986,23 @@ enum  {
 */
 enum  {
   __pyx_e_7ivshmem_5_wire_MESSAGE = 8
+};
+
+/* "ivshmem/_wire.pyx":41
+ * 
+ * 
+ * cdef struct Box:             # <<<<<<<<<<<<<<
+ *     uint64_t end  # how far the owner's record has got
+ *     uint64_t open  # what `end` was when the sending began that is under way; 0: none is
+*/
+struct __pyx_t_7ivshmem_5_wire_Box {
+  uint64_t end;
+  uint64_t open;
+  int64_t region;
+  int64_t serial;
+  int64_t step;
+  int64_t filled[2];
+  struct mmsghdr messages[2][__pyx_e_7ivshmem_4_fds_BATCH];
 };
 
 /* "_fds.pxd":83
@@ -1991,6 +2053,25 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
+/* "ivshmem/_wire.pyx":53
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class Outbox:
+ *     """Sends messages in batches, and leaves in its memory what went out.
+*/
+struct __pyx_obj_7ivshmem_5_wire_Outbox {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox *__pyx_vtab;
+  struct __pyx_t_7ivshmem_5_wire_Box *box;
+  int borrowed;
+  Py_buffer view;
+  struct iovec iov[2][__pyx_e_7ivshmem_4_fds_BATCH];
+  int64_t values[2][__pyx_e_7ivshmem_4_fds_BATCH];
+  ivshmem_control controls[2][__pyx_e_7ivshmem_4_fds_BATCH];
+};
+
+
 
 /* "_fds.pxd":83
  * 
@@ -2034,6 +2115,29 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
   int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+
+
+/* "ivshmem/_wire.pyx":53
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class Outbox:
+ *     """Sends messages in batches, and leaves in its memory what went out.
+*/
+
+struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox {
+  int (*check)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t);
+  void (*begin)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t);
+  void (*put)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t);
+  int (*batch)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t);
+  int (*batch_nogil)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *);
+};
+static struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox *__pyx_vtabptr_7ivshmem_5_wire_Outbox;
+static int __pyx_f_7ivshmem_5_wire_6Outbox_check(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t);
+static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t);
+static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t);
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t);
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -2368,6 +2472,41 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
 static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
     Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
+static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
+                                                int prepend_sign, char padding_char);
+
+/* COrdinalToPyUnicode.proto (used by CIntToPyUnicode) */
+static CYTHON_INLINE int __Pyx_CheckUnicodeValue(int value);
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_ssize_t width, char padding_char);
+
+/* GCCDiagnostics.proto (used by CIntToPyUnicode) */
+#if !defined(__INTEL_COMPILER) && defined(__GNUC__) && (__GNUC__ > 4 || (__GNUC__ == 4 && __GNUC_MINOR__ >= 6))
+#define __Pyx_HAS_GCC_DIAGNOSTIC
+#endif
+
+/* IncludeStdlibH.proto (used by CIntToPyUnicode) */
+#include <stdlib.h>
+
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_size_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_size_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_size_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_size_t(size_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_size_t(size_t value, Py_ssize_t width, char padding_char, char format_char);
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
@@ -2386,7 +2525,7 @@ static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
+/* PyErrFetchRestore.proto (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -2410,6 +2549,9 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
 #endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* GivenExceptionMatches.proto */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -2519,24 +2661,43 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 /* ExtTypeTest.proto */
 static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
-/* PyIndexError_Check.proto */
-#define __Pyx_PyExc_IndexError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_IndexError)
-
-/* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
-static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
-                                                int prepend_sign, char padding_char);
-
-/* COrdinalToPyUnicode.proto (used by CIntToPyUnicode) */
-static CYTHON_INLINE int __Pyx_CheckUnicodeValue(int value);
-static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_ssize_t width, char padding_char);
-
-/* GCCDiagnostics.proto (used by CIntToPyUnicode) */
-#if !defined(__INTEL_COMPILER) && defined(__GNUC__) && (__GNUC__ > 4 || (__GNUC__ == 4 && __GNUC_MINOR__ >= 6))
-#define __Pyx_HAS_GCC_DIAGNOSTIC
+/* GetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
 #endif
 
-/* IncludeStdlibH.proto (used by CIntToPyUnicode) */
-#include <stdlib.h>
+/* SwapException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
+#endif
+
+/* GetTopmostException.proto (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
+#endif
+
+/* SaveResetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+#else
+#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
+#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
+#endif
+
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
+/* PyIndexError_Check.proto */
+#define __Pyx_PyExc_IndexError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_IndexError)
 
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_Py_ssize_t(value, width, padding_char, format_char) (\
@@ -2547,15 +2708,8 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char);
 
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
 /* ListAppend.proto */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
@@ -2637,6 +2791,91 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
 
+/* AllocateExtensionType.proto */
+static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
+
+/* CallSlotAsVectorcall.proto */
+#if CYTHON_VECTORCALL_TPNEW
+typedef PyObject * (*__Pyx_tpnewvectorcallfunc)(PyTypeObject* o, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames);
+static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k);
+#endif
+
+/* RaiseErrorWithObjectType.proto (used by CallNewInitFromVectorcall) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* CallNewInitFromVectorcall.proto */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* DeallocKeepAlive.proto */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+#define __Pyx_DeallocKeepAliveBegin(o) do {\
+        _Py_atomic_store_uintptr_relaxed(&(o)->ob_tid, _Py_ThreadId());\
+        _Py_atomic_store_uint32_relaxed(&(o)->ob_ref_local, 1);\
+        _Py_atomic_store_ssize_relaxed(&(o)->ob_ref_shared, 0);\
+    } while (0)
+#define __Pyx_DeallocKeepAliveEnd(o)\
+        _Py_atomic_store_uint32_relaxed(&(o)->ob_ref_local, 0)
+#else
+#define __Pyx_DeallocKeepAliveBegin(o) Py_SET_REFCNT(o, Py_REFCNT(o) + 1)
+#define __Pyx_DeallocKeepAliveEnd(o)   Py_SET_REFCNT(o, Py_REFCNT(o) - 1)
+#endif
+
+/* PyObjectCallMethod0.proto (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
+
+/* GetTypeDictOffset.proto (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* ValidateBasesTuple.proto (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases);
+#endif
+
+/* PyType_Ready.export */
+CYTHON_UNUSED static int __Pyx_PyType_Ready(PyTypeObject *t);
+
+/* GetVTable.proto (used by MergeVTables) */
+static int __Pyx_GetVtable(PyTypeObject *type, void** table);
+
+/* MergeVTables.proto (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type);
+
+/* SetVTable.export */
+static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
+
+/* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
+#endif
+
+/* DelItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_DelItemOnTypeDict(tp, k) __Pyx__DelItemOnTypeDict((PyTypeObject*)tp, k)
+
+/* DelItemOnTypeDict.export */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k);
+
+/* SetItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
+
+/* SetItemOnTypeDict.export */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
+
+/* SetupReduce.export */
+static int __Pyx_setup_reduce(PyObject* type_obj);
+
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
 #define __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -2655,9 +2894,6 @@ enum __Pyx_ImportType_CheckSize_3_3_1 {
 };
 static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module_name, const char *class_name, size_t size, size_t alignment, enum __Pyx_ImportType_CheckSize_3_3_1 check_size);
 #endif
-
-/* GetVTable.proto */
-static int __Pyx_GetVtable(PyTypeObject *type, void** table);
 
 /* FunctionImport.proto */
 static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig);
@@ -2878,6 +3114,9 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
 /* CIntFromPy.proto */
 static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
+/* CIntFromPy.proto */
+static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *);
+
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 #define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
@@ -2898,14 +3137,14 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
-/* CIntFromPy.proto */
-static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *);
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE size_t __Pyx_PyLong_As_size_t(PyObject *);
@@ -2927,6 +3166,9 @@ static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt
 
 /* DecompressString.proto */
 static PyObject *__Pyx_DecompressString(const char *s, Py_ssize_t length, int algo);
+
+/* DecompressString_LZSS.proto */
+static PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length);
 
 /* MultiPhaseInitModuleState.proto */
 #if CYTHON_PEP489_MULTI_PHASE_INIT && CYTHON_USE_MODULE_STATE
@@ -3000,6 +3242,15 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count); /* proto*/
+static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto*/
+static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i); /* proto*/
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before); /* proto*/
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code); /* proto*/
+
+/* Module declarations from "cython" */
+
+/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "libc.string" */
 
@@ -3017,18 +3268,19 @@ static int __Pyx_State_RemoveModule(void*);
 
 /* Module declarations from "libc.stdint" */
 
+/* Module declarations from "libc.stdlib" */
+
 /* Module declarations from "cpython.ref" */
 
 /* Module declarations from "ivshmem._libc" */
 
 /* Module declarations from "ivshmem._fds" */
 static int (*__pyx_f_7ivshmem_4_fds_fail)(void); /*proto*/
+static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 
 /* Module declarations from "ivshmem._wire" */
-static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *, ivshmem_control *, int); /*proto*/
-static int __pyx_f_7ivshmem_5_wire__sendmmsg(int, struct mmsghdr *, int, Py_ssize_t); /*proto*/
 static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -3039,10 +3291,39 @@ int __pyx_module_is_main_ivshmem___wire = 0;
 /* Implementation of "ivshmem._wire" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Messages_with_descriptors_over_U[] = "Messages with descriptors over Unix sockets, in batches.\n\nKnows: sendmmsg, recvmmsg, SCM_RIGHTS. Does not know: what a message means.\n";
+static const char __pyx_k_Messages_with_descriptors_over_U[] = "Messages with descriptors over Unix sockets, in batches.\n\nKnows: sendmmsg, recvmmsg, SCM_RIGHTS. Does not know: what a message means.\n\nInvariants:\n1. Whoever reads an outbox\047s memory after its process was killed knows how many messages went out:\n   the kernel writes that there itself, see Outbox.\n";
 /* #### Code section: decls ### */
-static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, PyObject *__pyx_v_runs); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit); /* proto */
+static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer); /* proto */
+static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_5_wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_5_wire_Outbox __pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -3070,11 +3351,15 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
+    PyObject *__pyx_type_7ivshmem_5_wire_Outbox;
+    PyTypeObject *__pyx_ptype_7ivshmem_5_wire_Outbox;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_codeobj_tab[2];
-    PyObject *__pyx_string_tab[55];
+    PyObject *__pyx_tuple[2];
+    PyObject *__pyx_codeobj_tab[6];
+    PyObject *__pyx_string_tab[95];
+    PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -3123,61 +3408,102 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_of __pyx_string_tab[0]
-#define __pyx_kp_u__3 __pyx_string_tab[1]
-#define __pyx_kp_u__2 __pyx_string_tab[2]
-#define __pyx_kp_u_ __pyx_string_tab[3]
-#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[4]
-#define __pyx_kp_u_descriptors __pyx_string_tab[5]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[6]
-#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[7]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[8]
-#define __pyx_n_u__4 __pyx_string_tab[9]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[10]
-#define __pyx_n_u_annotate __pyx_string_tab[11]
-#define __pyx_n_u_func __pyx_string_tab[12]
-#define __pyx_n_u_main __pyx_string_tab[13]
-#define __pyx_n_u_module __pyx_string_tab[14]
-#define __pyx_n_u_name __pyx_string_tab[15]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[16]
-#define __pyx_n_u_qualname __pyx_string_tab[17]
-#define __pyx_n_u_test __pyx_string_tab[18]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[19]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[20]
-#define __pyx_n_u_chunks __pyx_string_tab[21]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[22]
-#define __pyx_n_u_controls __pyx_string_tab[23]
-#define __pyx_n_u_count __pyx_string_tab[24]
-#define __pyx_n_u_data __pyx_string_tab[25]
-#define __pyx_n_u_eof __pyx_string_tab[26]
-#define __pyx_n_u_errors __pyx_string_tab[27]
-#define __pyx_n_u_fd __pyx_string_tab[28]
-#define __pyx_n_u_fds __pyx_string_tab[29]
-#define __pyx_n_u_filled __pyx_string_tab[30]
-#define __pyx_n_u_first __pyx_string_tab[31]
-#define __pyx_n_u_i __pyx_string_tab[32]
-#define __pyx_n_u_iov __pyx_string_tab[33]
-#define __pyx_n_u_items __pyx_string_tab[34]
-#define __pyx_n_u_ivshmem__wire __pyx_string_tab[35]
-#define __pyx_n_u_limit __pyx_string_tab[36]
-#define __pyx_n_u_lost __pyx_string_tab[37]
-#define __pyx_n_u_messages __pyx_string_tab[38]
-#define __pyx_n_u_n __pyx_string_tab[39]
-#define __pyx_n_u_pop __pyx_string_tab[40]
-#define __pyx_n_u_receive __pyx_string_tab[41]
-#define __pyx_n_u_run __pyx_string_tab[42]
-#define __pyx_n_u_runs __pyx_string_tab[43]
-#define __pyx_n_u_send_runs __pyx_string_tab[44]
-#define __pyx_n_u_sent __pyx_string_tab[45]
-#define __pyx_n_u_setdefault __pyx_string_tab[46]
-#define __pyx_n_u_sock __pyx_string_tab[47]
-#define __pyx_n_u_total __pyx_string_tab[48]
-#define __pyx_n_u_value __pyx_string_tab[49]
-#define __pyx_n_u_values __pyx_string_tab[50]
-#define __pyx_n_u_want __pyx_string_tab[51]
-#define __pyx_kp_b_int_void_fail __pyx_string_tab[52]
-#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[53]
-#define __pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2 __pyx_string_tab[54]
+#define __pyx_kp_u_bytes_aligned __pyx_string_tab[0]
+#define __pyx_kp_u_of __pyx_string_tab[1]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[2]
+#define __pyx_kp_u__3 __pyx_string_tab[3]
+#define __pyx_kp_u__2 __pyx_string_tab[4]
+#define __pyx_kp_u_ __pyx_string_tab[5]
+#define __pyx_kp_u_a_descriptor_from_the_server_was __pyx_string_tab[6]
+#define __pyx_kp_u_an_outbox_needs __pyx_string_tab[7]
+#define __pyx_kp_u_descriptors __pyx_string_tab[8]
+#define __pyx_kp_u_disable __pyx_string_tab[9]
+#define __pyx_kp_u_enable __pyx_string_tab[10]
+#define __pyx_kp_u_gc __pyx_string_tab[11]
+#define __pyx_kp_u_isenabled __pyx_string_tab[12]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
+#define __pyx_kp_u_ivshmem__wire_pyx __pyx_string_tab[14]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
+#define __pyx_n_u_OUTBOX_BYTES __pyx_string_tab[16]
+#define __pyx_n_u_Outbox __pyx_string_tab[17]
+#define __pyx_n_u_Outbox___reduce_cython __pyx_string_tab[18]
+#define __pyx_n_u_Outbox___setstate_cython __pyx_string_tab[19]
+#define __pyx_n_u_Outbox_send __pyx_string_tab[20]
+#define __pyx_n_u_Outbox_send_to_all __pyx_string_tab[21]
+#define __pyx_n_u_Outbox_unfinished __pyx_string_tab[22]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[23]
+#define __pyx_n_u__4 __pyx_string_tab[24]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[25]
+#define __pyx_n_u_annotate __pyx_string_tab[26]
+#define __pyx_n_u_func __pyx_string_tab[27]
+#define __pyx_n_u_getstate __pyx_string_tab[28]
+#define __pyx_n_u_main __pyx_string_tab[29]
+#define __pyx_n_u_module __pyx_string_tab[30]
+#define __pyx_n_u_name __pyx_string_tab[31]
+#define __pyx_n_u_pyx_state __pyx_string_tab[32]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[33]
+#define __pyx_n_u_qualname __pyx_string_tab[34]
+#define __pyx_n_u_reduce __pyx_string_tab[35]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[36]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[37]
+#define __pyx_n_u_set_name __pyx_string_tab[38]
+#define __pyx_n_u_setstate __pyx_string_tab[39]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[40]
+#define __pyx_n_u_test __pyx_string_tab[41]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[42]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[43]
+#define __pyx_n_u_buffer __pyx_string_tab[44]
+#define __pyx_n_u_chunks __pyx_string_tab[45]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[46]
+#define __pyx_n_u_code __pyx_string_tab[47]
+#define __pyx_n_u_controls __pyx_string_tab[48]
+#define __pyx_n_u_count __pyx_string_tab[49]
+#define __pyx_n_u_data __pyx_string_tab[50]
+#define __pyx_n_u_done __pyx_string_tab[51]
+#define __pyx_n_u_eof __pyx_string_tab[52]
+#define __pyx_n_u_errors __pyx_string_tab[53]
+#define __pyx_n_u_fd __pyx_string_tab[54]
+#define __pyx_n_u_fds __pyx_string_tab[55]
+#define __pyx_n_u_fds_of __pyx_string_tab[56]
+#define __pyx_n_u_filled __pyx_string_tab[57]
+#define __pyx_n_u_first __pyx_string_tab[58]
+#define __pyx_n_u_i __pyx_string_tab[59]
+#define __pyx_n_u_iov __pyx_string_tab[60]
+#define __pyx_n_u_items __pyx_string_tab[61]
+#define __pyx_n_u_ivshmem__wire __pyx_string_tab[62]
+#define __pyx_n_u_length __pyx_string_tab[63]
+#define __pyx_n_u_limit __pyx_string_tab[64]
+#define __pyx_n_u_lost __pyx_string_tab[65]
+#define __pyx_n_u_messages __pyx_string_tab[66]
+#define __pyx_n_u_n __pyx_string_tab[67]
+#define __pyx_n_u_pop __pyx_string_tab[68]
+#define __pyx_n_u_receive __pyx_string_tab[69]
+#define __pyx_n_u_region __pyx_string_tab[70]
+#define __pyx_n_u_run __pyx_string_tab[71]
+#define __pyx_n_u_runs __pyx_string_tab[72]
+#define __pyx_n_u_self __pyx_string_tab[73]
+#define __pyx_n_u_send __pyx_string_tab[74]
+#define __pyx_n_u_send_to_all __pyx_string_tab[75]
+#define __pyx_n_u_sent __pyx_string_tab[76]
+#define __pyx_n_u_serial __pyx_string_tab[77]
+#define __pyx_n_u_setdefault __pyx_string_tab[78]
+#define __pyx_n_u_sock __pyx_string_tab[79]
+#define __pyx_n_u_socks __pyx_string_tab[80]
+#define __pyx_n_u_start __pyx_string_tab[81]
+#define __pyx_n_u_step __pyx_string_tab[82]
+#define __pyx_n_u_total __pyx_string_tab[83]
+#define __pyx_n_u_unfinished __pyx_string_tab[84]
+#define __pyx_n_u_value __pyx_string_tab[85]
+#define __pyx_n_u_values __pyx_string_tab[86]
+#define __pyx_n_u_want __pyx_string_tab[87]
+#define __pyx_n_u_which __pyx_string_tab[88]
+#define __pyx_kp_b_int_int_int_void_fail_with_fail __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_T_r_4t6_Bc_T_s_d_1_e2T_WAWD_D __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1 __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A __pyx_string_tab[94]
+#define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -3196,11 +3522,15 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_wire_Outbox);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_5_wire_Outbox);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<55; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<95; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -3227,11 +3557,15 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_wire_Outbox);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_5_wire_Outbox);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<55; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<95; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -3847,25 +4181,458 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":26
+/* "ivshmem/_wire.pyx":78
+ *     cdef ivshmem_control controls[2][BATCH]
  * 
+ *     def __cinit__(self, buffer=None):             # <<<<<<<<<<<<<<
+ *         self.box = NULL
+ *         self.borrowed = False
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static int __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_buffer = 0;
+  #if !CYTHON_VECTORCALL_TPNEW
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL_TPNEW
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 78, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 78, __pyx_L3_error)
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+    } else {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_buffer = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 78, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_buffer);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_5_wire_6Outbox___cinit__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_buffer) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[3];
+  Py_ssize_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__cinit__", 0);
+
+  /* "ivshmem/_wire.pyx":79
  * 
- * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
- *     """Send messages without blocking, in batches of sendmmsg.
+ *     def __cinit__(self, buffer=None):
+ *         self.box = NULL             # <<<<<<<<<<<<<<
+ *         self.borrowed = False
+ *         if buffer is None:
+*/
+  __pyx_v_self->box = NULL;
+
+  /* "ivshmem/_wire.pyx":80
+ *     def __cinit__(self, buffer=None):
+ *         self.box = NULL
+ *         self.borrowed = False             # <<<<<<<<<<<<<<
+ *         if buffer is None:
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+*/
+  __pyx_v_self->borrowed = 0;
+
+  /* "ivshmem/_wire.pyx":81
+ *         self.box = NULL
+ *         self.borrowed = False
+ *         if buffer is None:             # <<<<<<<<<<<<<<
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+ *             if self.box == NULL:
+*/
+  __pyx_t_1 = (__pyx_v_buffer == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_wire.pyx":82
+ *         self.borrowed = False
+ *         if buffer is None:
+ *             self.box = <Box *>calloc(1, sizeof(Box))             # <<<<<<<<<<<<<<
+ *             if self.box == NULL:
+ *                 raise MemoryError
+*/
+    __pyx_v_self->box = ((struct __pyx_t_7ivshmem_5_wire_Box *)calloc(1, (sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+
+    /* "ivshmem/_wire.pyx":83
+ *         if buffer is None:
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+ *             if self.box == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             self.box.end = 1
+*/
+    __pyx_t_1 = (__pyx_v_self->box == NULL);
+
+    if (unlikely(__pyx_t_1)) {
+
+
+      /* "ivshmem/_wire.pyx":84
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+ *             if self.box == NULL:
+ *                 raise MemoryError             # <<<<<<<<<<<<<<
+ *             self.box.end = 1
+ *             return
+*/
+      PyErr_NoMemory(); __PYX_ERR(0, 84, __pyx_L1_error)
+
+      /* "ivshmem/_wire.pyx":83
+ *         if buffer is None:
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+ *             if self.box == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             self.box.end = 1
+*/
+    }
+
+    /* "ivshmem/_wire.pyx":85
+ *             if self.box == NULL:
+ *                 raise MemoryError
+ *             self.box.end = 1             # <<<<<<<<<<<<<<
+ *             return
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+*/
+    __pyx_v_self->box->end = 1;
+
+    /* "ivshmem/_wire.pyx":86
+ *                 raise MemoryError
+ *             self.box.end = 1
+ *             return             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
+*/
+    {
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_wire.pyx":81
+ *         self.box = NULL
+ *         self.borrowed = False
+ *         if buffer is None:             # <<<<<<<<<<<<<<
+ *             self.box = <Box *>calloc(1, sizeof(Box))
+ *             if self.box == NULL:
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":87
+ *             self.box.end = 1
+ *             return
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
+ *             PyBuffer_Release(&self.view)
+*/
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_self->view), (PyBUF_SIMPLE | PyBUF_WRITABLE)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
+
+
+  /* "ivshmem/_wire.pyx":88
+ *             return
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(&self.view)
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
+*/
+  __pyx_t_3 = (__pyx_v_self->view.len < ((Py_ssize_t)(sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_3;
+
+    goto __pyx_L6_bool_binop_done;
+  }
+  __pyx_t_4 = (sizeof(uint64_t));
+
+  if (unlikely(__pyx_t_4 == 0)) {
+    PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
+    __PYX_ERR(0, 88, __pyx_L1_error)
+  }
+  __pyx_t_3 = ((((size_t)__pyx_v_self->view.buf) % __pyx_t_4) != 0);
+
+
+
+  __pyx_t_1 = __pyx_t_3;
+
+  __pyx_L6_bool_binop_done:;
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_wire.pyx":89
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
+ *             PyBuffer_Release(&self.view)             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
+ *         self.borrowed = True
+*/
+    PyBuffer_Release((&__pyx_v_self->view));
+
+    /* "ivshmem/_wire.pyx":90
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):
+ *             PyBuffer_Release(&self.view)
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")             # <<<<<<<<<<<<<<
+ *         self.borrowed = True
+ *         self.box = <Box *>self.view.buf
+*/
+    __pyx_t_6 = NULL;
+    __pyx_t_7 = __Pyx_PyUnicode_From_size_t((sizeof(struct __pyx_t_7ivshmem_5_wire_Box)), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 90, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_an_outbox_needs;
+    __pyx_t_8[1] = __pyx_t_7;
+    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_bytes_aligned;
+    __pyx_t_9 = 31;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
+    #endif
+    __pyx_t_2 = 0;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_2);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 90, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_4 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_10};
+      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 90, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+    }
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 90, __pyx_L1_error)
+
+    /* "ivshmem/_wire.pyx":88
+ *             return
+ *         PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+ *         if self.view.len < <Py_ssize_t>sizeof(Box) or <size_t>self.view.buf % sizeof(uint64_t):             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(&self.view)
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":91
+ *             PyBuffer_Release(&self.view)
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
+ *         self.borrowed = True             # <<<<<<<<<<<<<<
+ *         self.box = <Box *>self.view.buf
+ *         # A page that must be fetched when the kernel writes to it would not be, for the dying.
+*/
+  __pyx_v_self->borrowed = 1;
+
+  /* "ivshmem/_wire.pyx":92
+ *             raise ValueError(f"an outbox needs {sizeof(Box)} bytes, aligned")
+ *         self.borrowed = True
+ *         self.box = <Box *>self.view.buf             # <<<<<<<<<<<<<<
+ *         # A page that must be fetched when the kernel writes to it would not be, for the dying.
+ *         mlock(self.box, sizeof(Box))
+*/
+  __pyx_v_self->box = ((struct __pyx_t_7ivshmem_5_wire_Box *)__pyx_v_self->view.buf);
+
+  /* "ivshmem/_wire.pyx":94
+ *         self.box = <Box *>self.view.buf
+ *         # A page that must be fetched when the kernel writes to it would not be, for the dying.
+ *         mlock(self.box, sizeof(Box))             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+  (void)(mlock(__pyx_v_self->box, (sizeof(struct __pyx_t_7ivshmem_5_wire_Box))));
+
+  /* "ivshmem/_wire.pyx":78
+ *     cdef ivshmem_control controls[2][BATCH]
+ * 
+ *     def __cinit__(self, buffer=None):             # <<<<<<<<<<<<<<
+ *         self.box = NULL
+ *         self.borrowed = False
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":96
+ *         mlock(self.box, sizeof(Box))
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.borrowed:
+ *             PyBuffer_Release(&self.view)
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_5_wire_6Outbox_2__dealloc__(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+
+  /* "ivshmem/_wire.pyx":97
+ * 
+ *     def __dealloc__(self):
+ *         if self.borrowed:             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(&self.view)
+ *         else:
+*/
+  if (__pyx_v_self->borrowed) {
+
+    /* "ivshmem/_wire.pyx":98
+ *     def __dealloc__(self):
+ *         if self.borrowed:
+ *             PyBuffer_Release(&self.view)             # <<<<<<<<<<<<<<
+ *         else:
+ *             free(self.box)
+*/
+    PyBuffer_Release((&__pyx_v_self->view));
+
+    /* "ivshmem/_wire.pyx":97
+ * 
+ *     def __dealloc__(self):
+ *         if self.borrowed:             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(&self.view)
+ *         else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/_wire.pyx":100
+ *             PyBuffer_Release(&self.view)
+ *         else:
+ *             free(self.box)             # <<<<<<<<<<<<<<
+ * 
+ *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):
+*/
+  /*else*/ {
+    free(__pyx_v_self->box);
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/_wire.pyx":96
+ *         mlock(self.box, sizeof(Box))
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         if self.borrowed:
+ *             PyBuffer_Release(&self.view)
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/_wire.pyx":102
+ *             free(self.box)
+ * 
+ *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
+ *         """Send messages without blocking, in batches of sendmmsg.
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_1send_runs(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_5send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_send_runs, "Send messages without blocking, in batches of sendmmsg.\n\n    Args:\n        runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where\n            `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is None\n            nothing.\n\n    Returns:\n        How many messages went out, in order, before the socket\047s buffer was full (or the kernel\n        refused for want of memory or of descriptors in flight: the next call says so).\n\n    Raises:\n        OSError: the first message could not be sent, for another reason than a full buffer.\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_1send_runs = {"send_runs", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_1send_runs, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_send_runs};
-static PyObject *__pyx_pw_7ivshmem_5_wire_1send_runs(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_4send, "Send messages without blocking, in batches of sendmmsg.\n\n        Args:\n            runs: a sequence of (value, fds, first, length, ..): `length` messages of `value`; where\n                `fds` is an FdArray they carry fds[first], fds[first + 1] and so on, where it is\n                None nothing.\n            region, serial: left in the memory, to say whose messages these are.\n\n        Returns:\n            How many messages went out, in order, before the socket\047s buffer was full (or the kernel\n            refused for want of memory or of descriptors in flight: the next call says so).\n\n        Raises:\n            OSError: the first message could not be sent, for another reason than a full buffer.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_5send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_4send};
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_5send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -3874,17 +4641,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 ) {
   int __pyx_v_sock;
   PyObject *__pyx_v_runs = 0;
+  int64_t __pyx_v_region;
+  int64_t __pyx_v_serial;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
+  PyObject* values[4] = {0,0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("send_runs (wrapper)", 0);
+  __Pyx_RefNannySetupContext("send (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -3894,73 +4663,101 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_runs,&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_serial,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 26, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  4:
+        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 102, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 102, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 26, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 26, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_runs", 0) < (0)) __PYX_ERR(0, 26, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, i); __PYX_ERR(0, 26, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 0, 2, 4, i); __PYX_ERR(0, 102, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 26, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 26, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  4:
+        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 102, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 102, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 26, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
     __pyx_v_runs = values[1];
+    if (values[2]) {
+      __pyx_v_region = __Pyx_PyLong_As_int64_t(values[2]); if (unlikely((__pyx_v_region == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
+    } else {
+      __pyx_v_region = ((int64_t)0);
+    }
+    if (values[3]) {
+      __pyx_v_serial = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_serial == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
+    } else {
+      __pyx_v_serial = ((int64_t)0);
+    }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send_runs", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 26, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem._wire.send_runs", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_send_runs(__pyx_self, __pyx_v_sock, __pyx_v_runs);
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_4send(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_sock, __pyx_v_runs, __pyx_v_region, __pyx_v_serial);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
 
+
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, PyObject *__pyx_v_runs) {
-  struct mmsghdr __pyx_v_messages[__pyx_e_7ivshmem_4_fds_BATCH];
-  struct iovec __pyx_v_iov[__pyx_e_7ivshmem_4_fds_BATCH];
-  int64_t __pyx_v_values[__pyx_e_7ivshmem_4_fds_BATCH];
-  ivshmem_control __pyx_v_controls[__pyx_e_7ivshmem_4_fds_BATCH];
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_4send(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, PyObject *__pyx_v_runs, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
   Py_ssize_t __pyx_v_total;
   Py_ssize_t __pyx_v_first;
   Py_ssize_t __pyx_v_count;
   Py_ssize_t __pyx_v_i;
   int __pyx_v_filled;
   int __pyx_v_sent;
+  int64_t __pyx_v_step;
   int64_t __pyx_v_value;
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds = 0;
   PyObject *__pyx_v_run = NULL;
@@ -3975,53 +4772,64 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   Py_ssize_t __pyx_t_7;
   Py_ssize_t __pyx_t_8;
   int __pyx_t_9;
-  int __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14[6];
-  int __pyx_t_15;
-  PyObject *__pyx_t_16 = NULL;
-  size_t __pyx_t_17;
-  Py_ssize_t __pyx_t_18;
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("send_runs", 0);
+  __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/_wire.pyx":45
- *     cdef int64_t values[BATCH]
- *     cdef ivshmem_control controls[BATCH]
- *     cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
- *     cdef Py_ssize_t first, count, i
- *     cdef int filled = 0
+  /* "ivshmem/_wire.pyx":118
+ *             OSError: the first message could not be sent, for another reason than a full buffer.
+ *         """
+ *         cdef Py_ssize_t total = 0             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t first, count, i
+ *         cdef int filled = 0
 */
   __pyx_v_total = 0;
 
-  /* "ivshmem/_wire.pyx":47
- *     cdef Py_ssize_t total = 0
- *     cdef Py_ssize_t first, count, i
- *     cdef int filled = 0             # <<<<<<<<<<<<<<
- *     cdef int sent
- *     cdef int64_t value
+  /* "ivshmem/_wire.pyx":120
+ *         cdef Py_ssize_t total = 0
+ *         cdef Py_ssize_t first, count, i
+ *         cdef int filled = 0             # <<<<<<<<<<<<<<
+ *         cdef int sent
+ *         cdef int64_t step = 0
 */
   __pyx_v_filled = 0;
 
-  /* "ivshmem/_wire.pyx":51
- *     cdef int64_t value
- *     cdef FdArray fds
- *     for run in runs:             # <<<<<<<<<<<<<<
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
- *         if fds is not None and (first < 0 or first + count > fds.count):
+  /* "ivshmem/_wire.pyx":122
+ *         cdef int filled = 0
+ *         cdef int sent
+ *         cdef int64_t step = 0             # <<<<<<<<<<<<<<
+ *         cdef int64_t value
+ *         cdef FdArray fds
+*/
+  __pyx_v_step = 0;
+
+  /* "ivshmem/_wire.pyx":125
+ *         cdef int64_t value
+ *         cdef FdArray fds
+ *         self.begin(region, serial)             # <<<<<<<<<<<<<<
+ *         for run in runs:
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]
+*/
+  __pyx_f_7ivshmem_5_wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, __pyx_v_serial);
+
+  /* "ivshmem/_wire.pyx":126
+ *         cdef FdArray fds
+ *         self.begin(region, serial)
+ *         for run in runs:             # <<<<<<<<<<<<<<
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]
+ *             self.check(fds, first, count)
 */
   if (likely(PyList_CheckExact(__pyx_v_runs)) || PyTuple_CheckExact(__pyx_v_runs)) {
     __pyx_t_1 = __pyx_v_runs; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -4029,7 +4837,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 51, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 126, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -4039,7 +4847,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 51, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 126, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -4050,13 +4858,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 51, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 126, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -4066,27 +4874,27 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_wire.pyx":52
- *     cdef FdArray fds
- *     for run in runs:
- *         value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
- *         if fds is not None and (first < 0 or first + count > fds.count):
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+    /* "ivshmem/_wire.pyx":127
+ *         self.begin(region, serial)
+ *         for run in runs:
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
+ *             self.check(fds, first, count)
+ *             for i in range(first, first + count):
 */
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 52, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 52, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 127, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_v_value = __pyx_t_5;
     __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4));
@@ -4094,251 +4902,99 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
     __pyx_v_first = __pyx_t_7;
     __pyx_v_count = __pyx_t_8;
 
-    /* "ivshmem/_wire.pyx":53
- *     for run in runs:
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
- *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
- *         for i in range(first, first + count):
+    /* "ivshmem/_wire.pyx":128
+ *         for run in runs:
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]
+ *             self.check(fds, first, count)             # <<<<<<<<<<<<<<
+ *             for i in range(first, first + count):
+ *                 self.put(step & 1, filled, value, fds, i)
 */
-    __pyx_t_10 = (((PyObject *)__pyx_v_fds) != Py_None);
-    if (__pyx_t_10) {
-
-    } else {
-
-      __pyx_t_9 = __pyx_t_10;
-
-      goto __pyx_L6_bool_binop_done;
-    }
-    __pyx_t_10 = (__pyx_v_first < 0);
-
-    if (!__pyx_t_10) {
-
-    } else {
-
-      __pyx_t_9 = __pyx_t_10;
-
-      goto __pyx_L6_bool_binop_done;
-    }
-    __pyx_t_10 = ((__pyx_v_first + __pyx_v_count) > __pyx_v_fds->count);
+    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_first, __pyx_v_count); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
 
 
-    __pyx_t_9 = __pyx_t_10;
-
-    __pyx_L6_bool_binop_done:;
-    if (unlikely(__pyx_t_9)) {
-
-
-      /* "ivshmem/_wire.pyx":54
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
- *         if fds is not None and (first < 0 or first + count > fds.count):
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
- *         for i in range(first, first + count):
- *             values[filled] = value
-*/
-      __pyx_t_6 = NULL;
-      __pyx_t_11 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 54, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 54, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 54, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_13);
-      __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
-      __pyx_t_14[1] = __pyx_t_11;
-      __pyx_t_14[2] = __pyx_mstate_global->__pyx_kp_u__2;
-      __pyx_t_14[3] = __pyx_t_12;
-      __pyx_t_14[4] = __pyx_mstate_global->__pyx_kp_u_of;
-      __pyx_t_14[5] = __pyx_t_13;
-      __pyx_t_8 = 18;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[5]);
-      #endif
-      __pyx_t_15 = 0;
-      __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 6, __pyx_t_8, __pyx_t_15);
-      if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 54, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_16);
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      __pyx_t_17 = 1;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_16};
-        __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_4);
-      }
-      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 54, __pyx_L1_error)
-
-      /* "ivshmem/_wire.pyx":53
- *     for run in runs:
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
- *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
- *         for i in range(first, first + count):
-*/
-    }
-
-    /* "ivshmem/_wire.pyx":55
- *         if fds is not None and (first < 0 or first + count > fds.count):
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
- *         for i in range(first, first + count):             # <<<<<<<<<<<<<<
- *             values[filled] = value
- *             iov[filled].iov_base = &values[filled]
+    /* "ivshmem/_wire.pyx":129
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]
+ *             self.check(fds, first, count)
+ *             for i in range(first, first + count):             # <<<<<<<<<<<<<<
+ *                 self.put(step & 1, filled, value, fds, i)
+ *                 filled += 1
 */
 
     __pyx_t_8 = (__pyx_v_first + __pyx_v_count);
     __pyx_t_7 = __pyx_t_8;
 
-    for (__pyx_t_18 = __pyx_v_first; __pyx_t_18 < __pyx_t_7; __pyx_t_18+=1) {
-      __pyx_v_i = __pyx_t_18;
+    for (__pyx_t_10 = __pyx_v_first; __pyx_t_10 < __pyx_t_7; __pyx_t_10+=1) {
+      __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_wire.pyx":56
- *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
- *         for i in range(first, first + count):
- *             values[filled] = value             # <<<<<<<<<<<<<<
- *             iov[filled].iov_base = &values[filled]
- *             iov[filled].iov_len = MESSAGE
+      /* "ivshmem/_wire.pyx":130
+ *             self.check(fds, first, count)
+ *             for i in range(first, first + count):
+ *                 self.put(step & 1, filled, value, fds, i)             # <<<<<<<<<<<<<<
+ *                 filled += 1
+ *                 if filled == BATCH:
 */
-      (__pyx_v_values[__pyx_v_filled]) = __pyx_v_value;
+      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, (__pyx_v_step & 1), __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
 
-      /* "ivshmem/_wire.pyx":57
- *         for i in range(first, first + count):
- *             values[filled] = value
- *             iov[filled].iov_base = &values[filled]             # <<<<<<<<<<<<<<
- *             iov[filled].iov_len = MESSAGE
- *             memset(&messages[filled], 0, sizeof(messages[filled]))
-*/
-      (__pyx_v_iov[__pyx_v_filled]).iov_base = (&(__pyx_v_values[__pyx_v_filled]));
-
-      /* "ivshmem/_wire.pyx":58
- *             values[filled] = value
- *             iov[filled].iov_base = &values[filled]
- *             iov[filled].iov_len = MESSAGE             # <<<<<<<<<<<<<<
- *             memset(&messages[filled], 0, sizeof(messages[filled]))
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]
-*/
-      (__pyx_v_iov[__pyx_v_filled]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
-
-      /* "ivshmem/_wire.pyx":59
- *             iov[filled].iov_base = &values[filled]
- *             iov[filled].iov_len = MESSAGE
- *             memset(&messages[filled], 0, sizeof(messages[filled]))             # <<<<<<<<<<<<<<
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]
- *             messages[filled].msg_hdr.msg_iovlen = 1
-*/
-      (void)(memset((&(__pyx_v_messages[__pyx_v_filled])), 0, (sizeof((__pyx_v_messages[__pyx_v_filled])))));
-
-      /* "ivshmem/_wire.pyx":60
- *             iov[filled].iov_len = MESSAGE
- *             memset(&messages[filled], 0, sizeof(messages[filled]))
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]             # <<<<<<<<<<<<<<
- *             messages[filled].msg_hdr.msg_iovlen = 1
- *             if fds is not None:
-*/
-      (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_filled]));
-
-      /* "ivshmem/_wire.pyx":61
- *             memset(&messages[filled], 0, sizeof(messages[filled]))
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]
- *             messages[filled].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
- *             if fds is not None:
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
-*/
-      (__pyx_v_messages[__pyx_v_filled]).msg_hdr.msg_iovlen = 1;
-
-      /* "ivshmem/_wire.pyx":62
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]
- *             messages[filled].msg_hdr.msg_iovlen = 1
- *             if fds is not None:             # <<<<<<<<<<<<<<
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
- *             filled += 1
-*/
-      __pyx_t_9 = (((PyObject *)__pyx_v_fds) != Py_None);
-      if (__pyx_t_9) {
-
-
-        /* "ivshmem/_wire.pyx":63
- *             messages[filled].msg_hdr.msg_iovlen = 1
- *             if fds is not None:
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])             # <<<<<<<<<<<<<<
- *             filled += 1
- *             if filled == BATCH:
-*/
-        __pyx_f_7ivshmem_5_wire__attach((&(__pyx_v_messages[__pyx_v_filled])), (&(__pyx_v_controls[__pyx_v_filled])), (__pyx_v_fds->fds[__pyx_v_i]));
-
-        /* "ivshmem/_wire.pyx":62
- *             messages[filled].msg_hdr.msg_iov = &iov[filled]
- *             messages[filled].msg_hdr.msg_iovlen = 1
- *             if fds is not None:             # <<<<<<<<<<<<<<
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
- *             filled += 1
-*/
-      }
-
-      /* "ivshmem/_wire.pyx":64
- *             if fds is not None:
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
- *             filled += 1             # <<<<<<<<<<<<<<
- *             if filled == BATCH:
- *                 sent = _sendmmsg(sock, messages, filled, total)
+      /* "ivshmem/_wire.pyx":131
+ *             for i in range(first, first + count):
+ *                 self.put(step & 1, filled, value, fds, i)
+ *                 filled += 1             # <<<<<<<<<<<<<<
+ *                 if filled == BATCH:
+ *                     sent = self.batch(sock, step, filled, total)
 */
       __pyx_v_filled = (__pyx_v_filled + 1);
 
-      /* "ivshmem/_wire.pyx":65
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
- *             filled += 1
- *             if filled == BATCH:             # <<<<<<<<<<<<<<
- *                 sent = _sendmmsg(sock, messages, filled, total)
- *                 total += sent
+      /* "ivshmem/_wire.pyx":132
+ *                 self.put(step & 1, filled, value, fds, i)
+ *                 filled += 1
+ *                 if filled == BATCH:             # <<<<<<<<<<<<<<
+ *                     sent = self.batch(sock, step, filled, total)
+ *                     total += sent
 */
-      __pyx_t_9 = (__pyx_v_filled == __pyx_e_7ivshmem_4_fds_BATCH);
+      __pyx_t_11 = (__pyx_v_filled == __pyx_e_7ivshmem_4_fds_BATCH);
 
-      if (__pyx_t_9) {
+      if (__pyx_t_11) {
 
 
-        /* "ivshmem/_wire.pyx":66
- *             filled += 1
- *             if filled == BATCH:
- *                 sent = _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
- *                 total += sent
- *                 if sent < filled:
+        /* "ivshmem/_wire.pyx":133
+ *                 filled += 1
+ *                 if filled == BATCH:
+ *                     sent = self.batch(sock, step, filled, total)             # <<<<<<<<<<<<<<
+ *                     total += sent
+ *                     if sent < filled:
 */
-        __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
-        __pyx_v_sent = __pyx_t_15;
+        __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
+        __pyx_v_sent = __pyx_t_9;
 
-        /* "ivshmem/_wire.pyx":67
- *             if filled == BATCH:
- *                 sent = _sendmmsg(sock, messages, filled, total)
- *                 total += sent             # <<<<<<<<<<<<<<
- *                 if sent < filled:
- *                     return total
+        /* "ivshmem/_wire.pyx":134
+ *                 if filled == BATCH:
+ *                     sent = self.batch(sock, step, filled, total)
+ *                     total += sent             # <<<<<<<<<<<<<<
+ *                     if sent < filled:
+ *                         return total
 */
         __pyx_v_total = (__pyx_v_total + __pyx_v_sent);
 
-        /* "ivshmem/_wire.pyx":68
- *                 sent = _sendmmsg(sock, messages, filled, total)
- *                 total += sent
- *                 if sent < filled:             # <<<<<<<<<<<<<<
- *                     return total
- *                 filled = 0
+        /* "ivshmem/_wire.pyx":135
+ *                     sent = self.batch(sock, step, filled, total)
+ *                     total += sent
+ *                     if sent < filled:             # <<<<<<<<<<<<<<
+ *                         return total
+ *                     filled = 0
 */
-        __pyx_t_9 = (__pyx_v_sent < __pyx_v_filled);
+        __pyx_t_11 = (__pyx_v_sent < __pyx_v_filled);
 
-        if (__pyx_t_9) {
+        if (__pyx_t_11) {
 
 
-          /* "ivshmem/_wire.pyx":69
- *                 total += sent
- *                 if sent < filled:
- *                     return total             # <<<<<<<<<<<<<<
- *                 filled = 0
- *     if filled:
+          /* "ivshmem/_wire.pyx":136
+ *                     total += sent
+ *                     if sent < filled:
+ *                         return total             # <<<<<<<<<<<<<<
+ *                     filled = 0
+ *                     step += 1
 */
-          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
+          __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -4352,85 +5008,94 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_wire.pyx":68
- *                 sent = _sendmmsg(sock, messages, filled, total)
- *                 total += sent
- *                 if sent < filled:             # <<<<<<<<<<<<<<
- *                     return total
- *                 filled = 0
+          /* "ivshmem/_wire.pyx":135
+ *                     sent = self.batch(sock, step, filled, total)
+ *                     total += sent
+ *                     if sent < filled:             # <<<<<<<<<<<<<<
+ *                         return total
+ *                     filled = 0
 */
         }
 
-        /* "ivshmem/_wire.pyx":70
- *                 if sent < filled:
- *                     return total
- *                 filled = 0             # <<<<<<<<<<<<<<
- *     if filled:
- *         total += _sendmmsg(sock, messages, filled, total)
+        /* "ivshmem/_wire.pyx":137
+ *                     if sent < filled:
+ *                         return total
+ *                     filled = 0             # <<<<<<<<<<<<<<
+ *                     step += 1
+ *         if filled:
 */
         __pyx_v_filled = 0;
 
-        /* "ivshmem/_wire.pyx":65
- *                 _attach(&messages[filled], &controls[filled], fds.fds[i])
- *             filled += 1
- *             if filled == BATCH:             # <<<<<<<<<<<<<<
- *                 sent = _sendmmsg(sock, messages, filled, total)
- *                 total += sent
+        /* "ivshmem/_wire.pyx":138
+ *                         return total
+ *                     filled = 0
+ *                     step += 1             # <<<<<<<<<<<<<<
+ *         if filled:
+ *             total += self.batch(sock, step, filled, total)
+*/
+        __pyx_v_step = (__pyx_v_step + 1);
+
+        /* "ivshmem/_wire.pyx":132
+ *                 self.put(step & 1, filled, value, fds, i)
+ *                 filled += 1
+ *                 if filled == BATCH:             # <<<<<<<<<<<<<<
+ *                     sent = self.batch(sock, step, filled, total)
+ *                     total += sent
 */
       }
     }
 
 
-    /* "ivshmem/_wire.pyx":51
- *     cdef int64_t value
- *     cdef FdArray fds
- *     for run in runs:             # <<<<<<<<<<<<<<
- *         value, fds, first, count = run[0], run[1], run[2], run[3]
- *         if fds is not None and (first < 0 or first + count > fds.count):
+    /* "ivshmem/_wire.pyx":126
+ *         cdef FdArray fds
+ *         self.begin(region, serial)
+ *         for run in runs:             # <<<<<<<<<<<<<<
+ *             value, fds, first, count = run[0], run[1], run[2], run[3]
+ *             self.check(fds, first, count)
 */
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":71
- *                     return total
- *                 filled = 0
- *     if filled:             # <<<<<<<<<<<<<<
- *         total += _sendmmsg(sock, messages, filled, total)
- *     return total
+  /* "ivshmem/_wire.pyx":139
+ *                     filled = 0
+ *                     step += 1
+ *         if filled:             # <<<<<<<<<<<<<<
+ *             total += self.batch(sock, step, filled, total)
+ *         return total
 */
-  __pyx_t_9 = (__pyx_v_filled != 0);
+  __pyx_t_11 = (__pyx_v_filled != 0);
 
-  if (__pyx_t_9) {
+  if (__pyx_t_11) {
 
 
-    /* "ivshmem/_wire.pyx":72
- *                 filled = 0
- *     if filled:
- *         total += _sendmmsg(sock, messages, filled, total)             # <<<<<<<<<<<<<<
- *     return total
+    /* "ivshmem/_wire.pyx":140
+ *                     step += 1
+ *         if filled:
+ *             total += self.batch(sock, step, filled, total)             # <<<<<<<<<<<<<<
+ *         return total
  * 
 */
-    __pyx_t_15 = __pyx_f_7ivshmem_5_wire__sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
-    __pyx_v_total = (__pyx_v_total + __pyx_t_15);
+    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_batch(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_filled, __pyx_v_total); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_v_total = (__pyx_v_total + __pyx_t_9);
 
 
-    /* "ivshmem/_wire.pyx":71
- *                     return total
- *                 filled = 0
- *     if filled:             # <<<<<<<<<<<<<<
- *         total += _sendmmsg(sock, messages, filled, total)
- *     return total
+    /* "ivshmem/_wire.pyx":139
+ *                     filled = 0
+ *                     step += 1
+ *         if filled:             # <<<<<<<<<<<<<<
+ *             total += self.batch(sock, step, filled, total)
+ *         return total
 */
   }
 
-  /* "ivshmem/_wire.pyx":73
- *     if filled:
- *         total += _sendmmsg(sock, messages, filled, total)
- *     return total             # <<<<<<<<<<<<<<
+  /* "ivshmem/_wire.pyx":141
+ *         if filled:
+ *             total += self.batch(sock, step, filled, total)
+ *         return total             # <<<<<<<<<<<<<<
  * 
- * 
+ *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_total); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -4443,11 +5108,11 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":26
+  /* "ivshmem/_wire.pyx":102
+ *             free(self.box)
  * 
- * 
- * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
- *     """Send messages without blocking, in batches of sendmmsg.
+ *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
+ *         """Send messages without blocking, in batches of sendmmsg.
  * 
 */
 
@@ -4456,14 +5121,711 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_16);
-  __Pyx_AddTraceback("ivshmem._wire.send_runs", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
+
+
+
+
+
+
+
+  __Pyx_XDECREF((PyObject *)__pyx_v_fds);
+  __Pyx_XDECREF(__pyx_v_run);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":143
+ *         return total
+ * 
+ *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
+ *         """Send the same batch to many, until one takes less than all of it.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all, "Send the same batch to many, until one takes less than all of it.\n\n        Args:\n            socks: descriptors of sockets, of which the first `first` have got it already.\n            runs: as for `send`; only the first messages of them, at most 64, are sent.\n\n        Returns:\n            (done, sent, error, count): socks[:done] have got all `count` messages; if that are not\n            all, socks[done] has got `sent`, and `error` is 0 or what its errno was.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_7send_to_all = {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all};
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_socks = 0;
+  Py_ssize_t __pyx_v_first;
+  PyObject *__pyx_v_runs = 0;
+  int64_t __pyx_v_region;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[4] = {0,0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("send_to_all (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_socks,&__pyx_mstate_global->__pyx_n_u_first,&__pyx_mstate_global->__pyx_n_u_runs,&__pyx_mstate_global->__pyx_n_u_region,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 143, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  4:
+        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 143, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 143, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 143, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send_to_all", 0) < (0)) __PYX_ERR(0, 143, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send_to_all", 0, 3, 4, i); __PYX_ERR(0, 143, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  4:
+        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 143, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 143, __pyx_L3_error)
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 143, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+    }
+    __pyx_v_socks = values[0];
+    __pyx_v_first = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_first == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 143, __pyx_L3_error)
+    __pyx_v_runs = values[2];
+    if (values[3]) {
+      __pyx_v_region = __Pyx_PyLong_As_int64_t(values[3]); if (unlikely((__pyx_v_region == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 143, __pyx_L3_error)
+    } else {
+      __pyx_v_region = ((int64_t)0);
+    }
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("send_to_all", 0, 3, 4, __pyx_nargs); __PYX_ERR(0, 143, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v_socks, __pyx_v_first, __pyx_v_runs, __pyx_v_region);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_6send_to_all(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, PyObject *__pyx_v_socks, Py_ssize_t __pyx_v_first, PyObject *__pyx_v_runs, int64_t __pyx_v_region) {
+  Py_ssize_t __pyx_v_total;
+  Py_ssize_t __pyx_v_start;
+  Py_ssize_t __pyx_v_length;
+  Py_ssize_t __pyx_v_i;
+  Py_ssize_t __pyx_v_done;
+  int __pyx_v_filled;
+  int __pyx_v_sent;
+  int __pyx_v_code;
+  int *__pyx_v_fds_of;
+  int64_t __pyx_v_value;
+  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds = 0;
+  PyObject *__pyx_v_run = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  Py_ssize_t __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *(*__pyx_t_3)(PyObject *);
+  PyObject *__pyx_t_4 = NULL;
+  int64_t __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  Py_ssize_t __pyx_t_7;
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
+  int __pyx_t_12;
+  char const *__pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
+  PyObject *__pyx_t_20 = NULL;
+  PyObject *__pyx_t_21 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("send_to_all", 0);
+
+  /* "ivshmem/_wire.pyx":154
+ *             all, socks[done] has got `sent`, and `error` is 0 or what its errno was.
+ *         """
+ *         cdef Py_ssize_t total = len(socks)             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t start, length, i, done
+ *         cdef int filled = 0
+*/
+  __pyx_t_1 = PyObject_Length(__pyx_v_socks); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_v_total = __pyx_t_1;
+
+  /* "ivshmem/_wire.pyx":156
+ *         cdef Py_ssize_t total = len(socks)
+ *         cdef Py_ssize_t start, length, i, done
+ *         cdef int filled = 0             # <<<<<<<<<<<<<<
+ *         cdef int sent = 0
+ *         cdef int code = 0
+*/
+  __pyx_v_filled = 0;
+
+  /* "ivshmem/_wire.pyx":157
+ *         cdef Py_ssize_t start, length, i, done
+ *         cdef int filled = 0
+ *         cdef int sent = 0             # <<<<<<<<<<<<<<
+ *         cdef int code = 0
+ *         cdef int *fds_of = NULL
+*/
+  __pyx_v_sent = 0;
+
+  /* "ivshmem/_wire.pyx":158
+ *         cdef int filled = 0
+ *         cdef int sent = 0
+ *         cdef int code = 0             # <<<<<<<<<<<<<<
+ *         cdef int *fds_of = NULL
+ *         cdef int64_t value
+*/
+  __pyx_v_code = 0;
+
+  /* "ivshmem/_wire.pyx":159
+ *         cdef int sent = 0
+ *         cdef int code = 0
+ *         cdef int *fds_of = NULL             # <<<<<<<<<<<<<<
+ *         cdef int64_t value
+ *         cdef FdArray fds
+*/
+  __pyx_v_fds_of = NULL;
+
+  /* "ivshmem/_wire.pyx":162
+ *         cdef int64_t value
+ *         cdef FdArray fds
+ *         self.begin(region, -1)             # <<<<<<<<<<<<<<
+ *         for run in runs:
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]
+*/
+  __pyx_f_7ivshmem_5_wire_6Outbox_begin(__pyx_v_self, __pyx_v_region, -1L);
+
+  /* "ivshmem/_wire.pyx":163
+ *         cdef FdArray fds
+ *         self.begin(region, -1)
+ *         for run in runs:             # <<<<<<<<<<<<<<
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]
+ *             self.check(fds, start, length)
+*/
+  if (likely(PyList_CheckExact(__pyx_v_runs)) || PyTuple_CheckExact(__pyx_v_runs)) {
+    __pyx_t_2 = __pyx_v_runs; __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_1 = 0;
+    __pyx_t_3 = NULL;
+  } else {
+    __pyx_t_1 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_runs); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 163, __pyx_L1_error)
+  }
+  for (;;) {
+    if (likely(!__pyx_t_3)) {
+      if (likely(PyList_CheckExact(__pyx_t_2))) {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 163, __pyx_L1_error)
+          #endif
+          if (__pyx_t_1 >= __pyx_temp) break;
+        }
+        __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_1, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_1;
+      } else {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 163, __pyx_L1_error)
+          #endif
+          if (__pyx_t_1 >= __pyx_temp) break;
+        }
+        #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+        __pyx_t_4 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_2, __pyx_t_1));
+        #else
+        __pyx_t_4 = __Pyx_PySequence_ITEM(__pyx_t_2, __pyx_t_1);
+        #endif
+        ++__pyx_t_1;
+      }
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 163, __pyx_L1_error)
+    } else {
+      __pyx_t_4 = __pyx_t_3(__pyx_t_2);
+      if (unlikely(!__pyx_t_4)) {
+        PyObject* exc_type = PyErr_Occurred();
+        if (exc_type) {
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 163, __pyx_L1_error)
+          PyErr_Clear();
+        }
+        break;
+      }
+    }
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_XDECREF_SET(__pyx_v_run, __pyx_t_4);
+    __pyx_t_4 = 0;
+
+    /* "ivshmem/_wire.pyx":164
+ *         self.begin(region, -1)
+ *         for run in runs:
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]             # <<<<<<<<<<<<<<
+ *             self.check(fds, start, length)
+ *             for i in range(start, min(start + length, start + BATCH - filled)):
+*/
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyLong_As_int64_t(__pyx_t_4); if (unlikely((__pyx_t_5 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = __Pyx_GetItemInt(__pyx_v_run, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 164, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_6 = __Pyx_GetItemInt(__pyx_v_run, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_v_value = __pyx_t_5;
+    __Pyx_XDECREF_SET(__pyx_v_fds, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4));
+    __pyx_t_4 = 0;
+    __pyx_v_start = __pyx_t_7;
+    __pyx_v_length = __pyx_t_8;
+
+    /* "ivshmem/_wire.pyx":165
+ *         for run in runs:
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]
+ *             self.check(fds, start, length)             # <<<<<<<<<<<<<<
+ *             for i in range(start, min(start + length, start + BATCH - filled)):
+ *                 self.put(0, filled, value, fds, i)
+*/
+    __pyx_t_9 = __pyx_f_7ivshmem_5_wire_6Outbox_check(__pyx_v_self, __pyx_v_fds, __pyx_v_start, __pyx_v_length); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
+
+
+    /* "ivshmem/_wire.pyx":166
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]
+ *             self.check(fds, start, length)
+ *             for i in range(start, min(start + length, start + BATCH - filled)):             # <<<<<<<<<<<<<<
+ *                 self.put(0, filled, value, fds, i)
+ *                 self.put(1, filled, value, fds, i)
+*/
+
+    __pyx_t_8 = ((__pyx_v_start + __pyx_e_7ivshmem_4_fds_BATCH) - __pyx_v_filled);
+
+    __pyx_t_7 = (__pyx_v_start + __pyx_v_length);
+    __pyx_t_11 = (__pyx_t_8 < __pyx_t_7);
+
+    if (__pyx_t_11) {
+
+      __pyx_t_10 = __pyx_t_8;
+    } else {
+
+      __pyx_t_10 = __pyx_t_7;
+    }
+
+
+    __pyx_t_8 = __pyx_t_10;
+
+    __pyx_t_10 = __pyx_t_8;
+
+    for (__pyx_t_7 = __pyx_v_start; __pyx_t_7 < __pyx_t_10; __pyx_t_7+=1) {
+      __pyx_v_i = __pyx_t_7;
+
+      /* "ivshmem/_wire.pyx":167
+ *             self.check(fds, start, length)
+ *             for i in range(start, min(start + length, start + BATCH - filled)):
+ *                 self.put(0, filled, value, fds, i)             # <<<<<<<<<<<<<<
+ *                 self.put(1, filled, value, fds, i)
+ *                 filled += 1
+*/
+      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, 0, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
+
+      /* "ivshmem/_wire.pyx":168
+ *             for i in range(start, min(start + length, start + BATCH - filled)):
+ *                 self.put(0, filled, value, fds, i)
+ *                 self.put(1, filled, value, fds, i)             # <<<<<<<<<<<<<<
+ *                 filled += 1
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))
+*/
+      __pyx_f_7ivshmem_5_wire_6Outbox_put(__pyx_v_self, 1, __pyx_v_filled, __pyx_v_value, __pyx_v_fds, __pyx_v_i);
+
+      /* "ivshmem/_wire.pyx":169
+ *                 self.put(0, filled, value, fds, i)
+ *                 self.put(1, filled, value, fds, i)
+ *                 filled += 1             # <<<<<<<<<<<<<<
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))
+ *         if fds_of == NULL:
+*/
+      __pyx_v_filled = (__pyx_v_filled + 1);
+    }
+
+
+    /* "ivshmem/_wire.pyx":163
+ *         cdef FdArray fds
+ *         self.begin(region, -1)
+ *         for run in runs:             # <<<<<<<<<<<<<<
+ *             value, fds, start, length = run[0], run[1], run[2], run[3]
+ *             self.check(fds, start, length)
+*/
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_wire.pyx":170
+ *                 self.put(1, filled, value, fds, i)
+ *                 filled += 1
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))             # <<<<<<<<<<<<<<
+ *         if fds_of == NULL:
+ *             raise MemoryError
+*/
+  __pyx_v_fds_of = ((int *)malloc(((__pyx_v_total + 1) * (sizeof(int)))));
+
+  /* "ivshmem/_wire.pyx":171
+ *                 filled += 1
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))
+ *         if fds_of == NULL:             # <<<<<<<<<<<<<<
+ *             raise MemoryError
+ *         try:
+*/
+  __pyx_t_11 = (__pyx_v_fds_of == NULL);
+
+  if (unlikely(__pyx_t_11)) {
+
+
+    /* "ivshmem/_wire.pyx":172
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))
+ *         if fds_of == NULL:
+ *             raise MemoryError             # <<<<<<<<<<<<<<
+ *         try:
+ *             for i in range(total):
+*/
+    PyErr_NoMemory(); __PYX_ERR(0, 172, __pyx_L1_error)
+
+    /* "ivshmem/_wire.pyx":171
+ *                 filled += 1
+ *         fds_of = <int *>malloc((total + 1) * sizeof(int))
+ *         if fds_of == NULL:             # <<<<<<<<<<<<<<
+ *             raise MemoryError
+ *         try:
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":173
+ *         if fds_of == NULL:
+ *             raise MemoryError
+ *         try:             # <<<<<<<<<<<<<<
+ *             for i in range(total):
+ *                 fds_of[i] = socks[i]
+*/
+  /*try:*/ {
+
+    /* "ivshmem/_wire.pyx":174
+ *             raise MemoryError
+ *         try:
+ *             for i in range(total):             # <<<<<<<<<<<<<<
+ *                 fds_of[i] = socks[i]
+ *             done = first
+*/
+
+    __pyx_t_1 = __pyx_v_total;
+    __pyx_t_8 = __pyx_t_1;
+
+    for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_8; __pyx_t_10+=1) {
+      __pyx_v_i = __pyx_t_10;
+
+      /* "ivshmem/_wire.pyx":175
+ *         try:
+ *             for i in range(total):
+ *                 fds_of[i] = socks[i]             # <<<<<<<<<<<<<<
+ *             done = first
+ *             with nogil:
+*/
+      __pyx_t_2 = __Pyx_GetItemInt(__pyx_v_socks, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 175, __pyx_L10_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_9 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 175, __pyx_L10_error)
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      (__pyx_v_fds_of[__pyx_v_i]) = __pyx_t_9;
+
+    }
+
+
+    /* "ivshmem/_wire.pyx":176
+ *             for i in range(total):
+ *                 fds_of[i] = socks[i]
+ *             done = first             # <<<<<<<<<<<<<<
+ *             with nogil:
+ *                 while done < total:
+*/
+    __pyx_v_done = __pyx_v_first;
+
+    /* "ivshmem/_wire.pyx":177
+ *                 fds_of[i] = socks[i]
+ *             done = first
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 while done < total:
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+*/
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/_wire.pyx":178
+ *             done = first
+ *             with nogil:
+ *                 while done < total:             # <<<<<<<<<<<<<<
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+ *                     if sent < filled:
+*/
+          while (1) {
+            __pyx_t_11 = (__pyx_v_done < __pyx_v_total);
+
+
+            if (!__pyx_t_11) break;
+
+            /* "ivshmem/_wire.pyx":179
+ *             with nogil:
+ *                 while done < total:
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)             # <<<<<<<<<<<<<<
+ *                     if sent < filled:
+ *                         break
+*/
+            __pyx_v_sent = __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(__pyx_v_self, (__pyx_v_fds_of[__pyx_v_done]), __pyx_v_done, __pyx_v_filled, (&__pyx_v_code));
+
+            /* "ivshmem/_wire.pyx":180
+ *                 while done < total:
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+ *                     if sent < filled:             # <<<<<<<<<<<<<<
+ *                         break
+ *                     done += 1
+*/
+            __pyx_t_11 = (__pyx_v_sent < __pyx_v_filled);
+
+            if (__pyx_t_11) {
+
+
+              /* "ivshmem/_wire.pyx":181
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+ *                     if sent < filled:
+ *                         break             # <<<<<<<<<<<<<<
+ *                     done += 1
+ *         finally:
+*/
+              goto __pyx_L18_break;
+
+              /* "ivshmem/_wire.pyx":180
+ *                 while done < total:
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+ *                     if sent < filled:             # <<<<<<<<<<<<<<
+ *                         break
+ *                     done += 1
+*/
+            }
+
+            /* "ivshmem/_wire.pyx":182
+ *                     if sent < filled:
+ *                         break
+ *                     done += 1             # <<<<<<<<<<<<<<
+ *         finally:
+ *             free(fds_of)
+*/
+            __pyx_v_done = (__pyx_v_done + 1);
+          }
+          __pyx_L18_break:;
+        }
+
+        /* "ivshmem/_wire.pyx":177
+ *                 fds_of[i] = socks[i]
+ *             done = first
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 while done < total:
+ *                     sent = self.batch_nogil(fds_of[done], done, filled, &code)
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L16;
+          }
+          __pyx_L16:;
+        }
+    }
+  }
+
+  /* "ivshmem/_wire.pyx":184
+ *                     done += 1
+ *         finally:
+ *             free(fds_of)             # <<<<<<<<<<<<<<
+ *         return done, sent if done < total else 0, code, filled
+ * 
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      free(__pyx_v_fds_of);
+      goto __pyx_L11;
+    }
+    __pyx_L10_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_17);
+      __Pyx_XGOTREF(__pyx_t_18);
+      __Pyx_XGOTREF(__pyx_t_19);
+      __pyx_t_9 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+      {
+        free(__pyx_v_fds_of);
+      }
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_XGIVEREF(__pyx_t_19);
+      __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_XGIVEREF(__pyx_t_16);
+      __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
+      __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+      __pyx_lineno = __pyx_t_9; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+      goto __pyx_L1_error;
+    }
+    __pyx_L11:;
+  }
+
+  /* "ivshmem/_wire.pyx":185
+ *         finally:
+ *             free(fds_of)
+ *         return done, sent if done < total else 0, code, filled             # <<<<<<<<<<<<<<
+ * 
+ *     def unfinished(self):
+*/
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_done); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_11 = (__pyx_v_done < __pyx_v_total);
+
+  if (__pyx_t_11) {
+    __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_sent); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 185, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_4 = __pyx_t_6;
+    __pyx_t_6 = 0;
+  } else {
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
+    __pyx_t_4 = __pyx_mstate_global->__pyx_int_0;
+  }
+
+  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_20 = __Pyx_PyLong_From_int(__pyx_v_filled); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_20);
+  __pyx_t_21 = PyTuple_New(4); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_21);
+  __Pyx_GIVEREF(__pyx_t_2);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_21, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 185, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_4);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_21, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 185, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_6);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_21, 2, __pyx_t_6) != (0)) __PYX_ERR(0, 185, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_20);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_21, 3, __pyx_t_20) != (0)) __PYX_ERR(0, 185, __pyx_L1_error);
+  __pyx_t_2 = 0;
+  __pyx_t_4 = 0;
+  __pyx_t_6 = 0;
+  __pyx_t_20 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_21;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_21 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_wire.pyx":143
+ *         return total
+ * 
+ *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
+ *         """Send the same batch to many, until one takes less than all of it.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_20);
+  __Pyx_XDECREF(__pyx_t_21);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.send_to_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
 
 
 
@@ -4481,112 +5843,666 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_send_runs(CYTHON_UNUSED PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":76
+/* "ivshmem/_wire.pyx":187
+ *         return done, sent if done < total else 0, code, filled
  * 
+ *     def unfinished(self):             # <<<<<<<<<<<<<<
+ *         """What a sending was about whose end is not in the record: None, or a tuple.
  * 
- * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
- *     cdef cmsghdr *header
- *     memset(control, 0, sizeof(ivshmem_control))
 */
 
-static void __pyx_f_7ivshmem_5_wire__attach(struct mmsghdr *__pyx_v_message, ivshmem_control *__pyx_v_control, int __pyx_v_fd) {
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished, "What a sending was about whose end is not in the record: None, or a tuple.\n\n        (region, serial, step, sent, count): after `step` whole batches, `sent` messages of one of\n        `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer\047s.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_9unfinished = {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished};
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("unfinished (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("unfinished", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("unfinished", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_8unfinished(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+  int __pyx_v_which;
+  int __pyx_v_sent;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("unfinished", 0);
+
+  /* "ivshmem/_wire.pyx":193
+ *         `count` went out. For what `send_to_all` was doing `serial` is -1, and a batch is a peer's.
+ *         """
+ *         cdef int which = self.box.step & 1             # <<<<<<<<<<<<<<
+ *         cdef int sent = 0
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+*/
+  __pyx_v_which = (__pyx_v_self->box->step & 1);
+
+  /* "ivshmem/_wire.pyx":194
+ *         """
+ *         cdef int which = self.box.step & 1
+ *         cdef int sent = 0             # <<<<<<<<<<<<<<
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+ *             return None
+*/
+  __pyx_v_sent = 0;
+
+  /* "ivshmem/_wire.pyx":195
+ *         cdef int which = self.box.step & 1
+ *         cdef int sent = 0
+ *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
+ *             return None
+ *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+*/
+  __pyx_t_2 = (__pyx_v_self->box->open == 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->box->open != __pyx_v_self->box->end);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_wire.pyx":196
+ *         cdef int sent = 0
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+ *             return None             # <<<<<<<<<<<<<<
+ *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+ *             sent += 1
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_wire.pyx":195
+ *         cdef int which = self.box.step & 1
+ *         cdef int sent = 0
+ *         if self.box.open == 0 or self.box.open != self.box.end:             # <<<<<<<<<<<<<<
+ *             return None
+ *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":197
+ *         if self.box.open == 0 or self.box.open != self.box.end:
+ *             return None
+ *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:             # <<<<<<<<<<<<<<
+ *             sent += 1
+ *         return (
+*/
+  while (1) {
+    __pyx_t_2 = (__pyx_v_sent < (__pyx_v_self->box->filled[__pyx_v_which]));
+
+    if (__pyx_t_2) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_2;
+
+      goto __pyx_L8_bool_binop_done;
+    }
+    __pyx_t_2 = (((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_sent]).msg_len == __pyx_e_7ivshmem_5_wire_MESSAGE);
+
+
+    __pyx_t_1 = __pyx_t_2;
+
+    __pyx_L8_bool_binop_done:;
+
+    if (!__pyx_t_1) break;
+
+    /* "ivshmem/_wire.pyx":198
+ *             return None
+ *         while sent < self.box.filled[which] and self.box.messages[which][sent].msg_len == MESSAGE:
+ *             sent += 1             # <<<<<<<<<<<<<<
+ *         return (
+ *             self.box.region, self.box.serial, self.box.step, sent, self.box.filled[which],
+*/
+    __pyx_v_sent = (__pyx_v_sent + 1);
+  }
+
+  /* "ivshmem/_wire.pyx":200
+ *             sent += 1
+ *         return (
+ *             self.box.region, self.box.serial, self.box.step, sent, self.box.filled[which],             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+  __pyx_t_3 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->region); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->serial); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = __Pyx_PyLong_From_int64_t(__pyx_v_self->box->step); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_sent); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = __Pyx_PyLong_From_int64_t((__pyx_v_self->box->filled[__pyx_v_which])); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8 = PyTuple_New(5); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __Pyx_GIVEREF(__pyx_t_3);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_4);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_5);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 2, __pyx_t_5) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_6);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 3, __pyx_t_6) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_7);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 4, __pyx_t_7) != (0)) __PYX_ERR(0, 200, __pyx_L1_error);
+  __pyx_t_3 = 0;
+  __pyx_t_4 = 0;
+  __pyx_t_5 = 0;
+  __pyx_t_6 = 0;
+  __pyx_t_7 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_8;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_8 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_wire.pyx":187
+ *         return done, sent if done < total else 0, code, filled
+ * 
+ *     def unfinished(self):             # <<<<<<<<<<<<<<
+ *         """What a sending was about whose end is not in the record: None, or a tuple.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.unfinished", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":203
+ *         )
+ * 
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
+ *         if fds is not None and (first < 0 or first + count > fds.count):
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+*/
+
+static int __pyx_f_7ivshmem_5_wire_6Outbox_check(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_first, Py_ssize_t __pyx_v_count) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[6];
+  Py_ssize_t __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check", 0);
+
+  /* "ivshmem/_wire.pyx":204
+ * 
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
+ *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+ *         return 0
+*/
+  __pyx_t_2 = (((PyObject *)__pyx_v_fds) != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_first < 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = ((__pyx_v_first + __pyx_v_count) > __pyx_v_fds->count);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/_wire.pyx":205
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
+ *         if fds is not None and (first < 0 or first + count > fds.count):
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_first, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(((__pyx_v_first + __pyx_v_count) - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_fds->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_descriptors;
+    __pyx_t_8[1] = __pyx_t_5;
+    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_8[3] = __pyx_t_6;
+    __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_of;
+    __pyx_t_8[5] = __pyx_t_7;
+    __pyx_t_9 = 18;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[5]);
+    #endif
+    __pyx_t_10 = 0;
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 6, __pyx_t_9, __pyx_t_10);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_12 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 205, __pyx_L1_error)
+
+    /* "ivshmem/_wire.pyx":204
+ * 
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
+ *         if fds is not None and (first < 0 or first + count > fds.count):             # <<<<<<<<<<<<<<
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":206
+ *         if fds is not None and (first < 0 or first + count > fds.count):
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_wire.pyx":203
+ *         )
+ * 
+ *     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:             # <<<<<<<<<<<<<<
+ *         if fds is not None and (first < 0 or first + count > fds.count):
+ *             raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":208
+ *         return 0
+ * 
+ *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
+ *         self.box.open = 0
+ *         ivshmem_in_order()
+*/
+
+static void __pyx_f_7ivshmem_5_wire_6Outbox_begin(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int64_t __pyx_v_region, int64_t __pyx_v_serial) {
+
+  /* "ivshmem/_wire.pyx":209
+ * 
+ *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
+ *         self.box.open = 0             # <<<<<<<<<<<<<<
+ *         ivshmem_in_order()
+ *         self.box.region = region
+*/
+  __pyx_v_self->box->open = 0;
+
+  /* "ivshmem/_wire.pyx":210
+ *     cdef void begin(self, int64_t region, int64_t serial) noexcept:
+ *         self.box.open = 0
+ *         ivshmem_in_order()             # <<<<<<<<<<<<<<
+ *         self.box.region = region
+ *         self.box.serial = serial
+*/
+  ivshmem_in_order();
+
+  /* "ivshmem/_wire.pyx":211
+ *         self.box.open = 0
+ *         ivshmem_in_order()
+ *         self.box.region = region             # <<<<<<<<<<<<<<
+ *         self.box.serial = serial
+ *         self.box.step = 0
+*/
+  __pyx_v_self->box->region = __pyx_v_region;
+
+  /* "ivshmem/_wire.pyx":212
+ *         ivshmem_in_order()
+ *         self.box.region = region
+ *         self.box.serial = serial             # <<<<<<<<<<<<<<
+ *         self.box.step = 0
+ * 
+*/
+  __pyx_v_self->box->serial = __pyx_v_serial;
+
+  /* "ivshmem/_wire.pyx":213
+ *         self.box.region = region
+ *         self.box.serial = serial
+ *         self.box.step = 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:
+*/
+  __pyx_v_self->box->step = 0;
+
+  /* "ivshmem/_wire.pyx":208
+ *         return 0
+ * 
+ *     cdef void begin(self, int64_t region, int64_t serial) noexcept:             # <<<<<<<<<<<<<<
+ *         self.box.open = 0
+ *         ivshmem_in_order()
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/_wire.pyx":215
+ *         self.box.step = 0
+ * 
+ *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
+ *         """Write message number `n` of a batch."""
+ *         cdef mmsghdr *message = &self.box.messages[which][n]
+*/
+
+static void __pyx_f_7ivshmem_5_wire_6Outbox_put(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_which, int __pyx_v_n, int64_t __pyx_v_value, struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_fds, Py_ssize_t __pyx_v_i) {
+  struct mmsghdr *__pyx_v_message;
   struct cmsghdr *__pyx_v_header;
+  int __pyx_t_1;
 
-  /* "ivshmem/_wire.pyx":78
- * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:
- *     cdef cmsghdr *header
- *     memset(control, 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
- *     message.msg_hdr.msg_control = control
- *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+  /* "ivshmem/_wire.pyx":217
+ *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:
+ *         """Write message number `n` of a batch."""
+ *         cdef mmsghdr *message = &self.box.messages[which][n]             # <<<<<<<<<<<<<<
+ *         cdef cmsghdr *header
+ *         self.values[which][n] = value
 */
-  (void)(memset(__pyx_v_control, 0, (sizeof(ivshmem_control))));
+  __pyx_v_message = (&((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":79
- *     cdef cmsghdr *header
- *     memset(control, 0, sizeof(ivshmem_control))
- *     message.msg_hdr.msg_control = control             # <<<<<<<<<<<<<<
- *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
- *     header = CMSG_FIRSTHDR(&message.msg_hdr)
+  /* "ivshmem/_wire.pyx":219
+ *         cdef mmsghdr *message = &self.box.messages[which][n]
+ *         cdef cmsghdr *header
+ *         self.values[which][n] = value             # <<<<<<<<<<<<<<
+ *         self.iov[which][n].iov_base = &self.values[which][n]
+ *         self.iov[which][n].iov_len = MESSAGE
 */
-  __pyx_v_message->msg_hdr.msg_control = __pyx_v_control;
+  ((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]) = __pyx_v_value;
 
-  /* "ivshmem/_wire.pyx":80
- *     memset(control, 0, sizeof(ivshmem_control))
- *     message.msg_hdr.msg_control = control
- *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
- *     header = CMSG_FIRSTHDR(&message.msg_hdr)
- *     header.cmsg_len = CMSG_LEN(sizeof(int))
+  /* "ivshmem/_wire.pyx":220
+ *         cdef cmsghdr *header
+ *         self.values[which][n] = value
+ *         self.iov[which][n].iov_base = &self.values[which][n]             # <<<<<<<<<<<<<<
+ *         self.iov[which][n].iov_len = MESSAGE
+ *         memset(message, 0, sizeof(mmsghdr))
 */
-  __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
+  ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_base = (&((__pyx_v_self->values[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":81
- *     message.msg_hdr.msg_control = control
- *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
- *     header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
- *     header.cmsg_len = CMSG_LEN(sizeof(int))
- *     header.cmsg_level = SOL_SOCKET
+  /* "ivshmem/_wire.pyx":221
+ *         self.values[which][n] = value
+ *         self.iov[which][n].iov_base = &self.values[which][n]
+ *         self.iov[which][n].iov_len = MESSAGE             # <<<<<<<<<<<<<<
+ *         memset(message, 0, sizeof(mmsghdr))
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]
 */
-  __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
+  ((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-  /* "ivshmem/_wire.pyx":82
- *     message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
- *     header = CMSG_FIRSTHDR(&message.msg_hdr)
- *     header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
- *     header.cmsg_level = SOL_SOCKET
- *     header.cmsg_type = SCM_RIGHTS
+  /* "ivshmem/_wire.pyx":222
+ *         self.iov[which][n].iov_base = &self.values[which][n]
+ *         self.iov[which][n].iov_len = MESSAGE
+ *         memset(message, 0, sizeof(mmsghdr))             # <<<<<<<<<<<<<<
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]
+ *         message.msg_hdr.msg_iovlen = 1
 */
-  __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
+  (void)(memset(__pyx_v_message, 0, (sizeof(struct mmsghdr))));
 
-  /* "ivshmem/_wire.pyx":83
- *     header = CMSG_FIRSTHDR(&message.msg_hdr)
- *     header.cmsg_len = CMSG_LEN(sizeof(int))
- *     header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
- *     header.cmsg_type = SCM_RIGHTS
- *     memcpy(CMSG_DATA(header), &fd, sizeof(int))
+  /* "ivshmem/_wire.pyx":223
+ *         self.iov[which][n].iov_len = MESSAGE
+ *         memset(message, 0, sizeof(mmsghdr))
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]             # <<<<<<<<<<<<<<
+ *         message.msg_hdr.msg_iovlen = 1
+ *         if fds is not None:
 */
-  __pyx_v_header->cmsg_level = SOL_SOCKET;
+  __pyx_v_message->msg_hdr.msg_iov = (&((__pyx_v_self->iov[__pyx_v_which])[__pyx_v_n]));
 
-  /* "ivshmem/_wire.pyx":84
- *     header.cmsg_len = CMSG_LEN(sizeof(int))
- *     header.cmsg_level = SOL_SOCKET
- *     header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
- *     memcpy(CMSG_DATA(header), &fd, sizeof(int))
+  /* "ivshmem/_wire.pyx":224
+ *         memset(message, 0, sizeof(mmsghdr))
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]
+ *         message.msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
+ *         if fds is not None:
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
+*/
+  __pyx_v_message->msg_hdr.msg_iovlen = 1;
+
+  /* "ivshmem/_wire.pyx":225
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]
+ *         message.msg_hdr.msg_iovlen = 1
+ *         if fds is not None:             # <<<<<<<<<<<<<<
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
+ *             message.msg_hdr.msg_control = &self.controls[which][n]
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_fds) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_wire.pyx":226
+ *         message.msg_hdr.msg_iovlen = 1
+ *         if fds is not None:
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))             # <<<<<<<<<<<<<<
+ *             message.msg_hdr.msg_control = &self.controls[which][n]
+ *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+*/
+    (void)(memset((&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n])), 0, (sizeof(ivshmem_control))));
+
+    /* "ivshmem/_wire.pyx":227
+ *         if fds is not None:
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
+ *             message.msg_hdr.msg_control = &self.controls[which][n]             # <<<<<<<<<<<<<<
+ *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+ *             header = CMSG_FIRSTHDR(&message.msg_hdr)
+*/
+    __pyx_v_message->msg_hdr.msg_control = (&((__pyx_v_self->controls[__pyx_v_which])[__pyx_v_n]));
+
+    /* "ivshmem/_wire.pyx":228
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
+ *             message.msg_hdr.msg_control = &self.controls[which][n]
+ *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
+ *             header = CMSG_FIRSTHDR(&message.msg_hdr)
+ *             header.cmsg_len = CMSG_LEN(sizeof(int))
+*/
+    __pyx_v_message->msg_hdr.msg_controllen = (sizeof(ivshmem_control));
+
+    /* "ivshmem/_wire.pyx":229
+ *             message.msg_hdr.msg_control = &self.controls[which][n]
+ *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+ *             header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
+ *             header.cmsg_len = CMSG_LEN(sizeof(int))
+ *             header.cmsg_level = SOL_SOCKET
+*/
+    __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
+
+    /* "ivshmem/_wire.pyx":230
+ *             message.msg_hdr.msg_controllen = sizeof(ivshmem_control)
+ *             header = CMSG_FIRSTHDR(&message.msg_hdr)
+ *             header.cmsg_len = CMSG_LEN(sizeof(int))             # <<<<<<<<<<<<<<
+ *             header.cmsg_level = SOL_SOCKET
+ *             header.cmsg_type = SCM_RIGHTS
+*/
+    __pyx_v_header->cmsg_len = CMSG_LEN((sizeof(int)));
+
+    /* "ivshmem/_wire.pyx":231
+ *             header = CMSG_FIRSTHDR(&message.msg_hdr)
+ *             header.cmsg_len = CMSG_LEN(sizeof(int))
+ *             header.cmsg_level = SOL_SOCKET             # <<<<<<<<<<<<<<
+ *             header.cmsg_type = SCM_RIGHTS
+ *             memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))
+*/
+    __pyx_v_header->cmsg_level = SOL_SOCKET;
+
+    /* "ivshmem/_wire.pyx":232
+ *             header.cmsg_len = CMSG_LEN(sizeof(int))
+ *             header.cmsg_level = SOL_SOCKET
+ *             header.cmsg_type = SCM_RIGHTS             # <<<<<<<<<<<<<<
+ *             memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))
  * 
 */
-  __pyx_v_header->cmsg_type = SCM_RIGHTS;
+    __pyx_v_header->cmsg_type = SCM_RIGHTS;
 
-  /* "ivshmem/_wire.pyx":85
- *     header.cmsg_level = SOL_SOCKET
- *     header.cmsg_type = SCM_RIGHTS
- *     memcpy(CMSG_DATA(header), &fd, sizeof(int))             # <<<<<<<<<<<<<<
+    /* "ivshmem/_wire.pyx":233
+ *             header.cmsg_level = SOL_SOCKET
+ *             header.cmsg_type = SCM_RIGHTS
+ *             memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))             # <<<<<<<<<<<<<<
  * 
- * 
+ *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
 */
-  (void)(memcpy(CMSG_DATA(__pyx_v_header), (&__pyx_v_fd), (sizeof(int))));
+    (void)(memcpy(CMSG_DATA(__pyx_v_header), (&(__pyx_v_fds->fds[__pyx_v_i])), (sizeof(int))));
 
-  /* "ivshmem/_wire.pyx":76
+    /* "ivshmem/_wire.pyx":225
+ *         message.msg_hdr.msg_iov = &self.iov[which][n]
+ *         message.msg_hdr.msg_iovlen = 1
+ *         if fds is not None:             # <<<<<<<<<<<<<<
+ *             memset(&self.controls[which][n], 0, sizeof(ivshmem_control))
+ *             message.msg_hdr.msg_control = &self.controls[which][n]
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":215
+ *         self.box.step = 0
  * 
- * 
- * cdef void _attach(mmsghdr *message, ivshmem_control *control, int fd) noexcept:             # <<<<<<<<<<<<<<
- *     cdef cmsghdr *header
- *     memset(control, 0, sizeof(ivshmem_control))
+ *     cdef void put(self, int which, int n, int64_t value, FdArray fds, Py_ssize_t i) noexcept:             # <<<<<<<<<<<<<<
+ *         """Write message number `n` of a batch."""
+ *         cdef mmsghdr *message = &self.box.messages[which][n]
 */
 
   /* function exit code */
 
 
+
 }
 
-/* "ivshmem/_wire.pyx":88
+/* "ivshmem/_wire.pyx":235
+ *             memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))
  * 
- * 
- * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
- *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
- *     cdef int n
+ *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
+ *         cdef int code = 0
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
 */
 
-static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *__pyx_v_messages, int __pyx_v_count, Py_ssize_t __pyx_v_before) {
-  int __pyx_v_n;
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, Py_ssize_t __pyx_v_before) {
+  int __pyx_v_code;
+  int __pyx_v_sent;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -4595,42 +6511,249 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_wire.pyx":91
- *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
- *     cdef int n
- *     while True:             # <<<<<<<<<<<<<<
- *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
- *         if n >= 0:
+  /* "ivshmem/_wire.pyx":236
+ * 
+ *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
+ *         cdef int code = 0             # <<<<<<<<<<<<<<
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
+ *         if code and before == 0:
+*/
+  __pyx_v_code = 0;
+
+  /* "ivshmem/_wire.pyx":237
+ *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
+ *         cdef int code = 0
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)             # <<<<<<<<<<<<<<
+ *         if code and before == 0:
+ *             return fail_with(code)
+*/
+  __pyx_v_sent = __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(__pyx_v_self, __pyx_v_sock, __pyx_v_step, __pyx_v_count, (&__pyx_v_code));
+
+  /* "ivshmem/_wire.pyx":238
+ *         cdef int code = 0
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
+ *         if code and before == 0:             # <<<<<<<<<<<<<<
+ *             return fail_with(code)
+ *         return sent
+*/
+  __pyx_t_2 = (__pyx_v_code != 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_before == 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_wire.pyx":239
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
+ *         if code and before == 0:
+ *             return fail_with(code)             # <<<<<<<<<<<<<<
+ *         return sent
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_wire.pyx":238
+ *         cdef int code = 0
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
+ *         if code and before == 0:             # <<<<<<<<<<<<<<
+ *             return fail_with(code)
+ *         return sent
+*/
+  }
+
+  /* "ivshmem/_wire.pyx":240
+ *         if code and before == 0:
+ *             return fail_with(code)
+ *         return sent             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:
+*/
+  {
+
+    __pyx_r = __pyx_v_sent;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_wire.pyx":235
+ *             memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))
+ * 
+ *     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
+ *         cdef int code = 0
+ *         cdef int sent = self.batch_nogil(sock, step, count, &code)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.batch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":242
+ *         return sent
+ * 
+ *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """Send a batch that is written: how many messages of it went out.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil(struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, int __pyx_v_sock, int64_t __pyx_v_step, int __pyx_v_count, int *__pyx_v_code) {
+  int __pyx_v_which;
+  int __pyx_v_i;
+  int __pyx_v_n;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  uint64_t __pyx_t_4;
+  int __pyx_t_5;
+
+  /* "ivshmem/_wire.pyx":247
+ *         0 with `code` 0: the buffer is full. 8 bytes written to a Unix stream socket are not split.
+ *         """
+ *         cdef int which = step & 1             # <<<<<<<<<<<<<<
+ *         cdef int i, n
+ *         # `step` still means the other batch, or none is open.
+*/
+  __pyx_v_which = (__pyx_v_step & 1);
+
+  /* "ivshmem/_wire.pyx":250
+ *         cdef int i, n
+ *         # `step` still means the other batch, or none is open.
+ *         for i in range(count):             # <<<<<<<<<<<<<<
+ *             self.box.messages[which][i].msg_len = 0
+ *         self.box.filled[which] = count
+*/
+
+  __pyx_t_1 = __pyx_v_count;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/_wire.pyx":251
+ *         # `step` still means the other batch, or none is open.
+ *         for i in range(count):
+ *             self.box.messages[which][i].msg_len = 0             # <<<<<<<<<<<<<<
+ *         self.box.filled[which] = count
+ *         ivshmem_in_order()
+*/
+    ((__pyx_v_self->box->messages[__pyx_v_which])[__pyx_v_i]).msg_len = 0;
+  }
+
+
+  /* "ivshmem/_wire.pyx":252
+ *         for i in range(count):
+ *             self.box.messages[which][i].msg_len = 0
+ *         self.box.filled[which] = count             # <<<<<<<<<<<<<<
+ *         ivshmem_in_order()
+ *         self.box.step = step
+*/
+  (__pyx_v_self->box->filled[__pyx_v_which]) = __pyx_v_count;
+
+  /* "ivshmem/_wire.pyx":253
+ *             self.box.messages[which][i].msg_len = 0
+ *         self.box.filled[which] = count
+ *         ivshmem_in_order()             # <<<<<<<<<<<<<<
+ *         self.box.step = step
+ *         ivshmem_in_order()
+*/
+  ivshmem_in_order();
+
+  /* "ivshmem/_wire.pyx":254
+ *         self.box.filled[which] = count
+ *         ivshmem_in_order()
+ *         self.box.step = step             # <<<<<<<<<<<<<<
+ *         ivshmem_in_order()
+ *         self.box.open = self.box.end
+*/
+  __pyx_v_self->box->step = __pyx_v_step;
+
+  /* "ivshmem/_wire.pyx":255
+ *         ivshmem_in_order()
+ *         self.box.step = step
+ *         ivshmem_in_order()             # <<<<<<<<<<<<<<
+ *         self.box.open = self.box.end
+ *         ivshmem_in_order()
+*/
+  ivshmem_in_order();
+
+  /* "ivshmem/_wire.pyx":256
+ *         self.box.step = step
+ *         ivshmem_in_order()
+ *         self.box.open = self.box.end             # <<<<<<<<<<<<<<
+ *         ivshmem_in_order()
+ *         while True:
+*/
+  __pyx_t_4 = __pyx_v_self->box->end;
+
+  __pyx_v_self->box->open = __pyx_t_4;
+
+  /* "ivshmem/_wire.pyx":257
+ *         ivshmem_in_order()
+ *         self.box.open = self.box.end
+ *         ivshmem_in_order()             # <<<<<<<<<<<<<<
+ *         while True:
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
+*/
+  ivshmem_in_order();
+
+  /* "ivshmem/_wire.pyx":258
+ *         self.box.open = self.box.end
+ *         ivshmem_in_order()
+ *         while True:             # <<<<<<<<<<<<<<
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
+ *             if n >= 0:
 */
   while (1) {
 
-    /* "ivshmem/_wire.pyx":92
- *     cdef int n
- *     while True:
- *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
- *         if n >= 0:
- *             return n
+    /* "ivshmem/_wire.pyx":259
+ *         ivshmem_in_order()
+ *         while True:
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)             # <<<<<<<<<<<<<<
+ *             if n >= 0:
+ *                 return n
 */
-    __pyx_v_n = sendmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
+    __pyx_v_n = sendmmsg(__pyx_v_sock, (__pyx_v_self->box->messages[__pyx_v_which]), __pyx_v_count, (MSG_DONTWAIT | MSG_NOSIGNAL));
 
-    /* "ivshmem/_wire.pyx":93
- *     while True:
- *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
- *         if n >= 0:             # <<<<<<<<<<<<<<
- *             return n
- *         if errno == EINTR:
+    /* "ivshmem/_wire.pyx":260
+ *         while True:
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             if errno == EAGAIN:
 */
-    __pyx_t_1 = (__pyx_v_n >= 0);
+    __pyx_t_5 = (__pyx_v_n >= 0);
 
-    if (__pyx_t_1) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":94
- *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
- *         if n >= 0:
- *             return n             # <<<<<<<<<<<<<<
- *         if errno == EINTR:
- *             continue
+      /* "ivshmem/_wire.pyx":261
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
+ *             if n >= 0:
+ *                 return n             # <<<<<<<<<<<<<<
+ *             if errno == EAGAIN:
+ *                 return 0
 */
       {
 
@@ -4638,76 +6761,75 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":93
- *     while True:
- *         n = sendmmsg(sock, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
- *         if n >= 0:             # <<<<<<<<<<<<<<
- *             return n
- *         if errno == EINTR:
+      /* "ivshmem/_wire.pyx":260
+ *         while True:
+ *             n = sendmmsg(sock, self.box.messages[which], count, MSG_DONTWAIT | MSG_NOSIGNAL)
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             if errno == EAGAIN:
 */
     }
 
-    /* "ivshmem/_wire.pyx":95
- *         if n >= 0:
- *             return n
- *         if errno == EINTR:             # <<<<<<<<<<<<<<
- *             continue
- *         if errno == EAGAIN or before > 0:
+    /* "ivshmem/_wire.pyx":262
+ *             if n >= 0:
+ *                 return n
+ *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if errno != EINTR:
 */
-    __pyx_t_1 = (errno == EINTR);
+    __pyx_t_5 = (errno == EAGAIN);
 
-    if (__pyx_t_1) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_wire.pyx":96
- *             return n
- *         if errno == EINTR:
- *             continue             # <<<<<<<<<<<<<<
- *         if errno == EAGAIN or before > 0:
- *             return 0
+      /* "ivshmem/_wire.pyx":263
+ *                 return n
+ *             if errno == EAGAIN:
+ *                 return 0             # <<<<<<<<<<<<<<
+ *             if errno != EINTR:
+ *                 code[0] = errno
 */
-      goto __pyx_L3_continue;
+      {
 
-      /* "ivshmem/_wire.pyx":95
- *         if n >= 0:
- *             return n
- *         if errno == EINTR:             # <<<<<<<<<<<<<<
- *             continue
- *         if errno == EAGAIN or before > 0:
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_wire.pyx":262
+ *             if n >= 0:
+ *                 return n
+ *             if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if errno != EINTR:
 */
     }
 
-    /* "ivshmem/_wire.pyx":97
- *         if errno == EINTR:
- *             continue
- *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
- *             return 0
- *         return fail()
+    /* "ivshmem/_wire.pyx":264
+ *             if errno == EAGAIN:
+ *                 return 0
+ *             if errno != EINTR:             # <<<<<<<<<<<<<<
+ *                 code[0] = errno
+ *                 return 0
 */
-    __pyx_t_2 = (errno == EAGAIN);
+    __pyx_t_5 = (errno != EINTR);
 
-    if (!__pyx_t_2) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_2;
-
-      goto __pyx_L8_bool_binop_done;
-    }
-    __pyx_t_2 = (__pyx_v_before > 0);
+    if (__pyx_t_5) {
 
 
-    __pyx_t_1 = __pyx_t_2;
+      /* "ivshmem/_wire.pyx":265
+ *                 return 0
+ *             if errno != EINTR:
+ *                 code[0] = errno             # <<<<<<<<<<<<<<
+ *                 return 0
+ * 
+*/
+      (__pyx_v_code[0]) = errno;
 
-    __pyx_L8_bool_binop_done:;
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/_wire.pyx":98
- *             continue
- *         if errno == EAGAIN or before > 0:
- *             return 0             # <<<<<<<<<<<<<<
- *         return fail()
+      /* "ivshmem/_wire.pyx":266
+ *             if errno != EINTR:
+ *                 code[0] = errno
+ *                 return 0             # <<<<<<<<<<<<<<
+ * 
  * 
 */
       {
@@ -4716,51 +6838,240 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_wire.pyx":97
- *         if errno == EINTR:
- *             continue
- *         if errno == EAGAIN or before > 0:             # <<<<<<<<<<<<<<
- *             return 0
- *         return fail()
+      /* "ivshmem/_wire.pyx":264
+ *             if errno == EAGAIN:
+ *                 return 0
+ *             if errno != EINTR:             # <<<<<<<<<<<<<<
+ *                 code[0] = errno
+ *                 return 0
 */
     }
-
-    /* "ivshmem/_wire.pyx":99
- *         if errno == EAGAIN or before > 0:
- *             return 0
- *         return fail()             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
-    {
-      __pyx_r = __pyx_t_3;
-    }
-    goto __pyx_L0;
-    __pyx_L3_continue:;
   }
 
-  /* "ivshmem/_wire.pyx":88
+  /* "ivshmem/_wire.pyx":242
+ *         return sent
  * 
+ *     cdef int batch_nogil(self, int sock, int64_t step, int count, int *code) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """Send a batch that is written: how many messages of it went out.
  * 
- * cdef int _sendmmsg(int sock, mmsghdr *messages, int count, Py_ssize_t before) except -1:             # <<<<<<<<<<<<<<
- *     """How many of `count` went out. An 8-byte write to a Unix stream socket is never split."""
- *     cdef int n
 */
 
   /* function exit code */
   __pyx_r = 0;
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._wire._sendmmsg", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
   __pyx_L0:;
+
 
 
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":102
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_11__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_6Outbox_13__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(((struct __pyx_obj_7ivshmem_5_wire_Outbox *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_wire_6Outbox_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_wire_Outbox *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._wire.Outbox.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_wire.pyx":269
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -4769,16 +7080,16 @@ static int __pyx_f_7ivshmem_5_wire__sendmmsg(int __pyx_v_sock, struct mmsghdr *_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_wire_3receive(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_5_wire_1receive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_2receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Returns:\n        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that\n        came with them, which now belong to the caller. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_wire_3receive = {"receive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_3receive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_2receive};
-static PyObject *__pyx_pw_7ivshmem_5_wire_3receive(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_wire_receive, "Take up to about `limit` messages off a socket without blocking.\n\n    Returns:\n        (chunks, eof): chunks is a list of (data, fds): at most 8 bytes and the descriptors that\n        came with them, which now belong to the caller. The kernel never reads past a byte that\n        carried descriptors, so they belong to the message that holds the chunk\047s last byte.\n\n    Raises:\n        ProtocolError: a descriptor was lost on the way (MSG_CTRUNC), which cannot be mended.\n        OSError: as of recvmsg(2), when nothing was received before. On any error all descriptors\n            of this call are closed.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_wire_1receive = {"receive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_1receive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_receive};
+static PyObject *__pyx_pw_7ivshmem_5_wire_1receive(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4809,39 +7120,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_sock,&__pyx_mstate_global->__pyx_n_u_limit,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 269, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "receive", 0) < (0)) __PYX_ERR(0, 269, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 102, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, i); __PYX_ERR(0, 269, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 102, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
     }
-    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
-    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 102, __pyx_L3_error)
+    __pyx_v_sock = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_sock == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
+    __pyx_v_limit = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_limit == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("receive", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 269, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4852,7 +7163,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_wire_2receive(__pyx_self, __pyx_v_sock, __pyx_v_limit);
+  __pyx_r = __pyx_pf_7ivshmem_5_wire_receive(__pyx_self, __pyx_v_sock, __pyx_v_limit);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -4864,7 +7175,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit) {
+static PyObject *__pyx_pf_7ivshmem_5_wire_receive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_sock, Py_ssize_t __pyx_v_limit) {
   struct mmsghdr __pyx_v_messages[__pyx_e_7ivshmem_4_fds_BATCH];
   struct iovec __pyx_v_iov[__pyx_e_7ivshmem_4_fds_BATCH];
   char __pyx_v_data[(__pyx_e_7ivshmem_4_fds_BATCH * __pyx_e_7ivshmem_5_wire_MESSAGE)];
@@ -4904,19 +7215,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("receive", 0);
 
-  /* "ivshmem/_wire.pyx":120
+  /* "ivshmem/_wire.pyx":287
  *     cdef ivshmem_control controls[BATCH]
  *     cdef int n, i, want
  *     cdef list chunks = []             # <<<<<<<<<<<<<<
  *     cdef bint lost = False
  *     cdef bint eof = False
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_chunks = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":121
+  /* "ivshmem/_wire.pyx":288
  *     cdef int n, i, want
  *     cdef list chunks = []
  *     cdef bint lost = False             # <<<<<<<<<<<<<<
@@ -4925,7 +7236,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_lost = 0;
 
-  /* "ivshmem/_wire.pyx":122
+  /* "ivshmem/_wire.pyx":289
  *     cdef list chunks = []
  *     cdef bint lost = False
  *     cdef bint eof = False             # <<<<<<<<<<<<<<
@@ -4934,7 +7245,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   __pyx_v_eof = 0;
 
-  /* "ivshmem/_wire.pyx":123
+  /* "ivshmem/_wire.pyx":290
  *     cdef bint lost = False
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:             # <<<<<<<<<<<<<<
@@ -4942,7 +7253,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
  *         for i in range(BATCH):
 */
   while (1) {
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
     __pyx_t_4 = (__pyx_t_3 < __pyx_v_limit);
 
 
@@ -4973,7 +7284,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":124
+    /* "ivshmem/_wire.pyx":291
  *     cdef bint eof = False
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))             # <<<<<<<<<<<<<<
@@ -4982,7 +7293,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     (void)(memset(__pyx_v_messages, 0, (sizeof(__pyx_v_messages))));
 
-    /* "ivshmem/_wire.pyx":125
+    /* "ivshmem/_wire.pyx":292
  *     while len(chunks) < limit and not eof and not lost:
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):             # <<<<<<<<<<<<<<
@@ -4996,7 +7307,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
       __pyx_v_i = __pyx_t_7;
 
-      /* "ivshmem/_wire.pyx":126
+      /* "ivshmem/_wire.pyx":293
  *         memset(messages, 0, sizeof(messages))
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]             # <<<<<<<<<<<<<<
@@ -5005,7 +7316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_base = (&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)]));
 
-      /* "ivshmem/_wire.pyx":127
+      /* "ivshmem/_wire.pyx":294
  *         for i in range(BATCH):
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE             # <<<<<<<<<<<<<<
@@ -5014,7 +7325,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_iov[__pyx_v_i]).iov_len = __pyx_e_7ivshmem_5_wire_MESSAGE;
 
-      /* "ivshmem/_wire.pyx":128
+      /* "ivshmem/_wire.pyx":295
  *             iov[i].iov_base = &data[i * MESSAGE]
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]             # <<<<<<<<<<<<<<
@@ -5023,7 +7334,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iov = (&(__pyx_v_iov[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":129
+      /* "ivshmem/_wire.pyx":296
  *             iov[i].iov_len = MESSAGE
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1             # <<<<<<<<<<<<<<
@@ -5032,7 +7343,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_iovlen = 1;
 
-      /* "ivshmem/_wire.pyx":130
+      /* "ivshmem/_wire.pyx":297
  *             messages[i].msg_hdr.msg_iov = &iov[i]
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]             # <<<<<<<<<<<<<<
@@ -5041,7 +7352,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       (__pyx_v_messages[__pyx_v_i]).msg_hdr.msg_control = (&(__pyx_v_controls[__pyx_v_i]));
 
-      /* "ivshmem/_wire.pyx":131
+      /* "ivshmem/_wire.pyx":298
  *             messages[i].msg_hdr.msg_iovlen = 1
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)             # <<<<<<<<<<<<<<
@@ -5052,7 +7363,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_wire.pyx":132
+    /* "ivshmem/_wire.pyx":299
  *             messages[i].msg_hdr.msg_control = &controls[i]
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)             # <<<<<<<<<<<<<<
@@ -5061,7 +7372,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
 
     __pyx_t_3 = ((Py_ssize_t)__pyx_e_7ivshmem_4_fds_BATCH);
-    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyList_GET_SIZE(__pyx_v_chunks); if (unlikely(__pyx_t_8 == ((Py_ssize_t)-1))) __PYX_ERR(0, 299, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_v_limit - __pyx_t_8);
 
@@ -5078,7 +7389,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     __pyx_v_want = ((int)__pyx_t_8);
 
 
-    /* "ivshmem/_wire.pyx":133
+    /* "ivshmem/_wire.pyx":300
  *             messages[i].msg_hdr.msg_controllen = sizeof(ivshmem_control)
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)             # <<<<<<<<<<<<<<
@@ -5087,7 +7398,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     __pyx_v_n = recvmmsg(__pyx_v_sock, __pyx_v_messages, __pyx_v_want, (MSG_DONTWAIT | MSG_CMSG_CLOEXEC), NULL);
 
-    /* "ivshmem/_wire.pyx":134
+    /* "ivshmem/_wire.pyx":301
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -5099,7 +7410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":135
+      /* "ivshmem/_wire.pyx":302
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -5111,7 +7422,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":136
+        /* "ivshmem/_wire.pyx":303
  *         if n < 0:
  *             if errno == EINTR:
  *                 continue             # <<<<<<<<<<<<<<
@@ -5120,7 +7431,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/_wire.pyx":135
+        /* "ivshmem/_wire.pyx":302
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:
  *             if errno == EINTR:             # <<<<<<<<<<<<<<
@@ -5129,7 +7440,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_wire.pyx":137
+      /* "ivshmem/_wire.pyx":304
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -5148,7 +7459,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_chunks);
-        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+        if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
         __pyx_t_4 = (__pyx_temp != 0);
       }
 
@@ -5159,7 +7470,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":138
+        /* "ivshmem/_wire.pyx":305
  *                 continue
  *             if errno == EAGAIN or chunks:
  *                 break             # <<<<<<<<<<<<<<
@@ -5168,7 +7479,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
         goto __pyx_L4_break;
 
-        /* "ivshmem/_wire.pyx":137
+        /* "ivshmem/_wire.pyx":304
  *             if errno == EINTR:
  *                 continue
  *             if errno == EAGAIN or chunks:             # <<<<<<<<<<<<<<
@@ -5177,17 +7488,17 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       }
 
-      /* "ivshmem/_wire.pyx":139
+      /* "ivshmem/_wire.pyx":306
  *             if errno == EAGAIN or chunks:
  *                 break
  *             fail()             # <<<<<<<<<<<<<<
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
 */
-      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
 
 
-      /* "ivshmem/_wire.pyx":134
+      /* "ivshmem/_wire.pyx":301
  *         want = <int>min(limit - len(chunks), <Py_ssize_t>BATCH)
  *         n = recvmmsg(sock, messages, want, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -5196,7 +7507,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
     }
 
-    /* "ivshmem/_wire.pyx":140
+    /* "ivshmem/_wire.pyx":307
  *                 break
  *             fail()
  *         for i in range(n):             # <<<<<<<<<<<<<<
@@ -5210,19 +7521,19 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v_i = __pyx_t_11;
 
-      /* "ivshmem/_wire.pyx":141
+      /* "ivshmem/_wire.pyx":308
  *             fail()
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])             # <<<<<<<<<<<<<<
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_wire__descriptors((&(__pyx_v_messages[__pyx_v_i]))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":142
+      /* "ivshmem/_wire.pyx":309
  *         for i in range(n):
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC             # <<<<<<<<<<<<<<
@@ -5243,7 +7554,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L17_bool_binop_done:;
       __pyx_v_lost = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":143
+      /* "ivshmem/_wire.pyx":310
  *             fds = _descriptors(&messages[i])
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0             # <<<<<<<<<<<<<<
@@ -5264,7 +7575,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_L19_bool_binop_done:;
       __pyx_v_eof = __pyx_t_2;
 
-      /* "ivshmem/_wire.pyx":144
+      /* "ivshmem/_wire.pyx":311
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -5276,36 +7587,36 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_wire.pyx":146
+        /* "ivshmem/_wire.pyx":313
  *             if messages[i].msg_len:
  *                 chunks.append(
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)             # <<<<<<<<<<<<<<
  *                 )
  *         if n < want:
 */
-        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+        __pyx_t_1 = PyBytes_FromStringAndSize((&(__pyx_v_data[(__pyx_v_i * __pyx_e_7ivshmem_5_wire_MESSAGE)])), (__pyx_v_messages[__pyx_v_i]).msg_len); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 146, __pyx_L1_error)
+        __pyx_t_12 = PyTuple_New(2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 313, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __Pyx_GIVEREF(__pyx_t_1);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 313, __pyx_L1_error);
         __Pyx_INCREF(__pyx_v_fds);
         __Pyx_GIVEREF(__pyx_v_fds);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_v_fds) != (0)) __PYX_ERR(0, 313, __pyx_L1_error);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/_wire.pyx":145
+        /* "ivshmem/_wire.pyx":312
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:
  *                 chunks.append(             # <<<<<<<<<<<<<<
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
 */
-        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
+        __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_chunks, __pyx_t_12); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
 
-        /* "ivshmem/_wire.pyx":144
+        /* "ivshmem/_wire.pyx":311
  *             lost = lost or messages[i].msg_hdr.msg_flags & MSG_CTRUNC
  *             eof = eof or messages[i].msg_len == 0
  *             if messages[i].msg_len:             # <<<<<<<<<<<<<<
@@ -5316,7 +7627,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
 
 
-    /* "ivshmem/_wire.pyx":148
+    /* "ivshmem/_wire.pyx":315
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -5328,7 +7639,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":149
+      /* "ivshmem/_wire.pyx":316
  *                 )
  *         if n < want:
  *             break             # <<<<<<<<<<<<<<
@@ -5337,7 +7648,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/_wire.pyx":148
+      /* "ivshmem/_wire.pyx":315
  *                     (PyBytes_FromStringAndSize(&data[i * MESSAGE], messages[i].msg_len), fds)
  *                 )
  *         if n < want:             # <<<<<<<<<<<<<<
@@ -5349,7 +7660,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   }
   __pyx_L4_break:;
 
-  /* "ivshmem/_wire.pyx":150
+  /* "ivshmem/_wire.pyx":317
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -5358,7 +7669,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   if (__pyx_v_lost) {
 
-    /* "ivshmem/_wire.pyx":151
+    /* "ivshmem/_wire.pyx":318
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -5371,13 +7682,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_12);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 318, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
       __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_12, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
         PyObject* sequence = __pyx_t_1;
@@ -5385,7 +7696,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         if (unlikely(size != 2)) {
           if (size > 2) __Pyx_RaiseTooManyValuesError(2);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 151, __pyx_L1_error)
+          __PYX_ERR(0, 318, __pyx_L1_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -5395,22 +7706,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
           __Pyx_INCREF(__pyx_t_15);
         } else {
           __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 151, __pyx_L1_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 318, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_14);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 151, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 318, __pyx_L1_error)
           __Pyx_XGOTREF(__pyx_t_15);
         }
         #else
-        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 151, __pyx_L1_error)
+        __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 318, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 151, __pyx_L1_error)
+        __pyx_t_15 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 318, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_15);
         #endif
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       } else {
         Py_ssize_t index = -1;
-        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 151, __pyx_L1_error)
+        __pyx_t_16 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 318, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_16);
@@ -5418,7 +7729,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_GOTREF(__pyx_t_14);
         index = 1; __pyx_t_15 = __pyx_t_17(__pyx_t_16); if (unlikely(!__pyx_t_15)) goto __pyx_L26_unpacking_failed;
         __Pyx_GOTREF(__pyx_t_15);
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_16), 2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
         __pyx_t_17 = NULL;
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         goto __pyx_L27_unpacking_done;
@@ -5426,7 +7737,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
         __pyx_t_17 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 151, __pyx_L1_error)
+        __PYX_ERR(0, 318, __pyx_L1_error)
         __pyx_L27_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_14);
@@ -5434,7 +7745,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __Pyx_XDECREF_SET(__pyx_v_fds, __pyx_t_15);
       __pyx_t_15 = 0;
 
-      /* "ivshmem/_wire.pyx":152
+      /* "ivshmem/_wire.pyx":319
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -5446,9 +7757,9 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __pyx_t_3 = 0;
         __pyx_t_18 = NULL;
       } else {
-        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+        __pyx_t_3 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 152, __pyx_L1_error)
+        __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 319, __pyx_L1_error)
       }
       for (;;) {
         if (likely(!__pyx_t_18)) {
@@ -5456,7 +7767,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -5466,7 +7777,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
               #endif
               if (__pyx_t_3 >= __pyx_temp) break;
             }
@@ -5477,13 +7788,13 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
             #endif
             ++__pyx_t_3;
           }
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 152, __pyx_L1_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 319, __pyx_L1_error)
         } else {
           __pyx_t_15 = __pyx_t_18(__pyx_t_1);
           if (unlikely(!__pyx_t_15)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 152, __pyx_L1_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 319, __pyx_L1_error)
               PyErr_Clear();
             }
             break;
@@ -5493,18 +7804,18 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_15);
         __pyx_t_15 = 0;
 
-        /* "ivshmem/_wire.pyx":153
+        /* "ivshmem/_wire.pyx":320
  *         for _, fds in chunks:
  *             for fd in fds:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
  *         raise ProtocolError(
  *             "a descriptor from the server was lost: this process has too many open files"
 */
-        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 153, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_7 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 320, __pyx_L1_error)
         (void)(close(__pyx_t_7));
 
 
-        /* "ivshmem/_wire.pyx":152
+        /* "ivshmem/_wire.pyx":319
  *     if lost:
  *         for _, fds in chunks:
  *             for fd in fds:             # <<<<<<<<<<<<<<
@@ -5514,7 +7825,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_wire.pyx":151
+      /* "ivshmem/_wire.pyx":318
  *             break
  *     if lost:
  *         for _, fds in chunks:             # <<<<<<<<<<<<<<
@@ -5524,7 +7835,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
     }
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/_wire.pyx":154
+    /* "ivshmem/_wire.pyx":321
  *             for fd in fds:
  *                 c_close(fd)
  *         raise ProtocolError(             # <<<<<<<<<<<<<<
@@ -5532,7 +7843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
  *             " (raise its limit, for instance with `ulimit -n`)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 321, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_19 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5551,14 +7862,14 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
       __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_19, (2-__pyx_t_19) | (__pyx_t_19*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 154, __pyx_L1_error)
+      if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 321, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
     }
     __Pyx_Raise(__pyx_t_12, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __PYX_ERR(0, 154, __pyx_L1_error)
+    __PYX_ERR(0, 321, __pyx_L1_error)
 
-    /* "ivshmem/_wire.pyx":150
+    /* "ivshmem/_wire.pyx":317
  *         if n < want:
  *             break
  *     if lost:             # <<<<<<<<<<<<<<
@@ -5567,22 +7878,22 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
 */
   }
 
-  /* "ivshmem/_wire.pyx":158
+  /* "ivshmem/_wire.pyx":325
  *             " (raise its limit, for instance with `ulimit -n`)"
  *         )
  *     return chunks, eof             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyBool_FromLong(__pyx_v_eof); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_15 = PyTuple_New(2); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __Pyx_INCREF(__pyx_v_chunks);
   __Pyx_GIVEREF(__pyx_v_chunks);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 158, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_v_chunks) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 158, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
@@ -5595,7 +7906,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   __pyx_t_15 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":102
+  /* "ivshmem/_wire.pyx":269
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
@@ -5631,7 +7942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_wire_2receive(CYTHON_UNUSED PyObject *__pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_wire.pyx":161
+/* "ivshmem/_wire.pyx":328
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -5658,7 +7969,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptors", 0);
 
-  /* "ivshmem/_wire.pyx":162
+  /* "ivshmem/_wire.pyx":329
  * 
  * cdef tuple _descriptors(mmsghdr *message):
  *     cdef cmsghdr *header = CMSG_FIRSTHDR(&message.msg_hdr)             # <<<<<<<<<<<<<<
@@ -5667,19 +7978,19 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
   __pyx_v_header = CMSG_FIRSTHDR((&__pyx_v_message->msg_hdr));
 
-  /* "ivshmem/_wire.pyx":165
+  /* "ivshmem/_wire.pyx":332
  *     cdef int fd
  *     cdef size_t i
  *     cdef list fds = []             # <<<<<<<<<<<<<<
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_fds = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_wire.pyx":166
+  /* "ivshmem/_wire.pyx":333
  *     cdef size_t i
  *     cdef list fds = []
  *     while header != NULL:             # <<<<<<<<<<<<<<
@@ -5692,7 +8003,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/_wire.pyx":167
+    /* "ivshmem/_wire.pyx":334
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -5718,7 +8029,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_wire.pyx":168
+      /* "ivshmem/_wire.pyx":335
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):             # <<<<<<<<<<<<<<
@@ -5731,7 +8042,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 
       if (unlikely(__pyx_t_5 == 0)) {
         PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-        __PYX_ERR(0, 168, __pyx_L1_error)
+        __PYX_ERR(0, 335, __pyx_L1_error)
       }
 
       __pyx_t_6 = (__pyx_t_4 / __pyx_t_5);
@@ -5742,7 +8053,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
       for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_5; __pyx_t_4+=1) {
         __pyx_v_i = __pyx_t_4;
 
-        /* "ivshmem/_wire.pyx":169
+        /* "ivshmem/_wire.pyx":336
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))             # <<<<<<<<<<<<<<
@@ -5751,22 +8062,22 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
         (void)(memcpy((&__pyx_v_fd), (CMSG_DATA(__pyx_v_header) + (__pyx_v_i * (sizeof(int)))), (sizeof(int))));
 
-        /* "ivshmem/_wire.pyx":170
+        /* "ivshmem/_wire.pyx":337
  *             for i in range((header.cmsg_len - CMSG_LEN(0)) // sizeof(int)):
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)             # <<<<<<<<<<<<<<
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)
 */
-        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+        __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyList_Append(__pyx_v_fds, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       }
 
 
-      /* "ivshmem/_wire.pyx":167
+      /* "ivshmem/_wire.pyx":334
  *     cdef list fds = []
  *     while header != NULL:
  *         if header.cmsg_level == SOL_SOCKET and header.cmsg_type == SCM_RIGHTS:             # <<<<<<<<<<<<<<
@@ -5775,7 +8086,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
 */
     }
 
-    /* "ivshmem/_wire.pyx":171
+    /* "ivshmem/_wire.pyx":338
  *                 memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int))
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)             # <<<<<<<<<<<<<<
@@ -5784,12 +8095,12 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
     __pyx_v_header = CMSG_NXTHDR((&__pyx_v_message->msg_hdr), __pyx_v_header);
   }
 
-  /* "ivshmem/_wire.pyx":172
+  /* "ivshmem/_wire.pyx":339
  *                 fds.append(fd)
  *         header = CMSG_NXTHDR(&message.msg_hdr, header)
  *     return tuple(fds)             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_1 = PyList_AsTuple(__pyx_v_fds); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5802,7 +8113,7 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_wire.pyx":161
+  /* "ivshmem/_wire.pyx":328
  * 
  * 
  * cdef tuple _descriptors(mmsghdr *message):             # <<<<<<<<<<<<<<
@@ -5825,6 +8136,199 @@ static PyObject *__pyx_f_7ivshmem_5_wire__descriptors(struct mmsghdr *__pyx_v_me
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
+static struct __pyx_vtabstruct_7ivshmem_5_wire_Outbox __pyx_vtable_7ivshmem_5_wire_Outbox;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_5_wire_Outbox *p = ((struct __pyx_obj_7ivshmem_5_wire_Outbox *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_5_wire_Outbox;
+  p->view.obj = NULL;
+  {
+    int cinit_result = __pyx_pw_7ivshmem_5_wire_6Outbox_1__cinit__(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 1);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_5_wire_Outbox(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_5_wire_Outbox(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_5_wire_Outbox((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_5_wire_Outbox(PyObject *o) {
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_5_wire_6Outbox_3__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_5_wire_Outbox[] = {
+  {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_5send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_4send},
+  {"send_to_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_6send_to_all},
+  {"unfinished", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_8unfinished},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_10__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_wire_6Outbox_12__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_5_wire_Outbox_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_5_wire_Outbox},
+  {Py_tp_doc, (void *)PyDoc_STR("Sends messages in batches, and leaves in its memory what went out.\n\n    sendmmsg(2) writes into each message\047s header that it was sent, before it comes to the next one,\n    and a process that is killed in a system call dies when it leaves that call. So if the headers\n    are in memory that outlives the process, and what is sent is noted there before, a successor\n    knows exactly what went out. (Measured: 2,946 kills in the midst of a loop of such calls, none\n    told wrong.)\n\n    The owner keeps a record of what was sent, in the same memory. Its first 8 bytes, `end`, say how\n    far that has got. A call here counts as under way until the owner adds to its record, which\n    changes `end`; so one store says both that the record is longer and that the call is in it.\n\n    Args:\n        buffer: OUTBOX_BYTES of writable memory, held until the outbox is forgotten; None: its own.\n    ")},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_5_wire_Outbox},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_5_wire_Outbox},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_5_wire_Outbox},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_5_wire_Outbox_spec = {
+  "ivshmem._wire.Outbox",
+  sizeof(struct __pyx_obj_7ivshmem_5_wire_Outbox),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
+  __pyx_type_7ivshmem_5_wire_Outbox_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_5_wire_Outbox = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._wire.""Outbox", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_5_wire_Outbox), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_5_wire_Outbox, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
+  PyDoc_STR("Sends messages in batches, and leaves in its memory what went out.\n\n    sendmmsg(2) writes into each message\047s header that it was sent, before it comes to the next one,\n    and a process that is killed in a system call dies when it leaves that call. So if the headers\n    are in memory that outlives the process, and what is sent is noted there before, a successor\n    knows exactly what went out. (Measured: 2,946 kills in the midst of a loop of such calls, none\n    told wrong.)\n\n    The owner keeps a record of what was sent, in the same memory. Its first 8 bytes, `end`, say how\n    far that has got. A call here counts as under way until the owner adds to its record, which\n    changes `end`; so one store says both that the record is longer and that the call is in it.\n\n    Args:\n        buffer: OUTBOX_BYTES of writable memory, held until the outbox is forgotten; None: its own.\n    "), /*tp_doc*/
+  0, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_5_wire_Outbox, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_5_wire_Outbox, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_5_wire_Outbox, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 
 static PyMethodDef __pyx_methods[] = {
   {0, 0, 0, 0}
@@ -5838,6 +8342,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -5871,6 +8376,48 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return 0;
 }
 
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_5_wire_Outbox ---*/
+  __pyx_vtabptr_7ivshmem_5_wire_Outbox = &__pyx_vtable_7ivshmem_5_wire_Outbox;
+  __pyx_vtable_7ivshmem_5_wire_Outbox.check = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_check;
+  __pyx_vtable_7ivshmem_5_wire_Outbox.begin = (void (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int64_t, int64_t))__pyx_f_7ivshmem_5_wire_6Outbox_begin;
+  __pyx_vtable_7ivshmem_5_wire_Outbox.put = (void (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int, int64_t, struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_put;
+  __pyx_vtable_7ivshmem_5_wire_Outbox.batch = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, Py_ssize_t))__pyx_f_7ivshmem_5_wire_6Outbox_batch;
+  __pyx_vtable_7ivshmem_5_wire_Outbox.batch_nogil = (int (*)(struct __pyx_obj_7ivshmem_5_wire_Outbox *, int, int64_t, int, int *))__pyx_f_7ivshmem_5_wire_6Outbox_batch_nogil;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_wire_Outbox_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox)) __PYX_ERR(0, 53, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox = &__pyx_type_7ivshmem_5_wire_Outbox;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_vtabptr_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Outbox, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_wire_Outbox) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
 static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5880,7 +8427,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -5890,9 +8437,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 83, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -5902,8 +8449,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 83, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 83, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(3, 83, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(3, 83, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -5912,8 +8459,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 96, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 96, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(3, 96, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(3, 96, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -5922,8 +8469,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 103, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 103, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(3, 103, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(3, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -5954,12 +8501,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_fail);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_void_fail_with_fail);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 11;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 21;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -6255,13 +8802,14 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_wire_Outbox(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_wire.pyx":19
+  /* "ivshmem/_wire.pyx":26
  * )
  * 
  * from .errors import ProtocolError             # <<<<<<<<<<<<<<
@@ -6270,49 +8818,120 @@ __Pyx_RefNannySetupContext("PyInit__wire", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ProtocolError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 19, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":26
+  /* "ivshmem/_wire.pyx":50
  * 
  * 
- * def send_runs(int sock, runs):             # <<<<<<<<<<<<<<
- *     """Send messages without blocking, in batches of sendmmsg.
+ * OUTBOX_BYTES = sizeof(Box)             # <<<<<<<<<<<<<<
+ * 
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1send_runs, 0, __pyx_mstate_global->__pyx_n_u_send_runs, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 26, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_FromSize_t((sizeof(struct __pyx_t_7ivshmem_5_wire_Box))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OUTBOX_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_wire.pyx":102
+ *             free(self.box)
+ * 
+ *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
+ *         """Send messages without blocking, in batches of sendmmsg.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_5send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_send_runs, __pyx_t_2) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_wire.pyx":102
+  /* "ivshmem/_wire.pyx":143
+ *         return total
+ * 
+ *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
+ *         """Send the same batch to many, until one takes less than all of it.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_7send_to_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_send_to_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_send_to_all, __pyx_t_2) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_wire.pyx":187
+ *         return done, sent if done < total else 0, code, filled
+ * 
+ *     def unfinished(self):             # <<<<<<<<<<<<<<
+ *         """What a sending was about whose end is not in the record: None, or a tuple.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_9unfinished, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox_unfinished, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_wire_Outbox, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_6Outbox_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Outbox___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_wire.pyx":269
  * 
  * 
  * def receive(int sock, Py_ssize_t limit):             # <<<<<<<<<<<<<<
  *     """Take up to about `limit` messages off a socket without blocking.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_3receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_wire_1receive, 0, __pyx_mstate_global->__pyx_n_u_receive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__wire, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_receive, __pyx_t_2) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_wire.pyx":1
@@ -6376,10 +8995,67 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
+
+  /* "ivshmem/_wire.pyx":102
+ *             free(self.box)
+ * 
+ *     def send(self, int sock, runs, int64_t region=0, int64_t serial=0):             # <<<<<<<<<<<<<<
+ *         """Send messages without blocking, in batches of sendmmsg.
+ * 
+*/
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_0, __pyx_mstate_global->__pyx_int_0};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 102, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+
+  /* "ivshmem/_wire.pyx":143
+ *         return total
+ * 
+ *     def send_to_all(self, socks, Py_ssize_t first, runs, int64_t region=0):             # <<<<<<<<<<<<<<
+ *         """Send the same batch to many, until one takes less than all of it.
+ * 
+*/
+  {
+    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 143, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+  #if CYTHON_IMMORTAL_CONSTANTS
+  {
+    PyObject **table = __pyx_mstate->__pyx_tuple;
+    for (Py_ssize_t i=0; i<2; ++i) {
+      #if PY_VERSION_HEX >= 0x030F0000
+      PyUnstable_SetImmortal(table[i]);
+      #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+      if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
+      #if PY_VERSION_HEX < 0x030E0000
+      if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
+      #else
+      if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
+      #endif
+      {
+        Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
+      }
+      #else
+      if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
+      Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
+      #endif
+    }
+  }
+  #endif
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 /* #### Code section: init_constants ### */
 
@@ -6389,32 +9065,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{4},{1},{2},{1},{124},{12},{14},{17},{13},{1},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{18},{6},{18},{8},{5},{4},{3},{6},{2},{3},{6},{5},{1},{3},{5},{13},{5},{4},{8},{1},{3},{7},{3},{4},{9},{4},{10},{4},{5},{5},{6},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{15},{419},{343}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{15},{4},{15},{1},{2},{1},{124},{16},{12},{7},{6},{2},{9},{14},{17},{50},{12},{6},{24},{26},{11},{18},{17},{13},{1},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{6},{18},{4},{8},{5},{4},{4},{3},{6},{2},{3},{6},{6},{5},{1},{3},{5},{13},{6},{5},{4},{8},{1},{3},{7},{6},{3},{4},{4},{4},{11},{4},{6},{10},{4},{5},{5},{4},{5},{10},{5},{6},{4},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{35},{9},{419},{138},{216},{309}};
     #ifndef CYTHON_COMPRESS_STRINGS
-      #define CYTHON_COMPRESS_STRINGS 0
+      #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (903 bytes) */
-static const char cstring[] = "x\332URMo\333F\020\225l\331V\033\247\266\022\333qR\024]5F\021\267\251\n\332Mk\030(\n%M\343\242E\020\333\200\n\027E\231\025\271\214\026\242\270\022w\251\217\244hs\344q\217{\334#\217<\362\250\243\216>\362\230\237\340\237\320Y\332\212[\200\342\354\276\031\316\274yO\210y\250\321h\374\200\221K\270\023\322\276`!\362B\326C\242C\020\047\341\220\204h\2049\362\031\027\207\000R\216\372!s\010\347\250\003\260`\014\365p0A\254O\002\344Q\237p\364 \304\224\023D\005|E{T<D\0364\245\001\0278p\010\032Q\321A/\243\"\205\276\n^\356^O\346\210\016y\247Gz\r\022\206p\275\272}m\217hH\032\375\311\370E\310\004s\230\377\324\244m\333~1\031\303\357G\352\010\3739\031\213\023\342\3316\016\002&\260 \220\266\275(pL\354a\032\024\221\271\221_d\002\334+\"4\265\207\002\267/\321A\204\375yF\020. Pn;,d\221\240\001\301|\0228\2245\336\003\334\351DA\227;>\234m\030!B\354\2206v\272\016\013D\310|\356\260(\020.\026\2300\357r\047\317\365\\\016B\371\304\365h\310\005\245lH\005\351\315\227m\024\313\026\352\030\315{\2404~Ex\320g\375\2208\204\202!Q\000\017\347$p\355\253\203\340D\270\304\303\221/8s\272\002\004\360\207\330\217H\361\342#\034\000[\201\036\014\031uwK\036\246\376\333\362\305Nii[\016\362\312\246<\316+\033\262\231W>\214\357\307\307qG\266\325\262r\365\216v\223\235\304M\353y\365\243\030\307\257\325m\365L[yu5~*7%\206OW\327\342\201\\\220\017\025VB[\372\261n\047\3459\370\245:\316W\241\253<\221c\365&\251\047\373\tN\006\327\320\337\311\177\362\377@n\234\016\262\362{\350\374S+\255\345\325\265x\002\\\332z\021\332\377\234\374\221\325\314\370#(i\251C\335J\276\317\026\316\017\177\2355\363\352\215x/>\211\013JCy\252\312\371zm~^Q\\\327\213\373\272,\377\217\376\255\202\372@W\223r\002\351\333\362\221ZT\007\305&\235\244\233\335\312,S\263#\035\265\255k\3723`p\232\026\013\216\345@-(h\272%_\301\236\233\r\263[ZI\233\351I\032f\367\246\0073k\366x\326=?\373\375\3355\263\233ye\345\355\300\020x\022\217$6t\226!\254\337\201fe\243qO\301\274\233\027\313\245\245\325\370@Z`\321\347\245\245OT\363]eK\342\213ji\351\203x\005\032\201(\221|\006<\3675""\326\242\320U\244\373)NE\266\237\341l`\304\370\006&\020\365H/\203%\013\311\375\244\225\356\245\255l/;\235\226\315J_\250\246\3723\261\222#`l\340\326to\332\002\316Of\203k\201F\312\003!\260\251\257\313Cc\247qvE\376\005\002\375\004\206Zs\340\r\310[\024Y\362\010\032\237i\047\271\223V\2632\270U\330\371\233:\322\277\200>\213\251\2256\257\241\347\360\317\202\016B~g\224,T(t\336\275\"v\2269\323\215\351\361\024\030l\031\271\326`\047G\325L\351D\227\365\226~\235n\303\210\365\273\0063\336\031G6>\006\021\013\350R\354\232\274\253\352\352[}/9H\255\274r#\266\376\005\256\244\372\307";
-    PyObject *data = __Pyx_DecompressString(cstring, 903, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1322 bytes) */
+static const char cstring[] = "x\332uSMS\0337\030\306\340\020\323\220\006\207\217P\322N\326\re`\222\270cJ\nM\247\323\261\013\t\231v\232\360\221\317vf#\357jm\rk\t\257dc\267\235\226\343\036u\324q\217{\334\343\036}\364\321G\037\371\t\374\204\274Zl \303t\307\326j_I\357\373<\317\373\310(\267\005\346\017\r\344\222\n\305\266\301\034cYx\030\033\216\207*5L\305J>\237\377\031\0316\346\226G\016\005\363`\205\325\014Q\305\006\307^\023{\306\021\342\206\313\270x\002A\302\215C\217Y\230s\243\na\301\230QC\264m\260CL\r\207\270\230\033\313\036\"\034\033D\300)R#\342\241\341@RB\271@\324\302\306\021\021U\343C#Y2\036\321\017+\210\032\254!\312\254eP\214m~\t\t\314\tGe\027c\252\307\212\005y\223\231M\232\274Z\303\265<\366<\3306\370\372\326<\"\036\316\037\266[\224A\026\0075\\a\230\246\207\355\206\205M\323\260\033\030\000\033\224\321G\302#M\202\\X\265\010%\3024_\274\332/\275xk\226\336\355o\355\275H\320\234\215\371\363\363V[T\031\205\235\3038\307\002(\211++\200\321\27645\0053\221\353\016\"\r\352@A^\305\366K\217\tf1wKS0M\363e\273\005\377Mb\t\363w\334\022\273\3301MD)KJ\300\3434\250\245\337\225aYxj\210\320\344\315\354\206\233D(\252%o\020\301\034l\323\323\246\320\262\351\205z\003\271\303MCe\256p<\017\340\226\376\000\246\347\211\371\245\362W\0240M\360\032\250i\022nZ\314\203\266\022\212\021oS\213\260\374y\200\227\033\216\203=\253\332\240\007\334r!b\002\r\341!\013\227\221u`1\033[\214\n\217\271\334b\r*l$\220\315\300\034\3149\353\267c;6\014\334d\016X\016\354\340\020\217\013BX\223\010\\\033\332!\237\330\301\305\264\"\252\211\333\264\207k\340\\T\301\234\036\262C\017[\230\200\301q\2050\3525\364\217s\354:\272k\227:\007S\0017\001\354\002|\007\266\342\314:H\376\300\337\003\0210\330U \367\242\273M\370\300\311\300\217\020\025GUbU\t\025\3062\014+#\311\254\311\210\2752\342 \342\232\372N$\263\343T?\375\231\377@\356\034\247N\027G\256\315\313z?=+w\372\351\031Y\324+\367\375\035\277*\313j\\\331\301b`\207\213\241\035\345\372\231\317}\344\377\245\246\325\263\240\320\317L\372[rV\"8:y\313\257\313Q\371P!%\202BP\n\312aj\030|\240v\372\223\220U\356\312\226""\372;\314\205\337\205(\254_\204\376\r/\255\377\007k\255\250\036\247\316C\275{\205(\333\317\334\362\333\200\245\034\214A\372\347\341\237qV\227\337\206-\257\325\223\340u\370S<\332{\362[\267\330\317\334\360W\375]?\201\324\224{*\325\237\312\016\347\327\025\017r\311\367\224L}\002\377v\002\275\036d\302T\010\313\323\362\261\032S\033\t\223jx\020\337\216\013z\317\242\264\324|\220\r\276\006\004{QB\260%\353jTA\3229Y\001\236\263y\315-JG\305h7\362\342\205\316F\267\320-u\017z\357\336\237\\ \273\331O_?\256k\000\277\370G\022i8\343\360\232\272\003\311RZ\343\232\202z7O\307G\256M\372\033\262p\\<\235\034\231XP3j?\230\013<@\230\231\327\033o\370k\276\220\337C;J\312\nf\202\375p.\344\321bd\3079\315\241\240Sa\271*\367\341\344\233\240\030\274\t7\001\332f<\321\311v\226\272\251\356l\227\364\336\274\357\275\377#\021\273\237\231\320H\322\3629\224\231\t\336A\303\027\243J\374\272\263\326\021\335\365\336\356^oo\277\227^\355\255nv\212\247\306\310D.H\235d\026T\356$\363\245*\002\326\211\233\376S\231\223\033*q\3063(\237\350x]\265\002\016]_\003h\271h-\342q.^\213y\047\327)\014\210\313Fb\047\370\270&_\251\234Z\017\226\302\321\0204\235\221\233*\245f\223\256o\204\353\3217Q\275?\265\240\325\236\226\353\352>\350=sW\255\251f\260\0238\341\323h\031h\317|\245\243w eI\241\376\374=U\037\204\000\243\026\014\312\314\202\036s\320\353q8\264\035\025\265\265\352\275\364v7u:\247Ii\203\025\023b\003\225\223\341\256*\\P\374A\347\372\204b;\034\013\013\240\356XT\000}\307\342B\274\331\031\353\024:\305\377\241\370#\324.\205\325\310\211K\261\323)u\320\220\354\264\332\016\236\205\217\301\\W\003\t\244\254\274\223\334\203q\270bc\341*\334\035`\265.\357\303\325\005_\235\265\360\254FA\233RW\336\002\313\016\014\221\275\255\203X\255\016\265\373\007`?\205\276\254\307K\235\014X\"{I\274/\022\325N\364e\221\311\rl\312\267\352\025\270\377Wh\345R\234\372\0107\313#6";
+    PyObject *data = __Pyx_DecompressString(cstring, 1322, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1267 bytes) */
-static const char bytes[] = " of ...?a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)descriptors ivshmem.errorsivshmem/_wire.pyxProtocolError___Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineasyncio.coroutineschunkscline_in_tracebackcontrolscountdataeoferrorsfdfdsfilledfirstiiovitemsivshmem._wirelimitlostmessagesnpopreceiverunrunssend_runssentsetdefaultsocktotalvaluevalueswantint (void)\000fail\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200\001\360&\000\005\035\230A\340\004\026\220a\360\010\000\005\t\210\007\210q\330\010\017\210u\220G\2308\2403\240a\240t\2503\250a\250t\2603\260a\260t\2703\270a\270q\330\010\013\2104\210w\220e""\2305\240\006\240b\250\002\250#\250V\2602\260V\2702\270S\300\001\330\014\022\220*\230A\230^\2501\250H\260A\260V\2702\270V\3002\300V\3101\310C\310q\330\010\014\210E\220\025\220a\220w\230f\240B\240a\330\014\022\220!\220:\230Q\330\014\017\210q\220\007\220|\2401\240F\250!\2501\330\014\017\210q\220\007\220{\240!\330\014\022\220!\2201\220H\230A\230Y\240c\250\027\260\010\270\001\270\021\330\014\024\220A\220W\230H\240K\250q\260\003\2601\260A\330\014\024\220A\220W\230H\240N\260!\330\014\017\210t\2207\230!\330\020\027\220q\230\001\230\030\240\021\240)\2501\250H\260A\260Y\270c\300\024\300Q\300a\330\014\026\220a\330\014\017\210w\220c\230\021\330\020\027\220y\240\001\240\026\240z\260\030\270\021\330\020\031\230\021\330\020\023\2205\230\002\230!\330\024\033\2301\330\020\031\230\021\330\004\007\200q\330\010\021\220\031\230!\2306\240\032\2508\2601\330\004\013\2101";
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1704 bytes) */
+static const char cstring[] = "\377 bytes, \377aligned \377of (tree\377 fragmen\377t)...?a \377descript\373or\027\000om th\377e server\377 was los\373t:\022\000is pr\177ocess h\024\000\377too many\377 open fi\377les (rai\337se it3\000im\337it, fR\000in\377stance w\177ith `ul\027\001\377 -n`)an \377outbox n\317eeds\177\010\t\000is\277ableen\002\001g\371cU\000\005\002divsh\377mem.erro\373rs\007\004/_wir\177e.pyxno\315\000\377fault __\377reduce__\377 due to \377non-triv\367ial\033\000cini\377t__OUTBO\377X_BYTESO\364\211\002\000\003.7\006cyth\343on\047\000\247\002\025\000set\356\320\000te_\013\014sen\371d6\004\007\001_to_a\273llH\004unfn\000s\377hedProto\357colE\277\001___\367Pyx\001\000Dict\377_NextRef\377__annota\274`\000\035\000func$\000_\271go\0051\000mai\217\000_\277_modul\340\000_O_nam\003\002\202 _\230\003\315_\007\001vt\303!;\001qu\303al\035\005\222%\323\016\254&ex\310o\001\347\000P\006st\010\361\016__\374\351`\313 _is_co\375r\324@ineasy\337ncio.\010\006sb\377ufferchu_nkscl \000_\304\000\377tracebac\377kcodecon\377trolscou\377ntdatado\366\232`of\352Cfdfd\335s\000\000_of\360`le\377dfirstii\277ovitem\207e.~\212blength\351b\376\300\204\001message\377snpoprec\377eiveregi\357onru\000\000nss\307elf\275A\257H\315@ts\263er\254`\357@de\322bs\367ock\000\001ssta]r\204`ept\246@l\324G\337value\000\002sw\377antwhich\337int (\002\000)\000\376\005\002void)\000f\317ail_\220\205\001\005\002\200\001\377\330\004\n\210+\220Q\200\377\001\360$\000\005\030\220q\377\330\004\025\220Q\330\004\024\373\220A\026\001#\210Q\210h\377\220b\230\006\230d\240$\377\240d\250$\250d\260!\377\330\010\016\210a\210z\230\377\023\230G\2401\330\010\014\277\210E\220\025\220a8\000\014\377\017\210q\220\002\220,\230\377a\230t\2401\240B\240\357b\250\001\330\016\004+\230Q\373\330\014S\000\220R\220x\230\377{\250!\2503\250a\250\255q\t\007~\250\025\010\177\031\000x\357\260q\270\001*\006\320\0371\177\260\021\330\010\017\210y\211\000\367b\240\003\\\000I\250\\\270\376\020\000\014\210H\220A\220V\377\230:\240V\250=\270\002\377\320:L\310A\330\010\013""\337\2102\210R\210]\000\017\210\377v\220S\230\001\330\020\021|\206\001\010\001\007\230s\240!\013\002\327\020\220\001\262\n\022\266\002q\240\357\010\250\001\250,\000\023\2205\357\230\003\2308\305\002h\250k\377\270\022\2701\330\014\022\220\377$\220c\230\030\240\021\240\277\"\240I\250S\260\334\002x\337\220q\230\002\230R\000\026\220\355g\345\000\025.\330\001\260\004\260\377A\260R\260r\270\032\300\3778\3101\310B\310k\320\367YZ\340\220\007\r\330\004\007\373\200q\274!C\210w\220a\337\330\014\020\220\006\004\000\020\027\274J\000\225\000\016\210m\230m\000\r\377\360\006\000\005\014\2108\220\3771\200A\360\014\000\t\032\377\230\024\230T\240\026\240r\346\237\000\010\030\326\000\350\0004\210t\373\2206\214@B\230c\240\024\377\240T\250\026\250s\260$\377\260d\270!\330\014\023\220\376\237@\016\210e\2202\220T\3767\000W\240A\240W\250D\376\230\000D\270\t\300\021\300&\377\310\001\310\025\310i\320W\357Z\320Z[\233B\330\010\t\356\206\001\004\220Id\000\024\240Y\376\356@$\260g\270V\3004\377\300t\3107\320RS\320\377ST\320\0042\3202D\377\300A\360 \000\t!\240\377\001\340\010\032\230!\340\010\367\034\230A\251\000\t\r\210F_\220!\2208\230\225bG|\000\376\201\0005\230\007\230x\240s\372\363@4\230\000!\2604\260s\377\270!\2704\270s\300!\233\3001\362\004\220u\312b\203 \005\377\220U\230!\2307\240&\367\250\002\250\246@\024\220D\230\357\001\230\025\230\362A8\2507\277\260%\260q\330\020o\000\330\277\020\023\2207\230#\325`\024\377\033\2304\230v\240Q\240\337f\250F\260(\364\000\024\035\372\022\001\027P\000B\230a\330\030\017\037\230q\330\r\003\241\000\230a\305@}\025\215 \026\230q\240\0062\000\373H\260\257`\017\210q\320\004\237H\310\001\360\026\321\001\335aAr\324\002\330\340#\346\"\033\2301\331\007\3339\230\345`\014\210\330\010y\250\367\003\2501\333 \003\2601\260\377D\270\003\2701\270D\300_\003\3001\300A\314\024;\256\000\377B\250h\260f\270B\270\177f\300B\300a\330\020\347\003\177\023\230H\240G\2505\332`\274\000\016\365\002\010\021\220\027\203\205\002\006\273\240bq\0002\250Q\356\204\0017\177\220#\220Q\330\014\r\274D~""\301#1\330\020\026\220a\332 oE\240\021\240\212d\021\022\021\001\327e\2302\264%|\264\000F\260\177!\2607\270&\300\010\220`w\021\330\024\264&\031\330\024\327@\277\340\014\020\220\001\220\375\205\002v\377\220X\230U\240\"\240K\016\343`&\270\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1704, 2033);
+    #define __Pyx_DecompressString_UNUSED
+    if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
+    const char* const bytes = __Pyx_PyBytes_AsString(data);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
+    #endif
+    #else /* compression: none (2033 bytes) */
+static const char bytes[] = " bytes, aligned of (tree fragment)...?a descriptor from the server was lost: this process has too many open files (raise its limit, for instance with `ulimit -n`)an outbox needs descriptors disableenablegcisenabledivshmem.errorsivshmem/_wire.pyxno default __reduce__ due to non-trivial __cinit__OUTBOX_BYTESOutboxOutbox.__reduce_cython__Outbox.__setstate_cython__Outbox.sendOutbox.send_to_allOutbox.unfinishedProtocolError___Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbufferchunkscline_in_tracebackcodecontrolscountdatadoneeoferrorsfdfdsfds_offilledfirstiiovitemsivshmem._wirelengthlimitlostmessagesnpopreceiveregionrunrunsselfsendsend_to_allsentserialsetdefaultsocksocksstartsteptotalunfinishedvaluevalueswantwhichint (int)\000int (void)\000fail_with\000fail\200\001\330\004\n\210+\220Q\200\001\360$\000\005\030\220q\330\004\025\220Q\330\004\024\220A\330\004\n\210#\210Q\210h\220b\230\006\230d\240$\240d\250$\250d\260!\330\010\016\210a\210z\230\023\230G\2401\330\010\014\210E\220\025\220a\220q\330\014\017\210q\220\002\220,\230a\230t\2401\240B\240b\250\001\330\014\017\210q\220\002\220+\230Q\330\014\024\220A\220R\220x\230{\250!\2503\250a\250q\330\014\024\220A\220R\220x\230~\250Q\330\014\024\220A\220R\220x\230\177\250a\250x\260q\270\001\330\014\024\220A\220R\220x\320\0371\260\021\330\010\017\210y\230\006\230b\240\003\2401\240I\250\\\270\021\330\010\014\210H\220A\220V\230:\240V\250=\270\002\320:L\310A\330\010\013\2102\210R\210q\330\014\017\210v\220S\230\001\330\020\021\330\014\017\210v\220S\230\007\230s\240!\330\020\021\330\014\020\220\001\330\010\014\210E\220\025\220a\220q\330\014\022\220,\230a\230q\240\010\250\001\250\021\330\014\023\2205\230\003\2308\2401\240B\240h\250k\270\022\2701\330\014\022\220$\220c\230\030\240\021\240\"\240I\250S\260\001\330\014\017\210x\220q\230\002\230!\330\020\026""\220g\230Q\330\025.\250a\250q\260\004\260A\260R\260r\270\032\3008\3101\310B\310k\320YZ\340\010\013\2102\210R\210q\330\014\r\330\004\007\200q\330\010\014\210C\210w\220a\330\014\020\220\006\220a\330\020\027\220q\230\001\330\010\016\210m\2301\330\014\r\360\006\000\005\014\2108\2201\200A\360\014\000\t\032\230\024\230T\240\026\240r\250\021\330\010\030\230\001\330\010\013\2104\210t\2206\230\023\230B\230c\240\024\240T\250\026\250s\260$\260d\270!\330\014\023\2201\330\010\016\210e\2202\220T\230\024\230W\240A\240W\250D\260\004\260D\270\t\300\021\300&\310\001\310\025\310i\320WZ\320Z[\330\014\024\220A\330\010\t\330\014\020\220\004\220I\230T\240\024\240Y\250d\260$\260g\270V\3004\300t\3107\320RS\320ST\320\0042\3202D\300A\360 \000\t!\240\001\340\010\032\230!\340\010\034\230A\360\006\000\t\r\210F\220!\2208\2301\330\010\014\210G\2201\330\014\023\2205\230\007\230x\240s\250!\2504\250s\260!\2604\260s\270!\2704\270s\300!\3001\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\2307\240&\250\002\250!\330\020\024\220D\230\001\230\025\230b\240\003\2408\2507\260%\260q\330\020\032\230!\330\020\023\2207\230#\230Q\330\024\033\2304\230v\240Q\240f\250F\260(\270!\330\024\035\230Q\330\024\027\220u\230B\230a\330\030\037\230q\330\024\035\230Q\330\024\034\230A\330\010\013\2101\330\014\025\220T\230\026\230q\240\006\240f\250H\260A\330\010\017\210q\320\004H\310\001\360\026\000\t!\240\003\2401\240A\340\010\032\230!\330\010\030\230\001\330\010\030\230\001\330\010\033\2301\360\006\000\t\r\210F\220!\2209\230A\330\010\014\210G\2201\330\014\023\2205\230\007\230y\250\003\2501\250D\260\003\2601\260D\270\003\2701\270D\300\003\3001\300A\330\014\020\220\006\220a\220u\230G\2401\330\014\020\220\005\220U\230!\230;\240f\250B\250h\260f\270B\270f\300B\300a\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\024\220D\230\001\230\023\230H\240G\2505\260\001\330\020\032\230!\330\010\021\220\027\230\006\230b\240\006\240b\250\003\2502\250Q\330\010\013\2107\220#\220Q\330\014\r\330\010\t\330\014""\020\220\005\220U\230!\2301\330\020\026\220a\220u\230E\240\021\240!\330\014\023\2201\330\021\022\330\020\026\220e\2302\230Q\330\024\033\2304\230|\2501\250F\260!\2607\270&\300\010\310\001\310\021\330\024\027\220u\230B\230a\330\030\031\330\024\034\230A\340\014\020\220\001\220\021\330\010\017\210v\220X\230U\240\"\240K\250s\260&\270\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 52; i++) {
+    for (int i = 0; i < 89; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 8) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 16) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -6422,8 +9107,8 @@ static const char bytes[] = " of ...?a descriptor from the server was lost: this
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 52; i < 55; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-52].length;
+    for (int i = 89; i < 95; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-89].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -6433,15 +9118,15 @@ static const char bytes[] = " of ...?a descriptor from the server was lost: this
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 55; i++) {
+    for (Py_ssize_t i = 0; i < 95; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 52;
-      for (Py_ssize_t i=0; i<3; ++i) {
+      PyObject **table = stringtab + 89;
+      for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -6462,6 +9147,37 @@ static const char bytes[] = " of ...?a descriptor from the server was lost: this
     }
     #endif
   }
+  {
+    PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
+    int8_t const cint_constants_1[] = {0};
+    for (int i = 0; i < 1; i++) {
+      numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
+      if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
+    }
+  }
+  #if CYTHON_IMMORTAL_CONSTANTS
+  {
+    PyObject **table = __pyx_mstate->__pyx_number_tab;
+    for (Py_ssize_t i=0; i<1; ++i) {
+      #if PY_VERSION_HEX >= 0x030F0000
+      PyUnstable_SetImmortal(table[i]);
+      #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+      if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
+      #if PY_VERSION_HEX < 0x030E0000
+      if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
+      #else
+      if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
+      #endif
+      {
+        Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
+      }
+      #else
+      if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
+      Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
+      #endif
+    }
+  }
+  #endif
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -6471,12 +9187,12 @@ static const char bytes[] = " of ...?a descriptor from the server was lost: this
 namespace {
 #endif
 typedef struct {
-    unsigned int argcount : 2;
+    unsigned int argcount : 3;
     unsigned int num_posonly_args : 1;
     unsigned int num_kwonly_args : 1;
-    unsigned int nlocals : 4;
+    unsigned int nlocals : 5;
     unsigned int flags : 10;
-    unsigned int first_line : 7;
+    unsigned int first_line : 9;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -6496,14 +9212,34 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 26};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_values, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send_runs, __pyx_mstate->__pyx_kp_b_iso88591_A_a_q_uG83at3at3at3aq_4we5_b_V2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {5, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_region, __pyx_mstate->__pyx_n_u_serial, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_step, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_22DA_A_F_81_G1_5_xs_4s_4s_4s_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
+    const __Pyx_PyCode_New_function_description descr = {5, 0, 0, 17, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 143};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_socks, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_runs, __pyx_mstate->__pyx_n_u_region, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_start, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_filled, __pyx_mstate->__pyx_n_u_sent, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_fds_of, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_run};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_send_to_all, __pyx_mstate->__pyx_kp_b_iso88591_H_1A_1_F_9A_G1_5_y_1D_1D_1D_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which, __pyx_mstate->__pyx_n_u_sent};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_unfinished, __pyx_mstate->__pyx_kp_b_iso88591_A_T_r_4t6_Bc_T_s_d_1_e2T_WAWD_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 15, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 269};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_sock, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_messages, __pyx_mstate->__pyx_n_u_iov, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_controls, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_want, __pyx_mstate->__pyx_n_u_chunks, __pyx_mstate->__pyx_n_u_lost, __pyx_mstate->__pyx_n_u_eof, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u__4, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__wire_pyx, __pyx_mstate->__pyx_n_u_receive, __pyx_mstate->__pyx_kp_b_iso88591_q_Q_A_Qhb_d_d_d_az_G1_E_aq_q_at, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -7626,7 +10362,328 @@ static void __Pyx_RaiseArgtupleInvalid(
                  (num_expected == 1) ? "" : "s", num_found);
 }
 
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
+/* CIntToDigits (used by CIntToPyUnicode) */
+static const char DIGIT_PAIRS_10[2*10*10+1] = {
+    "00010203040506070809"
+    "10111213141516171819"
+    "20212223242526272829"
+    "30313233343536373839"
+    "40414243444546474849"
+    "50515253545556575859"
+    "60616263646566676869"
+    "70717273747576777879"
+    "80818283848586878889"
+    "90919293949596979899"
+};
+static const char DIGIT_PAIRS_8[2*8*8+1] = {
+    "0001020304050607"
+    "1011121314151617"
+    "2021222324252627"
+    "3031323334353637"
+    "4041424344454647"
+    "5051525354555657"
+    "6061626364656667"
+    "7071727374757677"
+};
+static const char DIGITS_HEX[2*16+1] = {
+    "0123456789abcdef"
+    "0123456789ABCDEF"
+};
+
+/* BuildPyUnicode (used by COrdinalToPyUnicode) */
+static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
+                                                int prepend_sign, char padding_char) {
+    PyObject *uval;
+    Py_ssize_t uoffset = ulength - clength;
+#if CYTHON_USE_UNICODE_INTERNALS
+    Py_ssize_t i;
+    void *udata;
+    uval = PyUnicode_New(ulength, 127);
+    if (unlikely(!uval)) return NULL;
+    udata = PyUnicode_DATA(uval);
+    if (uoffset > 0) {
+        i = 0;
+        if (prepend_sign) {
+            __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, 0, '-');
+            i++;
+        }
+        for (; i < uoffset; i++) {
+            __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, i, padding_char);
+        }
+    }
+    for (i=0; i < clength; i++) {
+        __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, uoffset+i, chars[i]);
+    }
+#else
+    {
+        PyObject *sign = NULL, *padding = NULL;
+        uval = NULL;
+        if (uoffset > 0) {
+            prepend_sign = !!prepend_sign;
+            if (uoffset > prepend_sign) {
+                padding = PyUnicode_FromOrdinal(padding_char);
+                if (likely(padding) && uoffset > prepend_sign + 1) {
+                    PyObject *tmp = PySequence_Repeat(padding, uoffset - prepend_sign);
+                    Py_DECREF(padding);
+                    padding = tmp;
+                }
+                if (unlikely(!padding)) goto done_or_error;
+            }
+            if (prepend_sign) {
+                sign = PyUnicode_FromOrdinal('-');
+                if (unlikely(!sign)) goto done_or_error;
+            }
+        }
+        uval = PyUnicode_DecodeASCII(chars, clength, NULL);
+        if (likely(uval) && padding) {
+            PyObject *tmp = PyUnicode_Concat(padding, uval);
+            Py_DECREF(uval);
+            uval = tmp;
+        }
+        if (likely(uval) && sign) {
+            PyObject *tmp = PyUnicode_Concat(sign, uval);
+            Py_DECREF(uval);
+            uval = tmp;
+        }
+done_or_error:
+        Py_XDECREF(padding);
+        Py_XDECREF(sign);
+    }
+#endif
+    return uval;
+}
+
+/* COrdinalToPyUnicode (used by CIntToPyUnicode) */
+static CYTHON_INLINE int __Pyx_CheckUnicodeValue(int value) {
+    return value <= 1114111;
+}
+static PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_ssize_t ulength, char padding_char) {
+    Py_ssize_t padding_length = ulength - 1;
+    if (likely((padding_length <= 250) && (value < 0xD800 || value > 0xDFFF))) {
+        char chars[256];
+        if (value <= 255) {
+            memset(chars, padding_char, (size_t) padding_length);
+            chars[ulength-1] = (char) value;
+            return PyUnicode_DecodeLatin1(chars, ulength, NULL);
+        }
+        char *cpos = chars + sizeof(chars);
+        if (value < 0x800) {
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0xc0 | (value & 0x1f));
+        } else if (value < 0x10000) {
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0xe0 | (value & 0x0f));
+        } else {
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0x80 | (value & 0x3f));
+            value >>= 6;
+            *--cpos = (char) (0xf0 | (value & 0x07));
+        }
+        cpos -= padding_length;
+        memset(cpos, padding_char, (size_t) padding_length);
+        return PyUnicode_DecodeUTF8(cpos, chars + sizeof(chars) - cpos, NULL);
+    }
+    if (value <= 127 && CYTHON_USE_UNICODE_INTERNALS) {
+        const char chars[1] = {(char) value};
+        return __Pyx_PyUnicode_BuildFromAscii(ulength, chars, 1, 0, padding_char);
+    }
+    {
+        PyObject *uchar, *padding_uchar, *padding, *result;
+        padding_uchar = PyUnicode_FromOrdinal(padding_char);
+        if (unlikely(!padding_uchar)) return NULL;
+        padding = PySequence_Repeat(padding_uchar, padding_length);
+        Py_DECREF(padding_uchar);
+        if (unlikely(!padding)) return NULL;
+        uchar = PyUnicode_FromOrdinal(value);
+        if (unlikely(!uchar)) {
+            Py_DECREF(padding);
+            return NULL;
+        }
+        result = PyUnicode_Concat(padding, uchar);
+        Py_DECREF(padding);
+        Py_DECREF(uchar);
+        return result;
+    }
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_size_t(size_t value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const size_t neg_one = (size_t) -1, const_zero = (size_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (size_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_size_t(size_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(size_t)*3+2];
+    char *dpos, *end = digits + sizeof(size_t)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    size_t remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const size_t neg_one = (size_t) -1, const_zero = (size_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (size_t) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (size_t) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (size_t) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
 #if PY_VERSION_HEX >= 0x030C00A6
@@ -7684,6 +10741,114 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #endif
 }
 #endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
 
 /* GivenExceptionMatches */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -7972,154 +11137,269 @@ static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
     return 0;
 }
 
-/* CIntToDigits (used by CIntToPyUnicode) */
-static const char DIGIT_PAIRS_10[2*10*10+1] = {
-    "00010203040506070809"
-    "10111213141516171819"
-    "20212223242526272829"
-    "30313233343536373839"
-    "40414243444546474849"
-    "50515253545556575859"
-    "60616263646566676869"
-    "70717273747576777879"
-    "80818283848586878889"
-    "90919293949596979899"
-};
-static const char DIGIT_PAIRS_8[2*8*8+1] = {
-    "0001020304050607"
-    "1011121314151617"
-    "2021222324252627"
-    "3031323334353637"
-    "4041424344454647"
-    "5051525354555657"
-    "6061626364656667"
-    "7071727374757677"
-};
-static const char DIGITS_HEX[2*16+1] = {
-    "0123456789abcdef"
-    "0123456789ABCDEF"
-};
-
-/* BuildPyUnicode (used by COrdinalToPyUnicode) */
-static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
-                                                int prepend_sign, char padding_char) {
-    PyObject *uval;
-    Py_ssize_t uoffset = ulength - clength;
-#if CYTHON_USE_UNICODE_INTERNALS
-    Py_ssize_t i;
-    void *udata;
-    uval = PyUnicode_New(ulength, 127);
-    if (unlikely(!uval)) return NULL;
-    udata = PyUnicode_DATA(uval);
-    if (uoffset > 0) {
-        i = 0;
-        if (prepend_sign) {
-            __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, 0, '-');
-            i++;
-        }
-        for (; i < uoffset; i++) {
-            __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, i, padding_char);
-        }
-    }
-    for (i=0; i < clength; i++) {
-        __Pyx_PyUnicode_WRITE(PyUnicode_1BYTE_KIND, udata, uoffset+i, chars[i]);
+/* GetException */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
+#endif
+{
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
     }
 #else
-    {
-        PyObject *sign = NULL, *padding = NULL;
-        uval = NULL;
-        if (uoffset > 0) {
-            prepend_sign = !!prepend_sign;
-            if (uoffset > prepend_sign) {
-                padding = PyUnicode_FromOrdinal(padding_char);
-                if (likely(padding) && uoffset > prepend_sign + 1) {
-                    PyObject *tmp = PySequence_Repeat(padding, uoffset - prepend_sign);
-                    Py_DECREF(padding);
-                    padding = tmp;
-                }
-                if (unlikely(!padding)) goto done_or_error;
-            }
-            if (prepend_sign) {
-                sign = PyUnicode_FromOrdinal('-');
-                if (unlikely(!sign)) goto done_or_error;
-            }
-        }
-        uval = PyUnicode_DecodeASCII(chars, clength, NULL);
-        if (likely(uval) && padding) {
-            PyObject *tmp = PyUnicode_Concat(padding, uval);
-            Py_DECREF(uval);
-            uval = tmp;
-        }
-        if (likely(uval) && sign) {
-            PyObject *tmp = PyUnicode_Concat(sign, uval);
-            Py_DECREF(uval);
-            uval = tmp;
-        }
-done_or_error:
-        Py_XDECREF(padding);
-        Py_XDECREF(sign);
-    }
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
 #endif
-    return uval;
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
+    }
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
+    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
 }
 
-/* COrdinalToPyUnicode (used by CIntToPyUnicode) */
-static CYTHON_INLINE int __Pyx_CheckUnicodeValue(int value) {
-    return value <= 1114111;
+/* SwapException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_value = exc_info->exc_value;
+    exc_info->exc_value = *value;
+    if (tmp_value == NULL || tmp_value == Py_None) {
+        Py_XDECREF(tmp_value);
+        tmp_value = NULL;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+    } else {
+        tmp_type = (PyObject*) Py_TYPE(tmp_value);
+        Py_INCREF(tmp_type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
+        Py_XINCREF(tmp_tb);
+        #else
+        tmp_tb = PyException_GetTraceback(tmp_value);
+        #endif
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = *type;
+    exc_info->exc_value = *value;
+    exc_info->exc_traceback = *tb;
+  #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = *type;
+    tstate->exc_value = *value;
+    tstate->exc_traceback = *tb;
+  #endif
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
 }
-static PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_ssize_t ulength, char padding_char) {
-    Py_ssize_t padding_length = ulength - 1;
-    if (likely((padding_length <= 250) && (value < 0xD800 || value > 0xDFFF))) {
-        char chars[256];
-        if (value <= 255) {
-            memset(chars, padding_char, (size_t) padding_length);
-            chars[ulength-1] = (char) value;
-            return PyUnicode_DecodeLatin1(chars, ulength, NULL);
-        }
-        char *cpos = chars + sizeof(chars);
-        if (value < 0x800) {
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0xc0 | (value & 0x1f));
-        } else if (value < 0x10000) {
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0xe0 | (value & 0x0f));
-        } else {
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0x80 | (value & 0x3f));
-            value >>= 6;
-            *--cpos = (char) (0xf0 | (value & 0x07));
-        }
-        cpos -= padding_length;
-        memset(cpos, padding_char, (size_t) padding_length);
-        return PyUnicode_DecodeUTF8(cpos, chars + sizeof(chars) - cpos, NULL);
-    }
-    if (value <= 127 && CYTHON_USE_UNICODE_INTERNALS) {
-        const char chars[1] = {(char) value};
-        return __Pyx_PyUnicode_BuildFromAscii(ulength, chars, 1, 0, padding_char);
-    }
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
+    PyErr_SetExcInfo(*type, *value, *tb);
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#endif
+
+/* GetTopmostException (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem *
+__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+{
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
+           exc_info->previous_item != NULL)
     {
-        PyObject *uchar, *padding_uchar, *padding, *result;
-        padding_uchar = PyUnicode_FromOrdinal(padding_char);
-        if (unlikely(!padding_uchar)) return NULL;
-        padding = PySequence_Repeat(padding_uchar, padding_length);
-        Py_DECREF(padding_uchar);
-        if (unlikely(!padding)) return NULL;
-        uchar = PyUnicode_FromOrdinal(value);
-        if (unlikely(!uchar)) {
-            Py_DECREF(padding);
-            return NULL;
-        }
-        result = PyUnicode_Concat(padding, uchar);
-        Py_DECREF(padding);
-        Py_DECREF(uchar);
-        return result;
+        exc_info = exc_info->previous_item;
+    }
+    return exc_info;
+}
+#endif
+
+/* SaveResetException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    PyObject *exc_value = exc_info->exc_value;
+    if (exc_value == NULL || exc_value == Py_None) {
+        *value = NULL;
+        *type = NULL;
+        *tb = NULL;
+    } else {
+        *value = exc_value;
+        Py_INCREF(*value);
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        *tb = PyException_GetTraceback(exc_value);
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    *type = exc_info->exc_type;
+    *value = exc_info->exc_value;
+    *tb = exc_info->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #else
+    *type = tstate->exc_type;
+    *value = tstate->exc_value;
+    *tb = tstate->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #endif
+}
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    PyObject *tmp_value = exc_info->exc_value;
+    exc_info->exc_value = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+  #else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    #if CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = type;
+    exc_info->exc_value = value;
+    exc_info->exc_traceback = tb;
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = type;
+    tstate->exc_value = value;
+    tstate->exc_traceback = tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+  #endif
+}
+#endif
+
+/* RejectKeywords */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
+    PyObject *key = NULL;
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
+        key = __Pyx_PySequence_ITEM(kwds, 0);
+    } else {
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *pos = NULL;
+#else
+        Py_ssize_t pos = 0;
+#endif
+#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
+        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
+#endif
+        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_XDECREF(pos);
+#endif
+    }
+    if (likely(key)) {
+        PyErr_Format(PyExc_TypeError,
+            "%s() got an unexpected keyword argument '%U'",
+            function_name, key);
+        Py_DECREF(key);
     }
 }
 
@@ -8214,191 +11494,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
-}
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* ListAppendAndDecrefInternal (used by ListAppend) */
@@ -8612,6 +11707,732 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
     return __Pyx_GetBuiltinName(name);
 }
 
+/* AllocateExtensionType */
+static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
+    if (is_final || likely(!__Pyx_PyType_HasFeature(t, Py_TPFLAGS_IS_ABSTRACT))) {
+        allocfunc alloc_func = __Pyx_PyType_GetSlot(t, tp_alloc, allocfunc);
+        return alloc_func(t, 0);
+    } else {
+        newfunc tp_new = __Pyx_PyType_TryGetSlot(&PyBaseObject_Type, tp_new, newfunc);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+        if (!tp_new) {
+            PyObject *new_str = PyUnicode_FromString("__new__");
+            if (likely(new_str)) {
+                PyObject *o = PyObject_CallMethodObjArgs((PyObject *)&PyBaseObject_Type, new_str, t, NULL);
+                Py_DECREF(new_str);
+                return o;
+            } else
+                return NULL;
+        } else
+    #endif
+        return tp_new(t, __pyx_mstate_global->__pyx_empty_tuple, 0);
+    }
+}
+
+/* CallSlotAsVectorcallUnpackDict (used by CallSlotAsVectorcall) */
+static CYTHON_INLINE int __Pyx_CallSlotAsVectorcallUnpackDict(Py_ssize_t args_size, PyObject *keys_dict, PyObject **args, PyObject *kwnames) {
+    Py_ssize_t pos = 0, i = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(keys_dict, &pos, &key, &value)) {
+        Py_INCREF(value);
+        args[args_size+i] = value;
+        Py_INCREF(key);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(kwnames, i, key) == -1)) {
+            return -1;
+        }
+        ++i;
+    }
+    return 0;
+}
+
+/* CallSlotAsVectorcall */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k) {
+    Py_ssize_t k_size = k ? __Pyx_PyDict_GET_SIZE(k) : 0;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(k_size < 0)) return NULL;
+#endif
+    Py_ssize_t a_size = __Pyx_PyTuple_GET_SIZE(a);
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(a_size < 0)) return NULL;
+#endif
+#if CYTHON_ASSUME_SAFE_MACROS
+    if (k_size == 0) {
+        return f(o, &PyTuple_GET_ITEM(a, 0), a_size, NULL);
+    }
+#else
+    if (k_size == 0 && a_size == 0) {
+        return f(o, NULL, 0, NULL);
+    }
+#endif
+    PyObject *stack_args[5];
+    PyObject **args = stack_args;
+    Py_ssize_t maxnargs = PY_SSIZE_T_MAX / sizeof(PyObject*) - 1;
+    if (a_size > maxnargs - k_size) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    Py_ssize_t total_size = a_size + k_size;
+    if (total_size > 5) {
+        args = (PyObject**)PyMem_Malloc(((size_t)total_size)*sizeof(PyObject*));
+        if (unlikely(!args)) {
+            PyErr_NoMemory();
+            return NULL;
+        }
+    }
+    PyObject * result = NULL;
+    PyObject *kwnames = NULL;
+    int unpack_dict_result;
+    Py_ssize_t i = 0;
+    for (; i < a_size; ++i) {
+        args[i] = __Pyx_PyTuple_GET_ITEM(a, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(!args[i])) goto cleanup;
+#endif
+    }
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (k)  // There's a specific shortcut earlier for ASSUME_SAFE_MACROS with no keywords
+#endif
+    {
+        kwnames = PyTuple_New(k_size);
+        if (unlikely(!kwnames)) goto cleanup;
+        __Pyx_BEGIN_CRITICAL_SECTION(k);
+        unpack_dict_result = __Pyx_CallSlotAsVectorcallUnpackDict(a_size, k, args, kwnames);
+        __Pyx_END_CRITICAL_SECTION();
+        if (unlikely(unpack_dict_result == -1)) goto cleanup;
+    }
+    result = f(o, args, a_size, kwnames);
+  cleanup:
+    Py_XDECREF(kwnames);
+    for (i=a_size; i<total_size; ++i) {
+        Py_XDECREF(args[i]);
+    }
+    if (args != stack_args) {
+        PyMem_Free(args);
+    }
+    return result;
+}
+#endif
+
+/* RaiseErrorWithObjectType (used by CallNewInitFromVectorcall) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* CallNewInitFromVectorcall */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    newfunc tp_new = __Pyx_PyType_GetSlot(t, tp_new, newfunc);
+    if (unlikely(!tp_new)) {
+        __Pyx_RaiseErrorWithType(PyExc_TypeError, "cannot create " __Pyx_FMT_TYPENAME " instances", t);
+        return NULL;
+    }
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+    PyObject *result = NULL, *args_tuple = NULL, *kwds_dict = NULL;
+    Py_ssize_t kw_size = kwnames ? __Pyx_PyTuple_GET_SIZE(kwnames) : 0;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(kw_size == -1)) {
+        return NULL;
+    }
+#endif
+    if (kw_size) {
+        kwds_dict = __Pyx_PyDict_NewPresized(kw_size);
+        if (unlikely(!kwds_dict)) {
+            return NULL;
+        }
+        for (Py_ssize_t i=0; i<kw_size; ++i) {
+            PyObject *v = args[nargs + i];
+            PyObject *k = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely(!k)) {
+                goto end;
+            }
+#endif
+            if (unlikely(PyDict_SetItem(kwds_dict, k, v) < 0)) {
+                goto end;
+            }
+        }
+    }
+    if (nargs) {
+        args_tuple = __Pyx_PyTuple_FromArray(args, nargs);
+        if (unlikely(!args_tuple)) {
+            goto end;
+        }
+    } else {
+        args_tuple = __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    result = tp_new(t, args_tuple, kwds_dict);
+    if (unlikely(!result)) {
+        goto end;
+    }
+    if (PyObject_TypeCheck(result, t)) {
+        initproc tp_init = __Pyx_PyObject_GetSlot(result, tp_init, initproc);
+        if (tp_init && unlikely(tp_init(result, args_tuple, kwds_dict) < 0)) {
+            Py_CLEAR(result);
+        }
+    }
+  end:
+    Py_XDECREF(args_tuple);
+    Py_XDECREF(kwds_dict);
+    return result;
+}
+#endif
+
+/* PyObjectCallMethod0 (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    return PyObject_VectorcallMethod(method_name, &obj, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, NULL);
+#else
+    return PyObject_CallMethodNoArgs(obj, method_name);
+#endif
+}
+
+/* GetTypeDictOffset (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result) {
+    PyObject *tp_dictoffset_o;
+    Py_ssize_t tp_dictoffset;
+    tp_dictoffset_o = PyObject_GetAttrString(tp, "__dictoffset__");
+    if (unlikely(!tp_dictoffset_o)) return -1;
+    tp_dictoffset = PyLong_AsSsize_t(tp_dictoffset_o);
+    Py_DECREF(tp_dictoffset_o);
+    if (unlikely(require_cython_valid_result && tp_dictoffset == 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' doesn't have a dictoffset");
+        return -1;
+    } else if (unlikely(require_cython_valid_result && tp_dictoffset < 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' has an unexpected negative dictoffset. "
+            "Please report this as Cython bug");
+        return -1;
+    }
+    return tp_dictoffset;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* ValidateBasesTuple (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases) {
+    Py_ssize_t i, n;
+#if CYTHON_ASSUME_SAFE_SIZE
+    n = PyTuple_GET_SIZE(bases);
+#else
+    n = PyTuple_Size(bases);
+    if (unlikely(n < 0)) return -1;
+#endif
+    if (!has_dictoffset) {
+        PyObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        b = PySequence_GetItem(bases, 0);
+        if (!b) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        b = PyTuple_GET_ITEM(bases, 0);
+#else
+        b = PyTuple_GetItem(bases, 0);
+        if (!b) return -1;
+#endif
+#if CYTHON_USE_TYPE_SLOTS
+        has_dictoffset = ((PyTypeObject*)b)->tp_dictoffset != 0;
+#else
+        Py_ssize_t dictoffset = __Pyx_GetTypeDictOffset(b, 0);
+        has_dictoffset = dictoffset != 0;
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b);
+#endif
+#if !CYTHON_USE_TYPE_SLOTS
+        if (dictoffset == -1 && PyErr_Occurred()) return -1;
+#endif
+    }
+    for (i = 1; i < n; i++)
+    {
+        PyTypeObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *b0 = PySequence_GetItem(bases, i);
+        if (!b0) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        PyObject *b0 = PyTuple_GET_ITEM(bases, i);
+#else
+        PyObject *b0 = PyTuple_GetItem(bases, i);
+        if (!b0) return -1;
+#endif
+        b = (PyTypeObject*) b0;
+        if (!__Pyx_PyType_HasFeature(b, Py_TPFLAGS_HEAPTYPE))
+        {
+            __Pyx_RaiseErrorWithType(
+                PyExc_TypeError, "base class '" __Pyx_FMT_TYPENAME "' is not a heap type", b);
+#if CYTHON_AVOID_BORROWED_REFS
+            Py_DECREF(b0);
+#endif
+            return -1;
+        }
+        if (!has_dictoffset)
+        {
+            Py_ssize_t b_dictoffset = 0;
+#if CYTHON_USE_TYPE_SLOTS
+            b_dictoffset = b->tp_dictoffset;
+#else
+            b_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)b, 0);
+            if (b_dictoffset == -1 && PyErr_Occurred()) goto dictoffset_return;
+#endif
+            if (b_dictoffset) {
+                __Pyx_RaiseErrorWithType1(
+                    PyExc_TypeError,
+                    "extension type '%.200s' has no __dict__ slot, "
+                    "but base type '" __Pyx_FMT_TYPENAME "' has: "
+                    "either add 'cdef dict __dict__' to the extension type "
+                    "or add '__slots__ = [...]' to the base type",
+                    type_name, b);
+#if !CYTHON_USE_TYPE_SLOTS
+              dictoffset_return:
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+                Py_DECREF(b0);
+#endif
+                return -1;
+            }
+        }
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b0);
+#endif
+    }
+    return 0;
+}
+#endif
+
+/* PyType_Ready */
+CYTHON_UNUSED static int __Pyx_PyType_HasMultipleInheritance(PyTypeObject *t) {
+    while (t) {
+        PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+        if (bases) {
+            return 1;
+        }
+        t = __Pyx_PyType_GetSlot(t, tp_base, PyTypeObject*);
+    }
+    return 0;
+}
+static int __Pyx_PyType_Ready(PyTypeObject *t) {
+#if CYTHON_USE_TYPE_SPECS || !CYTHON_COMPILING_IN_CPYTHON
+    (void)&__Pyx_PyObject_CallMethod0;
+#if CYTHON_USE_TYPE_SPECS
+    (void)&__Pyx_validate_bases_tuple;
+#endif
+    return PyType_Ready(t);
+#else
+    int r;
+    if (!__Pyx_PyType_HasMultipleInheritance(t)) {
+        return PyType_Ready(t);
+    }
+    PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+    if (bases && unlikely(__Pyx_validate_bases_tuple(t->tp_name, t->tp_dictoffset != 0, bases) == -1))
+        return -1;
+    {
+        int gc_was_enabled;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        gc_was_enabled = PyGC_Disable();
+        (void)&__Pyx_PyObject_CallMethod0;
+    #else
+        PyObject *ret, *py_status;
+        PyObject *gc = NULL;
+        #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM+0 >= 0x07030400) &&\
+                !CYTHON_COMPILING_IN_GRAAL
+        gc = PyImport_GetModule(__pyx_mstate_global->__pyx_kp_u_gc);
+        #endif
+        if (unlikely(!gc)) gc = PyImport_Import(__pyx_mstate_global->__pyx_kp_u_gc);
+        if (unlikely(!gc)) return -1;
+        py_status = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_isenabled);
+        if (unlikely(!py_status)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+        gc_was_enabled = __Pyx_PyObject_IsTrue(py_status);
+        Py_DECREF(py_status);
+        if (gc_was_enabled > 0) {
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_disable);
+            if (unlikely(!ret)) {
+                Py_DECREF(gc);
+                return -1;
+            }
+            Py_DECREF(ret);
+        } else if (unlikely(gc_was_enabled == -1)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+    #endif
+        t->tp_flags |= Py_TPFLAGS_HEAPTYPE;
+#if PY_VERSION_HEX >= 0x030A0000
+        t->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;
+#endif
+        r = PyType_Ready(t);
+        t->tp_flags &= ~Py_TPFLAGS_HEAPTYPE;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        if (gc_was_enabled)
+            PyGC_Enable();
+    #else
+        if (gc_was_enabled) {
+            PyObject *tp, *v, *tb;
+            PyErr_Fetch(&tp, &v, &tb);
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_enable);
+            if (likely(ret || r == -1)) {
+                Py_XDECREF(ret);
+                PyErr_Restore(tp, v, tb);
+            } else {
+                Py_XDECREF(tp);
+                Py_XDECREF(v);
+                Py_XDECREF(tb);
+                r = -1;
+            }
+        }
+        Py_DECREF(gc);
+    #endif
+    }
+    return r;
+#endif
+}
+
+/* GetVTable (used by MergeVTables) */
+static int __Pyx_GetVtable(PyTypeObject *type, void** table) {
+    void* ptr;
+    *table = NULL;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *ob = PyObject_GetAttr((PyObject *)type, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
+#else
+    PyObject *ob = PyObject_GetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
+#endif
+    if (!ob)
+        goto no_attr;
+    ptr = PyCapsule_GetPointer(ob, 0);
+    if (!ptr && !PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "invalid vtable found for imported type");
+    Py_DECREF(ob);
+    *table = ptr;
+    return 1;
+no_attr:
+    if (PyErr_ExceptionMatches(CYTHON_COMPILING_IN_LIMITED_API ? PyExc_AttributeError : PyExc_KeyError)) {
+        return 0;
+    }
+    Py_XDECREF(ob);
+    return -1;
+}
+
+/* MergeVTables (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type) {
+    int i=0;
+    Py_ssize_t size;
+    void** base_vtables;
+    void* unknown = (void*)-1;
+    PyObject* bases = __Pyx_PyType_GetSlot(type, tp_bases, PyObject*);
+    int base_depth = 0;
+    {
+        PyTypeObject* base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        while (base) {
+            base_depth += 1;
+            base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+        }
+    }
+    base_vtables = (void**) PyMem_Malloc(sizeof(void*) * (size_t)(base_depth + 1));
+    if (unlikely(!base_vtables)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    base_vtables[0] = unknown;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    size = PyTuple_Size(bases);
+    if (size < 0) goto other_failure;
+#else
+    size = PyTuple_GET_SIZE(bases);
+#endif
+    for (i = 1; i < size; i++) {
+        PyObject *basei;
+        void* base_vtable;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = PyTuple_GET_ITEM(bases, i);
+#endif
+        int get_vtable_result = __Pyx_GetVtable((PyTypeObject*)basei, &base_vtable);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+        if (get_vtable_result != 1) {
+            if (get_vtable_result == -1) {
+                goto other_failure;
+            }
+            PyErr_Clear(); // Class doesn't have a vtable.
+        } else {
+            assert(base_vtable != NULL);
+            int j;
+            PyTypeObject* base = __Pyx_PyType_TryGetSlot(type, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+            if (!base) goto bad;
+#endif
+            for (j = 0; j < base_depth; j++) {
+                if (base_vtables[j] == unknown) {
+                    switch (__Pyx_GetVtable(base, &base_vtables[j])) {
+                        case 1:
+                            assert(base_vtables[j] == NULL);
+                            break;
+                        case 0:
+                            goto bad;
+                        case -1:
+                        default:
+                            goto other_failure;
+                    }
+                    base_vtables[j + 1] = unknown;
+                }
+                if (base_vtables[j] == base_vtable) {
+                    break;
+                }
+                base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+                if (!base) goto bad;
+#endif
+            }
+        }
+    }
+    PyMem_Free(base_vtables);
+    return 0;
+bad:
+    {
+        PyTypeObject* tp_base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        PyTypeObject* basei;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = (PyTypeObject*)PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = (PyTypeObject*)PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = (PyTypeObject*)PyTuple_GET_ITEM(bases, i);
+#endif
+    __Pyx_RaiseTypeErrorWithTypes(
+        "multiple bases have vtable conflict: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'", tp_base, basei);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+    }
+other_failure:
+    PyMem_Free(base_vtables);
+    return -1;
+}
+
+/* SetVTable */
+static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
+    PyObject *ob = PyCapsule_New(vtable, 0, 0);
+    if (unlikely(!ob))
+        goto bad;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(PyObject_SetAttr((PyObject *) type, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#else
+    if (unlikely(PyDict_SetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#endif
+        goto bad;
+    Py_DECREF(ob);
+    return __Pyx_MergeVtables(type);
+bad:
+    Py_XDECREF(ob);
+    return -1;
+}
+
+/* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
+    static Py_ssize_t tp_dictoffset = 0;
+    if (unlikely(tp_dictoffset == 0)) {
+        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
+        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
+            tp_dictoffset = 0; // try again next time?
+            return NULL;
+        }
+    }
+    return *(PyObject**)((char*)tp + tp_dictoffset);
+}
+#endif
+
+/* DelItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_DelItem(tp_dict, k);
+    if (likely(!result)) PyType_Modified(tp);
+    return result;
+}
+
+/* SetItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_SetItem(tp_dict, k, v);
+    if (likely(!result)) {
+        PyType_Modified(tp);
+        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
+            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
+            if (!setNameResult) return -1;
+            Py_DECREF(setNameResult);
+        }
+    }
+    return result;
+}
+
+/* SetupReduce */
+static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
+  int ret;
+  PyObject *name_attr;
+  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
+  if (likely(name_attr)) {
+      ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
+  } else {
+      ret = -1;
+  }
+  if (unlikely(ret < 0) && __Pyx_IgnoreException(PyExc_Exception)) {
+      ret = 0;  // But BaseException is still propagated.
+  }
+  Py_XDECREF(name_attr);
+  return ret;
+}
+static PyObject *__Pyx_setup_reduce_get_reduce_attribute(PyObject *type_obj, PyObject *name, int allow_not_present) {
+#if CYTHON_USE_PYTYPE_LOOKUP
+    CYTHON_UNUSED_VAR(allow_not_present);
+    return _PyType_Lookup((PyTypeObject*)type_obj, name);
+#else
+    if (allow_not_present) {
+        return __Pyx_PyObject_GetAttrStrNoError(type_obj, name);
+    } else {
+        return __Pyx_PyObject_GetAttrStr(type_obj, name);
+    }
+#endif
+}
+static int __Pyx_setup_reduce(PyObject* type_obj) {
+    int ret = 0;
+    PyObject *object_reduce = NULL;
+    PyObject *object_getstate = NULL;
+    PyObject *object_reduce_ex = NULL;
+    PyObject *reduce = NULL;
+    PyObject *reduce_ex = NULL;
+    PyObject *reduce_cython = NULL;
+    PyObject *setstate = NULL;
+    PyObject *setstate_cython = NULL;
+    PyObject *getstate = NULL;
+    getstate = __Pyx_setup_reduce_get_reduce_attribute(type_obj, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+    if (!getstate && PyErr_Occurred()) {
+        goto __PYX_BAD;
+    }
+    if (getstate) {
+        object_getstate = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+        if (!object_getstate && PyErr_Occurred()) {
+            goto __PYX_BAD;
+        }
+        if (object_getstate != getstate) {
+            goto __PYX_GOOD;
+        }
+    }
+    object_reduce_ex = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce_ex, 0);
+    if (unlikely(!object_reduce_ex)) goto __PYX_BAD;
+    reduce_ex = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_ex); if (unlikely(!reduce_ex)) goto __PYX_BAD;
+    if (reduce_ex == object_reduce_ex) {
+        object_reduce = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce, 0);
+        if (!object_reduce) goto __PYX_BAD;
+        reduce = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce); if (unlikely(!reduce)) goto __PYX_BAD;
+        int try_to_replace_reduce = (reduce == object_reduce);
+        if (!try_to_replace_reduce) {
+            try_to_replace_reduce = __Pyx_setup_reduce_is_named(reduce, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (unlikely(try_to_replace_reduce < 0)) {
+                goto __PYX_BAD;
+            }
+        }
+        if (try_to_replace_reduce) {
+            reduce_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (likely(reduce_cython)) {
+                ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce, reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+            } else if (reduce == object_reduce || PyErr_Occurred()) {
+                goto __PYX_BAD;
+            }
+            setstate = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate);
+            int try_to_replace_setstate;
+            if (!setstate) {
+                PyObject *exc = PyErr_Occurred();
+                if (exc && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+                    goto __PYX_BAD;
+                }
+                try_to_replace_setstate = 1;
+            } else {
+                try_to_replace_setstate = __Pyx_setup_reduce_is_named(setstate, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (unlikely(try_to_replace_setstate < 0)) {
+                    goto __PYX_BAD;
+                }
+            }
+            if (try_to_replace_setstate) {
+                setstate_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (likely(setstate_cython)) {
+                    ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate, setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                    ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                } else if (!setstate || PyErr_Occurred()) {
+                    goto __PYX_BAD;
+                }
+            }
+            PyType_Modified((PyTypeObject*)type_obj);
+        }
+    }
+    goto __PYX_GOOD;
+__PYX_BAD:
+    if (!PyErr_Occurred()) {
+        __Pyx_RaiseErrorWithType(
+            PyExc_RuntimeError,
+            "Unable to initialize pickling for " __Pyx_FMT_TYPENAME,
+            (PyTypeObject*)type_obj);
+    }
+    ret = -1;
+__PYX_GOOD:
+#if !CYTHON_USE_PYTYPE_LOOKUP
+    Py_XDECREF(object_reduce);
+    Py_XDECREF(object_reduce_ex);
+    Py_XDECREF(object_getstate);
+    Py_XDECREF(getstate);
+#endif
+    Py_XDECREF(reduce);
+    Py_XDECREF(reduce_ex);
+    Py_XDECREF(reduce_cython);
+    Py_XDECREF(setstate);
+    Py_XDECREF(setstate_cython);
+    return ret;
+}
+
 /* TypeImport */
 #ifndef __PYX_HAVE_RT_ImportType_3_3_1
 #define __PYX_HAVE_RT_ImportType_3_3_1
@@ -8694,31 +12515,6 @@ bad:
     return NULL;
 }
 #endif
-
-/* GetVTable */
-static int __Pyx_GetVtable(PyTypeObject *type, void** table) {
-    void* ptr;
-    *table = NULL;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    PyObject *ob = PyObject_GetAttr((PyObject *)type, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
-#else
-    PyObject *ob = PyObject_GetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable);
-#endif
-    if (!ob)
-        goto no_attr;
-    ptr = PyCapsule_GetPointer(ob, 0);
-    if (!ptr && !PyErr_Occurred())
-        PyErr_SetString(PyExc_RuntimeError, "invalid vtable found for imported type");
-    Py_DECREF(ob);
-    *table = ptr;
-    return 1;
-no_attr:
-    if (PyErr_ExceptionMatches(CYTHON_COMPILING_IN_LIMITED_API ? PyExc_AttributeError : PyExc_KeyError)) {
-        return 0;
-    }
-    Py_XDECREF(ob);
-    return -1;
-}
 
 /* PxdImportShared (used by FunctionImport) */
 #ifndef __PYX_HAVE_RT_ImportFromPxd_3_3_1
@@ -11097,133 +14893,6 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
     }
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
-    }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const long neg_one = (long) -1, const_zero = (long) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(long) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(long) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(long) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(long) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(long) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(long),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(long));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
 /* CIntFromPy */
 static int64_t __Pyx_LargePyLong___Pyx_PyLong_As_int64_t(PyObject *x);
 static int64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_int64_t(void) {
@@ -11525,8 +15194,135 @@ static CYTHON_INLINE int64_t __Pyx_PyLong_As_int64_t(PyObject *x) {
     }
 }
 
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const long neg_one = (long) -1, const_zero = (long) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(long) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(long) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(long) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(long) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(long) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(long),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(long));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
@@ -11605,7 +15401,86 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int64_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int64_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int64_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int64_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int64_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int64_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
@@ -12555,6 +16430,65 @@ import_failed:
 bad:
     Py_XDECREF(module);
     Py_DECREF(methodname);
+    return NULL;
+#endif
+}
+
+/* DecompressString_LZSS */
+#ifndef __Pyx_DecompressString_LZSS_UNUSED
+CYTHON_UNUSED
+static CYTHON_SMALL_CODE size_t __pyx_lzss_decompress(const uint8_t* src, uint8_t* dst, size_t dst_len) {
+    size_t pos = 0, out_pos = 0;
+    while (1) {
+        uint32_t flags = src[pos++] | 0xFF00;
+        while (flags & 0x100) {
+            if (flags & 1) {
+                dst[out_pos++] = src[pos++];
+            } else {
+                uint32_t lo = src[pos++], hi = src[pos++];
+                uint32_t end_offset_of_last_occurrence, match_length;
+                if (!(lo & 0x80)) {
+                    end_offset_of_last_occurrence = lo;
+                    match_length = hi;
+                } else if (!(hi & 0x80)) {
+                    end_offset_of_last_occurrence = 0x80 + (((hi << 2) & 0x180) | (lo & 0x7F));
+                    match_length = hi & 0x1F;
+                } else {
+                    end_offset_of_last_occurrence = 0x80 + ((hi & 0x7F) << 7 | (lo & 0x7F));
+                    match_length = src[pos++];
+                }
+                match_length += 3;
+                size_t ref_pos = out_pos - end_offset_of_last_occurrence - match_length;
+                memcpy(dst + out_pos, dst + ref_pos, match_length);
+                out_pos += match_length;
+            }
+            if (out_pos >= dst_len) return pos;
+            flags >>= 1;
+        }
+    }
+}
+#endif
+static CYTHON_SMALL_CODE PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length) {
+#ifdef __Pyx_DecompressString_LZSS_UNUSED
+    CYTHON_UNUSED_VAR(s);
+    CYTHON_UNUSED_VAR(compressed_length);
+    CYTHON_UNUSED_VAR(uncompressed_length);
+    return NULL;
+#else
+    PyObject *result;
+    unsigned char *result_data;
+    size_t src_length;
+    result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t) uncompressed_length);
+    if (unlikely(!result)) return NULL;
+    result_data = __Pyx_PyBytes_AsWritableUString(result);
+    if (unlikely(!result_data)) goto bad;
+    src_length = __pyx_lzss_decompress((const uint8_t*) s, result_data, uncompressed_length);
+    if (unlikely(src_length != compressed_length)) goto decompression_failed;
+    return result;
+decompression_failed:
+    PyErr_SetString(PyExc_RuntimeError, "LZSS string data decompression failed");
+bad:
+    Py_DECREF(result);
     return NULL;
 #endif
 }

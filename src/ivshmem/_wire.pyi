@@ -1,5 +1,19 @@
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, final
 
-def send_runs(sock: int, runs: Iterable[tuple[Any, ...]]) -> int: ...
+from typing_extensions import Buffer
+
+OUTBOX_BYTES: int
+
+@final
+class Outbox:
+    def __new__(cls, buffer: Buffer | None = None) -> Outbox: ...
+    def send(
+        self, sock: int, runs: Iterable[tuple[Any, ...]], region: int = 0, serial: int = 0
+    ) -> int: ...
+    def send_to_all(
+        self, socks: Sequence[int], first: int, runs: Iterable[tuple[Any, ...]], region: int = 0
+    ) -> tuple[int, int, int, int]: ...
+    def unfinished(self) -> tuple[int, int, int, int, int] | None: ...
+
 def receive(sock: int, limit: int) -> tuple[list[tuple[bytes, tuple[int, ...]]], bool]: ...

@@ -1,4 +1,4 @@
-"""send_runs and receive over socket pairs: order, full buffers, cut messages, lost descriptors.
+"""Outbox and receive over socket pairs: order, full buffers, cut messages, lost descriptors.
 
 No descriptor is lost or left open, whatever happens.
 """
@@ -18,7 +18,7 @@ from support.peer import Eventfds, eventfd_id, send_raw
 
 from ivshmem import ProtocolError
 from ivshmem._fds import FdArray
-from ivshmem._wire import receive, send_runs
+from ivshmem._wire import Outbox, receive
 from ivshmem.protocol import encode
 
 FULL = 278  # messages in a default socket buffer; other kernels may differ, so it is only a floor
@@ -58,7 +58,7 @@ def test_there_and_back(pair: Pair) -> None:
     fds = FdArray.eventfds(5)
     ids = [eventfd_id(fds[i]) for i in range(5)]
     runs = [(0, None, 0, 1), (-1, fds, 0, 1), (7, fds, 1, 3), (9, None, 0, 2), (3, fds, 4, 1)]
-    assert send_runs(ours.fileno(), runs) == 8
+    assert Outbox().send(ours.fileno(), runs) == 8
     chunks, eof = receive(theirs.fileno(), 100)
     assert not eof
     for _, got in chunks:
@@ -77,8 +77,8 @@ def test_there_and_back(pair: Pair) -> None:
 def test_nothing(pair: Pair) -> None:
     ours, theirs = pair
     fds = FdArray.eventfds(1)
-    assert send_runs(ours.fileno(), []) == 0
-    assert send_runs(ours.fileno(), [(5, fds, 1, 0), (5, None, 0, 0)]) == 0
+    assert Outbox().send(ours.fileno(), []) == 0
+    assert Outbox().send(ours.fileno(), [(5, fds, 1, 0), (5, None, 0, 0)]) == 0
     assert receive(theirs.fileno(), 10) == ([], False)
     fds.close()
 
@@ -88,7 +88,7 @@ def test_longer_than_a_batch(pair: Pair) -> None:
     ours, theirs = pair
     fds = FdArray.eventfds(200)
     ids = [eventfd_id(fds[i]) for i in range(200)]
-    assert send_runs(ours.fileno(), [(4, fds, 0, 100), (5, fds, 100, 100)]) == 200
+    assert Outbox().send(ours.fileno(), [(4, fds, 0, 100), (5, fds, 100, 100)]) == 200
     chunks, _ = receive(theirs.fileno(), 1000)
     assert close_all(chunks) == [(4 + (i >= 100), [ids[i]]) for i in range(200)]
     fds.close()
@@ -96,7 +96,7 @@ def test_longer_than_a_batch(pair: Pair) -> None:
 
 def test_limit(pair: Pair) -> None:
     ours, theirs = pair
-    assert send_runs(ours.fileno(), [(4, None, 0, 150)]) == 150
+    assert Outbox().send(ours.fileno(), [(4, None, 0, 150)]) == 150
     assert [len(receive(theirs.fileno(), limit)[0]) for limit in (1, 64, 65, 500)] == [
         1,
         64,
@@ -110,10 +110,10 @@ def test_runs_out_of_range(pair: Pair) -> None:
     fds = FdArray.eventfds(2)
     for first, length in ((0, 3), (2, 1), (-1, 1)):
         with pytest.raises(IndexError, match="of 2"):
-            send_runs(ours.fileno(), [(4, fds, first, length)])
+            Outbox().send(ours.fileno(), [(4, fds, first, length)])
     fds.close()
     with pytest.raises(IndexError):
-        send_runs(ours.fileno(), [(4, fds, 0, 1)])
+        Outbox().send(ours.fileno(), [(4, fds, 0, 1)])
     assert receive(theirs.fileno(), 10) == ([], False)
 
 
@@ -126,15 +126,15 @@ def test_full_buffer(pair: Pair, with_fds: bool) -> None:
     ours, theirs = pair
     fds = FdArray.eventfds(700) if with_fds else None
     ids = [[eventfd_id(fds[i])] if fds is not None else [] for i in range(700)]
-    sent = send_runs(ours.fileno(), [(4, fds, 0, 700)])
+    sent = Outbox().send(ours.fileno(), [(4, fds, 0, 700)])
     assert FULL <= sent < 700
-    assert send_runs(ours.fileno(), [(4, fds, sent, 700 - sent)]) == 0
+    assert Outbox().send(ours.fileno(), [(4, fds, sent, 700 - sent)]) == 0
     got: list[tuple[int, list[int]]] = []
     while len(got) < 700:
         chunks, eof = receive(theirs.fileno(), 50)
         assert not eof
         got += close_all(chunks)
-        sent += send_runs(ours.fileno(), [(4, fds, sent, 700 - sent)])
+        sent += Outbox().send(ours.fileno(), [(4, fds, sent, 700 - sent)])
     assert got == [(4, ids[i]) for i in range(700)]
     if fds is not None:
         fds.close()
@@ -144,7 +144,7 @@ def test_nobody_listens(pair: Pair) -> None:
     ours, theirs = pair
     theirs.close()
     with pytest.raises(BrokenPipeError):  # and no SIGPIPE
-        send_runs(ours.fileno(), [(4, None, 0, 1)])
+        Outbox().send(ours.fileno(), [(4, None, 0, 1)])
 
 
 def test_blocking_sockets_do_not_block(pair: Pair) -> None:
@@ -152,7 +152,7 @@ def test_blocking_sockets_do_not_block(pair: Pair) -> None:
     ours.setblocking(True)
     theirs.setblocking(True)
     assert receive(theirs.fileno(), 10) == ([], False)
-    assert send_runs(ours.fileno(), [(4, None, 0, 5000)]) < 5000
+    assert Outbox().send(ours.fileno(), [(4, None, 0, 5000)]) < 5000
 
 
 # -- what a stranger sends ------------------------------------------------------------------------
@@ -289,11 +289,11 @@ def test_no_socket() -> None:
     with open("/dev/null") as file:
         for call in (
             lambda: receive(file.fileno(), 1),
-            lambda: send_runs(file.fileno(), [(1, None, 0, 1)]),
+            lambda: Outbox().send(file.fileno(), [(1, None, 0, 1)]),
         ):
             with pytest.raises(OSError, match="non-socket"):
                 call()
-    for call in (lambda: receive(-1, 1), lambda: send_runs(-1, [(1, None, 0, 1)])):
+    for call in (lambda: receive(-1, 1), lambda: Outbox().send(-1, [(1, None, 0, 1)])):
         with pytest.raises(OSError, match="Bad file descriptor"):
             call()
 
@@ -302,10 +302,10 @@ def test_no_socket() -> None:
 def test_no_run(pair: Pair, run: tuple[object, ...]) -> None:
     ours, theirs = pair
     with pytest.raises((TypeError, IndexError, OverflowError)):
-        send_runs(ours.fileno(), [run])
+        Outbox().send(ours.fileno(), [run])
     assert receive(theirs.fileno(), 10) == ([], False)
 
 
 def test_arrays_of_the_standard_library_are_no_arrays_of_ours(pair: Pair) -> None:
     with pytest.raises(TypeError):
-        send_runs(pair[0].fileno(), [(1, array.array("i", [0]), 0, 1)])
+        Outbox().send(pair[0].fileno(), [(1, array.array("i", [0]), 0, 1)])
