@@ -265,10 +265,20 @@ class Region(_memory.Mapping):
         raise AssertionError
 
     @classmethod
-    def from_fd(cls, fd: int, *, readonly: bool = False) -> Region:
+    def from_fd(
+        cls,
+        fd: int,
+        *,
+        readonly: bool = False,
+        source: Source = "descriptor",
+        name: str | None = None,
+    ) -> Region:
         """Map the file behind `fd`, as a server passes it, and own `fd`, also when this fails.
 
         A descriptor that was opened for reading only gives a read-only region.
+
+        Args:
+            source, name: what the region had where the descriptor comes from, as in RegionInfo.
 
         Raises:
             RegionError: the file is empty or no memory.
@@ -282,7 +292,9 @@ class Region(_memory.Mapping):
                 )
             readonly = readonly or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
             page = pages.page_size_of(fd)
-            return cls._map(fd, status.st_size, page, "descriptor", None, None, readonly)
+            path = posix_path(name) if source == "posix" and name else name
+            path = path if source in ("posix", "file") else None
+            return cls._map(fd, status.st_size, page, source, name, path, readonly)
         except BaseException:
             os.close(fd)
             raise
@@ -322,6 +334,9 @@ class Region(_memory.Mapping):
             with pages.explained(size, page, path or name):
                 os.ftruncate(fd, size)
                 if seal:
+                    # A memfd begins with 0o777 or 0o666, by which who has a descriptor for reading
+                    # could open it again, by /proc/self/fd, for writing.
+                    os.fchmod(fd, 0o600)
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
                 elif page == PAGE:
                     # tmpfs and file systems hand out pages and blocks one by one, and a mapping
@@ -364,6 +379,27 @@ class Region(_memory.Mapping):
         if self.closed:
             raise ClosedError("the region is closed")
         return self._fd[0]
+
+    def readonly_fd(self) -> int:
+        """A new descriptor of the same memory, open for reading only; the caller closes it.
+
+        Who receives it can map the memory for reading, and can change neither it nor its size. The
+        file's permissions decide who can open it again for writing: of an anonymous region its
+        owner, so that it holds against other users, and not against root or the same user.
+
+        Raises:
+            OSError: EACCES, this process's user has changed since the region was made; ENOENT
+                without /proc.
+        """
+        fd = self.fileno()
+        try:
+            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the memory cannot be opened again for reading only: {error.strerror}",
+                self.name,
+            ) from None
 
     def info(self) -> RegionInfo:
         """Size, pages and residence, measured now."""

@@ -1,10 +1,12 @@
 """Unix sockets by path: listening without harm to others, connecting in time, who is there.
 
-Knows: paths, stale and live sockets, credentials. Does not know: what is said over a socket.
+Knows: paths, stale and live sockets, permissions, credentials. Does not know: what is said over a
+socket, who may become a peer.
 
 Invariants:
 1. A live server's socket is never removed, and never connected to just to see whether it lives.
 2. Errors carry the path.
+3. A socket's file has no more permissions at any moment than it is meant to have in the end.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import locks
+from .accounts import group_id, user_id
 from .errors import ServerGone
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
@@ -33,16 +36,23 @@ ASK = b"\0ivshmem-ask-"
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
 _UCRED = struct.Struct("iII")
+_SO_PEERGROUPS = 59  # socket(7), since Linux 4.13; Python does not name it
+_MOST_GROUPS = 256  # Python's getsockopt takes 1,024 bytes
 _TIMEVAL = struct.Struct("ll")
 
 
 class Credentials(NamedTuple):
-    """Who was on the other end when it connected (SO_PEERCRED), and what its process is called."""
+    """Who was on the other end when it connected (SO_PEERCRED), and what its process is called.
+
+    Attributes:
+        groups: its supplementary groups (SO_PEERGROUPS); None if they cannot be known.
+    """
 
     pid: int
     uid: int
     gid: int
     process: str
+    groups: tuple[int, ...] | None = ()
 
 
 def check_path(path: str | os.PathLike[str]) -> str:
@@ -88,45 +98,133 @@ class Listener:
 
     A stale socket at `path` is replaced. Until `listen` is called, connecting is refused.
 
+    Args:
+        mode: the permissions of the socket's file, 0 to 0o777; who may write may connect. None:
+            what the process's umask leaves.
+        owner, group: of the file, by name or number; None: the process's.
+
+    The file has these from the moment it can be connected to; umask(2), which is the whole
+    process's, is not touched.
+
+    Attributes:
+        path: absolute. "@" stands before an abstract address, and nothing if it has no address.
+        unlinks: whether `close` removes the path.
+
     Raises:
-        OSError: EADDRINUSE when a live process is bound there, EEXIST when `path` is no socket; or
-            as of bind(2). What was there is left alone then.
+        ValueError: a mode that is none, a user or a group that does not exist.
+        OSError: EADDRINUSE when a live process is bound there, EEXIST when `path` is no socket,
+            EPERM when the file cannot be given to that owner or group; or as of bind(2). What was
+            there is left alone then.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: int | None = None,
+        owner: int | str | None = None,
+        group: int | str | None = None,
+    ) -> None:
         self.path = os.path.abspath(check_path(path))
         check_path(self.path)
+        if mode is not None and not 0 <= mode <= 0o777:
+            raise ValueError(f"mode {mode:#o}: 0 to 0o777 are allowed, for example 0o660")
+        uid = -1 if owner is None else user_id(owner)
+        gid = -1 if group is None else group_id(group)
+        self.unlinks = True
         self._pid = os.getpid()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
+            if mode is not None:
+                # bind(2) makes the file with the socket's own mode, less the umask; 0 admits
+                # nobody, and is the same with every umask.
+                os.fchmod(self.socket.fileno(), 0)
             with _directory_locked(self.path):
                 _clear_stale(self.path)
                 try:
                     self.socket.bind(self.path)
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, self.path) from None
-                status = os.lstat(self.path)
+                self._file = _permit(self.path, mode, uid, gid)
         except BaseException:
             self.socket.close()
             raise
-        self._file = status.st_dev, status.st_ino
+
+    @classmethod
+    def adopt(cls, fd: int, *, unlink: bool = False) -> Listener:
+        """Take over a listening socket, and own `fd`, also when this fails.
+
+        It was inherited, from systemd for instance, or handed over by another server.
+
+        Args:
+            unlink: remove its path at the end; otherwise whoever made it does.
+
+        Raises:
+            OSError: it is no listening Unix stream socket.
+        """
+        self = cls.__new__(cls)
+        self._pid = os.getpid()
+        self.socket = _adopted(fd)
+        self.path = _path_of(self.socket)
+        self.unlinks = unlink
+        self._file = None
+        # A relative path would be one from the directory that another process was in.
+        if os.path.isabs(self.path):
+            with contextlib.suppress(OSError):
+                status = os.lstat(self.path)
+                if stat.S_ISSOCK(status.st_mode):
+                    self._file = status.st_dev, status.st_ino
+        return self
+
+    def permit(
+        self,
+        *,
+        mode: int | None = None,
+        owner: int | str | None = None,
+        group: int | str | None = None,
+    ) -> None:
+        """Change the permissions of the socket's file; None: they stay.
+
+        Raises:
+            ValueError, OSError: as of making one.
+        """
+        uid = -1 if owner is None else user_id(owner)
+        gid = -1 if group is None else group_id(group)
+        fd = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != self._file:
+                raise OSError(errno.ENOENT, "the socket is not there any more", self.path)
+            made = f"/proc/self/fd/{fd}"
+            if (uid, gid) != (-1, -1):
+                if mode is not None:  # or else a new group would have the old mode for a moment
+                    os.chmod(made, stat.S_IMODE(status.st_mode) & mode)
+                os.chown(made, uid, gid)
+            if mode is not None:
+                os.chmod(made, mode)
+        except OSError as error:
+            raise OSError(error.errno, _permit_hint(error, uid, gid), self.path) from None
+        finally:
+            os.close(fd)
+
+    _file: tuple[int, int] | None  # what is removed in the end: (st_dev, st_ino)
 
     def listen(self) -> None:
         """Let others connect."""
         self.socket.listen(socket.SOMAXCONN)
 
-    def close(self) -> None:
+    def close(self, *, unlink: bool | None = None) -> None:
         """Close the socket, and remove `path` if it still leads to it; may be called twice.
 
         A forked child leaves the path to its parent.
+
+        Args:
+            unlink: False: leave the path to whoever has the socket now. None: as `unlinks` says.
         """
         if self.socket.fileno() < 0:
             return
-        if os.getpid() == self._pid:
-            with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(self.path)
-                if (status.st_dev, status.st_ino) == self._file:
-                    os.unlink(self.path)
+        if os.getpid() == self._pid and (self.unlinks if unlink is None else unlink):
+            _unlink_same(self.path, self._file)
         self.socket.close()
 
     def __enter__(self) -> Listener:
@@ -134,6 +232,102 @@ class Listener:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
+    """Give the socket that was bound to `path` just now its owner and mode: (st_dev, st_ino).
+
+    By a descriptor of the file, for the path can lead elsewhere at the second look where others may
+    write to the directory. They could also have put another file there before the first: so it is
+    changed only if it is what bind(2) makes here.
+    """
+    if (mode, uid, gid) == (None, -1, -1):
+        status = os.lstat(path)
+        return status.st_dev, status.st_ino
+    try:
+        # O_PATH opens what cannot be opened, a socket.
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # EMFILE
+        os.unlink(path)
+        raise
+    try:
+        status = os.fstat(fd)
+        file = status.st_dev, status.st_ino
+        expected = stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
+        if not expected or (mode is not None and status.st_mode & 0o777):
+            raise OSError(
+                errno.EBUSY,
+                "somebody else replaced the socket: use a directory where only you may write",
+                path,
+            )
+        # fchmod and fchown refuse such a descriptor; its name in /proc leads to the same file.
+        made = f"/proc/self/fd/{fd}"
+        try:
+            if (uid, gid) != (-1, -1):
+                os.chown(made, uid, gid)
+            if mode is not None:
+                os.chmod(made, mode)
+        except OSError as error:
+            _unlink_same(path, file)
+            raise OSError(error.errno, _permit_hint(error, uid, gid), path) from None
+    finally:
+        os.close(fd)
+    return file
+
+
+def _permit_hint(error: OSError, uid: int, gid: int) -> str:
+    if error.errno == errno.EPERM:
+        return (
+            f"the socket cannot be given to uid {uid}: only root can do that"
+            if uid not in (-1, os.geteuid())
+            else f"the socket cannot be given to gid {gid}: it is no group of this process"
+        )
+    if error.errno == errno.ENOENT:
+        return "permissions are set by way of /proc, which is not mounted"
+    return error.strerror or "permissions cannot be set"
+
+
+def _adopted(fd: int) -> socket.socket:
+    """The listening socket that `fd` is, or an error that says what else it is; `fd` is closed."""
+
+    def refuse(code: int, what: str) -> OSError:
+        return OSError(code, f"descriptor {fd} {what}: a listening Unix stream socket is wanted")
+
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # EBADF
+            os.close(fd)
+        what = "is no socket" if error.errno == errno.ENOTSOCK else "is not open"
+        raise refuse(error.errno or 0, what) from None
+    try:
+        if sock.family != socket.AF_UNIX:
+            raise refuse(errno.EAFNOSUPPORT, "is a socket of another family")
+        if sock.type != socket.SOCK_STREAM:
+            raise refuse(errno.EPROTOTYPE, "is a Unix socket of another type")
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise refuse(errno.EINVAL, "does not listen")
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _path_of(sock: socket.socket) -> str:
+    """The address of a bound socket: a path, "@name" for an abstract one, "" for none."""
+    address = sock.getsockname()
+    if isinstance(address, bytes):
+        return "@" + address[1:].decode(errors="backslashreplace")
+    return str(address)
+
+
+def _unlink_same(path: str, file: tuple[int, int] | None) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if (status.st_dev, status.st_ino) == file:
+            os.unlink(path)
 
 
 def _clear_stale(path: str) -> None:
@@ -263,6 +457,20 @@ _CONNECT_HINTS = {
 }
 
 
+def is_connection(fd: int) -> bool:
+    """Whether a descriptor is a connected Unix stream socket; takes no other descriptor to know."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            return False
+        return not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    finally:
+        sock.detach()
+
+
 def credentials(sock: socket.socket) -> Credentials:
     """Who connected. A process that is gone, or hidden by another pid namespace, has no name."""
     pid, uid, gid = _UCRED.unpack(
@@ -273,4 +481,22 @@ def credentials(sock: socket.socket) -> Credentials:
     except OSError:
         raw = b""
     name = raw.decode(errors="replace").rstrip("\n")
-    return Credentials(pid, uid, gid, "".join(c if c.isprintable() else "?" for c in name) or "?")
+    process = "".join(c if c.isprintable() else "?" for c in name) or "?"
+    return Credentials(pid, uid, gid, process, _groups(sock, pid))
+
+
+def _groups(sock: socket.socket, pid: int) -> tuple[int, ...] | None:
+    """The supplementary groups of who connected, at that time; None if they cannot be known."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+        return struct.unpack(f"{len(raw) // 4}I", raw)
+    except OSError:
+        pass  # ERANGE: they are more
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            for line in status:
+                if line.startswith("Groups:"):
+                    return tuple(map(int, line.split()[1:]))
+    except OSError:
+        pass
+    return None

@@ -7,16 +7,18 @@ only what is one's own; errors say what, why and what to do.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from support.children import NOBODY, python
 from support.leaks import open_fds
-from support.peer import RawPeer
+from support.peer import RawPeer, memory_fd
 from support.waiting import PATIENCE, in_child, until
 
 import ivshmem
@@ -318,6 +320,315 @@ def test_forked_child_leaves_the_path_to_its_parent(socket_path: str) -> None:
         assert is_live(socket_path)
 
 
+# -- permissions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0, 0o022, 0o077, 0o777])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    assert os.umask(before) == request.param, "the umask is the whole process's"
+
+
+def permissions(path: str) -> tuple[int, int, int]:
+    status = os.lstat(path)
+    return status.st_mode & 0o7777, status.st_uid, status.st_gid
+
+
+def test_no_mode_is_what_the_umask_leaves(socket_path: str, umask: int) -> None:
+    with Listener(socket_path):
+        assert permissions(socket_path) == (0o777 & ~umask, os.geteuid(), os.getegid())
+
+
+@pytest.mark.parametrize("mode", [0, 0o600, 0o660, 0o666, 0o777])
+def test_mode(socket_path: str, umask: int, mode: int) -> None:
+    with Listener(socket_path, mode=mode) as listener:
+        assert permissions(socket_path) == (mode, os.geteuid(), os.getegid())
+        listener.listen()
+        assert permissions(socket_path) == (mode, os.geteuid(), os.getegid())
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("owner", "group", "expected"),
+    [
+        (None, None, (0, 0)),
+        (NOBODY, None, (NOBODY, 0)),
+        ("nobody", None, (NOBODY, 0)),
+        (None, str(NOBODY), (0, NOBODY)),
+        ("1234", 4321, (1234, 4321)),
+    ],
+)
+@pytest.mark.parametrize("mode", [None, 0o640])
+def test_owner(
+    socket_path: str,
+    umask: int,
+    mode: int | None,
+    owner: int | str | None,
+    group: int | str | None,
+    expected: tuple[int, int],
+) -> None:
+    with Listener(socket_path, mode=mode, owner=owner, group=group):
+        assert permissions(socket_path) == (0o777 & ~umask if mode is None else mode, *expected)
+
+
+@needs_root
+def test_nobody_comes_in_before_the_mode_is_right(socket_path: str) -> None:
+    """From bind to chmod the file admits nobody, whoever owns it."""
+    seen = []
+
+    real = os.chown
+
+    def chown(path: str, uid: int, gid: int) -> None:
+        seen.append(permissions(socket_path))
+        real(path, uid, gid)
+        seen.append(permissions(socket_path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "chown", chown)
+        with Listener(socket_path, mode=0o660, owner=NOBODY, group=NOBODY):
+            assert seen == [(0, 0, 0), (0, NOBODY, NOBODY)]
+            assert permissions(socket_path) == (0o660, NOBODY, NOBODY)
+
+
+CONNECT = """
+    import socket, sys
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(sys.argv[1])
+            print("in")
+        except PermissionError:
+            print("refused")
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "group", "answer"),
+    [(0o600, None, "refused"), (0o660, NOBODY, "in"), (0o666, None, "in"), (0o606, None, "in")],
+)
+def test_who_may_write_may_connect(
+    socket_path: str, mode: int, group: int | None, answer: str
+) -> None:
+    with Listener(socket_path, mode=mode, group=group) as listener:
+        listener.listen()
+        with python(CONNECT, socket_path, user=NOBODY) as child:
+            child.expect(answer)
+            child.finish()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("owner=0", "the socket cannot be given to uid 0: only root can do that"),
+        ("group=0", "the socket cannot be given to gid 0: it is no group of this process"),
+        ("owner=65534, group=0", "the socket cannot be given to gid 0"),
+    ],
+)
+def test_what_cannot_be_given_away(socket_path: str, arguments: str, reason: str) -> None:
+    """And nothing is left behind."""
+    code = f"""
+        import sys
+        from ivshmem.sockets import Listener
+        try:
+            Listener(sys.argv[1], mode=0o660, {arguments})
+        except PermissionError as error:
+            print(error)
+    """
+    with python(code, socket_path, user=NOBODY) as child:
+        assert reason in child.line()
+        child.finish()
+    assert not os.path.lexists(socket_path)
+
+
+@needs_root
+def test_not_root(socket_path: str) -> None:
+    """A mode of its own, and a group that it is in."""
+    code = """
+        import os, sys
+        from ivshmem.sockets import Listener
+        os.umask(0o777)
+        with Listener(sys.argv[1], mode=0o660, owner=65534, group="65534"):
+            status = os.lstat(sys.argv[1])
+            print(f"{status.st_mode & 0o7777:o}", status.st_uid, status.st_gid)
+    """
+    with python(code, socket_path, user=NOBODY) as child:
+        child.expect("660 65534 65534")
+        child.finish()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": 0o1000}, "mode 0o1000: 0 to 0o777 are allowed, for example 0o660"),
+        ({"mode": -1}, "mode -0o1: 0 to"),
+        ({"owner": "ivshmem-nobody"}, "no user 'ivshmem-nobody' on this system"),
+        ({"group": "ivshmem-nobody"}, "no group 'ivshmem-nobody' on this system"),
+        ({"owner": 2**32}, "uid 4294967296: allowed are 0 to 4294967294"),
+    ],
+)
+def test_no_permissions(socket_path: str, arguments: dict[str, int | str], message: str) -> None:
+    before = open_fds()
+    with pytest.raises(ValueError, match=message):
+        Listener(socket_path, **arguments)  # type: ignore[arg-type]
+    assert open_fds() == before
+    assert not os.path.lexists(socket_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "socket"])
+def test_a_swapped_path_harms_nobody(
+    directory: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Who may write to the directory puts another file there just after bind."""
+    precious = directory / "precious"
+    precious.write_text("")
+    precious.chmod(0o604)
+    real = socket.socket.bind
+    other = socket.socket(socket.AF_UNIX)
+
+    class Swapped(socket.socket):
+        def bind(self, address: object) -> None:
+            real(self, address)  # type: ignore[arg-type]
+            os.unlink(socket_path)
+            if kind == "link":
+                os.symlink(precious, socket_path)
+            elif kind == "file":
+                os.link(precious, socket_path)
+            else:
+                other.bind(socket_path)
+
+    with other:
+        monkeypatch.setattr(socket, "socket", Swapped)
+        with pytest.raises(OSError, match="somebody else replaced the socket") as caught:
+            Listener(socket_path, mode=0o666, owner=os.geteuid())
+        monkeypatch.undo()
+    assert caught.value.filename == socket_path
+    assert permissions(str(precious))[0] == 0o604
+    os.unlink(socket_path)  # what is not one's own stays
+
+
+def test_out_of_descriptors_just_after_binding(socket_path: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.open
+
+        def fail(path: str, flags: int, *rest: object, **names: object) -> int:
+            if flags & os.O_PATH:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+            return real(path, flags, *rest, **names)  # type: ignore[arg-type]
+
+        patch.setattr(os, "open", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            Listener(socket_path, mode=0o600)
+
+
+# -- handing over ---------------------------------------------------------------------------------
+
+
+def inherited(path: str) -> int:
+    """A listening socket as another process hands it over: blocking, and kept by exec."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+        sock.listen()
+        sock.set_inheritable(True)
+        return sock.detach()
+
+
+def test_adopt(socket_path: str) -> None:
+    fd = inherited(socket_path)
+    with Listener.adopt(fd) as listener:
+        assert listener.socket.fileno() == fd
+        assert listener.path == socket_path
+        assert not os.get_inheritable(fd)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+        with Server(listener, 4096) as server:
+            assert server.path == socket_path
+            server.start()
+            ivshmem.connect(socket_path, timeout=PATIENCE).close()
+    assert os.path.lexists(socket_path), "it is whoever's who made it"
+    os.unlink(socket_path)
+
+
+def test_adopt_and_remove(socket_path: str) -> None:
+    Listener.adopt(inherited(socket_path), unlink=True).close()
+    assert not os.path.lexists(socket_path)
+
+
+def test_adopt_and_find_another_there_in_the_end(socket_path: str) -> None:
+    with Listener.adopt(inherited(socket_path), unlink=True):
+        os.unlink(socket_path)
+        Path(socket_path).write_text("precious")
+    assert Path(socket_path).read_text() == "precious"
+    os.unlink(socket_path)
+
+
+def test_adopt_an_abstract_address() -> None:
+    name = f"ivshmem-test-{os.getpid()}"
+    with Listener.adopt(inherited(f"\0{name}"), unlink=True) as listener:
+        assert listener.path == f"@{name}"
+
+
+def test_adopt_a_relative_path(
+    directory: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one from another process's directory; what has that name here is somebody else's."""
+    with monkeypatch.context() as patch:
+        patch.chdir(directory)
+        fd = inherited("socket")
+        with Listener.adopt(fd, unlink=True) as listener:
+            assert listener.path == "socket"
+    os.unlink(socket_path)
+
+
+def test_handed_over(socket_path: str) -> None:
+    """The old server lets go; who connects meanwhile waits, and the new one serves him."""
+    old = Listener(socket_path, mode=0o600)
+    old.listen()
+    fd = os.dup(old.socket.fileno())
+    old.close(unlink=False)
+    with RawPeer(socket_path) as peer, Listener.adopt(fd, unlink=True) as listener:
+        with Server(listener, 4096).start():
+            peer.set_up(1)
+
+
+def test_unlinks_can_be_changed(socket_path: str) -> None:
+    listener = Listener(socket_path)
+    listener.unlinks = False
+    listener.close()
+    assert os.path.lexists(socket_path)
+    Listener(socket_path).close(unlink=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "number", "reason"),
+    [
+        (memory_fd, errno.ENOTSOCK, "is no socket"),
+        (lambda: socket.socket(socket.AF_INET).detach(), errno.EAFNOSUPPORT, "another family"),
+        (
+            lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(),
+            errno.EPROTOTYPE,
+            "another type",
+        ),
+        (
+            lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).detach(),
+            errno.EPROTOTYPE,
+            "another type",
+        ),
+        (lambda: socket.socket(socket.AF_UNIX).detach(), errno.EINVAL, "does not listen"),
+        (lambda: 1000, errno.EBADF, "is not open"),
+    ],
+)
+def test_what_cannot_be_adopted(make: Callable[[], int], number: int, reason: str) -> None:
+    before = open_fds()
+    fd = make()
+    with pytest.raises(OSError, match=reason) as caught:
+        Listener.adopt(fd)
+    assert caught.value.errno == number
+    assert f"descriptor {fd} " in str(caught.value)
+    assert str(caught.value).endswith("a listening Unix stream socket is wanted")
+    assert open_fds() == before, "it was not closed"
+
+
 # -- who is there ---------------------------------------------------------------------------------
 
 
@@ -335,9 +646,10 @@ def test_credentials(socket_path: str) -> None:
             child.expect("READY")
             with until(lambda: _accept(listener)) as sock:
                 name = Path(f"/proc/{child.pid}/comm").read_text().rstrip()
-                assert credentials(sock) == (child.pid, os.getuid(), os.getgid(), name)
+                groups = tuple(os.getgroups())
+                assert credentials(sock) == (child.pid, os.getuid(), os.getgid(), name, groups)
                 child.kill()
-                assert credentials(sock) == (child.pid, os.getuid(), os.getgid(), "?")
+                assert credentials(sock) == (child.pid, os.getuid(), os.getgid(), "?", groups)
 
 
 def _accept(listener: Listener) -> socket.socket | None:
