@@ -10,6 +10,8 @@ Invariants:
 3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server
    notices only that it goes.
 4. Whatever is to be done later makes `fileno()` readable when its time has come.
+5. What a successor must know is in the journal before anything rests on it: who joined before it is
+   sent anything, who left before its descriptors are closed.
 """
 
 from __future__ import annotations
@@ -19,13 +21,20 @@ import errno
 import json
 import logging
 import os
+import select
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from . import _fds, _wire, sockets
+from . import _fds, logs, sockets
+from .access import Verdict
+from .errors import NoSuchPeer
+from .journal import Chapter
 from .protocol import Member, Roster
+from .replay import BATCH, Held, Unfinished, replay, snapshot
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -37,6 +46,7 @@ _FIRST_WATCHED = 1 << 62
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
 _COMPLAIN_SECONDS = 60.0
+_COMPLAINTS = 1000  # kinds of which is known when they were last logged
 
 # What passes: memory, descriptors in the process or the system, descriptors in flight (unix(7)).
 _SHORTAGES = frozenset(
@@ -71,20 +81,51 @@ class Peer:
     since: float
 
 
+@dataclass(frozen=True)
+class PeerReport:
+    """How a peer stands at the moment.
+
+    Attributes:
+        peer: who it is.
+        readonly: whether it was given memory that it can only read.
+        set_up: whether it was sent its whole set-up.
+        pending: messages that it must still be sent.
+        stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
+        interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
+    """
+
+    peer: Peer
+    readonly: bool
+    set_up: bool
+    pending: int
+    stalled_since: float | None
+    interrupts: tuple[int, ...]
+
+
+# Who may join: is asked with how many of the same user are connected, None for who only asks.
+Gate = Callable[[sockets.Credentials, int | None], Verdict]
+
+
 class _Connection:
     """One peer's socket, and where it stands."""
 
-    __slots__ = ("announced", "events", "member", "peer", "socket", "vectors")
+    __slots__ = ("announced", "events", "fd", "member", "peer", "readonly", "socket", "taken")
 
-    def __init__(
-        self, sock: socket.socket, vectors: _fds.FdArray, member: Member, peer: Peer
-    ) -> None:
+    def __init__(self, sock: socket.socket, member: Member, peer: Peer, readonly: bool) -> None:
         self.socket = sock
-        self.vectors = vectors
+        self.fd = sock.fileno()
         self.member = member
         self.peer = peer
+        self.readonly = readonly
         self.events = 0  # watched for beside EPOLLHUP: EPOLLOUT while its buffer is full
+        self.taken = 0.0  # when it last took something, if its buffer is full
         self.announced = False  # its set-up is complete, and it was told so
+
+    @property
+    def vectors(self) -> _fds.FdArray:
+        vectors = self.member.vectors
+        assert isinstance(vectors, _fds.FdArray)
+        return vectors
 
     @property
     def stalled(self) -> bool:
@@ -98,8 +139,11 @@ class Engine:
     Args:
         listener: listening; borrowed, like `memory`.
         memory: the region's descriptor, as an array of one.
+        readonly_memory: gives the same for peers that can only read; borrowed, too.
         answer: what is told to those who only ask (`sockets.ask`), beside the number of peers.
         on_join, on_leave: called at the end of a step. What they raise is logged, and harms nobody.
+        gate: asked about each newcomer before it is sent anything.
+        journal: where a successor finds what was done.
         shared_id: all who connect have this id, and are told only of peers that `admit` announces.
     """
 
@@ -107,24 +151,34 @@ class Engine:
         self,
         listener: socket.socket,
         memory: _fds.FdArray,
+        readonly_memory: Callable[[], _fds.FdArray],
         vectors: int,
         answer: dict[str, int],
         on_join: Callable[[Peer], object] | None,
         on_leave: Callable[[Peer], object] | None,
+        gate: Gate | None = None,
+        journal: Chapter | None = None,
         shared_id: int | None = None,
     ) -> None:
         self._listener = listener
         self._vectors = vectors
+        self._readonly_memory = readonly_memory
         self._answer = answer
         self._on_join, self._on_leave = on_join, on_leave
+        self.gate = gate
+        self._journal = journal or Chapter()
         self._roster = Roster(vectors, memory, shared_id=shared_id)
-        self._connections: dict[int, _Connection] = {}
-        self._dirty: set[int] = set()  # tokens of those to whom something may have to be sent
-        self._starved: set[int] = set()  # tokens of those for whom sending failed for a shortage
+        self._connections: dict[int, _Connection] = {}  # by serial number
+        self._of_user: Counter[int] = Counter()  # how many are connected
+        self._dirty: set[int] = set()  # those outside the crowd who may have to be sent something
+        self._starved: set[int] = set()  # those for whom sending failed for a shortage
+        self._unwatched: set[int] = set()  # those for whom there was no room in the epoll object
         self._reports: list[tuple[Callable[[Peer], object], Peer]] = []
         self._spare: _fds.FdArray | None = None  # eventfds for the next newcomer
         self.paused = ""  # why newcomers wait in the queue at the moment
-        self._complaint = ("", 0.0)  # the last one, and when it was logged
+        self._again = False  # whether to look at that queue in any case
+        self.counts: Counter[str] = Counter()
+        self._complaints: dict[str, float] = {}  # when each was last logged
         self._watched: dict[int, Callable[[], object]] = {}  # by token
         self._tokens: dict[int, int] = {}  # of what is watched, by descriptor
         self._next_token = _FIRST_WATCHED
@@ -167,9 +221,38 @@ class Engine:
         """Who is connected, by id; from any thread."""
         return sorted((c.peer for c in list(self._connections.values())), key=lambda peer: peer.id)
 
+    def report(self, *, interrupts: bool = True) -> list[PeerReport]:
+        """How each peer stands, by id; by the thread that makes the steps."""
+        rung = self._rung() if interrupts else frozenset()
+        found = [self._report(c, interrupts, rung) for c in self._connections.values()]
+        return sorted(found, key=lambda report: report.peer.id)
+
+    def _rung(self) -> frozenset[int]:
+        """The eventfds that are not zero: to read the count of each takes ten times as long."""
+        poll = select.poll()
+        for connection in self._connections.values():
+            for i in range(len(connection.vectors)):
+                poll.register(connection.vectors[i], select.POLLIN)
+        return frozenset(fd for fd, _ in poll.poll(0))
+
+    def _report(
+        self, connection: _Connection, interrupts: bool, rung: frozenset[int]
+    ) -> PeerReport:
+        fds = connection.vectors
+        vectors = [fds[i] for i in range(len(fds))] if interrupts else []
+        return PeerReport(
+            connection.peer,
+            connection.readonly,
+            self._roster.is_set_up(connection.member),
+            self._roster.backlog(connection.member),
+            connection.taken if connection.stalled else None,
+            tuple(_fds.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
+        )
+
     def step(self, timeout: float | None) -> None:
         """Wait at most `timeout` seconds and do what there is to do."""
         for token, events in self._epoll.wait(timeout):
+            serial = token - _FIRST_PEER
             if token == _LISTENER:
                 self._accept()
             elif token == _WAKE:
@@ -178,17 +261,16 @@ class Engine:
                 self._retry()
             elif token in self._watched:
                 self._watched[token]()
-            elif token in self._connections:  # not gone by an event before this one
+            elif serial in self._connections:  # not gone by an event before this one
                 if events & (_fds.EPOLLHUP | _fds.EPOLLERR):
-                    self._leave(token)
+                    self._leave(serial)
                 else:
-                    self._dirty.add(token)
-        while self._dirty:
-            due, self._dirty = self._dirty, set()
-            # Elders first: when a newcomer's set-up is complete, those who read were told of it.
-            for token in sorted(due):
-                if token in self._connections:
-                    self._flush(token)
+                    self._dirty.add(serial)
+        self._tell_all()
+        if self._again:
+            self._again = False
+            self._accept()
+            self._tell_all()
         while self._reports:
             callback, peer = self._reports.pop(0)
             try:
@@ -222,66 +304,145 @@ class Engine:
                 self._timer.set(_RETRY_SECONDS)
                 return
             sock.setblocking(False)
-            if sockets.only_asks(address):
-                self._tell(sock)
-            else:
-                vectors, self._spare = self._spare, None
-                self._join(sock, vectors)
+            self._meet(sock, address)
+
+    def _meet(self, sock: socket.socket, address: object) -> None:
+        """Answer a newcomer, refuse it, or let it join."""
+        if _is_gone(sock):
+            sock.close()
+            return
+        asks = sockets.only_asks(address)
+        who = sockets.credentials(sock)
+        verdict = Verdict(True)
+        if self.gate is not None:
+            verdict = self.gate(who, None if asks else self._of_user[who.uid])
+        if not verdict.allowed:
+            self.counts["refused"] += 1
+            self._complain(
+                f"refused {who.process} (pid {who.pid}, uid {who.uid}): {verdict.reason}"
+                " (if it is QEMU, it spins until it is stopped)",
+                f"refused {who.uid}",
+                logs.fields(
+                    "refused",
+                    uid=who.uid,
+                    pid=who.pid,
+                    process=who.process,
+                    reason=verdict.reason,
+                ),
+            )
+            sock.close()
+            return
+        if asks:
+            self._tell(sock)
+            return
+        try:
+            memory = self._readonly_memory() if verdict.readonly else None
+        except OSError as error:
+            self._complain(f"a newcomer had to be turned away: {error.strerror}")
+            sock.close()
+            return
+        self._join(sock, who, memory)
 
     def _tell(self, sock: socket.socket) -> None:
         """Answer somebody who does not want to be a peer."""
         with sock, contextlib.suppress(OSError):
             sock.send(json.dumps({**self._answer, "peers": len(self._connections)}).encode())
 
-    def _join(self, sock: socket.socket, vectors: _fds.FdArray) -> None:
-        member = self._roster.join(vectors)
-        token = _FIRST_PEER + member.serial
-        try:
-            self._epoll.add(sock.fileno(), token, 0)
-        except OSError as error:  # ENOSPC or ENOMEM: the one thing that cannot be had beforehand
-            self._complain(f"a newcomer had to be turned away: {error.strerror}")
-            self._roster.leave(member)
-            sock.close()
-            vectors.close()
-            return
+    def _join(
+        self, sock: socket.socket, who: sockets.Credentials, memory: _fds.FdArray | None
+    ) -> None:
+        vectors, self._spare = self._spare, None
+        assert vectors is not None
+        readonly = memory is not None
+        fds = [vectors[i] for i in range(len(vectors))]
+        since = time.time()
+        self._journal.keep([sock.fileno(), *fds])
+        member = self._roster.join(vectors, memory)
+        self._journal.note("join", *Held(sock.fileno(), fds, since, readonly))
         if self._small_buffers:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
-        who = sockets.credentials(sock)
-        peer = Peer(member.id, who.pid, who.uid, who.gid, who.process, self._vectors, time.time())
-        self._connections[token] = _Connection(sock, vectors, member, peer)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
+        connection = self._connect(sock, who, member, since, readonly)
+        self.counts["joins"] += 1
         if self._on_join is not None:
-            self._reports.append((self._on_join, peer))
-        # Those who wait for room in their buffer are told when they have it.
-        self._dirty.update(t for t, c in self._connections.items() if not c.stalled)
+            self._reports.append((self._on_join, connection.peer))
+        self._dirty_others()
 
-    def _leave(self, token: int) -> None:
-        connection = self._connections.pop(token)
-        self._dirty.discard(token)
-        self._starved.discard(token)
-        self._tell_of_leave(connection.member)
-        self._epoll.remove(connection.socket.fileno())
+    def _connect(
+        self,
+        sock: socket.socket,
+        who: sockets.Credentials,
+        member: Member,
+        since: float,
+        readonly: bool,
+    ) -> _Connection:
+        peer = Peer(member.id, who.pid, who.uid, who.gid, who.process, self._vectors, since)
+        connection = _Connection(sock, member, peer, readonly)
+        self._connections[member.serial] = connection
+        self._of_user[who.uid] += 1
+        self._begin_to_watch(member.serial)
+        return connection
+
+    def _begin_to_watch(self, serial: int) -> None:
+        """Watch for a peer's end; where that cannot be had at once, it is served all the same."""
+        connection = self._connections[serial]
+        try:
+            self._epoll.add(connection.fd, _FIRST_PEER + serial, connection.events)
+        except OSError as error:  # ENOSPC or ENOMEM
+            self._complain(f"that peers leave is noticed late: {error.strerror}")
+            self._unwatched.add(serial)
+            self._timer.set(_RETRY_SECONDS)
+
+    def _dirty_others(self) -> None:
+        # Those who wait for room in their buffer are told when they have it.
+        self._dirty.update(s for s in self._roster.others if not self._connections[s].stalled)
+
+    def _leave(self, serial: int) -> None:
+        """Somebody is gone: the others have to be told, and its descriptors are closed."""
+        connection = self._connections.pop(serial)
+        if serial not in self._unwatched:
+            self._epoll.remove(connection.fd)
+        for serials in (self._dirty, self._starved, self._unwatched):
+            serials.discard(serial)
+        self._of_user[connection.peer.uid] -= 1
+        if not self._of_user[connection.peer.uid]:
+            del self._of_user[connection.peer.uid]
+        self.counts["leaves"] += 1
+        self._journal.note("leave", serial)
+        if self._roster.leave(connection.member):
+            self._dirty_others()
+        fds = connection.vectors
+        self._journal.drop([connection.fd, *(fds[i] for i in range(len(fds)))])
         _hang_up(connection)
         if self._on_leave is not None:
             self._reports.append((self._on_leave, connection.peer))
         self._listen_again()
 
-    def _tell_of_leave(self, left: Member) -> None:
-        for member in self._roster.leave(left):
-            token = _FIRST_PEER + member.serial
-            if token in self._connections and not self._connections[token].stalled:
-                self._dirty.add(token)
+    def evict(self, peer_id: int) -> None:
+        """Hang up on a peer.
+
+        Raises:
+            NoSuchPeer: there is none with this id.
+        """
+        for serial, connection in self._connections.items():
+            if connection.peer.id == peer_id:
+                self._leave(serial)
+                self.wake()  # the others are told by the next step
+                return
+        raise NoSuchPeer(f"peer {peer_id} is not connected")
 
     # -- peers that are elsewhere -----------------------------------------------------------------
 
     def admit(self, peer_id: int, vectors: _fds.FdArray) -> Member:
         """Announce a peer that does not connect here; `vectors` stay the caller's."""
         member = self._roster.admit(peer_id, vectors)
-        self._dirty.update(t for t, c in self._connections.items() if not c.stalled)
+        self._dirty_others()
         return member
 
     def dismiss(self, member: Member) -> None:
         """Say that an admitted peer is gone; its vectors are not used any more."""
-        self._tell_of_leave(member)
+        if self._roster.leave(member):
+            self._dirty_others()
 
     def bells(self, vector: int) -> list[int]:
         """The eventfds of this vector, one for each client; they belong to the connections."""
@@ -289,67 +450,201 @@ class Engine:
 
     # -- sending ----------------------------------------------------------------------------------
 
-    def _flush(self, token: int) -> None:
-        """Send what a peer has still to be told, as far as its buffer takes it."""
-        connection = self._connections[token]
+    def _tell_all(self) -> None:
+        """Send everybody what it must be told, as far as the buffers take it."""
+        self._tell_crowd()
+        while self._dirty:
+            due, self._dirty = self._dirty, set()
+            # Elders first: when a newcomer's set-up is complete, those who read were told of it.
+            for serial in sorted(due):
+                if serial in self._connections:
+                    self._flush(serial)
+            self._tell_crowd()  # somebody may have turned out to be gone
+
+    def _tell_crowd(self) -> None:
+        """Send those who know all that there was what is new: it is the same for all of them."""
+        while runs := self._roster.news(BATCH):
+            serials = list(self._roster.crowd)
+            fds = [self._connections[serial].fd for serial in serials]
+            done = 0
+            while True:
+                done, sent, _, count = self._journal.outbox.send_to_all(
+                    fds, done, runs, self._journal.number
+                )
+                if done == len(fds):
+                    break
+                # It took only a part: `_flush` finds out why.
+                del fds[done]
+                serial = serials.pop(done)
+                self.counts["messages"] += sent
+                member = self._connections[serial].member
+                self._roster.split(member)
+                self._roster.sent(member, runs, sent)
+                self._journal.note("split", serial, sent, done, count)
+                self._dirty.add(serial)
+            self._roster.sent_to_crowd(runs, count)
+            self._journal.note("crowd", count)
+            self.counts["messages"] += count * len(fds)
+
+    def _flush(self, serial: int) -> None:
+        """Send one outside the crowd what it has still to be told."""
+        connection = self._connections[serial]
         member = connection.member
         full = False
-        while not full and (runs := self._roster.pending(member)):
+        while not full and (runs := self._roster.pending(member, 4 * BATCH)):
             try:
-                count = _wire.send_runs(connection.socket.fileno(), runs)
+                count = self._journal.outbox.send(connection.fd, runs, self._journal.number, serial)
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    self._starve(token, error)
+                    self._starve(serial, error)
                 else:  # EPIPE or ECONNRESET: it is gone, or has stopped listening
-                    self._leave(token)
+                    self._leave(serial)
                 return
-            self._roster.sent(member, runs, count)
+            if count:
+                self._roster.sent(member, runs, count)
+                self._journal.note("sent", serial, count)
+                self.counts["messages"] += count
             full = count < sum(run.length for run in runs)
-        self._watch(token, _fds.EPOLLOUT if full else 0)
+            if full and (count or not connection.taken):
+                connection.taken = time.time()
+        if not full:
+            connection.taken = 0.0
+        self._watch(serial, _fds.EPOLLOUT if full else 0)
         if not connection.announced and self._roster.is_set_up(member):
-            # Protocol version 0 cannot say that a set-up is complete. Shutting down this side's
-            # receiving says it to a client that asks, and changes nothing for one that does not.
-            connection.announced = True
-            with contextlib.suppress(OSError):  # ENOTCONN: it is gone, and the next event says so
-                connection.socket.shutdown(socket.SHUT_RD)
+            self._announce_end(connection)
 
-    def _watch(self, token: int, events: int) -> None:
-        connection = self._connections[token]
+    def _announce_end(self, connection: _Connection) -> None:
+        # Protocol version 0 cannot say that a set-up is complete. Shutting down this side's
+        # receiving says it to a client that asks, and changes nothing for one that does not.
+        connection.announced = True
+        with contextlib.suppress(OSError):  # ENOTCONN: it is gone, and the next event says so
+            connection.socket.shutdown(socket.SHUT_RD)
+
+    def _watch(self, serial: int, events: int) -> None:
+        connection = self._connections[serial]
         if events != connection.events:
-            self._epoll.modify(connection.socket.fileno(), token, events)
             connection.events = events
+            if serial not in self._unwatched:
+                self._epoll.modify(connection.fd, _FIRST_PEER + serial, events)
 
     # -- shortages --------------------------------------------------------------------------------
 
-    def _starve(self, token: int, error: OSError) -> None:
+    def _starve(self, serial: int, error: OSError) -> None:
         """Sending failed though the buffer has room: no event will come, so a clock must do."""
-        self._complain(f"sending has to wait: {error.strerror}")
-        self._watch(token, 0)
-        self._starved.add(token)
+        self.counts["starved"] += 1
+        told = logs.fields("starved", reason=error.strerror)
+        self._complain(f"sending has to wait: {error.strerror}", extra=told)
+        self._watch(serial, 0)
+        self._starved.add(serial)
         self._timer.set(_RETRY_SECONDS)
 
     def _pause(self, reason: str) -> None:
         """Leave newcomers in the queue of the listening socket."""
-        self._complain(f"newcomers have to wait: {reason}")
+        told = logs.fields("waiting", reason=reason)
+        self._complain(f"newcomers have to wait: {reason}", extra=told)
         self._epoll.modify(self._listener.fileno(), _LISTENER, 0)
         self.paused = reason
 
     def _listen_again(self) -> None:
         if self.paused:
             self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN)
+            self._again = True  # also if nobody waits: `paused` is to say so
 
     def _retry(self) -> None:
         self._timer.set(0)
         self._dirty |= self._starved
         self._starved.clear()
+        unwatched, self._unwatched = self._unwatched, set()
+        for serial in unwatched:
+            self._begin_to_watch(serial)
         self._listen_again()
 
-    def _complain(self, text: str) -> None:
-        """Log what may come ten times a second only when it is new, or a minute old."""
+    def _complain(
+        self, text: str, kind: str = "", extra: Mapping[str, object] | None = None
+    ) -> None:
+        """Log what may come ten times a second once a minute for each kind."""
         now = time.monotonic()
-        if text != self._complaint[0] or now > self._complaint[1] + _COMPLAIN_SECONDS:
-            self._complaint = (text, now)
-            _log.warning(text)
+        last = self._complaints.get(kind or text)
+        if last is None or now > last + _COMPLAIN_SECONDS:
+            if len(self._complaints) > _COMPLAINTS:
+                self._complaints.clear()
+            self._complaints[kind or text] = now
+            _log.warning(text, extra=extra)
+
+    # -- a successor ------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes instead of the records up to now, in what JSON can hold."""
+        held = {}
+        for serial, connection in self._connections.items():
+            vectors = connection.vectors
+            fds = [vectors[i] for i in range(len(vectors))]
+            held[serial] = Held(connection.fd, fds, connection.peer.since, connection.readonly)
+        return {**snapshot(self._roster, held), "counts": self.counts}
+
+    @property
+    def descriptors(self) -> set[int]:
+        """The numbers of those that belong to peers."""
+        found = {connection.fd for connection in self._connections.values()}
+        for connection in self._connections.values():
+            vectors = connection.vectors
+            found.update(vectors[i] for i in range(len(vectors)))
+        return found
+
+    def resume(
+        self,
+        state: Mapping[str, Any] | None,
+        records: Iterable[list[Any]],
+        unfinished: Unfinished | None,
+        find: Callable[[int], int | None],
+    ) -> None:
+        """Go on where another engine was when its process ended.
+
+        Args:
+            find: what descriptor has now the number that it had there; None: it is gone. Those
+                found belong to this engine from now on.
+        """
+        held = replay(self._roster, state, records, unfinished)
+        self.counts.update((state or {}).get("counts", {}))
+        gone = []
+        for member in list(self._roster.members):
+            mine = held[member.serial]
+            sock = find(mine.fd)
+            found = [find(fd) for fd in mine.fds]
+            vectors = _fds.FdArray()
+            for fd in found:
+                if fd is not None:
+                    vectors.take(fd)
+            member.give_vectors(vectors)
+            if sock is None:
+                gone.append(member)
+                vectors.close()
+                continue
+            if mine.readonly:
+                member.memory = self._readonly_memory()
+            connected = socket.socket(fileno=sock)
+            who = sockets.credentials(connected)
+            connection = self._connect(connected, who, member, mine.since, mine.readonly)
+            if None in found:
+                gone.append(member)
+            elif self._roster.is_set_up(member):
+                self._announce_end(connection)
+        for member in gone:
+            if member.serial in self._connections:
+                self._leave(member.serial)
+            else:
+                self._journal.note("leave", member.serial)
+                self._roster.leave(member)
+        self._dirty.update(self._roster.others)
+        self.wake()
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Take a connection that a predecessor accepted, and did not come to serve."""
+        if self._spare is None:
+            self._spare = _fds.FdArray.eventfds(self._vectors)
+        sock.setblocking(False)
+        self._meet(sock, sock.getpeername())
+        self.wake()
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -363,6 +658,16 @@ class Engine:
         if self._spare is not None:
             self._spare.close()
         self._undo.close()
+
+
+def _is_gone(sock: socket.socket) -> bool:
+    """Whether a newcomer left while it waited in the queue: thousands can be there, of a flood.
+
+    It is spared an id, eventfds, and that everybody is told. POLLHUP: both directions are closed.
+    """
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
 
 
 def _hang_up(connection: _Connection, *, forked: bool = False) -> None:

@@ -20,9 +20,9 @@ import heapq
 import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import NoFreeId, ProtocolError
 
@@ -32,6 +32,7 @@ MAX_ID = 65535  # the doorbell register has 16 bits for it
 MAX_VECTORS = 2048  # of the device's property `vectors`
 
 _MESSAGE = struct.Struct("<q")
+_GREETED = 3  # messages in a greeting
 
 
 # -- framing --------------------------------------------------------------------------------------
@@ -274,35 +275,49 @@ class Run(NamedTuple):
     member: Member | None = None  # whose vectors these are, if they are any
 
 
+class Standing:
+    """What somebody was told; one object for all who were told the same."""
+
+    __slots__ = ("current", "greeted", "owed", "partial", "told")
+
+    def __init__(self, greeted: int = 0) -> None:
+        self.greeted = greeted  # messages of the greeting (version, id, memory) that were sent
+        self.told = -1  # everyone in the order of joins up to here was announced
+        self.current: Member | None = None  # the one that is being announced,
+        self.partial = 0  # with so many vectors so far
+        self.owed: deque[int] = deque()  # ids that were announced and have left since
+
+    def knows(self, other: Member) -> bool:
+        """Whether any message about `other` was sent."""
+        return not other.secret and (other.serial <= self.told or self.current is other)
+
+    def copy(self) -> Standing:
+        """The same, to become another's."""
+        other = Standing(self.greeted)
+        other.told, other.current, other.partial = self.told, self.current, self.partial
+        other.owed = self.owed.copy()
+        return other
+
+
 class Member:
     """A client as the roster sees it: who it is, and what it was told."""
 
-    __slots__ = (
-        "current",
-        "greeted",
-        "id",
-        "owed",
-        "partial",
-        "secret",
-        "serial",
-        "told",
-        "vectors",
-    )
+    __slots__ = ("announcement", "id", "memory", "secret", "serial", "standing", "vectors")
 
-    def __init__(self, peer_id: int, serial: int, vectors: Sized, *, secret: bool = False) -> None:
+    def __init__(
+        self, peer_id: int, serial: int, vectors: Sized, memory: Sized, *, secret: bool = False
+    ) -> None:
         self.id = peer_id
         self.serial = serial  # its place in the order of joins
-        self.vectors = vectors
+        self.memory = memory
         self.secret = secret  # the others are not told of it
-        self.greeted = 0  # messages of the greeting (version, id, memory) that it was sent
-        self.told = -1  # everyone in the order of joins up to here was announced to it
-        self.current: Member | None = None  # the one that is being announced,
-        self.partial = 0  # with so many vectors so far
-        self.owed: deque[int] = deque()  # ids it was told of that have left since
+        self.standing = Standing()
+        self.give_vectors(vectors)
 
-    def knows(self, other: Member) -> bool:
-        """Whether it was sent any message about `other`."""
-        return not other.secret and (other.serial <= self.told or self.current is other)
+    def give_vectors(self, vectors: Sized) -> None:
+        """Have others than before."""
+        self.vectors = vectors
+        self.announcement = Run(self.id, vectors, 0, len(vectors), self)
 
 
 class Roster:
@@ -312,6 +327,13 @@ class Roster:
     therefore: the rest of its greeting, the rest of the announcement it is in the middle of, leaves
     of those it knows, and whoever stands after its position. It needs memory only for leaves that
     it has not read yet, and those are of members it was told of: bounded by their number.
+
+    Those who were told everything are the crowd. They share one standing, and what is new is the
+    same for all of them, so that who sends can work it out once: `news`. Who takes only a part of
+    it is `split` off, and comes back when it was told everything again.
+
+    All this depends on nothing but what the roster was told, in the same order: who keeps a record
+    of that can have the same roster again.
 
     Args:
         vectors: of every member, 0..2048.
@@ -327,6 +349,9 @@ class Roster:
         self._memory = memory
         self._shared_id = shared_id
         self._order: list[Member] = []  # who is connected, in the order of joins
+        self._crowd = Standing(_GREETED)
+        self.crowd: dict[int, Member] = {}  # by serial, in the order in which they came to it
+        self.others: dict[int, Member] = {}  # those who are not in the crowd
         self._serial = 0  # of the next to join
         self._unused = 0  # ids from here on were never given out
         self._free: list[int] = []  # ids that nobody connected was told of, as a heap
@@ -342,8 +367,13 @@ class Roster:
         """Whether no id is left to give out."""
         return not self._free and self._unused > MAX_ID
 
-    def join(self, vectors: Sized) -> Member:
+    # -- joining and leaving ----------------------------------------------------------------------
+
+    def join(self, vectors: Sized, memory: Sized | None = None) -> Member:
         """Admit a client with these vectors under the lowest id that is safe.
+
+        Args:
+            memory: the region's descriptor for this one, if it is another than the others'.
 
         Raises:
             NoFreeId: there is none; nothing has changed.
@@ -351,7 +381,7 @@ class Roster:
         if len(vectors) != self.vectors:
             raise ValueError(f"{len(vectors)} vectors given, {self.vectors} wanted")
         if self._shared_id is not None:
-            return self._append(self._shared_id, vectors, secret=True)
+            return self._append(self._shared_id, vectors, memory, secret=True)
         if self.full:
             raise NoFreeId(
                 f"all {MAX_ID + 1} ids are taken or known to a connected peer"
@@ -362,7 +392,7 @@ class Roster:
         else:
             peer_id = self._unused
             self._unused += 1
-        return self._append(peer_id, vectors)
+        return self._append(peer_id, vectors, memory)
 
     def admit(self, peer_id: int, vectors: Sized) -> Member:
         """With a shared id: let all clients ring a peer that is elsewhere, until it leaves.
@@ -371,31 +401,42 @@ class Roster:
         """
         if self._shared_id is None or peer_id == self._shared_id or len(vectors) != self.vectors:
             raise ValueError(f"peer {peer_id} with {len(vectors)} vectors cannot be admitted")
-        return self._append(peer_id, vectors)
-
-    def _append(self, peer_id: int, vectors: Sized, *, secret: bool = False) -> Member:
-        member = Member(peer_id, self._serial, vectors, secret=secret)
-        self._serial += 1
-        self._order.append(member)
+        member = self._append(peer_id, vectors, None)
+        del self.others[member.serial]  # nobody here sends to it
         return member
 
-    def leave(self, member: Member) -> list[Member]:
-        """Remove a member and return those who must be told, now or when they read again."""
+    def _append(
+        self, peer_id: int, vectors: Sized, memory: Sized | None, *, secret: bool = False
+    ) -> Member:
+        memory = self._memory if memory is None else memory
+        member = Member(peer_id, self._serial, vectors, memory, secret=secret)
+        self._serial += 1
+        self._order.append(member)
+        self.others[member.serial] = member
+        return member
+
+    def leave(self, member: Member) -> bool:
+        """Remove a member; whether anybody must be told, now or when it reads again."""
         index = bisect_left(self._order, member.serial, key=lambda m: m.serial)
         if index == len(self._order) or self._order[index] is not member:
             raise ValueError(f"peer {member.id} is not connected")
         del self._order[index]
-        affected = []
-        for other in self._order:
-            if other.knows(member):
-                if other.current is member:
-                    other.current = None
+        self.others.pop(member.serial, None)
+        self._out_of_crowd(member)
+        standings = [other.standing for other in self.others.values()]
+        if self.crowd:
+            standings.append(self._crowd)
+        known = False
+        for standing in standings:
+            if standing.knows(member):
+                if standing.current is member:
+                    standing.current = None
                 if self.vectors:
-                    other.owed.append(member.id)
-                    affected.append(other)
+                    standing.owed.append(member.id)
+                    known = True
         if self._shared_id is not None:
-            return affected  # no ids are given out
-        if affected:
+            return known  # no ids are given out
+        if known:
             self._known.append((self._serial, member.id))
         else:
             heapq.heappush(self._free, member.id)
@@ -404,25 +445,37 @@ class Roster:
         eldest = self._order[0].serial if self._order else self._serial
         while self._known and self._known[0][0] <= eldest:
             heapq.heappush(self._free, self._known.popleft()[1])
-        return affected
+        return known
+
+    # -- telling ----------------------------------------------------------------------------------
 
     def pending(self, member: Member, limit: int = 1024) -> list[Run]:
         """What to send to `member` next, in order: about `limit` messages, [] when it knows all."""
+        standing = member.standing
         runs: list[Run] = []
-        if member.greeted < 3:
+        if standing.greeted < _GREETED:
             greeting: list[Run] = [
                 Run(VERSION, None, 0, 1),
                 Run(member.id, None, 0, 1),
-                Run(MEMORY, self._memory, 0, 1),
+                Run(MEMORY, member.memory, 0, 1),
             ]
-            runs = greeting[member.greeted :]
-        current = member.current
+            runs = greeting[standing.greeted :]
+        return runs + self._news(standing, member, limit - len(runs))
+
+    def news(self, limit: int = 1024) -> list[Run]:
+        """The same for all of the crowd."""
+        return self._news(self._crowd, None, limit) if self.crowd else []
+
+    def _news(self, standing: Standing, member: Member | None, limit: int) -> list[Run]:
+        runs: list[Run] = []
+        current = standing.current
         if current is not None:
-            runs.append(self._announce(current, member.partial))
-        runs += [Run(peer, None, 0, 1) for peer in member.owed]
+            first = standing.partial
+            runs.append(current.announcement._replace(first=first, length=self.vectors - first))
+        runs += [Run(peer, None, 0, 1) for peer in standing.owed]
         if not self.vectors:
             return runs  # nobody can be announced
-        position = member.told if current is None else current.serial
+        position = standing.told if current is None else current.serial
         start = bisect_right(self._order, position, key=lambda m: m.serial)
         room = max(limit - len(runs), 0) // self.vectors + 1
         if self._shared_id is None:
@@ -430,34 +483,135 @@ class Roster:
         else:
             told = (m for m in self._order[start:] if not m.secret or m is member)
             news = islice(told, room)
-        runs += [self._announce(m, 0) for m in news]
+        runs += [m.announcement for m in news]
         return runs
 
-    @staticmethod
-    def _announce(member: Member, first: int) -> Run:
-        return Run(member.id, member.vectors, first, len(member.vectors) - first, member)
-
-    def sent(self, member: Member, runs: Iterable[Run], count: int) -> None:
+    def sent(self, member: Member, runs: Sequence[Run], count: int) -> None:
         """Note that the first `count` messages of pending()'s `runs` went out.
 
         Nobody may have joined or left in between.
         """
+        self.split(member)
+        self._advance(member.standing, runs, count)
+        if not self.pending(member, 1) and not self.news(1):
+            if not self.crowd:
+                self._crowd = member.standing
+            # Equal but for some at the end who have left since, or are no business of theirs.
+            self._crowd.told = max(self._crowd.told, member.standing.told)
+            member.standing = self._crowd
+            self.crowd[member.serial] = self.others.pop(member.serial)
+
+    def sent_to_crowd(self, runs: Sequence[Run], count: int) -> None:
+        """Note that each of the crowd was sent the first `count` messages of news()'s `runs`.
+
+        Those who were not have been `split` off, which may have been everybody.
+        """
+        if self.crowd:
+            self._advance(self._crowd, runs, count)
+
+    def split(self, member: Member) -> None:
+        """Take a member out of the crowd, if it is in it: it is told for itself from now on."""
+        if member.serial in self.crowd:
+            member.standing = self._crowd.copy()
+            self.others[member.serial] = member
+            self._out_of_crowd(member)
+
+    def _out_of_crowd(self, member: Member) -> None:
+        self.crowd.pop(member.serial, None)
+        if not self.crowd:
+            self._crowd = Standing(_GREETED)
+
+    @staticmethod
+    def _advance(standing: Standing, runs: Sequence[Run], count: int) -> None:
+        if not count:
+            return
+        whole = count == sum(run.length for run in runs)
+        if whole and standing.greeted == _GREETED and runs[-1].member is not None:
+            # The usual case: all of it, which ends with somebody.
+            standing.owed.clear()
+            standing.current = None
+            standing.partial = runs[-1].first + runs[-1].length
+            standing.told = runs[-1].member.serial
+            return
         for run in runs:
             if count <= 0:
                 break
             done = min(count, run.length)
             count -= done
             if run.member is not None:
-                member.partial = run.first + done
+                standing.partial = run.first + done
                 whole = done == run.length
-                member.current = None if whole else run.member
+                standing.current = None if whole else run.member
                 if whole:
-                    member.told = run.member.serial
-            elif member.greeted < 3:
-                member.greeted += 1
+                    standing.told = run.member.serial
+            elif standing.greeted < _GREETED:
+                standing.greeted += 1
             else:
-                member.owed.popleft()
+                standing.owed.popleft()
 
     def is_set_up(self, member: Member) -> bool:
         """Whether a member was sent all of its set-up, its own vectors included."""
-        return member.greeted == 3 and (not self.vectors or member.told >= member.serial)
+        standing = member.standing
+        return standing.greeted == _GREETED and (not self.vectors or standing.told >= member.serial)
+
+    def backlog(self, member: Member) -> int:
+        """How many messages `member` has still to be sent: `pending`'s, without making them."""
+        standing = member.standing
+        current = standing.current
+        count = _GREETED - standing.greeted + len(standing.owed)
+        if not self.vectors:
+            return count
+        if current is not None:
+            count += self.vectors - standing.partial
+        position = standing.told if current is None else current.serial
+        start = bisect_right(self._order, position, key=lambda m: m.serial)
+        others = len(self._order) - start
+        if self._shared_id is not None:
+            others = sum(not m.secret or m is member for m in self._order[start:])
+        return count + others * self.vectors
+
+    # -- for a successor --------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """All that the roster knows, but for descriptors, in what JSON can hold."""
+        return {
+            "serial": self._serial,
+            "unused": self._unused,
+            "free": self._free,
+            "known": list(self._known),
+            "crowd": list(self.crowd),
+            "crowd_standing": _dump(self._crowd),
+            "members": [
+                [m.id, m.serial, None if m.serial in self.crowd else _dump(m.standing)]
+                for m in self._order
+            ],
+        }
+
+    def load(self, state: Mapping[str, Any], vectors: Sized) -> None:
+        """Become what `dump` said, with `vectors` for each member's, to be replaced later."""
+        self._serial, self._unused = state["serial"], state["unused"]
+        self._free = list(state["free"])
+        self._known = deque((serial, peer) for serial, peer in state["known"])
+        self._order = [
+            Member(i, serial, vectors, self._memory) for i, serial, _ in state["members"]
+        ]
+        members = {member.serial: member for member in self._order}
+        self._crowd = _load(state["crowd_standing"], members)
+        self.crowd = {serial: members[serial] for serial in state["crowd"]}
+        self.others = {s: m for s, m in members.items() if s not in self.crowd}
+        for _, serial, standing in state["members"]:
+            members[serial].standing = self._crowd if standing is None else _load(standing, members)
+
+
+def _dump(standing: Standing) -> list[Any]:
+    current = standing.current
+    serial = None if current is None else current.serial
+    return [standing.greeted, standing.told, serial, standing.partial, list(standing.owed)]
+
+
+def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Standing:
+    standing = Standing(state[0])
+    standing.told, standing.partial = state[1], state[3]
+    standing.current = None if state[2] is None else members[state[2]]
+    standing.owed = deque(state[4])
+    return standing

@@ -16,19 +16,23 @@ import contextlib
 import logging
 import operator
 import os
-import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
 from . import _fds, sockets
-from .engine import Engine, Peer
+from .engine import Engine, Gate, Peer, PeerReport
 from .errors import ClosedError
+from .journal import Chapter
+from .loop import woken_by_signals
 from .pages import PAGE
 from .protocol import MAX_VECTORS, VERSION
 from .region import Region
+from .replay import Unfinished
 from .sizes import check_size
 
 _log = logging.getLogger("ivshmem.server")
@@ -46,6 +50,11 @@ class Server:
             makes and closes ("4M").
         vectors: of each peer, 0..2048.
         on_join, on_leave: called with a Peer, by the thread that runs the server.
+        gate: called with the credentials of each who connects, and how many of its user are peers,
+            before it is sent anything; returns an access.Verdict (see access.Rules). Who is refused
+            is disconnected, which QEMU does not take well: it spins until it is stopped.
+        journal: where a successor of this process finds what it needs to go on (`resume`).
+        listen: False: nobody can connect yet; the caller lets them by `Listener.listen`.
 
     It listens from the start; peers are served while one of these runs: `serve_forever()` in the
     calling thread until `stop()`, `start()` in a thread of its own, or `step()` from another loop,
@@ -67,6 +76,9 @@ class Server:
         *,
         on_join: Callable[[Peer], object] | None = None,
         on_leave: Callable[[Peer], object] | None = None,
+        gate: Gate | None = None,
+        journal: Chapter | None = None,
+        listen: bool = True,
     ) -> None:
         self._pid = os.getpid()
         self._closed = True  # until there is something to close
@@ -76,7 +88,9 @@ class Server:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._turn = threading.RLock()  # held during a step
+        self._door = threading.Lock()  # held by who waits for its turn: no step begins meanwhile
         self._in_step = False
+        self._stepper = 0  # the thread that makes it
         self._close_wanted = False
         with contextlib.ExitStack() as undo:
             if isinstance(memory, Region):
@@ -88,6 +102,8 @@ class Server:
             shared = _fds.FdArray()
             undo.callback(shared.close)
             shared.take(os.dup(self.region.fileno()))
+            readonly = _fds.FdArray()
+            undo.callback(readonly.close)
             listener = path if isinstance(path, sockets.Listener) else sockets.Listener(path)
             undo.callback(listener.close)
             self.path = listener.path
@@ -100,13 +116,17 @@ class Server:
             self._engine = Engine(
                 listener.socket,
                 shared,
+                partial(_made_readonly, self.region, readonly),
                 self.vectors,
                 answer,
                 on_join,
                 on_leave,
+                gate,
+                journal,
                 self._shared_id,
             )
-            listener.listen()
+            if listen:
+                listener.listen()
             self._resources = undo.pop_all()
         self._closed = False
 
@@ -125,15 +145,19 @@ class Server:
             RuntimeError: called by a callback, or in a forked child.
         """
         self._check()
+        with self._door:
+            pass
         with self._turn:
             if self._in_step:
                 raise RuntimeError("a callback of a step cannot begin another")
             self._in_step = True
+            self._stepper = threading.get_ident()
             try:
                 if not self._closed:
                     self._engine.step(timeout)
             finally:
                 self._in_step = False
+                self._stepper = 0
                 if self._close_wanted:
                     self._close()
 
@@ -141,7 +165,7 @@ class Server:
         """Serve in this thread until `stop()` or `close()`, also by a signal handler."""
         self._check()
         try:
-            with self._woken_by_signals():
+            with woken_by_signals(self._engine.watch, self._unwatch):
                 while not (self._stopping or self._closed):
                     self.step()
         finally:
@@ -170,32 +194,9 @@ class Server:
             self._stopping = True
             self._engine.wake()
 
-    @contextlib.contextmanager
-    def _woken_by_signals(self) -> Iterator[None]:
-        """Let Python's signal handlers run also if the signal comes just before epoll_wait.
-
-        The kernel has nothing to interrupt then, and Python runs handlers only between system
-        calls; only the main thread does. A wake-up descriptor that somebody else has set stays.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        near, far = socket.socketpair()
-        with near, far:
-            near.setblocking(False)
-            far.setblocking(False)
-            before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-            if before != -1:
-                signal.set_wakeup_fd(before)
-                yield
-                return
-            self._engine.watch(near.fileno(), lambda: near.recv(4096))
-            try:
-                yield
-            finally:
-                signal.set_wakeup_fd(-1)
-                if not self._closed:
-                    self._engine.unwatch(near.fileno())
+    def _unwatch(self, fd: int) -> None:
+        if not self._closed:
+            self._engine.unwatch(fd)
 
     @property
     def peers(self) -> list[Peer]:
@@ -207,7 +208,85 @@ class Server:
         """Why newcomers wait in the queue at the moment; "" when they do not."""
         return self._engine.paused
 
+    @property
+    def counts(self) -> Counter[str]:
+        """How many joins, leaves and messages there were, how many were refused, and so on."""
+        return Counter(self._engine.counts)
+
+    def report(self, *, interrupts: bool = True) -> list[PeerReport]:
+        """How each peer stands, by id; also from another thread.
+
+        Args:
+            interrupts: count also the rings that peers have not taken, which takes a look at each
+                of their eventfds.
+        """
+        self._check()
+        with self._between_steps():
+            return self._engine.report(interrupts=interrupts)
+
+    def evict(self, peer_id: int) -> None:
+        """Hang up on a peer; the others are told that it left. Also from another thread.
+
+        It keeps its memory and its doorbells, and can ring those that it knows, as anybody can who
+        was ever a peer.
+
+        Raises:
+            NoSuchPeer: there is none with this id.
+        """
+        self._check()
+        with self._between_steps():
+            self._engine.evict(peer_id)
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """No step is made meanwhile, but for one whose callback this is."""
+        if self._stepper == threading.get_ident():
+            yield
+            return
+        with self._door:
+            self._engine.wake()
+            with self._turn:
+                yield
+
+    def admit_by(self, gate: Gate | None) -> None:
+        """Have another gate from now on; who is connected stays."""
+        self._engine.gate = gate
+
+    # -- a successor ------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes instead of what the journal has said up to now."""
+        return self._engine.snapshot()
+
+    def resume(
+        self,
+        state: Mapping[str, Any] | None,
+        records: Iterable[list[Any]] = (),
+        unfinished: Unfinished | None = None,
+        find: Callable[[int], int | None] = lambda fd: fd,
+    ) -> None:
+        """Go on where a server was whose process has ended: before anything else.
+
+        Args:
+            state, records, unfinished: of its journal; see replay.
+            find: what descriptor has here the number that it had there; None: it is gone.
+        """
+        self._engine.resume(state, records, unfinished, find)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Take a connection that the other had accepted, and had not noted down yet."""
+        self._engine.adopt(sock)
+
+    @property
+    def descriptors(self) -> set[int]:
+        """The numbers of those that belong to peers."""
+        return self._engine.descriptors
+
     # -- the end ----------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """Close this process's copies, without a sign to anybody: a successor has them, too."""
+        self._close(abandoned=True)
 
     def close(self) -> None:
         """Stop, disconnect all peers, remove the socket; may be called twice, from any thread.
@@ -229,12 +308,12 @@ class Server:
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
-    def _close(self) -> None:
+    def _close(self, *, abandoned: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._forgotten)
-        self._engine.close(forked=os.getpid() != self._pid)
+        self._engine.close(forked=abandoned or os.getpid() != self._pid)
         self._resources.close()
 
     def _forgotten(self) -> None:
@@ -265,3 +344,10 @@ class Server:
         if not self._closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             self.close()
+
+
+def _made_readonly(region: Region, memory: _fds.FdArray) -> _fds.FdArray:
+    """`memory`, which holds a descriptor for reading only from the first call on."""
+    if not len(memory):
+        memory.take(region.readonly_fd())
+    return memory

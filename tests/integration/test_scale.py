@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support.limits import open_files
 from support.peer import RawPeer
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 import ivshmem
+from ivshmem.protocol import MAX_ID
 
 PEERS, VECTORS = 200, 8
 
@@ -138,3 +142,30 @@ def test_come_and_go_past_one_who_does_not_read(server: MakeServer, socket_path:
         assert peer.vectors[newest.id] == newest.vectors[newest.id]
     for peer in (stayer, watcher, newest):
         peer.close()
+
+
+def test_more_joins_than_ids(tmp_path: Path) -> None:
+    """One who stays is told of all; when it knows every id, newcomers wait until it has gone."""
+    path = str(tmp_path / "socket")
+    joins = MAX_ID + 1 + 3000
+    command = [sys.executable, "-m", "ivshmem", "serve", "--quiet", "--no-control", "-S", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        server.stdout.readline()
+        stays = RawPeer(path).set_up(1)
+        try:
+            for number in range(joins):
+                with RawPeer(path) as newcomer:
+                    if number == MAX_ID:
+                        assert not newcomer.readable(0.5)
+                        assert b"every id is taken, or known" in server.stderr.readline()
+                        stays.take_until(lambda: len(stays.left) == MAX_ID)  # each but once
+                        stays.close()
+                    newcomer.read_bytes(16)
+                if number % 50 == 0 and number < MAX_ID:
+                    stays.drain()
+        finally:
+            stays.close()
+            server.terminate()
+        assert server.wait(PATIENCE) == 0

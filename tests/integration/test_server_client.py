@@ -478,7 +478,8 @@ def test_a_callback_may_close_the_server(
 
     serving = server(start=False, **{callback: close})
     running = Background(serving.serve_forever)
-    with RawPeer(socket_path):
+    with RawPeer(socket_path) as peer:
+        peer.read_bytes(8)  # it is there: who leaves before is never heard of
         if callback == "on_join":
             assert closed.wait(PATIENCE)
     running.result()

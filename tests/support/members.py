@@ -5,7 +5,8 @@ Descriptors are numbers that say whose vector they are, so that a mix-up shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from ivshmem.protocol import (
     MEMORY,
@@ -20,6 +21,7 @@ from ivshmem.protocol import (
     Session,
     State,
 )
+from ivshmem.replay import BATCH, Unfinished
 
 MEMORY_FD = -77
 
@@ -73,6 +75,7 @@ class Client:
         self.qemu = Qemu()
         self.session = Session()
         self.received = 0
+        self.note: Callable[..., object] = lambda *_: None  # for a journal
 
     def send(self, count: int, limit: int = 1024) -> int:
         """Let up to `count` messages through; returns how many there were."""
@@ -83,11 +86,18 @@ class Client:
                 break
             taken += 1
             self._receive(message)
-        self.roster.sent(self.member, runs, taken)
+        if taken:
+            self.roster.sent(self.member, runs, taken)
+            self.note("sent", self.member.serial, taken)
         assert self.roster.is_set_up(self.member) == self.is_set_up
         if self.is_set_up:
             self.session.end_setup()
         return taken
+
+    def take(self, runs: list[Run], count: int) -> None:
+        """Get the first `count` messages of what the whole crowd is sent."""
+        for message in islice(_messages(runs), count):
+            self._receive(message)
 
     def send_all(self) -> None:
         """Until there is nothing left to tell."""
@@ -143,6 +153,42 @@ def _messages(runs: list[Run]) -> Iterator[Message]:
             else:
                 assert isinstance(fds, list)
                 yield Message(value, (fds[index],))
+
+
+def send_to_crowd(
+    clients: Sequence[Client],
+    takes: Callable[[Client], int],
+    limit: int = 1024,
+    killed: Callable[[int], bool] = lambda _: False,
+    note: Callable[..., object] = lambda *_: None,
+) -> Unfinished | None:
+    """Send the roster's news to its crowd, of whom each `takes` so many messages, as a server does.
+
+    It notes what it does, as a server does, or is `killed` when so many have got theirs: before the
+    last one's is noted. Returns what is unfinished then.
+    """
+    roster = clients[0].roster
+    by_serial = {client.member.serial: client for client in clients}
+    runs = roster.news(limit)
+    if not runs:
+        return None
+    total = min(sum(run.length for run in runs), BATCH)
+    done = 0
+    for serial in list(roster.crowd):
+        client = by_serial[serial]
+        count = min(takes(client), total)
+        client.take(runs, count)
+        if killed(done):
+            return -1, done, count, total
+        if count < total:
+            roster.split(client.member)
+            roster.sent(client.member, runs, count)
+            note("split", serial, count, done, total)
+        else:
+            done += 1
+    roster.sent_to_crowd(runs, total)
+    note("crowd", total)
+    return None
 
 
 def make_roster(vectors: int) -> Roster:

@@ -51,6 +51,12 @@ def sleeps_in_read(thread_id: int) -> bool:
     return _sleeps_in(thread_id, _READ)
 
 
+def sleeps_in_read_of(process_id: int) -> bool:
+    """Whether the main thread of another process sleeps in read(2)."""
+    number = Path(f"/proc/{process_id}/syscall").read_text().split()[0]
+    return number.isdigit() and int(number) in _READ[platform.machine()]
+
+
 def sleeps_in_write(thread_id: int) -> bool:
     """Whether a thread of this process sleeps in write(2)."""
     return _sleeps_in(thread_id, _WRITE)

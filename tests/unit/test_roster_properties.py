@@ -8,14 +8,18 @@ is safe; memory is bounded by the members and what they were told, not by what h
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.members import Client, make_roster
+from support.members import Client, make_roster, send_to_crowd
 
 from ivshmem import protocol
 from ivshmem.errors import NoFreeId
+from ivshmem.replay import BATCH, Held, Unfinished, replay, snapshot
 
 
 class Rosters(RuleBasedStateMachine):
@@ -29,6 +33,8 @@ class Rosters(RuleBasedStateMachine):
         self.roster = make_roster(vectors)
         self.clients: list[Client] = []
         self.joined = 0
+        self.state: dict[str, Any] | None = None  # the journal: a state, and what came after it
+        self.records: list[list[Any]] = []
         # For each id that left while somebody knew it: who was connected then.
         self.quarantine: dict[int, set[int]] = {}
 
@@ -63,6 +69,8 @@ class Rosters(RuleBasedStateMachine):
             assert client.id not in other.qemu.left, "somebody was told of this id before"
         self.quarantine.pop(client.id, None)
         self.clients.append(client)
+        self.note("join", client.key, [], 0.0, False)
+        client.note = self.note
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -70,7 +78,8 @@ class Rosters(RuleBasedStateMachine):
         client = data.draw(st.sampled_from(self.clients), label="who leaves")
         self.clients.remove(client)
         knowing = [c for c in self.clients if client.id in c.qemu.alive]
-        assert self.roster.leave(client.member) == [c.member for c in knowing]
+        assert self.roster.leave(client.member) == bool(knowing)
+        self.note("leave", client.member.serial)
         if knowing:
             self.quarantine[client.id] = {c.key for c in self.clients}
 
@@ -85,13 +94,73 @@ class Rosters(RuleBasedStateMachine):
     def one_reads(self, data: st.DataObject) -> None:
         data.draw(st.sampled_from(self.clients), label="who reads").send_all()
 
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), limit=st.sampled_from([0, 1, 5, 1024]))
+    def crowd_is_told(self, data: st.DataObject, limit: int) -> None:
+        """All at once, of whom some take only a part; the server may be killed amidst it."""
+        takes = st.sampled_from([1 << 30, 0, 1, 1, 2, 5])
+        end = data.draw(st.sampled_from([None, 0, 0, 1, 2]), label="killed after so many")
+        unfinished = send_to_crowd(
+            self.clients,
+            lambda _: data.draw(takes, label="how much it takes"),
+            limit,
+            lambda done: done == end,
+            self.note,
+        )
+        if unfinished is not None:
+            self.succeed(unfinished)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), count=st.integers(0, 200))
+    def killed_while_sending(self, data: st.DataObject, count: int) -> None:
+        """What one was sent is out, and only the outbox knows."""
+        client = data.draw(st.sampled_from(self.clients), label="to whom")
+        runs = self.roster.pending(client.member, 4 * BATCH)
+        count = min(count, sum(run.length for run in runs))
+        client.take(runs, count)
+        if count and count % BATCH == 0 and data.draw(st.booleans(), label="before the next"):
+            self.succeed((client.member.serial, count // BATCH - 1, BATCH, BATCH))
+        else:
+            self.succeed((client.member.serial, count // BATCH, count % BATCH, BATCH))
+
+    @rule()
+    def killed(self) -> None:
+        """A successor makes of the records what the roster was."""
+        before = self.roster.dump()
+        self.succeed(None)
+        assert self.roster.dump() == before
+
+    @rule()
+    def rewritten(self) -> None:
+        """The journal begins anew with a state."""
+        held = {c.member.serial: Held(c.key, [], 0.0, False) for c in self.clients}
+        self.state = json.loads(json.dumps(snapshot(self.roster, held)))
+        self.records.clear()
+
+    def note(self, *record: object) -> None:
+        self.records.append(list(record))
+
+    def succeed(self, unfinished: Unfinished | None) -> None:
+        old = self.roster
+        self.roster = make_roster(old.vectors)
+        held = replay(self.roster, self.state, json.loads(json.dumps(self.records)), unfinished)
+        by_serial = {client.member.serial: client for client in self.clients}
+        assert {serial: kept.fd for serial, kept in held.items()} == {
+            serial: client.key for serial, client in by_serial.items()
+        }
+        for member in self.roster.members:
+            client = by_serial[member.serial]
+            member.give_vectors(client.member.vectors)
+            client.member, client.roster = member, self.roster
+        self.rewritten()
+
     @rule()
     def everyone_reads(self) -> None:
         for client in self.clients:
             client.send_all()
         for client in self.clients:
             client.check_knows(self.clients)
-            assert not client.member.owed
+            assert not client.member.standing.owed
 
     # -- what always holds ------------------------------------------------------------------------
 
@@ -101,11 +170,14 @@ class Rosters(RuleBasedStateMachine):
             return
         here = {client.id for client in self.clients}
         for client in self.clients:
-            owed = list(client.member.owed)
+            owed = list(client.member.standing.owed)
             assert len(owed) == len(set(owed))
             # Exactly those that it was told of and that are gone: never more than it was told.
             assert set(owed) == set(client.qemu.alive) - here
         roster = self.roster
+        assert set(roster.crowd) | set(roster.others) == {m.serial for m in roster.members}
+        assert not set(roster.crowd) & set(roster.others)
+        assert all(m.standing is roster._crowd for m in roster.crowd.values())
         assert list(roster.members) == [client.member for client in self.clients]
         kept = [peer for _, peer in roster._known] + roster._free + [m.id for m in roster.members]
         assert len(kept) == len(set(kept)) == roster._unused <= self.ids
@@ -117,6 +189,13 @@ class Rosters(RuleBasedStateMachine):
         if hasattr(self, "roster"):
             for client in self.clients:
                 assert self.roster.pending(client.member) == self.roster.pending(client.member)
+
+    @invariant()
+    def backlogs_are_what_is_pending(self) -> None:
+        if hasattr(self, "roster"):
+            for client in self.clients:
+                pending = self.roster.pending(client.member, 1 << 40)
+                assert self.roster.backlog(client.member) == sum(run.length for run in pending)
 
 
 TestRosters = Rosters.TestCase

@@ -1,0 +1,156 @@
+"""What a server has done, in memory that outlives it, so that a successor can go on.
+
+Knows: a file in memory, records, which of them are whole. Does not know: what a record says.
+
+Invariants:
+1. A record is there whole or not at all, whenever the process is killed.
+2. What was being sent at that moment is known, too: the outbox is in the same memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from . import _memory, _wire
+from .errors import IvshmemError
+
+# The file: the outbox, whose first word `end` tells how far the records go; what this is, and in
+# which version; and two halves, of which one holds a state and the records since, as lines of JSON.
+_ABOUT, _START, _HALF = 0x8000, 0x10000, 1 << 28
+_SIZE = _START + 2 * _HALF
+_VERSION = b"ivshmem journal 1\n"
+assert _wire.OUTBOX_BYTES <= _ABOUT
+
+# `end`: the upper half counts the rewritings, whose lowest bit says which half of the file is
+# meant; the lower half is an offset in it.
+_OFFSET_BITS = 32
+
+_LONG = 1 << 20  # bytes of records from which on a state is written anew, if they are more than it
+
+# A record: whose, what, and the rest.
+Record = list[Any]
+
+
+class JournalError(IvshmemError):
+    """A journal that this version cannot read."""
+
+
+class Journal:
+    """A journal in a memory file.
+
+    Args:
+        fd: of the file, which is owned from now on; None: a new one.
+
+    Raises:
+        JournalError: the file is none of this version's.
+        OSError: as of memfd_create(2) and mmap(2).
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        new = fd is None
+        self._fd = os.memfd_create("ivshmem-journal") if fd is None else fd
+        try:
+            if new:
+                os.ftruncate(self._fd, _SIZE)
+            elif os.fstat(self._fd).st_size != _SIZE:
+                raise JournalError("the journal has another size: it is another version's")
+            self._memory = _memory.Mapping(self._fd, _SIZE)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._end = self._memory.atomic_u64(0)
+        self._rewritten = 0  # the size that the state had
+        # Descriptors are only useful to a successor if somebody keeps them: see Chapter.
+        self.keep: Callable[[Iterable[int]], object] = _nothing
+        self.drop: Callable[[Iterable[int]], object] = _nothing
+        if new:
+            self._memory.write(_ABOUT, _VERSION)
+            self._end.store(1 << _OFFSET_BITS)
+        elif self._memory.read(_ABOUT, len(_VERSION)) != _VERSION:
+            self.close()
+            raise JournalError("the journal is another version's")
+        self.outbox = _wire.Outbox(self._memory)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def append(self, record: Record) -> None:
+        """Add a record, which also says how what was being sent has ended.
+
+        Raises:
+            OSError: ENOSPC, there is no room before the next `rewrite`.
+        """
+        end = self._end.load()
+        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        self._put(end, data)
+        self._end.store(end + len(data))
+
+    def rewrite(self, state: object) -> None:
+        """Put a state in the place of all records."""
+        generation = (self._end.load() >> _OFFSET_BITS) + 1
+        data = json.dumps(state, separators=(",", ":")).encode() + b"\n"
+        self._put(generation << _OFFSET_BITS, data)
+        self._end.store(generation << _OFFSET_BITS | len(data))
+        self._rewritten = len(data)
+
+    def _put(self, end: int, data: bytes) -> None:
+        offset = end & ((1 << _OFFSET_BITS) - 1)
+        if offset + len(data) > _HALF:
+            raise OSError(errno.ENOSPC, "the journal is full")
+        self._memory.write(_START + (end >> _OFFSET_BITS & 1) * _HALF + offset, data)
+
+    @property
+    def long(self) -> bool:
+        """Whether it would profit from a `rewrite`."""
+        records = (self._end.load() & ((1 << _OFFSET_BITS) - 1)) - self._rewritten
+        return records > max(_LONG, self._rewritten)
+
+    def read(self) -> tuple[Any, list[Record]]:
+        """The state last written (None: never), and the records since."""
+        end = self._end.load()
+        half, size = end >> _OFFSET_BITS & 1, end & ((1 << _OFFSET_BITS) - 1)
+        lines = self._memory.read(_START + half * _HALF, size).splitlines()
+        read = [json.loads(line) for line in lines]
+        if end >> _OFFSET_BITS == 1:
+            return None, read
+        return read[0], read[1:]
+
+    def chapter(self, number: int) -> Chapter:
+        """The part of one region."""
+        return Chapter(self, number)
+
+    def close(self) -> None:
+        """Forget the file, which goes on to exist while others have it."""
+        if self._fd >= 0:
+            del self.outbox  # it holds the memory
+            self._memory.close()
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Chapter:
+    """The part of a journal that is about one region; None: nothing is kept.
+
+    Descriptors that a record mentions by their numbers are given to `keep` before, and to `drop`
+    before they are closed.
+    """
+
+    def __init__(self, journal: Journal | None = None, number: int = 0) -> None:
+        self._journal = journal
+        self.number = number
+        self.outbox = _wire.Outbox() if journal is None else journal.outbox
+        self.keep = _nothing if journal is None else journal.keep
+        self.drop = _nothing if journal is None else journal.drop
+
+    def note(self, *record: Any) -> None:
+        """Add a record."""
+        if self._journal is not None:
+            self._journal.append([self.number, *record])
+
+
+def _nothing(_fds: Iterable[int]) -> None:
+    pass

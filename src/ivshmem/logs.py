@@ -1,0 +1,56 @@
+"""What a line of the log is about, for programs that read it.
+
+Knows: how an event and its fields travel with a line. Does not know: what form it is written in,
+what happens.
+
+A module that has something to tell logs a sentence for people, and gives `extra=fields(event, ..)`
+for programs. Handlers that know nothing of it write the sentence; `ivshmem serve --log-format json`
+writes both. Every line has "time" (UTC), "level" (debug, info, warning, error), "event" and "text";
+the events, and what else they have where it is known ("region" can be left out where there is only
+one):
+
+    joined        peer, pid, uid, gid, process, vectors, since (seconds since the epoch), region
+    left          the same, seconds (that it was there)
+    refused       uid, pid, process, reason, region: somebody who may not be a peer; at most once a
+                  minute for each user
+    stalled       peer, pid, uid, process, pending, since, region: a peer has not read for some
+                  seconds
+    reading       peer, pid, uid, process, seconds, region: it reads again
+    waiting       reason, region: newcomers are left in the queue; at most once a minute a reason
+    starved       reason, region: sending has to wait for memory or descriptors; likewise
+    evicted       peer, region, by_uid, by_pid: somebody asked for that over the control socket
+    reloaded      changes, by_uid, by_pid (if over the control socket): the configuration was read
+                  again
+    unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was
+    takeover      pid, reason: this process goes on where another ended
+    limit         limit, peers, vectors: how many descriptors there can be, and for how many peers
+                  of so many vectors that is enough; at start
+    lost          lines: nobody read the log, and so many lines are missing
+    log           whatever else there is to say
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULT_EVENT = "log"
+_KEY = "ivshmem"  # the attribute of a logging.LogRecord
+
+
+def fields(event: str, **values: object) -> dict[str, Any]:
+    """What to give a logging call as `extra`; None and "" say that a value is not known."""
+    known = {name: value for name, value in values.items() if value is not None and value != ""}
+    return {_KEY: {"event": event, **known}}
+
+
+def fields_in(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The event in what `fields` made, and its fields."""
+    found = extra.get(_KEY)
+    return dict(found) if isinstance(found, dict) else {"event": DEFAULT_EVENT}
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """The same of a line of the log."""
+    return fields_in(vars(record))
