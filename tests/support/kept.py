@@ -1,0 +1,61 @@
+"""A server that a keeper's child serves, as a program: PATH VECTORS. Prints each child's pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+from ivshmem import Region, Server
+from ivshmem.journal import Journal
+from ivshmem.keeper import keep, strays
+from ivshmem.sockets import Listener
+
+
+def main(path: str, vectors: int) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    journal = Journal()
+    region = Region.create("1M")
+    listener = Listener(path)
+    with os.scandir("/proc/self/fd") as entries:
+        baseline = {int(entry.name) for entry in entries}
+
+    def run(again: bool) -> int:
+        found = strays(baseline)
+        listener.unlinks = False
+        with Server(listener, region, vectors, journal=journal.chapter(1)) as server:
+            if again:
+                state, records = journal.read()
+                unfinished = journal.outbox.unfinished()
+                server.resume(state, [r[1:] for r in records], unfinished and unfinished[1:])
+                adopt(server, found, path)
+            journal.rewrite(server.snapshot())
+            signal.signal(signal.SIGTERM, lambda *_: server.stop())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            print(os.getpid(), flush=True)
+            while not server._stopping:
+                server.step()
+                if journal.long:
+                    journal.rewrite(server.snapshot())
+        os.unlink(path)
+        return 0
+
+    return keep(run, {signal.SIGTERM})
+
+
+def adopt(server: Server, found: list[int], path: str) -> None:
+    held = server.descriptors
+    for fd in set(found) - held:
+        with contextlib.suppress(OSError):
+            sock = socket.socket(fileno=os.dup(fd))
+            if sock.family == socket.AF_UNIX and sock.getsockname() == path:
+                server.adopt(sock)
+            else:
+                sock.close()
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
