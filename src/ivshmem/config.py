@@ -1,0 +1,180 @@
+"""What a service is to serve: regions, each with a socket, memory and access rules.
+
+Knows: the settings, what they contradict, which of them can change. Does not know: how they are
+written (configfile.py and the command line do), how anything is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .access import Rules
+from .directory import SLOT_BYTES
+from .errors import IvshmemError
+from .pages import huge_page_size
+from .region import posix_path
+from .sizes import check_size, format_size, parse_size
+
+DEFAULT_SIZE = "4M"
+EXISTING = ("attach", "grow", "refuse", "replace", "require")
+LOG_FORMATS = ("text", "json")
+
+
+class ConfigError(IvshmemError, ValueError):
+    """A configuration that cannot be served; nothing was done."""
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """One region: its socket, its memory, and who may have it.
+
+    Attributes:
+        socket: path.
+        size: text or bytes; None: the default, or what an existing name or file has.
+        vectors: of each peer.
+        name, file, directory: where the memory is, at most one of them; see Region.create.
+        hugepages: True, or the size of a huge page.
+        prealloc: take all pages at start.
+        existing: what becomes of a name or file that exists: one of EXISTING.
+        readonly: attach for reading only.
+        keep: leave a name that was made here.
+        names: slots in a directory of names; 0: the usual number; None: no directory.
+        mode, owner, group: of the socket; see sockets.Listener.
+        allow, deny, readonly_for, peers_per_uid, joins_per_minute: see access.Rules.
+    """
+
+    socket: str
+    size: int | str | None = None
+    vectors: int = 1
+    name: str | None = None
+    file: str | None = None
+    directory: str | None = None
+    hugepages: bool | str = False
+    prealloc: bool = False
+    existing: str = "attach"
+    readonly: bool = False
+    keep: bool = False
+    names: int | None = None
+    mode: int | None = None
+    owner: int | str | None = None
+    group: int | str | None = None
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    readonly_for: tuple[str, ...] = ()
+    peers_per_uid: int | None = None
+    joins_per_minute: int | None = None
+
+    def rules(self) -> Rules:
+        """Who may join; made anew, for it counts joins."""
+        return Rules(
+            self.allow,
+            self.deny,
+            self.readonly_for,
+            self.peers_per_uid,
+            self.joins_per_minute,
+        )
+
+    @property
+    def restricts(self) -> bool:
+        """Whether anybody at all is to be asked who he is."""
+        return self.rules() != Rules()
+
+
+RULES = frozenset({"allow", "deny", "readonly_for", "peers_per_uid", "joins_per_minute"})
+
+# What a region that is served can have changed without its peers noticing.
+CHANGEABLE = RULES | {"mode", "owner", "group", "keep"}
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """Regions by name, and what concerns all of them.
+
+    Attributes:
+        control: path of the control socket; None: as the caller likes.
+        metrics: "HOST:PORT" or "PORT"; None: no metrics.
+        log_format: one of LOG_FORMATS.
+        source: the file that says so, if there is one.
+    """
+
+    regions: Mapping[str, RegionConfig] = field(default_factory=dict)
+    control: str | None = None
+    metrics: str | None = None
+    log_format: str = "text"
+    source: str | None = field(default=None, compare=False)
+
+    def error(self, text: str) -> ConfigError:
+        """What is wrong with it, and in which file."""
+        return ConfigError(text if self.source is None else f"{self.source}: {text}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it in what JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ServiceConfig:
+        """What `to_json` gave, also that of an older or a newer version: what is unknown goes."""
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        regions = {name: from_json(each) for name, each in known.pop("regions").items()}
+        return cls(regions, **known)
+
+
+def problems(region: RegionConfig) -> list[str]:
+    """What contradicts itself in a region's settings, as the rest of a sentence each."""
+    found = []
+    given = [key for key in ("name", "file", "directory") if getattr(region, key) is not None]
+    if len(given) > 1:
+        found.append(f": {' and '.join(given)} exclude each other")
+    lasting = {"name", "file"}.intersection(given)
+    if (region.readonly or region.existing == "require") and not lasting:
+        found.append(": only a name or a file can be attached to: give one")
+    if region.existing == "grow" and region.name is None:
+        found.append('.existing = "grow": only a name can grow: give one')
+    size = parse_size(DEFAULT_SIZE if region.size is None else region.size)
+    if region.hugepages and not given:
+        try:
+            check_size(size, huge_page_size(region.hugepages), what="memory in huge pages")
+        except ValueError as error:
+            found.append(f'.size = "{format_size(size)}": {error}')
+    taken = ((region.names or 0) + 1) * SLOT_BYTES
+    if (region.size is not None or not lasting) and taken > size:
+        found.append(
+            f".names = {region.names}: they take {taken} bytes, and the region has"
+            f" {format_size(size)}"
+        )
+    return found
+
+
+def places(region: RegionConfig) -> dict[str, str]:
+    """What only one region can have: the paths that it names, by their keys."""
+    found = {"socket": region.socket, "file": region.file}
+    if region.name is not None:
+        found["name"] = posix_path(region.name)
+    return {key: os.path.realpath(path) for key, path in found.items() if path is not None}
+
+
+def conflicts(config: ServiceConfig) -> list[str]:
+    """What two regions, or a region and the service, would both have."""
+    found = []
+    taken = {} if config.control is None else {os.path.realpath(config.control): "service.control"}
+    for name, region in config.regions.items():
+        for key, path in places(region).items():
+            if path in taken:
+                found.append(
+                    f'region.{name}.{key} = "{getattr(region, key)}": {taken[path]} is the same'
+                )
+            taken.setdefault(path, f"region.{name}.{key}")
+    return found
+
+
+def from_json(values: Mapping[str, Any]) -> RegionConfig:
+    """A region's settings from what `dataclasses.asdict` and JSON made of them.
+
+    What this version does not know goes.
+    """
+    known = {each.name for each in fields(RegionConfig)}
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return RegionConfig(**{k: v for k, v in {**values, **lists}.items() if k in known})

@@ -1,0 +1,138 @@
+"""A region from its configuration: its socket, its memory, its names; nobody can connect yet.
+
+Knows: what is made, in which order, and what is taken back if it cannot be completed. Does not
+know: who serves it, other regions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+
+from . import pages
+from .config import DEFAULT_SIZE, RegionConfig
+from .directory import Directory
+from .errors import RegionError
+from .region import Region, posix_path
+from .sizes import parse_size
+from .sockets import Listener
+
+
+@dataclasses.dataclass
+class Opened:
+    """What was opened for a region.
+
+    Attributes:
+        listener: bound; it listens only if it was inherited.
+        region: the memory.
+        created: whether it was made here, and is to go with the region if it has a POSIX name.
+        directory: the names in it, if there are to be any.
+    """
+
+    listener: Listener
+    region: Region
+    created: bool
+    directory: Directory | None = None
+
+    def close(self, *, keep: bool = False) -> None:
+        """Close all of it; a POSIX name that was made here goes, unless it is to be kept.
+
+        May be called twice.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.region.close)
+            removable = self.region.source == "posix" and not self.region.closed
+            if self.created and removable and not keep:
+                undo.callback(self.region.unlink)
+            undo.callback(self.listener.close)
+            if self.directory is not None:
+                undo.callback(self.directory.close)
+
+
+def open_region(config: RegionConfig, inherited: Listener | None = None) -> Opened:
+    """Open all that a region needs, or nothing.
+
+    Args:
+        inherited: its socket, if that is there already; it stays open if this fails.
+
+    Raises:
+        ValueError, OSError: as of Listener, Region and Directory.
+    """
+    mode, owner, group = config.mode, config.owner, config.group
+    with contextlib.ExitStack() as undo:
+        # The socket first: what a second server would do to the first one's memory comes after.
+        if inherited is None:
+            listener = undo.enter_context(
+                Listener(config.socket, mode=mode, owner=owner, group=group)
+            )
+        else:
+            listener = inherited
+            if (mode, owner, group) != (None, None, None):
+                listener.permit(mode=mode, owner=owner, group=group)
+        region, created = open_memory(config)
+        undo.callback(region.close)
+        if created and region.source == "posix":
+            undo.callback(region.unlink)
+        directory = None
+        if config.names is not None:
+            directory = Directory.create(region, config.names or None)
+        undo.pop_all()
+    return Opened(listener, region, created, directory)
+
+
+def open_memory(config: RegionConfig) -> tuple[Region, bool]:
+    """The region that a configuration means, and whether it was made now.
+
+    Raises:
+        RegionError, OSError: as of Region.create and Region.attach.
+    """
+    if config.existing == "grow" and config.name is not None:
+        size = _at_least(posix_path(config.name), parse_size(config.size or DEFAULT_SIZE))
+        config = dataclasses.replace(config, size=size, existing="attach")
+    named = config.name is not None or config.file is not None
+    if config.readonly or config.existing == "require":
+        if not named:
+            raise RegionError("only a name or a file can be attached to: give --name or --file")
+        return _attach(config), False
+    if named and config.existing == "attach":
+        with contextlib.suppress(FileNotFoundError):
+            return _attach(config), False
+    region = Region.create(
+        DEFAULT_SIZE if config.size is None else config.size,
+        name=config.name,
+        path=config.file,
+        directory=config.directory,
+        hugepages=config.hugepages,
+        prealloc=config.prealloc,
+        replace=config.existing == "replace",
+    )
+    return region, True
+
+
+def _attach(config: RegionConfig) -> Region:
+    region = Region.attach(
+        name=config.name,
+        path=config.file,
+        size=config.size,
+        readonly=config.readonly,
+        prealloc=config.prealloc,
+    )
+    if config.hugepages and region.page_size == pages.PAGE:
+        region.close()
+        raise RegionError(f"{region.name} is not in huge pages: leave --hugepages away")
+    return region
+
+
+def _at_least(path: str, size: int) -> int:
+    """Grow what exists under a name to `size`, and return the size it then has."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return size
+    try:
+        if os.fstat(fd).st_size < size:
+            os.posix_fallocate(fd, 0, size)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)

@@ -1,0 +1,481 @@
+"""Several servers in one loop: what a configuration asks for, and changes of it while it runs.
+
+Knows: regions that come and go, what a successor needs to go on with all of them. Does not know:
+command lines, signals, control sockets; others watch what they need by its loop.
+
+Invariants:
+1. What cannot be done whole is not done: all that is new is opened before anything else changes,
+   and nobody can connect to it before the whole has succeeded. (QEMU spins for ever on a connection
+   that ends early.)
+2. A region that fails takes no other with it.
+3. What belongs to a region is in the journal as soon as somebody can connect to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from .changes import plan
+from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
+from .directory import Directory
+from .engine import Gate, Peer
+from .errors import NoDirectory
+from .journal import Chapter, Journal, Record
+from .loop import Loop
+from .opening import Opened, open_region
+from .region import Region
+from .server import Server
+from .sockets import Listener
+
+_log = logging.getLogger("ivshmem.service")
+
+_OF_THE_FILE = frozenset({"mode", "owner", "group"})
+_SERVICE = 0  # the journal's chapter that is about regions; theirs have numbers from 1 on
+
+# What descriptor has here the number that it had there; None: it is gone.
+Find = Callable[[int], "int | None"]
+
+
+class Served:
+    """A region that is being served.
+
+    Attributes:
+        name, config: of the configuration.
+        listener, region, server, directory: what was opened for it.
+        created: whether its memory was made here, and goes with it.
+    """
+
+    def __init__(
+        self, name: str, config: RegionConfig, number: int, server: Server, opened: Opened
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.number = number
+        self.server = server
+        # Known also when somebody has closed the server or the region.
+        self.fd = server.fileno()
+        self.fds = [opened.listener.socket.fileno(), opened.region.fileno()]
+        self._opened = opened
+        self.listener = opened.listener
+        self.region = opened.region
+        self.created = opened.created
+        self.directory = opened.directory
+
+    def record(self) -> Record:
+        """What a successor needs beside what the server has noted."""
+        return [
+            "region",
+            self.number,
+            self.name,
+            dataclasses.asdict(self.config),
+            self.fds[0],
+            self.listener.unlinks,
+            self.fds[1],
+            self.region.source,
+            self.region.name,
+            self.created,
+        ]
+
+    def close(self) -> None:
+        """Disconnect everybody, and remove what was made for it."""
+        try:
+            self.server.close()
+        finally:
+            self._opened.close(keep=self.config.keep)
+
+    def abandon(self) -> None:
+        """Close this process's copies: a successor has them, too."""
+        if self.directory is not None:
+            self.directory.close()
+        self.listener.unlinks = False
+        self.server.abandon()
+        self.region.close()
+
+
+class Service(Loop):
+    """Serves the regions of a configuration; a context manager.
+
+    Args:
+        config: what is served from the start. If `resume` is called next, what it says beside the
+            regions; without any, all is as it was.
+        listeners: sockets that are there already, by path (systemd's, for instance).
+        on_join, on_leave: called with a region's name and a Peer.
+        journal: where a successor of this process finds what it needs to go on.
+        load: reads the configuration for `reload`.
+
+    All of it is for one thread, but for `stop` and `wake`.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        *,
+        listeners: Mapping[str, Listener] | None = None,
+        on_join: Callable[[str, Peer], object] | None = None,
+        on_leave: Callable[[str, Peer], object] | None = None,
+        journal: Journal | None = None,
+        load: Callable[[], ServiceConfig] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.regions: dict[str, Served] = {}
+        self._listeners = dict(listeners or {})
+        self._on_join, self._on_leave = on_join, on_leave
+        self._journal = journal
+        self._chapter = Chapter(journal, _SERVICE)
+        self._load = load
+        self._next_number = 1
+
+    def open(self) -> None:
+        """Open everything that the configuration names, or nothing, and let others connect.
+
+        Raises:
+            ConfigError: it contradicts itself, or a region that a file names cannot be opened:
+                __cause__ says why.
+            OSError, ValueError: the same, where there is no file.
+        """
+        if found := conflicts(self.config):
+            raise self.config.error("; ".join(found))
+        self._chapter.note("service", self._common())
+        with contextlib.ExitStack() as undo:
+            self._begin(self._open_all(self.config, self.config.regions, undo), undo)
+            undo.pop_all()
+
+    # -- regions ----------------------------------------------------------------------------------
+
+    def _open_all(
+        self,
+        config: ServiceConfig,
+        regions: Mapping[str, RegionConfig],
+        undo: contextlib.ExitStack,
+    ) -> list[Served]:
+        """Open these regions; nobody can connect to them yet."""
+        found = []
+        for name, region in regions.items():
+            with _told(config, name):
+                opened = open_region(region, self._listeners.get(region.socket))
+                undo.callback(opened.close)
+                served = self._serve(name, region, self._next_number, opened)
+            undo.callback(served.close)
+            found.append(served)
+            self._next_number += 1
+        return found
+
+    def _serve(self, name: str, config: RegionConfig, number: int, opened: Opened) -> Served:
+        server = Server(
+            opened.listener,
+            opened.region,
+            config.vectors,
+            on_join=self._on_join and partial(self._on_join, name),
+            on_leave=self._on_leave and partial(self._on_leave, name),
+            gate=_gate(config),
+            journal=Chapter(self._journal, number),
+            listen=False,
+        )
+        return Served(name, config, number, server, opened)
+
+    def _begin(self, opened: Iterable[Served], undo: contextlib.ExitStack) -> None:
+        """Let others connect."""
+        for served in opened:
+            self._chapter.keep(served.fds)
+            self._chapter.note(*served.record())
+            self._adopt(served)
+            undo.callback(self._end, served)
+        for served in opened:
+            self._listeners.pop(served.config.socket, None)
+            served.listener.listen()
+
+    def _adopt(self, served: Served) -> None:
+        self.regions[served.name] = served
+        self.watch(served.fd, partial(self._step, served))
+
+    def _step(self, served: Served) -> None:
+        try:
+            served.server.step(0)
+        except Exception:
+            _log.exception("region %s failed, and is served no more", served.name)
+            self._end(served)
+            if not self.regions:
+                _log.error("there is nothing left to serve")
+                self.stop()
+        if self._journal is not None and self._journal.long:
+            self._journal.rewrite(self.snapshot())
+
+    def _end(self, served: Served) -> None:
+        """Serve a region no more; what fails is logged, and the rest is done."""
+        with contextlib.suppress(OSError):  # somebody closed the server
+            self.unwatch(served.fd)
+        del self.regions[served.name]
+        self._chapter.note("gone", served.number)
+        self._chapter.drop(served.fds)
+        try:
+            served.close()
+        except Exception:
+            _log.exception("not all of region %s could be closed", served.name)
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def reload(self) -> list[str]:
+        """Read the configuration again and do what it says; a line for each change.
+
+        Raises:
+            ConfigError: there is none to read, or it cannot be served; nothing has changed.
+            OSError: it cannot be read; nothing has changed.
+        """
+        if self._load is None:
+            raise ConfigError("there is no configuration to read again: serve --config FILE")
+        return self.change(self._load())
+
+    def change(self, config: ServiceConfig) -> list[str]:
+        """Serve another configuration; a line for each change.
+
+        Regions that are in both stay as they are, with all their peers. Who may connect, and
+        `keep`, are changed in place; who is connected stays, also if they could not connect now.
+
+        Raises:
+            ConfigError: it cannot be served, or would change a region beyond that; nothing has
+                changed.
+        """
+        changes = plan(self.config, self._as_served(), config)
+        altered = {name: config.regions[name] for name in changes.altered}
+        with contextlib.ExitStack() as undo:
+            gates = {}
+            for name, region in altered.items():
+                with _told(config, name):
+                    gates[name] = _gate(region)
+            opened = self._open_all(config, changes.added, undo)
+            for name, region in altered.items():
+                if not changes.altered[name].isdisjoint(_OF_THE_FILE):
+                    self._permit(config, name, region, undo)
+            self._begin(opened, undo)
+            undo.pop_all()
+        for name, region in altered.items():
+            served = self.regions[name]
+            served.config = region
+            if not changes.altered[name].isdisjoint(RULES):  # a gate counts joins, so it stays
+                served.server.admit_by(gates[name])
+            self._chapter.note("config", served.number, dataclasses.asdict(region))
+        for name in changes.removed:
+            self._end(self.regions[name])
+        self.config = config
+        self.wake()
+        return changes.lines()
+
+    def _as_served(self) -> dict[str, RegionConfig]:
+        return {
+            name: dataclasses.replace(served.config, size=served.region.size)
+            for name, served in self.regions.items()
+        }
+
+    def _permit(
+        self,
+        config: ServiceConfig,
+        name: str,
+        region: RegionConfig,
+        undo: contextlib.ExitStack,
+    ) -> None:
+        """Change who can open a region's socket."""
+        listener = self.regions[name].listener
+        with _told(config, name):
+            status = os.stat(listener.path)
+            before = {
+                "mode": stat.S_IMODE(status.st_mode),
+                "owner": status.st_uid,
+                "group": status.st_gid,
+            }
+            undo.callback(listener.permit, **before)
+            listener.permit(
+                mode=0o777 & ~_umask() if region.mode is None else region.mode,
+                owner=os.geteuid() if region.owner is None else region.owner,
+                group=os.getegid() if region.group is None else region.group,
+            )
+
+    # -- a successor ------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a journal holds instead of all records up to now."""
+        return {
+            "next": self._next_number,
+            "service": self._common(),
+            "regions": [[r.record()[1:], r.server.snapshot()] for r in self.regions.values()],
+        }
+
+    def _common(self) -> dict[str, Any]:
+        """What the configuration says beside the regions."""
+        return {key: value for key, value in self.config.to_json().items() if key != "regions"}
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The numbers of those that the journal names."""
+        found: list[int] = []
+        for served in self.regions.values():
+            found += served.fds
+            found += served.server.descriptors
+        return found
+
+    def resume(self, journal: Journal, find: Find = lambda fd: fd) -> None:
+        """Go on where another process was whose journal this is.
+
+        Args:
+            journal: of that process; it may be this service's own.
+            find: where the descriptors are here.
+
+        Raises:
+            JournalError: this version cannot read it.
+        """
+        state, records = journal.read()
+        unfinished = journal.outbox.unfinished()
+        past: dict[int, _Past] = {}
+        common: dict[str, Any] = {}
+        if state is not None:
+            self._next_number = state["next"]
+            common = state["service"]
+            past = {record[0]: _Past(record, server) for record, server in state["regions"]}
+        for number, *record in records:
+            if number != _SERVICE:
+                if number in past:
+                    past[number].records.append(record)
+            elif record[0] == "service":
+                common = record[1]
+            elif record[0] == "region":
+                past[record[1]] = _Past(record[1:], None)
+                self._next_number = record[1] + 1
+            elif record[0] == "config":
+                past[record[1]].record[2] = record[2]
+            else:
+                past.pop(record[1], None)
+        for number, each in past.items():
+            mine = unfinished is not None and unfinished[0] == number
+            served = self._revive(each, unfinished[1:] if unfinished and mine else None, find)
+            if served is not None:
+                self._adopt(served)
+        if not self.config.regions:
+            self.config = ServiceConfig.from_json({"regions": {}, **common})
+        self.config = dataclasses.replace(
+            self.config, regions={name: served.config for name, served in self.regions.items()}
+        )
+        if self._journal is not None:
+            self._journal.rewrite(self.snapshot())
+
+    def _revive(
+        self, past: _Past, unfinished: tuple[int, int, int, int] | None, find: Find
+    ) -> Served | None:
+        number, name, values, listening, unlinks, memory, source, source_name, created = past.record
+        here, shared = find(listening), find(memory)
+        if here is None or shared is None:
+            _log.error("region %s is lost: its socket or its memory was not handed over", name)
+            return None
+        config = from_json(values)
+        listener = Listener.adopt(here, unlink=unlinks)
+        region = Region.from_fd(shared, source=source, name=source_name)
+        directory = None
+        if config.names is not None:
+            with contextlib.suppress(NoDirectory):
+                directory = Directory.open(region)
+        opened = Opened(listener, region, created, directory)
+        served = self._serve(name, config, number, opened)
+        served.server.resume(past.state, past.records, unfinished, find)
+        return served
+
+    def take_stray(self, fd: int) -> None:
+        """Let a connection join that was accepted, and not noted down; close anything else."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            return
+        with contextlib.suppress(OSError):
+            if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
+                path = sock.getsockname()
+                for served in self.regions.values():
+                    if served.listener.path == path and sock.getpeername() is not None:
+                        served.server.adopt(sock)
+                        return
+        sock.close()
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Disconnect all peers, remove sockets and names; may be called twice."""
+        for served in list(self.regions.values()):
+            self._end(served)
+        super().close()
+
+    def abandon(self) -> None:
+        """Close this process's copies, without a sign to anybody: a successor has them, too."""
+        for served in self.regions.values():
+            self.unwatch(served.fd)
+            served.abandon()
+        self.regions.clear()
+        super().close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def mentioned(journal: Journal) -> set[int]:
+    """The descriptors that a journal names, and perhaps some that are somebody else's by now."""
+    state, records = journal.read()
+    found: set[int] = set()
+    for record, server in (state or {"regions": []})["regions"]:
+        found |= _of_region(record)
+        for held in server["held"].values():
+            found |= {held[0], *held[1]}
+    for _, kind, *rest in records:
+        if kind == "region":
+            found |= _of_region(rest)
+        elif kind == "join":
+            found |= {rest[0], *rest[1]}
+    return found
+
+
+def _of_region(record: Record) -> set[int]:
+    return {record[3], record[5]}
+
+
+class _Past:
+    """What a journal says of a region."""
+
+    def __init__(self, record: Record, state: Mapping[str, Any] | None) -> None:
+        self.record = list(record)
+        self.state = state
+        self.records: list[Record] = []
+
+
+def _gate(config: RegionConfig) -> Gate | None:
+    return config.rules().judge if config.restricts else None
+
+
+@contextlib.contextmanager
+def _told(config: ServiceConfig, name: str) -> Iterator[None]:
+    """Say of an error which region of which file it is about, if there is a file."""
+    if config.source is None:
+        yield
+        return
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise config.error(f"region.{name}: {where}{error.strerror or error}") from error
+    except ValueError as error:
+        raise config.error(f"region.{name}: {error}") from error
+
+
+def _umask() -> int:
+    """The process's umask; umask(2) could only be read by changing it."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077

@@ -1,0 +1,422 @@
+"""What a configuration can be, and what is said of one that cannot be served."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ivshmem.access import Rules
+from ivshmem.config import (
+    CHANGEABLE,
+    EXISTING,
+    LOG_FORMATS,
+    ConfigError,
+    RegionConfig,
+    ServiceConfig,
+    conflicts,
+    from_json,
+    problems,
+)
+from ivshmem.configfile import load
+
+SOCKET = 'socket = "/run/x/a"\n'
+A = f"[region.a]\n{SOCKET}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config") / "ivshmem.toml"
+
+
+def loaded(file: Path, text: str | bytes) -> ServiceConfig:
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(file)
+
+
+def refusal(file: Path, text: str | bytes) -> str:
+    """What is said of a file, less its name."""
+    with pytest.raises(ConfigError) as caught:
+        loaded(file, text)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: ")
+    assert said.isprintable(), "it is one line"
+    assert len(said) < 4000
+    return said.removeprefix(f"{file}: ")
+
+
+# -- what is there --------------------------------------------------------------------------------
+
+
+def test_everything(file: Path) -> None:
+    config = loaded(
+        file,
+        """
+        [service]
+        control = "/run/ivshmem/control"
+        metrics = 9400
+        log_format = "json"
+
+        [region.db]
+        socket = "/run/ivshmem/db"
+        size = "64M"
+        vectors = 4
+        name = "db"
+        prealloc = true
+        existing = "replace"
+        keep = true
+        names = 15
+        mode = "0660"
+        owner = "root"
+        group = 0
+        allow = ["gid:0", "root"]
+        deny = ["process:evil"]
+        readonly_for = ["uid:65534"]
+        peers_per_uid = 3
+        joins_per_minute = 60
+
+        [region.logs-2]
+        socket = "/run/ivshmem/logs"
+        size = 4096
+        names = true
+        """,
+    )
+    assert config == ServiceConfig(
+        {
+            "db": RegionConfig(
+                "/run/ivshmem/db",
+                size=64 << 20,
+                vectors=4,
+                name="db",
+                prealloc=True,
+                existing="replace",
+                keep=True,
+                names=15,
+                mode=0o660,
+                owner="root",
+                group=0,
+                allow=("gid:0", "root"),
+                deny=("process:evil",),
+                readonly_for=("uid:65534",),
+                peers_per_uid=3,
+                joins_per_minute=60,
+            ),
+            "logs-2": RegionConfig("/run/ivshmem/logs", size=4096, names=0),
+        },
+        control="/run/ivshmem/control",
+        metrics="9400",
+        log_format="json",
+    )
+    rules = config.regions["db"].rules()
+    assert rules == Rules(["gid:0", "root"], ["process:evil"], ["uid:65534"], 3, 60)
+    assert config.regions["db"].restricts
+    assert not config.regions["logs-2"].restricts
+
+
+def test_it_cannot_be_changed(file: Path) -> None:
+    config = loaded(file, A)
+    with pytest.raises(AttributeError):
+        config.regions["a"].size = 1  # type: ignore[misc]
+    assert config != loaded(file, A + "vectors = 2")
+    assert config == loaded(file, A + "vectors = 1")
+
+
+@pytest.mark.parametrize("mode", ["660", "0660", "0o660"])
+def test_modes(file: Path, mode: str) -> None:
+    assert loaded(file, f'{A}mode = "{mode}"').regions["a"].mode == 0o660
+
+
+# -- what is wrong --------------------------------------------------------------------------------
+
+WRONG = {
+    "empty": ("", "no region: a table [region.NAME] with a socket is wanted"),
+    "no TOML": ("a", "no TOML: "),
+    "no text": (b"\xff", "no TOML: 'utf-8' codec can't decode byte 0xff"),
+    "twice": (A + SOCKET, "no TOML: "),
+    "deep": (f"a = {'[' * 10**5}", "no TOML: "),
+    "decimal": (f"{A}size = {'9' * 9999}", "no TOML: Exceeds the limit"),
+    "hexadecimal": (
+        f"{A}size = 0x{'f' * 9999}",
+        "region.a.size = ...: TOML's numbers have 63 bits",
+    ),
+    "64 bits": (f"{A}vectors = {1 << 63}", f"region.a.vectors = {1 << 63}: TOML's numbers"),
+    "large": ("#" * (1 << 20) + "\n", "more than 1M: no configuration is that"),
+    "table": (f"regions = 1\n{A}", "regions: unknown (is region meant?)"),
+    "control character": (f'"\\u001b[2J" = 1\n{A}', "?[2J: unknown (known are service, region)"),
+    "region": ("region = 5", "no region"),
+    "region.a": ("[region]\na = 5", "region.a: a table is wanted"),
+    "service": (f"service = 1\n{A}", "service: a table is wanted"),
+    "name of a region": (
+        '[region."a.b"]\nsocket="/x"',
+        'region."a.b": a name has up to 64 letters, digits, - and _',
+    ),
+    "foreign digit": ('[region."²"]\nsocket="/x"', 'region."²": a name has'),
+    "key": (f'{A}socke = "/x"', "region.a.socke: unknown (is socket meant?)"),
+    "strange key": (f"{A}zzz = 1", "region.a.zzz: unknown (known are socket, size, vectors, name"),
+    "key of the service": (f"{A}[service]\nlogformat = 1", "(is log_format meant?)"),
+    "no socket": ("[region.a]", "region.a: no socket: its path is wanted"),
+    "relative": ('[region.a]\nsocket = "a"', 'region.a.socket = "a": a path from the root on'),
+    "long": (f'[region.a]\nsocket = "/{"x" * 200}"', "at most 107 bytes, this one 201"),
+    "line": ('[region.a]\nsocket = "/a\\nb"', 'socket = "/a?b": a text of printable characters'),
+    "size": (
+        f'{A}size = "3M"',
+        'region.a.size = "3M": a region cannot have 3M: it must be a power of two and at least one'
+        " page (4K); the nearest that works is 4M",
+    ),
+    "fraction": (f"{A}size = 4e6", 'size = 4000000.0: a size is wanted, such as "4M"'),
+    "true size": (f"{A}size = true", 'size = true: a size is wanted, such as "4M"'),
+    "negative size": (f"{A}size = -1", "a size cannot be negative"),
+    "largest size": (f"{A}size = {(1 << 63) - 1}", "the largest is 4E"),
+    "vectors": (f"{A}vectors = 2049", "vectors = 2049: a number from 0 to 2048 is wanted"),
+    "POSIX name": (f'{A}name = "a/b"', "is no POSIX shared memory name"),
+    "hugepages": (f'{A}hugepages = "3M"', 'hugepages = "3M": this machine has no huge pages of 3M'),
+    "flag": (f"{A}keep = 1", "region.a.keep = 1: true or false is wanted"),
+    "date": (f"{A}keep = 1979-05-27", "region.a.keep = 1979-05-27: true or false is wanted"),
+    "existing": (f'{A}existing = "x"', "one of attach, grow, refuse, replace, require is wanted"),
+    "list": (f'{A}existing = ["attach"]', "existing = ['attach']: one of attach"),
+    "slots": (f"{A}names = 4096", "names = 4096: a number from 0 to 4095 is wanted"),
+    "decimal mode": (f"{A}mode = 660", "mode = 660: up to three octal digits in quotes are wanted"),
+    "mode": (f'{A}mode = "7777"', 'mode = "7777": up to three octal digits'),
+    "digits": (f'{A}mode = "٦٦٠"', "up to three octal digits"),
+    "owner": (f'{A}owner = "no-such"', "no user 'no-such' on this system"),
+    "uid": (f"{A}owner = {1 << 32}", "uid 4294967296: allowed are 0 to"),
+    "group": (f'{A}group = "no-such"', "no group 'no-such' on this system"),
+    "true group": (f"{A}group = true", "group = true: a text"),
+    "rule": (f'{A}allow = ["guid:5"]', "the rule 'guid:5' cannot be read: allowed are uid:USER"),
+    "rules": (f'{A}deny = "all"', 'deny = "all": a list of texts is wanted, such as ["uid:1000"]'),
+    "long rule": (f'{A}deny = ["{"x" * 9999}"]', "the rule 'xxx"),
+    "limit": (f"{A}peers_per_uid = 0", "a number from 1 to"),
+    "log_format": (f'{A}[service]\nlog_format = "xml"', "one of text, json is wanted"),
+    "port": (f"{A}[service]\nmetrics = 65536", "metrics = 65536: [HOST:]PORT is wanted"),
+    "IPv6": (f'{A}[service]\nmetrics = "::1:94"', "[HOST:]PORT is wanted, such as"),
+    # what one setting says to another
+    "places": (f'{A}name = "n"\nfile = "/f"', "region.a: name and file exclude each other"),
+    "readonly": (f"{A}readonly = true", "only a name or a file can be attached to: give one"),
+    "grow": (f'{A}file = "/f"\nexisting = "grow"', 'existing = "grow": only a name can grow'),
+    "huge pages": (
+        f'{A}size = "1M"\nhugepages = "2M"',
+        'region.a.size = "1M": memory in huge pages cannot have 1M',
+    ),
+    "room for names": (
+        f"{A}size = 4096\nnames = 32",
+        "they take 4224 bytes, and the region has 4K",
+    ),
+    # what one region says to another
+    "one socket": (
+        f'{A}[region.b]\nsocket = "/run//x/a"',
+        'region.b.socket = "/run//x/a": region.a.socket is the same',
+    ),
+    "one name": (
+        f'{A}name = "n"\n[region.b]\nsocket = "/b"\nname = "/n"',
+        'region.b.name = "/n": region.a.name is the same',
+    ),
+    "one memory": (
+        f'{A}name = "n"\n[region.b]\nsocket = "/b"\nfile = "/dev/shm/n"',
+        'region.b.file = "/dev/shm/n": region.a.name is the same',
+    ),
+    "control": (
+        f'{A}[service]\ncontrol = "/run/x/a"',
+        'region.a.socket = "/run/x/a": service.control is the same',
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=list(WRONG))
+def test_wrong(file: Path, text: str | bytes, message: str) -> None:
+    assert message in refusal(file, text)
+
+
+def test_all_errors_are_found_and_the_first_are_told(file: Path) -> None:
+    text = "\n".join(f'[region.r{i}]\nsocket = "r{i}"\nvectors = -{i + 1}' for i in range(20))
+    said = refusal(file, text).split("; ")
+    assert [line.partition(" = ")[0] for line in said] == [
+        "region.r0.socket",
+        "region.r0.vectors",
+        "region.r1.socket",
+        "region.r1.vectors",
+        "region.r2.socket",
+    ]
+    assert said[-1].endswith("is wanted (and 35 more)")
+
+
+def test_a_link_to_the_same_socket(file: Path) -> None:
+    link = file.parent / "link"
+    link.symlink_to(file.parent)
+    text = f'[region.a]\nsocket = "{file.parent}/s"\n[region.b]\nsocket = "{link}/s"'
+    assert "region.a.socket is the same" in refusal(file, text)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        load(tmp_path / "none")
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_without_a_reader_of_toml(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Python 3.10 without the extra."""
+    real = builtins.__import__
+
+    def fail(name: str, *rest: Any) -> Any:
+        if name in ("tomllib", "tomli"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(ConfigError, match=r"pip install 'ivshmem\[config\]'"):
+        load(file)
+
+
+def test_what_cannot_be_read_is_an_oserror(file: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        load(file.parent)
+
+
+# -- round trips ----------------------------------------------------------------------------------
+
+texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1)
+paths = texts.map(lambda text: f"/{text}").filter(lambda path: len(os.fsencode(path)) <= 107)
+counts = st.none() | st.integers(1, 1 << 31)
+rules = st.lists(st.sampled_from(["all", "root", "uid:5", "gid:7", "process:q"])).map(tuple)
+accounts = st.none() | st.integers(0, (1 << 32) - 2) | st.just("root")
+regions = st.builds(
+    RegionConfig,
+    paths,
+    size=st.none() | st.integers(20, 62).map(lambda bit: 1 << bit),
+    vectors=st.integers(0, 2048),
+    name=st.none() | texts.filter(lambda t: "/" not in t and len(t) < 64 and t not in (".", "..")),
+    prealloc=st.booleans(),
+    existing=st.sampled_from(["attach", "refuse", "replace"]),
+    keep=st.booleans(),
+    names=st.none() | st.integers(0, 4095),
+    mode=st.none() | st.integers(0, 0o777),
+    owner=accounts,
+    group=accounts,
+    allow=rules,
+    deny=rules,
+    readonly_for=rules,
+    peers_per_uid=counts,
+    joins_per_minute=counts,
+)
+configs = st.builds(
+    ServiceConfig,
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True), regions, min_size=1, max_size=3
+    ),
+    control=st.none() | paths,
+    metrics=st.none() | st.integers(0, 65535).map(str),
+    log_format=st.sampled_from(LOG_FORMATS),
+)
+
+
+def written(config: ServiceConfig) -> str:
+    """A configuration as a person would write it."""
+    values = {k: v for k, v in config.to_json().items() if k != "regions" and v is not None}
+    lines = [
+        "[service]",
+        *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()),
+    ]
+    for name, region in config.to_json()["regions"].items():
+        lines.append(f"[region.{name}]")
+        for key, value in region.items():
+            if key == "mode" and value is not None:
+                lines.append(f'mode = "{value:o}"')
+            elif value is not None:
+                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+@given(configs)
+def test_from_a_file(file: Path, config: ServiceConfig) -> None:
+    assume(not conflicts(config) and not any(map(problems, config.regions.values())))
+    assert loaded(file, written(config)) == config
+
+
+@given(configs)
+def test_by_json(config: ServiceConfig) -> None:
+    there = json.loads(json.dumps(config.to_json()))
+    assert ServiceConfig.from_json(there) == config
+    for name, region in config.regions.items():
+        assert from_json(there["regions"][name]) == region
+
+
+def test_json_of_another_version(file: Path) -> None:
+    there = ServiceConfig({"a": RegionConfig("/a")}).to_json()
+    there["new"] = there["regions"]["a"]["newer"] = 1
+    del there["log_format"], there["regions"]["a"]["keep"]
+    assert ServiceConfig.from_json(there) == ServiceConfig({"a": RegionConfig("/a")})
+
+
+def test_what_can_change_is_there() -> None:
+    assert set(RegionConfig.__dataclass_fields__) > CHANGEABLE
+    assert "attach" in EXISTING
+
+
+# -- hostile files --------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["/a", "4M", "3M", "root", "all", "uid:x", "attach", 5, 1 << 70]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+KEYS = list(RegionConfig.__dataclass_fields__)
+tables = st.dictionaries(st.sampled_from(KEYS) | st.text(), values, max_size=6)
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        inner = (f"{toml(str(k))} = {toml(v)}" for k, v in value.items() if v is not None)
+        return "{" + ", ".join(inner) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(each) for each in value if each is not None) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(f"\\U{ord(c):08x}" for c in value) + '"'
+    return str(value).lower()
+
+
+def survives(file: Path, data: bytes) -> None:
+    """It is loaded, or refused in one line."""
+    file.write_bytes(data)
+    said = ""
+    try:
+        load(file)
+    except ConfigError as error:
+        said = str(error)
+    assert not said or said.isprintable()
+    assert len(said) < 4000
+
+
+@given(
+    st.dictionaries(st.sampled_from(["service", "region"]) | st.text(), values | tables, max_size=3)
+)
+def test_any_values(file: Path, values: dict[str, object]) -> None:
+    survives(file, "\n".join(f"{toml(k)} = {toml(v)}" for k, v in values.items()).encode())
+
+
+@given(st.dictionaries(st.text("ab-.\0\n", max_size=3), tables, max_size=3))
+def test_any_settings(file: Path, named: dict[str, dict[str, object]]) -> None:
+    survives(file, f"region = {toml(named)}".encode())
+
+
+@given(st.binary())
+def test_any_bytes(file: Path, data: bytes) -> None:
+    survives(file, data)
+
+
+@given(configs, st.data())
+def test_damaged(file: Path, config: ServiceConfig, data: st.DataObject) -> None:
+    text = bytearray(written(config).encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        text[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    survives(file, bytes(text))
