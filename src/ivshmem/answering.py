@@ -1,0 +1,303 @@
+"""Answers requests on stream sockets, a step at a time, whatever those who ask may do.
+
+Knows: connections, and how much of everything they may take. Does not know: what a request looks
+like, what it means, who may ask (`cut`, `answer` and `admit` do).
+
+Invariants:
+1. Nothing here blocks: somebody who does not read or send delays nobody else.
+2. Memory is bounded: CALLERS connections, each with at most LONGEST bytes that are no whole request
+   yet and one reply; all replies that wait for their readers have UNREAD bytes at most, or are one.
+3. One request is answered in a step, in turn, so that a server that also does other things in its
+   steps gets to them, however many ask, and however fast.
+4. Where descriptors are short, one that was kept for that lets one caller in, and another is lent
+   to whoever prepares the answer: what is short can be asked just then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from . import _fds
+
+CALLERS = 64  # connected at once; one more takes the place of the one that was idle for longest
+LONGEST = 1 << 16  # bytes of a request
+UNREAD = 16 << 20  # bytes of replies
+
+_LISTENER, _RETRY, _TURN, _FIRST_CALLER = range(4)  # tokens
+_NEWCOMERS = 16  # accepted in one step
+_RETRY_SECONDS = 0.1
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+class Caller:
+    """Somebody who is connected, as `answer` sees it.
+
+    Attributes:
+        socket: non-blocking; of the answering side as long as it was not `detach`ed.
+        closing: set it to have the connection closed after the reply.
+    """
+
+    __slots__ = ("_buffer", "_eof", "_let_go", "_reply", "_request", "closing", "socket")
+
+    def __init__(self, sock: socket.socket, let_go: Callable[[], object]) -> None:
+        self.socket = sock
+        self._let_go = let_go
+        self.closing = False
+        self._buffer = bytearray()  # received, and not cut off yet
+        self._request: bytes | None = None  # whole, and waiting for its turn
+        self._reply = memoryview(b"")  # what is left of it
+        self._eof = False
+
+    def detach(self) -> tuple[socket.socket, bytes]:
+        """Take the connection over, and what came after the request; `answer` returns None then."""
+        self._let_go()
+        return self.socket, bytes(self._buffer)
+
+
+class Answering:
+    """Answers who connects to a listening socket; `step()` when `fileno()` is readable.
+
+    Args:
+        listener: listening, non-blocking; borrowed.
+        cut: removes the first whole request from what was received, and returns it; None: there is
+            none yet.
+        answer: the reply to a request; None: nothing, now that the connection was `detach`ed. It
+            may not block, and what it raises ends the step.
+        too_long: the reply to a request that is longer than LONGEST; the connection is closed.
+        admit: looks at who has connected. What it returns is sent, and the connection is closed;
+            None: it is welcome.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        cut: Callable[[bytearray], bytes | None],
+        answer: Callable[[Caller, bytes], bytes | None],
+        *,
+        too_long: bytes = b"",
+        admit: Callable[[socket.socket], bytes | None] = lambda _: None,
+    ) -> None:
+        self._listener = listener
+        self._cut, self._answer, self._admit = cut, answer, admit
+        self._too_long = too_long
+        # By token. The one that was idle for longest comes first.
+        self._callers: dict[int, Caller] = {}
+        self._next_token = _FIRST_CALLER
+        self._queue: deque[int] = deque()  # of those with a whole request
+        self._unread = 0  # bytes of all replies
+        self._listening = True
+        with contextlib.ExitStack() as undo:
+            self._epoll = _fds.Epoll()
+            undo.callback(self._epoll.close)
+            self._turn = _fds.FdArray.eventfds(1)
+            undo.callback(self._turn.close)
+            self._timer = _fds.Timer()
+            undo.callback(self._timer.close)
+            self._seat = _Spare()
+            undo.callback(self._seat.give)
+            self._hand = _Spare()
+            undo.callback(self._hand.give)
+            self._epoll.add(self._turn[0], _TURN, _fds.EPOLLIN)
+            self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)
+            self._epoll.add(listener.fileno(), _LISTENER, _fds.EPOLLIN)
+            self._undo = undo.pop_all()
+
+    def fileno(self) -> int:
+        """Readable when `step()` has something to do."""
+        return self._epoll.fileno()
+
+    def step(self) -> None:
+        """Do what there is to do, without waiting."""
+        for token, _ in self._epoll.wait(0):
+            if token == _LISTENER:
+                self._accept()
+            elif token == _RETRY:
+                self._timer.set(0)
+                self._listen(True)
+            elif token == _TURN:
+                self._turn.drain(0)
+            elif token in self._callers:  # not gone since this step began
+                self._serve(token)
+        while self._queue:
+            token = self._queue.popleft()
+            if token in self._callers:  # nobody else has got its place
+                self._reply_to(token)
+                break
+        if self._queue:
+            self._turn.signal(0)
+
+    def close(self) -> None:
+        """Close all connections and whatever was made here; may be called twice."""
+        for caller in self._callers.values():
+            caller.socket.close()
+        self._callers.clear()
+        self._undo.close()
+
+    # -- who is connected -------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        for _ in range(_NEWCOMERS):
+            try:
+                try:
+                    sock, _ = self._listener.accept()
+                except OSError as error:
+                    if error.errno != errno.EMFILE or not self._seat.give():
+                        raise
+                    sock, _ = self._listener.accept()
+            except BlockingIOError:
+                break
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                if error.errno not in _SHORTAGES:
+                    raise
+                self._listen(False)
+                self._timer.set(_RETRY_SECONDS)
+                break
+            self._welcome(sock)
+        self._seat.have()
+
+    def _listen(self, wanted: bool) -> None:
+        if wanted != self._listening:
+            self._epoll.modify(self._listener.fileno(), _LISTENER, _fds.EPOLLIN if wanted else 0)
+            self._listening = wanted
+
+    def _welcome(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with self._hand:
+            refusal = self._admit(sock)
+        if refusal is not None:
+            with sock, contextlib.suppress(OSError):
+                sock.send(refusal)
+            return
+        if len(self._callers) >= CALLERS:
+            self._close(next(iter(self._callers)))
+        token = self._next_token
+        self._next_token += 1
+        try:
+            self._epoll.add(sock.fileno(), token, _fds.EPOLLIN)
+        except OSError:  # ENOSPC, ENOMEM
+            sock.close()
+            return
+        self._callers[token] = Caller(sock, partial(self._let_go, token))
+
+    def _let_go(self, token: int) -> None:
+        caller = self._callers.pop(token)
+        self._unread -= len(caller._reply)
+        self._epoll.remove(caller.socket.fileno())
+
+    def _close(self, token: int) -> None:
+        sock = self._callers[token].socket
+        self._let_go(token)
+        sock.close()
+        self._seat.have()
+
+    # -- one of them ------------------------------------------------------------------------------
+
+    def _serve(self, token: int) -> None:
+        caller = self._callers[token]
+        if caller._request is not None:
+            return  # its turn comes, even if it is gone: it may have asked and not waited
+        if caller._reply:
+            self._send(token)
+        else:
+            self._receive(token)
+
+    def _receive(self, token: int) -> None:
+        caller = self._callers[token]
+        try:
+            data = caller.socket.recv(LONGEST + 1 - len(caller._buffer))
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close(token)
+            return
+        caller._buffer += data
+        caller._eof = not data
+        self._callers[token] = self._callers.pop(token)  # the last to be idle
+        self._look_for_request(token)
+
+    def _look_for_request(self, token: int) -> None:
+        caller = self._callers[token]
+        caller._request = self._cut(caller._buffer)
+        if caller._request is not None:
+            # Nothing more is read from it until it has read the reply.
+            self._epoll.modify(caller.socket.fileno(), token, 0)
+            self._queue.append(token)
+        elif len(caller._buffer) > LONGEST:
+            caller.closing = True
+            self._give(token, self._too_long)
+        elif caller._eof:
+            self._close(token)
+        else:
+            self._epoll.modify(caller.socket.fileno(), token, _fds.EPOLLIN)
+
+    def _reply_to(self, token: int) -> None:
+        caller = self._callers[token]
+        request, caller._request = caller._request, None
+        assert request is not None
+        with self._hand:
+            reply = self._answer(caller, request)
+        if token in self._callers:  # it was not detached
+            self._give(token, reply or b"")
+
+    def _give(self, token: int, reply: bytes) -> None:
+        """Begin to send this; those who do not read theirs have to make room for it."""
+        slow = [t for t, c in self._callers.items() if c._reply]
+        while slow and self._unread + len(reply) > UNREAD:
+            self._close(slow.pop(0))
+        self._callers[token]._reply = memoryview(reply)
+        self._unread += len(reply)
+        self._send(token)
+
+    def _send(self, token: int) -> None:
+        caller = self._callers[token]
+        try:
+            while caller._reply:
+                count = caller.socket.send(caller._reply)
+                caller._reply = caller._reply[count:]
+                self._unread -= count
+                self._callers[token] = self._callers.pop(token)
+        except BlockingIOError:
+            self._epoll.modify(caller.socket.fileno(), token, _fds.EPOLLOUT)
+            return
+        except OSError:
+            self._close(token)
+            return
+        if caller.closing:
+            self._close(token)
+        else:
+            self._look_for_request(token)
+
+
+class _Spare:
+    """A descriptor that is there only to be given up for another one. A context manager."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self.have()
+
+    def have(self) -> None:
+        """Open it, if it is not there and there is room."""
+        if self._fd < 0:
+            with contextlib.suppress(OSError):
+                self._fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def give(self) -> bool:
+        """Close it; whether it was there."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        return fd >= 0
+
+    def __enter__(self) -> None:
+        self.give()
+
+    def __exit__(self, *error: object) -> None:
+        self.have()

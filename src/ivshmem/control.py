@@ -1,0 +1,544 @@
+"""The control socket: what a running server says of itself, and is asked to do.
+
+Knows: the protocol's words, who is heard. Does not know: how a server does its work (it is asked),
+how connections are kept in bounds (Answering does).
+
+A Unix stream socket, by default the first region's path with ".control" behind it, of mode 0600;
+whatever its permissions, only root and the server's own user are heard (SO_PEERCRED). A request is
+a JSON object on a line, of 65,536 bytes at most; so is the reply, of any length. A connection may
+bring any number of requests, which are answered in order, the next one when the reply was read. At
+most 64 connections are kept: one more ends the one that was idle for longest.
+
+    {"do": "version"}                   {"ok": true, "version": "0.1.0", "protocol": 1, "pid": 71}
+    {"do": "status"}                    {"ok": true, "server": {..}, "regions": [{..}, ..]}
+    {"do": "status", "peers": false}    the same without the peers, and without a look at each
+    {"do": "evict", "id": 3, "region": "db"}    {"ok": true, "region": "db"}
+    {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
+
+evict and status may name a region; a server of one region needs no name for it. What could not be
+done is {"ok": false, "error": "one line: what, why, what to do"}, and has changed nothing.
+Whoever reads replies must take fields that it does not know; "protocol" is raised when a known one
+changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
+
+    server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
+             fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
+    region   name, socket, vectors, size, page_size, source, memory (name or path), paused (why
+             newcomers wait; "": they do not), counts {joins, leaves, messages, ..: since the
+             start}, peers
+    peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
+             readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
+             it), stalled_since (null; or when it last read, if its socket is full), interrupts
+             (rings it has not taken, for each vector, looked at without taking them)
+
+Invariants:
+1. A request is checked whole before anything is done.
+2. Whatever a caller sends, and whatever fails on its behalf: the server goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import logs, sockets
+from .answering import LONGEST, Answering, Caller
+from .directory import Directory
+from .engine import PeerReport
+from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
+from .region import Region
+
+_log = logging.getLogger("ivshmem.control")
+
+PROTOCOL = 1
+SUFFIX = ".control"
+MODE = 0o600
+
+_MOST_ERROR = 500  # characters of an error
+_MOST_REPLY = 1 << 28  # bytes that a client takes
+
+
+# -- what is asked: a service, which serves regions -----------------------------------------------
+
+
+class Inspectable(Protocol):
+    """What is asked of a Server."""
+
+    region: Region
+    path: str
+    vectors: int
+
+    @property
+    def paused(self) -> str: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+    def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
+    def evict(self, peer_id: int) -> None: ...
+
+
+class Served(Protocol):
+    """A region that is being served."""
+
+    @property
+    def server(self) -> Inspectable: ...
+
+
+class Regions(Protocol):
+    """Whatever serves regions; asked in the thread that makes the steps."""
+
+    @property
+    def regions(self) -> Mapping[str, Served]: ...
+
+
+class Service(Regions, Protocol):
+    """The same, with a configuration."""
+
+    def reload(self) -> Sequence[str] | None:
+        """Read the configuration again; what has changed, a line each."""
+
+
+class ControlError(IvshmemError):
+    """A control socket was asked for something that it could not do; the message says why."""
+
+
+# What does one kind of request: the reply but for "ok", or None: the connection was detached.
+Handler = Callable[[Caller, Mapping[str, Any]], "Mapping[str, Any] | None"]
+
+
+# -- the server's side ----------------------------------------------------------------------------
+
+
+class Control:
+    """Answers requests to a service on a listener; a context manager.
+
+    Args:
+        listener: bound and, best, of mode MODE (see `listen`); closed with this object.
+        handlers: more kinds of requests, or others for known ones, by the word after "do".
+        uids: the users who are heard; None: root and this process's.
+
+    The loop that serves the regions calls `step()` when `fileno()` is readable.
+    """
+
+    def __init__(
+        self,
+        listener: sockets.Listener,
+        service: Service,
+        *,
+        handlers: Mapping[str, Handler] | None = None,
+        uids: frozenset[int] | None = None,
+    ) -> None:
+        self._service = service
+        self._uids = frozenset({0, os.geteuid()}) if uids is None else uids
+        self._since = time.time()
+        package_version()  # reads files, for which there may be no descriptor later
+        self._directories: dict[int, tuple[Region, Directory | None]] = {}
+        self._handlers: dict[str, Handler] = {
+            "version": self._version,
+            "status": self._status,
+            "evict": self._evict,
+            "reload": self._reload,
+            **(handlers or {}),
+        }
+        self._listener = listener
+        self.path = listener.path
+        try:
+            self._answering = Answering(
+                listener.socket,
+                _cut_line,
+                self._answer,
+                too_long=_line(_refusal(f"a request has at most {LONGEST} bytes: send less")),
+                admit=self._admit,
+            )
+            listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+
+    def fileno(self) -> int:
+        """Readable when `step()` has something to do."""
+        return self._answering.fileno()
+
+    def step(self) -> None:
+        """Do what there is to do, without waiting."""
+        self._answering.step()
+
+    def close(self) -> None:
+        """Disconnect everybody and remove the socket; may be called twice."""
+        self._answering.close()
+        self._listener.close()
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _admit(self, sock: socket.socket) -> bytes | None:
+        uid = sockets.credentials(sock).uid
+        if uid in self._uids:
+            return None
+        heard = " and ".join(map(str, sorted(self._uids)))
+        return _line(_refusal(f"uid {uid} is not heard here, only uid {heard}: be one of these"))
+
+    def _answer(self, caller: Caller, request: bytes) -> bytes | None:
+        try:
+            message = _parse(request)
+            kind = message.get("do")
+            handler = self._handlers.get(kind) if isinstance(kind, str) else None
+            if handler is None:
+                raise ControlError(f'"do" is {_shown(kind)}: known are {", ".join(self._handlers)}')
+            reply = handler(caller, message)
+            return None if reply is None else _line({"ok": True, **reply})
+        except (IvshmemError, OSError, ValueError) as error:
+            return _line(_refusal(_one_line(error)))
+        except Exception as error:
+            _log.exception("a request to the control socket failed")
+            return _line(_refusal(f"the server has an error, and logged it: {_one_line(error)}"))
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def _version(self, _: Caller, __: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"version": package_version(), "protocol": PROTOCOL, "pid": os.getpid()}
+
+    def _status(self, _: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        peers = message.get("peers", True)
+        if not isinstance(peers, bool):
+            raise ControlError(f'"peers" is {_shown(peers)}: true or false is allowed')
+        regions = self._service.regions
+        if message.get("region") is not None:
+            name, served = self._named(message)
+            regions = {name: served}
+        shown = [self._region(name, served.server, peers) for name, served in regions.items()]
+        known = {id(served.server.region) for served in self._service.regions.values()}
+        self._directories = {k: v for k, v in self._directories.items() if k in known}
+        return {"server": self._process(), "regions": shown}
+
+    def _evict(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        peer = message.get("id")
+        if not isinstance(peer, int) or isinstance(peer, bool):
+            raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
+        name, served = self._named(message)
+        try:
+            served.server.evict(peer)
+        except NoSuchPeer as error:
+            raise ControlError(f"region {name}: {error} (`ivshmem status` lists who is)") from None
+        by = _who(caller)
+        told = logs.fields("evicted", peer=peer, region=name, **by)
+        _log.info(
+            "peer %d of %s was evicted, as uid %d asked", peer, name, by["by_uid"], extra=told
+        )
+        return {"region": name}
+
+    def _reload(self, caller: Caller, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        by = _who(caller)
+        try:
+            changes = list(self._service.reload() or ())
+        except (IvshmemError, OSError, ValueError) as error:
+            reason = _one_line(error)
+            told = logs.fields("unreloaded", reason=reason, **by)
+            _log.warning("nothing was reloaded: %s", reason, extra=told)
+            raise
+        told = logs.fields("reloaded", changes=changes, **by)
+        _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
+        return {"changes": changes}
+
+    def _named(self, message: Mapping[str, Any]) -> tuple[str, Served]:
+        """The region that a message means."""
+        regions = self._service.regions
+        name = message.get("region")
+        if name is None and len(regions) == 1:
+            name = next(iter(regions))
+        if isinstance(name, str) and name in regions:
+            return name, regions[name]
+        known = ", ".join(regions) or "none"
+        if name is None:
+            raise ControlError(f'there is not just one region: "region" has to be one of {known}')
+        raise ControlError(f"no region {_shown(name)} is served here: there are {known}")
+
+    # -- the state --------------------------------------------------------------------------------
+
+    def _process(self) -> dict[str, Any]:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "pid": os.getpid(),
+            "uid": os.geteuid(),
+            "version": package_version(),
+            "protocol": PROTOCOL,
+            "since": self._since,
+            "time": time.time(),
+            "cpu": used.ru_utime + used.ru_stime,
+            "resident": _resident(),
+            "fds": {"open": _open_fds(), "limit": _fd_limit()},
+            "pid_namespace": pid_namespace(),
+        }
+
+    def _region(self, name: str, server: Inspectable, peers: bool) -> dict[str, Any]:
+        region = server.region
+        shown: dict[str, Any] = {
+            "name": name,
+            "socket": server.path,
+            "vectors": server.vectors,
+            "size": region.size,
+            "page_size": region.page_size,
+            "source": region.source,
+            "memory": region.name or "",
+            "paused": server.paused,
+            "counts": dict(server.counts),
+        }
+        if peers:
+            names = self._names(region)
+            shown["peers"] = [_peer(report, names) for report in server.report(interrupts=True)]
+        return shown
+
+    def _names(self, region: Region) -> dict[int, list[str]]:
+        """What peers say in the directory of names that they are called, if there is one."""
+        directory = self._directory(region)
+        found: dict[int, list[str]] = {}
+        if directory is not None:
+            with contextlib.suppress(ClosedError):
+                for entry in directory.entries():
+                    found.setdefault(entry.id, []).append(entry.name)
+        return found
+
+    def _directory(self, region: Region) -> Directory | None:
+        # Kept, so that it sees by whom an entry is kept alive. One may be made at any time.
+        known = self._directories.get(id(region))
+        if known is not None and known[1] is not None:
+            return known[1]
+        try:
+            directory = Directory.open(region)
+        except (NoDirectory, ClosedError):
+            directory = None
+        self._directories[id(region)] = (region, directory)
+        return directory
+
+
+def listen(path: str | os.PathLike[str]) -> sockets.Listener:
+    """A listener for a Control: nobody but this user may connect to it, from the beginning.
+
+    Raises:
+        OSError: as of sockets.Listener; ENAMETOOLONG for the default of a long socket path.
+    """
+    return sockets.Listener(path, mode=MODE)
+
+
+def default_path(server: str | os.PathLike[str]) -> str:
+    """Where the control socket of a server is, if nobody said otherwise."""
+    return os.path.abspath(os.fspath(server)) + SUFFIX
+
+
+def _cut_line(buffer: bytearray) -> bytes | None:
+    end = buffer.find(b"\n")
+    if end < 0:
+        return None
+    line = bytes(buffer[:end])
+    del buffer[: end + 1]
+    return line
+
+
+def _parse(request: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(request)
+    except (ValueError, RecursionError) as error:
+        raise ControlError(f'no JSON ({_one_line(error)}): send {{"do": "status"}}') from None
+    if not isinstance(message, dict):
+        raise ControlError(f'{_shown(message)} is no JSON object: send {{"do": "status"}}')
+    return message
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def _refusal(error: str) -> dict[str, Any]:
+    return {"ok": False, "error": error[:_MOST_ERROR]}
+
+
+def _shown(value: object) -> str:
+    """What was sent, short."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # a number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}.."
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _who(caller: Caller) -> dict[str, Any]:
+    who = sockets.credentials(caller.socket)
+    return {"by_uid": who.uid, "by_pid": who.pid}
+
+
+def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
+    peer = report.peer
+    return {
+        "id": peer.id,
+        "pid": peer.pid,
+        "uid": peer.uid,
+        "gid": peer.gid,
+        "process": peer.process,
+        "names": names.get(peer.id, []),
+        "vectors": peer.vectors,
+        "since": peer.since,
+        "readonly": report.readonly,
+        "set_up": report.set_up,
+        "pending": report.pending,
+        "stalled_since": report.stalled_since,
+        "interrupts": list(report.interrupts),
+    }
+
+
+@functools.cache
+def package_version() -> str:
+    """This package's, as installed."""
+    try:
+        return version("ivshmem")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace, 0 if that is not known."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _resident() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+def _open_fds() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1  # the one that lists
+    except OSError:
+        return 0
+
+
+def _fd_limit() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+# -- the other side -------------------------------------------------------------------------------
+
+
+class Client:
+    """A connection to a control socket; a context manager.
+
+    Args:
+        timeout: seconds for connecting, and for each reply.
+
+    Raises:
+        TimeoutError, OSError: as of sockets.connect.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float = 10.0) -> None:
+        self.path = os.fspath(path)
+        self._timeout = timeout
+        # From this address a server would take us for somebody with a question, not for a peer, if
+        # this should be its other socket.
+        address = sockets.ASK + os.urandom(8).hex().encode()
+        self._socket = sockets.connect(path, timeout, address=address)
+        self._rest = b""
+
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a request, but for "ok".
+
+        Raises:
+            ControlError: the server could not do it; or this is no control socket.
+            TimeoutError: no reply within the time limit. The connection is of no use any more.
+            ConnectionError: the server has closed the connection.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            self._send(_line(message), deadline)
+            reply = self._receive(deadline)
+        except TimeoutError:
+            reason = f"no reply within {self._timeout:g} seconds: is the server stopped?"
+            raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
+        if reply.pop("ok"):
+            return reply
+        error = str(reply.get("error", "it could not be done"))
+        raise ControlError("".join(c if c.isprintable() else "?" for c in error))
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        # Who refuses us says so and closes; so there may be something to read nonetheless.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.sendall(data)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        chunks = [self._rest]
+        size = 0
+        while b"\n" not in chunks[-1]:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = b""
+            with contextlib.suppress(ConnectionResetError):
+                data = self._socket.recv(1 << 18)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            size += len(data)
+            chunks.append(data)
+            if size > _MOST_REPLY:
+                raise self._stranger()
+            if not data:
+                if size or self._rest:
+                    raise self._stranger()
+                reason = "the server closed the connection: ask again"
+                raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
+        line, _, self._rest = b"".join(chunks).partition(b"\n")
+        with contextlib.suppress(ValueError, RecursionError):
+            reply = json.loads(line)
+            if isinstance(reply, dict) and isinstance(reply.get("ok"), bool):
+                return reply
+        raise self._stranger()
+
+    def _stranger(self) -> ControlError:
+        return ControlError(
+            f"{self.path}: this is no control socket (that of a server on this socket would be"
+            f" {self.path}{SUFFIX})"
+        )
+
+    def close(self) -> None:
+        """Close the connection; may be called twice."""
+        self._socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def request(
+    path: str | os.PathLike[str], message: Mapping[str, Any], timeout: float = 10.0
+) -> dict[str, Any]:
+    """The reply to one request, but for "ok".
+
+    Raises:
+        ControlError, TimeoutError, OSError: as of Client.
+    """
+    with Client(path, timeout) as client:
+        return client.ask(message)

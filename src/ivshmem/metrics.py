@@ -1,0 +1,335 @@
+"""A server's figures for Prometheus, over HTTP.
+
+Knows: the figures' names and meaning, as much HTTP as a scrape needs. Does not know: how they come
+about; prometheus-client, an extra (`pip install 'ivshmem[metrics]'`), knows the format.
+
+    name                             type     meaning
+    ivshmem_info                     gauge    1; label: version
+    ivshmem_region_bytes             gauge    size of the shared memory
+    ivshmem_vectors                  gauge    of each peer
+    ivshmem_peers                    gauge    connected now
+    ivshmem_setting_up_peers         gauge    not sent their whole set-up yet
+    ivshmem_stalled_peers            gauge    whose socket is full: they do not read
+    ivshmem_longest_stall_seconds    gauge    since the one stalled longest last read; else 0
+    ivshmem_pending_messages         gauge    still to be sent, to all peers
+    ivshmem_pending_interrupts       gauge    rings that peers have not taken, over all vectors
+    ivshmem_pending_vectors          gauge    vectors with such rings (their number is whatever a
+                                              hostile peer writes there)
+    ivshmem_newcomers_waiting        gauge    1: newcomers are left in the queue; the log and
+                                              `ivshmem status` say why
+    ivshmem_joins_total              counter  peers that joined
+    ivshmem_leaves_total             counter  peers that left
+    ivshmem_messages_total           counter  messages of the protocol that were sent
+    ivshmem_refused_total            counter  connections that the access rules refused
+    ivshmem_starved_total            counter  times that sending had to wait for memory or
+                                              descriptors
+
+All but the first have the label "region". With `peers=True`, which makes as many series as there
+are ids in use, there are also, with the labels "region" and "peer" (its id):
+
+    ivshmem_peer_pending_messages    gauge    still to be sent to it
+    ivshmem_peer_stalled_seconds     gauge    since it last read, if its socket is full; else 0
+    ivshmem_peer_pending_interrupts  gauge    rings that it has not taken, over all vectors
+
+The process's own are prometheus-client's: process_cpu_seconds_total, process_open_fds,
+process_max_fds, process_resident_memory_bytes, process_virtual_memory_bytes,
+process_start_time_seconds.
+
+It is served by the loop that serves the regions, so nothing is looked at while it changes, no
+thread takes the interpreter's time from that loop, and those who connect are as bounded as those of
+the control socket. There is no TLS and no password: the default is to listen on 127.0.0.1 only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from .answering import Answering, Caller
+from .control import Inspectable, Regions, package_version
+from .engine import PeerReport
+from .errors import IvshmemError
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
+
+_log = logging.getLogger("ivshmem.metrics")
+
+DEFAULT_HOST = "127.0.0.1"
+PATH = "/metrics"
+_BACKLOG = 1024
+
+_Figure = Callable[[Inspectable, list[PeerReport], float], float]
+
+# Gauges with the label "region", in the order of the docstring.
+_GAUGES: dict[str, tuple[str, _Figure]] = {
+    "ivshmem_region_bytes": ("Size of the shared memory", lambda s, _, __: s.region.size),
+    "ivshmem_vectors": ("Vectors of each peer", lambda s, _, __: s.vectors),
+    "ivshmem_peers": ("Peers connected now", lambda _, peers, __: len(peers)),
+    "ivshmem_setting_up_peers": (
+        "Peers that were not sent their whole set-up yet",
+        lambda _, peers, __: sum(not p.set_up for p in peers),
+    ),
+    "ivshmem_stalled_peers": (
+        "Peers whose socket is full: they do not read",
+        lambda _, peers, __: sum(p.stalled_since is not None for p in peers),
+    ),
+    "ivshmem_longest_stall_seconds": (
+        "Since the peer that is stalled longest last read",
+        lambda _, peers, now: max((_stalled(p, now) for p in peers), default=0.0),
+    ),
+    "ivshmem_pending_messages": (
+        "Messages still to be sent, to all peers",
+        lambda _, peers, __: sum(p.pending for p in peers),
+    ),
+    "ivshmem_pending_interrupts": (
+        "Rings that peers have not taken, over all vectors",
+        lambda _, peers, __: sum(sum(p.interrupts) for p in peers),
+    ),
+    "ivshmem_pending_vectors": (
+        "Vectors with rings that were not taken",
+        lambda _, peers, __: sum(sum(map(bool, p.interrupts)) for p in peers),
+    ),
+    "ivshmem_newcomers_waiting": (
+        "Whether newcomers are left in the queue",
+        lambda s, _, __: bool(s.paused),
+    ),
+}
+
+# Counters with the label "region", by the server's own name.
+_COUNTERS = {
+    "joins": "Peers that joined",
+    "leaves": "Peers that left",
+    "messages": "Messages of the protocol that were sent",
+    "refused": "Connections that the access rules refused",
+    "starved": "Times that sending had to wait for memory or descriptors",
+}
+
+_PEER_GAUGES: dict[str, tuple[str, Callable[[PeerReport, float], float]]] = {
+    "ivshmem_peer_pending_messages": ("Messages still to be sent to it", lambda p, _: p.pending),
+    "ivshmem_peer_stalled_seconds": (
+        "Since it last read, if its socket is full",
+        lambda p, now: _stalled(p, now),
+    ),
+    "ivshmem_peer_pending_interrupts": (
+        "Rings that it has not taken, over all vectors",
+        lambda p, _: sum(p.interrupts),
+    ),
+}
+
+
+class MetricsError(IvshmemError):
+    """Metrics were asked for, and cannot be had."""
+
+
+class Figures:
+    """A collector for prometheus-client: asks a service, in the thread that collects.
+
+    That has to be the one that makes the service's steps, or one that keeps it from them.
+    """
+
+    def __init__(self, service: Regions, *, peers: bool = False) -> None:
+        self._service = service
+        self._peers = peers
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus-client calls."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        info = GaugeMetricFamily("ivshmem_info", "What serves", labels=["version"])
+        info.add_metric([package_version()], 1)
+        yield info
+        now = time.time()
+        found = [
+            (name, served.server, served.server.report())
+            for name, served in self._service.regions.items()
+        ]
+        for metric, (text, figure) in _GAUGES.items():
+            gauge = GaugeMetricFamily(metric, text, labels=["region"])
+            for name, server, peers in found:
+                gauge.add_metric([name], figure(server, peers, now))
+            yield gauge
+        for key, text in _COUNTERS.items():
+            counter = CounterMetricFamily(f"ivshmem_{key}", text, labels=["region"])
+            for name, server, _ in found:
+                counter.add_metric([name], server.counts.get(key, 0))
+            yield counter
+        for metric, (text, of_peer) in _PEER_GAUGES.items() if self._peers else ():
+            gauge = GaugeMetricFamily(metric, text, labels=["region", "peer"])
+            for name, _, peers in found:
+                for report in peers:
+                    gauge.add_metric([name, str(report.peer.id)], of_peer(report, now))
+            yield gauge
+
+
+class Metrics:
+    """Serves the figures on [HOST:]PORT; a context manager.
+
+    The loop that serves the regions calls `step()` when `fileno()` is readable.
+
+    Args:
+        peers: also figures of each peer.
+
+    Attributes:
+        address: where it listens; port 0 has become the one that the kernel chose.
+
+    Raises:
+        MetricsError: prometheus-client is not installed.
+        ValueError: an address that is none.
+        OSError: EADDRINUSE and the like, with the address in `filename`.
+    """
+
+    def __init__(self, address: str, service: Regions, *, peers: bool = False) -> None:
+        host, port = parse_address(address)
+        self._registry = _registry(Figures(service, peers=peers))
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(_listen(host, port))
+            self._answering = Answering(
+                listener, _cut_head, self._answer, too_long=_response(431, "too long\n")
+            )
+            undo.callback(self._answering.close)
+            self.address = _shown(listener)
+            self._undo = undo.pop_all()
+
+    def fileno(self) -> int:
+        """Readable when `step()` has something to do."""
+        return self._answering.fileno()
+
+    def step(self) -> None:
+        """Do what there is to do, without waiting."""
+        self._answering.step()
+
+    def close(self) -> None:
+        """Disconnect everybody and close the port; may be called twice."""
+        self._undo.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _answer(self, caller: Caller, request: bytes) -> bytes:
+        caller.closing = True
+        lines = request.decode("latin-1").split("\r\n" if b"\r\n" in request else "\n")
+        words = lines[0].split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            return _response(400, "this is an HTTP server\n")
+        method, target, _ = words
+        if method not in ("GET", "HEAD"):
+            return _response(405, "GET it\n", "Allow: GET, HEAD\r\n")
+        if target.partition("?")[0] != PATH:
+            return _response(404, f"the figures are at {PATH}\n")
+        headers = dict(line.partition(":")[::2] for line in lines[1:])
+        accept = next((v for k, v in headers.items() if k.strip().lower() == "accept"), "")
+        try:
+            body, kind = _exposition(self._registry, accept.strip())
+        except Exception as error:
+            _log.exception("a scrape failed")
+            return _response(500, f"the server has an error, and logged it: {error!r}\n")
+        return _head(200, len(body), kind) + (body if method == "GET" else b"")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of [HOST:]PORT; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: it is none.
+    """
+    host, _, digits = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text}: an IPv6 address stands in brackets, as in [::1]:9100")
+    if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
+        raise ValueError(f"{text} is no address: give [HOST:]PORT, for example 127.0.0.1:9100")
+    return host or DEFAULT_HOST, int(digits)
+
+
+def _registry(figures: Figures) -> CollectorRegistry:
+    try:
+        from prometheus_client import CollectorRegistry, ProcessCollector
+    except ImportError:
+        raise MetricsError(
+            "metrics need prometheus-client: pip install 'ivshmem[metrics]'"
+        ) from None
+    registry = CollectorRegistry()
+    registry.register(figures)
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The figures in the form that is asked for, and what it is called."""
+    from prometheus_client.exposition import choose_encoder
+
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        where = f"{host}:{port}"
+        raise OSError(error.errno, f"{error.strerror}: choose another address", where) from None
+    return listener
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cut_head(buffer: bytearray) -> bytes | None:
+    """The head of an HTTP request. GET has no body; whatever has one is answered without it."""
+    ends = [(buffer.find(mark), len(mark)) for mark in (b"\r\n\r\n", b"\n\n")]
+    found = [(place, length) for place, length in ends if place >= 0]
+    if not found:
+        return None
+    place, length = min(found)
+    head = bytes(buffer[:place])
+    del buffer[: place + length]
+    return head
+
+
+def _response(status: int, text: str, more: str = "") -> bytes:
+    body = text.encode()
+    return _head(status, len(body), "text/plain; charset=utf-8", more) + body
+
+
+def _head(status: int, length: int, kind: str, more: str = "") -> bytes:
+    reason = _REASONS[status]
+    return (
+        f"HTTP/1.1 {status} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+        f"{more}Connection: close\r\n\r\n"
+    ).encode()
+
+
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+}
+
+
+def _stalled(report: PeerReport, now: float) -> float:
+    return 0.0 if report.stalled_since is None else max(now - report.stalled_since, 0.0)

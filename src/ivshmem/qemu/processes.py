@@ -1,0 +1,71 @@
+"""What guest a process is, by its command line.
+
+Knows: /proc, QEMU's -name. Does not know: who is a peer.
+
+A process can write what it likes into its command line: a guest's name is a claim, not a proof.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+_PROC = Path("/proc")
+_MOST_BYTES = 1 << 20  # of a command line
+_MOST_CHARACTERS = 64  # of a name
+_SLACK = 2.0  # seconds by which the clocks of two files in /proc may differ
+
+
+def guest_of(pid: int, since: float) -> str:
+    """The name of the guest that a QEMU runs, which was a process already at that time.
+
+    Args:
+        since: seconds since the epoch: a process that began later only has the same number.
+
+    Returns:
+        "" if it is no QEMU, has no name, or is not to be seen.
+    """
+    try:
+        if _started(pid) > since + _SLACK:
+            return ""
+        with open(_PROC / str(pid) / "cmdline", "rb") as file:
+            line = file.read(_MOST_BYTES)
+    except (OSError, ValueError, IndexError):
+        return ""
+    return guest_name(line.decode(errors="replace").split("\0"))
+
+
+def guest_name(arguments: Sequence[str]) -> str:
+    """The name in a QEMU's command line, printable; "" if there is none, or it is no QEMU's."""
+    if not arguments or not os.path.basename(arguments[0]).startswith(("qemu", "kvm")):
+        return ""
+    name = ""
+    for option, value in pairwise(arguments):
+        if option in ("-name", "--name"):
+            name = _guest(value) or name
+    plain = "".join(c if c.isprintable() else "?" for c in name)
+    return plain if len(plain) <= _MOST_CHARACTERS else f"{plain[: _MOST_CHARACTERS - 2]}.."
+
+
+def _guest(value: str) -> str:
+    """Of "guest=NAME,process=..": NAME; the first key may be left out, commas in it are doubled."""
+    parts = value.replace(",,", "\0").split(",")
+    for number, part in enumerate(parts):
+        key, equals, text = part.partition("=")
+        if equals and key == "guest":
+            return text.replace("\0", ",")
+        if not equals and number == 0:
+            return part.replace("\0", ",")
+    return ""
+
+
+def _started(pid: int) -> float:
+    """When a process began, seconds since the epoch."""
+    stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    ticks = int(stat.rpartition(")")[2].split()[19])
+    for line in (_PROC / "stat").read_text().splitlines():
+        if line.startswith("btime "):
+            return int(line.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    raise ValueError("no btime")

@@ -1,0 +1,112 @@
+"""Tells the log of peers that do not read what they are sent, and of their reading again.
+
+Knows: how long a peer may take before it is worth a line. Does not know: who writes the log.
+
+A buffer that is full for a moment is nothing: every burst of joins fills some. So this looks at all
+peers every few seconds, and does nothing else; a stall is told when it was seen to last.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from . import _fds, logs
+from .control import Regions
+from .engine import PeerReport
+
+_log = logging.getLogger("ivshmem.stalls")
+
+SECONDS = 5.0  # between looks; and how long a stall has to last
+
+
+class _Stall(NamedTuple):
+    report: PeerReport
+    since: float
+
+
+class Stalls:
+    """Watches the peers of a service; `step()` when `fileno()` is readable. A context manager."""
+
+    def __init__(self, service: Regions, seconds: float = SECONDS) -> None:
+        self._service = service
+        self._seconds = seconds
+        # By region, id, and when the peer joined, for an id can be another's later.
+        self._stalled: dict[tuple[str, int, float], _Stall] = {}
+        self._timer = _fds.Timer()
+        self._timer.set(seconds)
+
+    def fileno(self) -> int:
+        """Readable when it is time for a look."""
+        return self._timer.fileno()
+
+    def step(self) -> None:
+        """Look at all peers."""
+        self._timer.set(self._seconds)
+        now = time.time()
+        before, self._stalled = self._stalled, {}
+        several = len(self._service.regions) > 1
+        for name, served in self._service.regions.items():
+            where = f"{name}: " if several else ""
+            for report in served.server.report(interrupts=False):
+                key = (name, report.peer.id, report.peer.since)
+                since, stall = report.stalled_since, before.get(key)
+                if since is not None and stall is not None:
+                    # It may have taken a little and be stuck again: that is the same stall.
+                    self._stalled[key] = stall
+                elif since is not None and now - since >= self._seconds:
+                    self._stalled[key] = _Stall(report, since)
+                    self._tell_stalled(where, name, report, since, now)
+                elif since is None and stall is not None:
+                    self._tell_reading(where, name, report, now - stall.since)
+
+    def _tell_stalled(
+        self, where: str, region: str, report: PeerReport, since: float, now: float
+    ) -> None:
+        _log.warning(
+            "%speer %d does not read: %s (pid %d), since %s (%.0f s), messages that wait: %d",
+            where,
+            report.peer.id,
+            report.peer.process,
+            report.peer.pid,
+            time.strftime("%H:%M:%S", time.localtime(since)),
+            now - since,
+            report.pending,
+            extra=logs.fields(
+                "stalled", pending=report.pending, since=since, **_who(report, region)
+            ),
+        )
+
+    def _tell_reading(self, where: str, region: str, report: PeerReport, seconds: float) -> None:
+        _log.info(
+            "%speer %d reads again: %s (pid %d), after %.0f s",
+            where,
+            report.peer.id,
+            report.peer.process,
+            report.peer.pid,
+            seconds,
+            extra=logs.fields("reading", seconds=round(seconds, 3), **_who(report, region)),
+        )
+
+    def close(self) -> None:
+        """Look no more; may be called twice."""
+        self._timer.close()
+
+    def __enter__(self) -> Stalls:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _who(report: PeerReport, region: str) -> Mapping[str, object]:
+    peer = report.peer
+    return {
+        "region": region,
+        "peer": peer.id,
+        "pid": peer.pid,
+        "uid": peer.uid,
+        "process": peer.process,
+    }
