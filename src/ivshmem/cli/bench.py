@@ -24,8 +24,8 @@ from ..endpoint import Endpoint
 from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
 from ..protocol import MAX_VECTORS
 from . import daemon
+from .arguments import DEFAULT_SOCKET
 from .progress import Progress
-from .serve import DEFAULT_SOCKET
 from .shell import Shell
 
 _COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}

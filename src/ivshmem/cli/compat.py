@@ -7,24 +7,17 @@ two, an existing name attached to and grown if it is too short. Its faults are l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from .. import pages
-from ..region import Region, posix_path
+from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..sizes import parse_size, round_up
+from ..sockets import check_path
 from . import Parser, daemon, guarded, open_standard_streams
-from .serve import (
-    DEFAULT_PID_FILE,
-    DEFAULT_SIZE,
-    DEFAULT_SOCKET,
-    Memory,
-    is_name,
-    serve,
-    vectors,
-)
+from .arguments import DEFAULT_PID_FILE, DEFAULT_SOCKET, is_name, vectors
+from .serve import Plan, serve
 
 DEFAULT_NAME = "ivshmem"
 
@@ -90,42 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    work = partial(
-        serve,
-        options.socket,
-        _Memory(options.size, **{options.place[0]: options.place[1]}),
-        options.vectors,
+    plan = Plan(
+        ServiceConfig({"ivshmem": _region(options)}),
         # The example server writes its pid only as a daemon.
         pid_file=None if options.foreground else options.pid_file,
         quiet=not options.verbose,
     )
     if options.foreground:
-        return work(lambda: None)
-    return daemon.in_background(partial(guarded, work), silent=not options.verbose)
+        return serve(plan, lambda: None)
+    return daemon.in_background(partial(guarded, partial(serve, plan)), silent=not options.verbose)
 
 
-class _Memory(Memory):
+def _region(options: argparse.Namespace) -> RegionConfig:
     """Memory by the example server's rules."""
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[Region]:
-        page = pages.PAGE if self.directory is None else pages.page_size_of(self.directory)
-        size = max(round_up(parse_size(self.size or DEFAULT_SIZE)), page)
-        if self.name is not None:
-            size = _at_least(posix_path(self.name), size)
-        with Memory(size, self.name, directory=self.directory).open() as region:
-            yield region
-
-
-def _at_least(path: str, size: int) -> int:
-    """Grow what exists under a name to `size`, and return the size it then has."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return size
-    try:
-        if os.fstat(fd).st_size < size:
-            os.posix_fallocate(fd, 0, size)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+    kind, where = options.place
+    page = pages.page_size_of(where) if kind == "directory" else pages.PAGE
+    size = max(round_up(parse_size(options.size or DEFAULT_SIZE)), page)
+    path = os.path.abspath(check_path(options.socket))
+    return RegionConfig(path, size, options.vectors, existing="grow", **{kind: where})

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from ..client import connect
-from .serve import DEFAULT_SOCKET, vectors
+from .arguments import DEFAULT_SOCKET, vectors
 from .shell import ClientShell
 
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -18,12 +19,15 @@ from typing import NoReturn
 Ready = Callable[[], None]
 
 # SIGHUP: the terminal is closed.
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def pid_file(path: str | None) -> Iterator[None]:
+def pid_file(path: str | None, patience: float = 0.0) -> Iterator[None]:
     """Hold a locked file with this process's id while the block runs; None: hold none.
+
+    Args:
+        patience: seconds in which another process that holds it may end.
 
     Raises:
         OSError: EEXIST when another process holds it; it is left alone then.
@@ -31,11 +35,16 @@ def pid_file(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    give_up = time.monotonic() + patience
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if time.monotonic() < give_up:
+                os.close(fd)
+                time.sleep(0.01)
+                continue
             holder = os.pread(fd, 20, 0).decode(errors="replace").strip()
             os.close(fd)
             raise FileExistsError(
@@ -70,7 +79,7 @@ def _leads_to(path: str, fd: int) -> bool:
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Let the signals that end a server wait while the block runs."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
@@ -78,10 +87,31 @@ def signals_held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
-    """Inside `signals_held`: let them come, and call `stop`, while the block runs."""
-    with _handled(lambda *_: stop()):
+def ended_by_signals(
+    stop: Callable[[], object], reload: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Inside `signals_held`: let them come, and call `stop`, while the block runs.
+
+    With `reload`, SIGHUP calls that instead.
+    """
+
+    def act(number: int, _frame: object) -> None:
+        if number == signal.SIGHUP and reload is not None:
+            reload()
+        else:
+            stop()
+
+    with _handled(act):
         yield
+
+
+def has_terminal() -> bool:
+    """Whether SIGHUP means that the terminal is gone, and not that somebody asks for something."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -121,14 +151,14 @@ def _leave(number: int) -> NoReturn:
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, object], object]) -> Iterator[None]:
     """Let the signals that end a server come, to `handler`, while the block runs."""
-    for number in _ENDING:
+    for number in ENDING:
         signal.signal(number, handler)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-        for number in _ENDING:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)  # the end has begun
 
 

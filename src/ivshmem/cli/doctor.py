@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 
 from .. import doctor
-from .serve import DEFAULT_SOCKET, directory_or_name
+from .arguments import DEFAULT_SOCKET, is_name
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
@@ -69,7 +69,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    directory, name = directory_or_name(options)
+    directory, name = options.directory, options.name
+    if is_name(directory):
+        directory, name = None, directory
     wishes = doctor.Wishes(
         options.socket,
         name,

@@ -20,8 +20,9 @@ from ..guest.device import RESOURCE
 from ..protocol import MAX_ID
 from ..sizes import format_size, parse_size
 from . import daemon
-from .news import News
-from .serve import DEFAULT_SOCKET, count, tell_peer
+from .arguments import DEFAULT_SOCKET
+from .banner import count
+from .news import News, tell_peer
 from .shell import Shell
 
 _NOISE = 1.5  # between rates that may be the same

@@ -7,11 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from .. import pages, qemu, sockets
+from .. import configfile, pages, qemu, sockets
+from ..config import DEFAULT_SIZE
 from ..errors import RegionError, ServerGone
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size
-from .serve import DEFAULT_SIZE, DEFAULT_SOCKET, vectors
+from .arguments import DEFAULT_SOCKET, vectors
 
 _SECONDS = 10.0  # for a server to answer
 
@@ -33,6 +34,11 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=DEFAULT_SOCKET,
         help="of the server, for ivshmem-doorbell (default: %(default)s)",
     )
+    source.add_argument(
+        "--config",
+        metavar="FILE",
+        help="of the server, for the regions in it: all of them in one guest, or --region",
+    )
     source.add_argument("-f", "--file", metavar="PATH", help="the memory, for ivshmem-plain")
     source.add_argument("-M", "--name", help="the memory's POSIX name, for ivshmem-plain")
     source.add_argument(
@@ -42,6 +48,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SIZE",
         help="for ivshmem-plain: a file on the hugetlbfs mount with pages of the default size or of"
         " SIZE (2M, 1G)",
+    )
+    parser.add_argument(
+        "--region", metavar="NAME", action="append", help="of --config; may be repeated"
     )
     parser.add_argument("-n", "--vectors", metavar="N", type=vectors, help="of the server")
     parser.add_argument(
@@ -62,7 +71,11 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Print what the options ask for."""
-    if options.file or options.name or options.hugepages:
+    if options.region and not options.config:
+        raise ValueError("--region is one of a file: give --config FILE, too")
+    if options.config:
+        arguments, xml = _configured(options)
+    elif options.file or options.name or options.hugepages:
         arguments, xml = _plain(options)
     else:
         arguments, xml = _doorbell(options)
@@ -88,6 +101,29 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
         qemu.doorbell(path, number, master=options.master),
         qemu.libvirt_doorbell(path, number, master=options.master),
     )
+
+
+def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
+    """Devices for regions of a file, in one guest if they are several."""
+    if options.vectors is not None or options.size is not None:
+        raise ValueError("--vectors and --size: with --config, the file says that")
+    config = configfile.load(options.config)
+    names = options.region or list(config.regions)
+    if options.master and len(names) > 1:
+        raise ValueError("a guest can be master of one region: give --region NAME, too")
+    arguments, xml = [], []
+    for name in names:
+        if name not in config.regions:
+            raise config.error(f"no region {name}: there are {', '.join(config.regions)}")
+        region = config.regions[name]
+        ident = f"ivshmem-{name}"  # QEMU's must begin with a letter
+        arguments += qemu.doorbell(
+            region.socket, region.vectors, ident=ident, master=options.master
+        )
+        xml.append(
+            qemu.libvirt_doorbell(region.socket, region.vectors, name=name, master=options.master)
+        )
+    return arguments, "\n".join(xml)
 
 
 def _plain(options: argparse.Namespace) -> tuple[list[str], str]:

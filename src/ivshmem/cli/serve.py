@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
-from .. import pages, qemu, sockets
-from ..directory import MAX_SLOTS, SLOT_BYTES, Directory
+from .. import _fds, config, configfile, control, handover, keeper, logs, sockets
+from ..answering import Caller
+from ..config import ServiceConfig
 from ..engine import Peer
-from ..errors import RegionError
-from ..protocol import MAX_VECTORS
-from ..region import Region
-from ..server import Server
-from ..sizes import format_size
+from ..journal import Journal
+from ..service import Service, mentioned
 from . import daemon
-from .news import News
+from .arguments import add_region, check_no_region, region_of
+from .banner import banner, count, planned
+from .news import News, tell_peer
+from .seen import seen
 
-# The example server's, so that what is written for it finds this one.
-DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
-DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
-DEFAULT_SIZE = "4M"
+_log = logging.getLogger("ivshmem.serve")
+
+_FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # that are no peer's, about
+_FEW_PEERS = 100
+
+# Descriptors that a child keeps unused, so that its successor has them while it begins.
+_RESERVE = 8
+
+_PATIENCE = 5.0  # seconds that a server which was taken over from may take to end
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,70 +48,50 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " memory is anonymous unless --name, --file or --directory says where it comes from.",
     )
     parser.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="the socket to listen on (default: %(default)s)",
+        "--config",
+        metavar="FILE",
+        help="serve the regions that a TOML file names, and read it again on SIGHUP; see README",
     )
     parser.add_argument(
-        "-l", "--size", metavar="SIZE", help=f"of the memory (default: {DEFAULT_SIZE})"
-    )
-    parser.add_argument(
-        "-n",
-        "--vectors",
-        metavar="N",
-        type=vectors,
-        default=1,
-        help=f"interrupts of each peer, 0 to {MAX_VECTORS} (default: %(default)s)",
-    )
-    memory = parser.add_argument_group("where the memory comes from")
-    place = memory.add_mutually_exclusive_group()
-    place.add_argument(
-        "-M",
-        "--name",
-        help="a POSIX shared memory name, seen in /dev/shm; removed at the end if made here",
-    )
-    place.add_argument("-f", "--file", metavar="PATH", help="a file, as QEMU's mem-path; kept")
-    place.add_argument(
-        "-m",
-        "--directory",
-        metavar="DIR",
-        help="an unlinked file in DIR, for instance a hugetlbfs mount (or a POSIX name, if there is"
-        " no such directory and no slash in it)",
-    )
-    memory.add_argument(
-        "--hugepages",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="SIZE",
-        help="in huge pages, of the default size or of SIZE (2M, 1G)",
-    )
-    memory.add_argument("--prealloc", action="store_true", help="take all pages at start")
-    memory.add_argument(
-        "--existing",
-        choices=("attach", "refuse", "replace", "require"),
-        default="attach",
-        help="what to do with a name or file that exists: use it as it is (the default), refuse it,"
-        " make a new one; or require one",
-    )
-    memory.add_argument(
-        "--readonly",
+        "--check",
         action="store_true",
-        help="attach for reading only: nobody can write (QEMU refuses such memory, clients do not)",
+        help="only say what the file would have served, or what is wrong in it",
     )
-    memory.add_argument("--keep", action="store_true", help="leave a name that was made here")
-    memory.add_argument(
-        "--names",
-        nargs="?",
-        const=0,
-        metavar="SLOTS",
-        type=slots,
-        help="make a directory of names at its end, in which peers publish who they are; with room"
-        " for SLOTS of them, 63 if there is space",
-    )
+    add_region(parser)
     process = parser.add_argument_group("the process")
+    process.add_argument(
+        "--supervise",
+        action="store_true",
+        help="as a child of a small parent: if the child is killed, another goes on, and no peer"
+        " notices",
+    )
+    process.add_argument(
+        "--takeover",
+        action="store_true",
+        help="go on where the server that runs here is, with its peers, and let that one end",
+    )
+    looks = parser.add_argument_group("being seen")
+    place = looks.add_mutually_exclusive_group()
+    place.add_argument(
+        "--control",
+        metavar="PATH",
+        help="the socket for `ivshmem status`, `top`, `evict` and `reload` (default: the first"
+        " region's with .control behind it)",
+    )
+    place.add_argument("--no-control", action="store_true", help="have none")
+    looks.add_argument(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        help="serve metrics for Prometheus there, at /metrics (HOST is 127.0.0.1 by default)",
+    )
+    looks.add_argument(
+        "--metrics-peers", action="store_true", help="metrics of each peer, too: many series"
+    )
+    looks.add_argument(
+        "--log-format",
+        choices=config.LOG_FORMATS,
+        help="lines for people (the default), or a JSON object on each",
+    )
     process.add_argument("-p", "--pid-file", metavar="PATH", help="to lock and write the pid to")
     process.add_argument("-F", "--foreground", action="store_true", help="stay (the default)")
     process.add_argument("--daemon", action="store_true", help="go into the background once ready")
@@ -113,213 +102,299 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(run=run)
 
 
-def vectors(text: str) -> int:
-    """A number of vectors from the command line."""
-    try:
-        number = int(text, 0)
-    except ValueError:
-        number = -1
-    if not 0 <= number <= MAX_VECTORS:
-        raise argparse.ArgumentTypeError(f"{text} vectors: allowed are 0 to {MAX_VECTORS}")
-    return number
-
-
-def slots(text: str) -> int:
-    """A number of slots for names from the command line."""
-    try:
-        number = int(text, 0)
-    except ValueError:
-        number = -1
-    if not 1 <= number <= MAX_SLOTS:
-        raise argparse.ArgumentTypeError(f"{text} slots: allowed are 1 to {MAX_SLOTS}")
-    return number
-
-
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
-    memory = Memory.from_options(options)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    work = partial(
-        serve,
-        options.socket,
-        memory,
-        options.vectors,
-        pid_file=options.pid_file,
-        quiet=options.quiet,
-        level=level,
-        names=options.names,
-    )
-    if options.daemon and not options.foreground:
+    inherited = keeper.inherited()
+    if options.config is not None:
+        check_no_region(options)
+        load = partial(_load, options)
+        plan = Plan(load() if inherited is None else _load_if_possible(load), load)
+        if options.check:
+            print(planned(plan.config))
+            return 0
+    elif options.check:
+        raise ValueError("--check says what is wrong in a file: give --config FILE, too")
+    else:
+        plan = Plan(_seen_as(ServiceConfig({"ivshmem": region_of(options)}), options))
+    plan.controlled = not options.no_control
+    plan.metrics_peers = options.metrics_peers
+    plan.pid_file = options.pid_file
+    plan.quiet = options.quiet
+    plan.level = logging.DEBUG if options.verbose else logging.INFO
+    plan.supervise = options.supervise
+    plan.takeover = options.takeover
+    plan.inherited = inherited
+    if options.daemon and not options.foreground and not plan.inherited:
         from . import guarded  # here, for the package imports this module
 
-        return daemon.in_background(partial(guarded, work), silent=not options.verbose)
-    return work(lambda: None)
+        return daemon.in_background(
+            partial(guarded, partial(serve, plan)), silent=not options.verbose
+        )
+    return serve(plan, lambda: None)
 
 
-def serve(
-    socket: str,
-    memory: Memory,
-    vectors: int,
-    ready: Callable[[], None],
-    *,
-    pid_file: str | None,
-    quiet: bool,
-    level: int = logging.INFO,
-    names: int | None = None,
-) -> int:
-    """Open the memory, serve it until a signal says to end, and leave nothing behind.
+def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig:
+    """A configuration with what the command line says of all regions."""
+    given = {
+        "control": None if options.control is None else os.path.abspath(options.control),
+        "metrics": options.metrics,
+        "log_format": options.log_format,
+    }
+    return dataclasses.replace(found, **{k: v for k, v in given.items() if v is not None})
 
-    With `names`, it has a directory of so many slots (0: the usual number).
-    """
+
+def _load(options: argparse.Namespace) -> ServiceConfig:
+    return _seen_as(configfile.load(os.path.abspath(options.config)), options)
+
+
+def _load_if_possible(load: Callable[[], ServiceConfig]) -> ServiceConfig:
+    """The same; but nobody has asked for it, so what is served does not end if it is wrong."""
+    from . import one_line  # here, for the package imports this module
+
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        print(f"ivshmem: all stays as it was: {one_line(error)}", file=sys.stderr)
+        return ServiceConfig()
+
+
+# -- serving --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What is to be served, and how the process is to be."""
+
+    config: ServiceConfig
+    load: Callable[[], ServiceConfig] | None = None
+    controlled: bool = True
+    metrics_peers: bool = False
+    pid_file: str | None = None
+    quiet: bool = False
+    level: int = logging.INFO
+    supervise: bool = False
+    takeover: bool = False
+    inherited: tuple[int, set[int]] | None = None
+
+
+def serve(plan: Plan, ready: Callable[[], None]) -> int:
+    """Open everything, serve it until a signal says to end, and leave nothing behind."""
     _raise_fd_limit()
     # Signals wait until there is something to stop, and again from the end on: what was made is
     # removed, whenever they come.
-    with (
-        daemon.signals_held(),
-        daemon.pid_file(pid_file),
-        News(sys.stderr, level) as news,
-        # The socket first: what a second server would do to the first one's memory comes after it.
-        sockets.Listener(socket) as listener,
-        memory.open() as region,
-        Server(
-            listener,
-            region,
-            vectors,
-            on_join=None if quiet else partial(tell_peer, news, "joined"),
-            on_leave=None if quiet else partial(tell_peer, news, "left"),
-        ) as server,
-    ):
-        directory = None if names is None else Directory.create(region, names or None)
-        print(banner(server, directory), flush=True)
-        ready()
-        with daemon.ended_by_signals(server.stop):
-            server.serve_forever()
-    return 0
+    with daemon.signals_held():
+        taken = _take_over(plan) if plan.takeover and not plan.inherited else None
+        with daemon.pid_file(plan.pid_file, _PATIENCE if taken else 0.0):
+            if not plan.supervise:
+                return _serve(plan, ready, taken=taken)
+            from . import guarded  # here, for the package imports this module
+
+            fd, theirs = plan.inherited or (None, set())
+            journal, theirs = taken or (Journal(fd), theirs)
+            kept = Kept(journal, os.getpid(), set(keeper.strays(())) - theirs)
+            return keeper.keep(
+                lambda again: guarded(_serve, plan, ready, kept, again, None if again else taken),
+                daemon.ENDING,
+                again=plan.inherited is not None,
+            )
 
 
-def banner(server: Server, directory: Directory | None = None) -> str:
-    """What a person needs next: the lines to paste."""
-    region = server.region
-    pages = f" in pages of {format_size(region.page_size)}"
-    where = region.source + (f" {region.name}" if region.name else "")
-    connect = [sys.executable, "-m", "ivshmem", "connect", "-S", server.path]
-    return (
-        f"serving {format_size(region.size)} ({where},{pages}) with {count(server.vectors)}"
-        f" on {server.path}, pid {os.getpid()}\n"
-        f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
-        f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
-        f"  host:    {qemu.shell(connect)}"
-        + ("" if directory is None else f"\n  names:   {room(directory)}")
-    )
+# A journal, and the descriptors that it names.
+Taken = tuple[Journal, set[int]]
 
 
-def tell_peer(news: News, verb: str, peer: Peer) -> None:
-    """Say that a peer "joined" or "left"."""
-    who = f"{peer.process} (pid {peer.pid}), {count(peer.vectors)}"
-    news.tell(f"peer {peer.id} {verb}: {who}")
-
-
-def room(directory: Directory) -> str:
-    """What a directory of names takes, and has to offer."""
-    taken = format_size(directory.slots * SLOT_BYTES + SLOT_BYTES)
-    return f"{directory.slots} slots in the last {taken}, from {directory.start:#x} on"
-
-
-def count(vectors: int) -> str:
-    return "1 vector" if vectors == 1 else f"{vectors} vectors"
-
-
-# -- the memory that the options mean -------------------------------------------------------------
+def _take_over(plan: Plan) -> Taken:
+    """All that the running server has."""
+    path = plan.config.control
+    if path is None:
+        path = control.default_path(next(iter(plan.config.regions.values())).socket)
+    with sockets.connect(path, handover.SECONDS) as sock:
+        sock.sendall(b'{"do": "takeover"}\n')
+        return handover.take(sock)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Where a server's memory comes from, and what becomes of it."""
+class Kept:
+    """What a child has of its parent.
 
-    size: int | str | None
-    name: str | None = None
-    path: str | None = None
-    directory: str | None = None
-    hugepages: bool | str = False
-    prealloc: bool = False
-    existing: str = "attach"
-    readonly: bool = False
-    keep: bool = False
+    Attributes:
+        journal: of all children.
+        parent: its pid.
+        known: descriptors that it had before there was a child; all others are children's.
+    """
 
-    @classmethod
-    def from_options(cls, options: argparse.Namespace) -> Memory:
-        directory, name = directory_or_name(options)
-        return cls(
-            options.size,
-            name,
-            options.file,
-            directory,
-            options.hugepages,
-            options.prealloc,
-            options.existing,
-            options.readonly,
-            options.keep,
+    journal: Journal
+    parent: int
+    known: set[int]
+
+
+def _serve(
+    plan: Plan,
+    ready: Callable[[], None],
+    kept: Kept | None = None,
+    again: bool = False,
+    taken: Taken | None = None,
+) -> int:
+    """Serve; `again`: go on where another child was; `taken`: where another server was."""
+    found = _clear_away(kept) if again and kept else []
+    given: list[socket.socket] = []
+    with (
+        News(sys.stderr, plan.level, plan.config.log_format) as news,
+        Service(
+            plan.config,
+            on_join=None if plan.quiet else partial(_tell_peer, plan, news, "joined"),
+            on_leave=None if plan.quiet else partial(_tell_peer, plan, news, "left"),
+            journal=kept.journal if kept else None,
+            load=plan.load,
+        ) as service,
+    ):
+        _tell_fd_limit(plan.config)
+        if again and kept:
+            service.resume(kept.journal)
+            for fd in set(found).difference(service.descriptors):
+                service.take_stray(fd)
+            peers = sum(len(served.server.peers) for served in service.regions.values())
+            told = logs.fields("takeover", pid=os.getpid(), reason="the server died")
+            _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
+        elif taken:
+            _resume_taken(service, plan, taken[0])
+        else:
+            service.open()
+        handlers = {"takeover": partial(_hand_over, service, given)}
+        with seen(service, controlled=plan.controlled, peers=plan.metrics_peers, handlers=handlers):
+            if not (again and kept):
+                print(banner(service, kept.parent if kept else os.getpid()), flush=True)
+                ready()
+            with (
+                _reloading(service, plan) as reload,
+                _watching(service, kept),
+                _reserved(kept),
+                daemon.ended_by_signals(service.stop, reload),
+            ):
+                service.run()
+        failed = not service.regions  # the last one, too: the log has said how
+        if given:
+            service.abandon()
+    for sock in given:
+        sock.close()  # by which the other knows that all is its own
+    return 1 if failed else 0
+
+
+def _clear_away(kept: Kept) -> list[int]:
+    """Close what the last child had for itself; the rest, somebody may be at the other end of it.
+
+    It comes first: there may be no descriptor left.
+    """
+    named = mentioned(kept.journal)
+    found = []
+    for fd in keeper.strays(kept.known):
+        if fd in named or sockets.is_connection(fd):
+            found.append(fd)
+        else:
+            os.close(fd)
+    return found
+
+
+def _hand_over(
+    service: Service, given: list[socket.socket], caller: Caller, _: Mapping[str, object]
+) -> None:
+    """Give all to another process, and end, if it takes it."""
+    sock, _rest = caller.detach()
+    if handover.give(service, sock):
+        told = logs.fields("takeover", reason="another process goes on")
+        _log.warning("another process goes on with all peers: this one ends", extra=told)
+        given.append(sock)
+        service.stop()
+    else:
+        _log.warning("another process wanted to go on here, and failed: nothing has changed")
+        sock.close()
+
+
+def _resume_taken(service: Service, plan: Plan, journal: Journal) -> None:
+    """Go on where another server was, and then with this configuration."""
+    service.resume(journal)
+    if not plan.supervise:
+        journal.close()
+    peers = sum(len(served.server.peers) for served in service.regions.values())
+    told = logs.fields("takeover", pid=os.getpid(), reason="asked for")
+    _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
+    try:
+        service.change(plan.config)
+    except (OSError, ValueError) as error:
+        _log.error("the former settings stay: %s", error)
+
+
+@contextlib.contextmanager
+def _reserved(kept: Kept | None) -> Iterator[None]:
+    """Leave something to a successor, if there is any left."""
+    reserve = _fds.FdArray()
+    with contextlib.suppress(OSError):
+        reserve = _fds.FdArray.eventfds(_RESERVE if kept else 0)
+    try:
+        yield
+    finally:
+        reserve.close()
+
+
+@contextlib.contextmanager
+def _watching(service: Service, kept: Kept | None) -> Iterator[None]:
+    """Become a parent in its place if the parent is killed."""
+    if kept is None:
+        yield
+        return
+
+    def act() -> NoReturn:
+        _log.warning(
+            "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
         )
+        keeper.start_anew(service.descriptors, kept.journal.fileno())
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[Region]:
-        """The region, closed at the end; a POSIX name that was made here is removed, too."""
-        region, created = self._make()
-        with region:
-            try:
-                yield region
-            finally:
-                if created and region.source == "posix" and not self.keep:
-                    region.unlink()
-
-    def _make(self) -> tuple[Region, bool]:
-        size = DEFAULT_SIZE if self.size is None else self.size
-        named = self.name is not None or self.path is not None
-        if self.readonly or self.existing == "require":
-            if not named:
-                raise RegionError("only a name or a file can be attached to: give --name or --file")
-            return self._attach(), False
-        if named and self.existing == "attach":
-            with contextlib.suppress(FileNotFoundError):
-                return self._attach(), False
-        region = Region.create(
-            size,
-            name=self.name,
-            path=self.path,
-            directory=self.directory,
-            hugepages=self.hugepages,
-            prealloc=self.prealloc,
-            replace=self.existing == "replace",
-        )
-        return region, True
-
-    def _attach(self) -> Region:
-        region = Region.attach(
-            name=self.name,
-            path=self.path,
-            size=self.size,
-            readonly=self.readonly,
-            prealloc=self.prealloc,
-        )
-        if self.hugepages and region.page_size == pages.PAGE:
-            region.close()
-            raise RegionError(f"{region.name} is not in huge pages: leave --hugepages away")
-        return region
+    try:
+        fd = os.pidfd_open(kept.parent)
+    except ProcessLookupError:
+        act()
+    try:
+        service.watch(fd, act)
+        if os.getppid() != kept.parent:  # that pid is another's already
+            act()
+        yield
+    finally:
+        service.unwatch(fd)
+        os.close(fd)
 
 
-def directory_or_name(options: argparse.Namespace) -> tuple[str | None, str | None]:
-    """What -m and -M mean, of which one at most was given."""
-    if options.directory is not None and is_name(options.directory):
-        return None, options.directory
-    return options.directory, options.name
+@contextlib.contextmanager
+def _reloading(service: Service, plan: Plan) -> Iterator[Callable[[], object] | None]:
+    """What SIGHUP is to do: read the file again, in the loop; None: what SIGTERM does."""
+    if plan.load is None or daemon.has_terminal():
+        yield None
+        return
+    from . import one_line  # here, for the package imports this module
+
+    wanted = _fds.FdArray.eventfds(1)
+
+    def act() -> None:
+        wanted.drain(0)
+        try:
+            changes = service.reload()
+        except (OSError, ValueError) as error:
+            reason = one_line(error)
+            told = logs.fields("unreloaded", reason=reason)
+            _log.error("not reloaded, nothing has changed: %s", reason, extra=told)
+        else:
+            told = logs.fields("reloaded", changes=changes)
+            _log.warning("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
+
+    service.watch(wanted[0], act)
+    try:
+        yield lambda: wanted.signal(0)
+    finally:
+        service.unwatch(wanted[0])
+        wanted.close()
 
 
-def is_name(text: str) -> bool:
-    """Whether -m, which takes a directory, was given a POSIX name, as in QEMU's manual."""
-    return not os.path.isdir(text) and "/" not in text
-
-
-# -- the process ----------------------------------------------------------------------------------
+def _tell_peer(plan: Plan, news: News, verb: str, region: str, peer: Peer) -> None:
+    tell_peer(news, verb, peer, region if len(plan.config.regions) > 1 else "")
 
 
 def _raise_fd_limit() -> None:
@@ -327,3 +402,19 @@ def _raise_fd_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tell_fd_limit(config: ServiceConfig) -> None:
+    """Say for how many peers that is enough; as a warning if they are few."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    vectors = max((region.vectors for region in config.regions.values()), default=1)
+    free = max(limit - _FDS_OF_THE_SERVICE - _FDS_OF_A_REGION * len(config.regions), 0)
+    peers = free // (1 + vectors)
+    _log.log(
+        logging.WARNING if peers < _FEW_PEERS else logging.DEBUG,
+        "RLIMIT_NOFILE is %d: enough for about %d peers of %s",
+        limit,
+        peers,
+        count(vectors),
+        extra=logs.fields("limit", limit=limit, peers=peers, vectors=vectors),
+    )

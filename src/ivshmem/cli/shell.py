@@ -20,7 +20,7 @@ from ..directory import Directory
 from ..endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError, NoDirectory
 from ..sizes import format_size, parse_size
-from .serve import count
+from .banner import count
 
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 

@@ -1,0 +1,193 @@
+"""Options that describe a region, and what their values mean.
+
+Knows: names, defaults and forms of options. Does not know: what is done with a region.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from ..config import DEFAULT_SIZE, EXISTING, RegionConfig
+from ..directory import MAX_SLOTS
+from ..protocol import MAX_VECTORS
+from ..sockets import check_path
+
+# The example server's, so that what is written for it finds this one.
+DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
+DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
+
+
+def add_region(parser: argparse.ArgumentParser) -> None:
+    """The options of a region; those that are not given are not in the result.
+
+    Their names in the result are those of RegionConfig.
+    """
+    general = parser.add_argument_group("a region", argument_default=argparse.SUPPRESS)
+    general.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        help=f"the socket to listen on (default: {DEFAULT_SOCKET})",
+    )
+    general.add_argument(
+        "-l", "--size", metavar="SIZE", help=f"of the memory (default: {DEFAULT_SIZE})"
+    )
+    general.add_argument(
+        "-n",
+        "--vectors",
+        metavar="N",
+        type=vectors,
+        help=f"interrupts of each peer, 0 to {MAX_VECTORS} (default: 1)",
+    )
+    _add_memory(parser)
+    _add_access(parser)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    memory = parser.add_argument_group(
+        "where its memory comes from", argument_default=argparse.SUPPRESS
+    )
+    place = memory.add_mutually_exclusive_group()
+    place.add_argument(
+        "-M",
+        "--name",
+        help="a POSIX shared memory name, seen in /dev/shm; removed at the end if made here",
+    )
+    place.add_argument("-f", "--file", metavar="PATH", help="a file, as QEMU's mem-path; kept")
+    place.add_argument(
+        "-m",
+        "--directory",
+        metavar="DIR",
+        help="an unlinked file in DIR, for instance a hugetlbfs mount (or a POSIX name, if there is"
+        " no such directory and no slash in it)",
+    )
+    memory.add_argument(
+        "--hugepages",
+        nargs="?",
+        const=True,
+        metavar="SIZE",
+        help="in huge pages, of the default size or of SIZE (2M, 1G)",
+    )
+    memory.add_argument("--prealloc", action="store_const", const=True, help="take all pages now")
+    memory.add_argument(
+        "--existing",
+        choices=EXISTING,
+        help="what to do with a name or file that exists: use it as it is (the default), make it"
+        " longer if it is too short (a name), refuse it, make a new one; or require one",
+    )
+    memory.add_argument(
+        "--readonly",
+        action="store_const",
+        const=True,
+        help="attach for reading only: nobody can write (QEMU refuses such memory, clients do not)",
+    )
+    memory.add_argument(
+        "--keep", action="store_const", const=True, help="leave a name that was made here"
+    )
+    memory.add_argument(
+        "--names",
+        nargs="?",
+        const=0,
+        metavar="SLOTS",
+        type=slots,
+        help="make a directory of names at its end, in which peers publish who they are; with room"
+        " for SLOTS of them, 63 if there is space",
+    )
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    access = parser.add_argument_group("who may connect", argument_default=argparse.SUPPRESS)
+    access.add_argument(
+        "--mode", metavar="OCTAL", type=mode, help="of the socket, for instance 0660"
+    )
+    access.add_argument("--owner", metavar="USER", help="of the socket")
+    access.add_argument("--group", metavar="GROUP", help="of the socket")
+    for option, text in (
+        ("--allow", "who may be a peer: uid:USER, gid:GROUP, process:PROGRAM or root"),
+        ("--deny", "who may not, also if allowed by another rule"),
+        ("--readonly-for", "who can only read the memory"),
+    ):
+        access.add_argument(
+            option, metavar="RULE", action="append", help=f"{text}; may be repeated"
+        )
+    access.add_argument(
+        "--peers-per-uid", metavar="N", type=positive, help="how many peers a user can have"
+    )
+    access.add_argument(
+        "--joins-per-minute", metavar="N", type=positive, help="how often a user's peers can join"
+    )
+
+
+def region_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of a region, by RegionConfig's names."""
+    known = RegionConfig.__dataclass_fields__
+    return {key: value for key, value in vars(options).items() if key in known}
+
+
+def region_of(options: argparse.Namespace) -> RegionConfig:
+    """The region that the options describe."""
+    settings: dict[str, Any] = {"socket": DEFAULT_SOCKET, **region_settings(options)}
+    settings["socket"] = os.path.abspath(check_path(settings["socket"]))
+    if "file" in settings:
+        settings["file"] = os.path.abspath(settings["file"])
+    if is_name(settings.get("directory")):
+        settings["name"] = settings.pop("directory")
+    lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
+    return RegionConfig(**settings | lists)
+
+
+def check_no_region(options: argparse.Namespace) -> None:
+    """Refuse what a file has to say of each region.
+
+    Raises:
+        ValueError: it names the options.
+    """
+    if given := region_settings(options):
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise ValueError(f"{names}: with --config, the file says that of each region")
+
+
+def is_name(directory: str | None) -> bool:
+    """Whether -m, which takes a directory, was given a POSIX name, as in QEMU's manual."""
+    return directory is not None and "/" not in directory and not os.path.isdir(directory)
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+def vectors(text: str) -> int:
+    """A number of vectors from the command line."""
+    return _number(text, 0, MAX_VECTORS, " vectors")
+
+
+def slots(text: str) -> int:
+    """A number of slots for names from the command line."""
+    return _number(text, 1, MAX_SLOTS, " slots")
+
+
+def positive(text: str) -> int:
+    """A number from 1 on from the command line."""
+    return _number(text, 1, 1 << 31)
+
+
+def mode(text: str) -> int:
+    """Permissions from the command line."""
+    try:
+        number = int(text, 8)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text}: octal digits are wanted, such as 0660")
+    return number
+
+
+def _number(text: str, least: int, most: int, what: str = "") -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text}{what}: allowed are {least} to {most}")
+    return number

@@ -1,0 +1,130 @@
+"""What a person is told of regions: the lines to paste into QEMU and libvirt, and a table of many.
+
+Knows: words and columns. Does not know: how anything is served.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+
+from .. import qemu
+from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
+from ..directory import SLOT_BYTES, Directory
+from ..service import Served, Service
+from ..sizes import format_size, parse_size
+
+_IVSHMEM = [sys.executable, "-m", "ivshmem"]
+
+
+def banner(service: Service, pid: int) -> str:
+    """What a person needs next of what is being served by process `pid`."""
+    regions = service.regions
+    if len(regions) == 1 or service.config.source is None:
+        return "\n".join(_whole(served, len(regions) > 1, pid) for served in regions.values())
+    rows = {
+        name: [
+            format_size(served.region.size),
+            served.region.source + (f" {served.region.name}" if served.region.name else ""),
+            count(served.server.vectors),
+            served.listener.path,
+        ]
+        for name, served in regions.items()
+    }
+    arguments = shlex.join([*_IVSHMEM, "qemu", "--config", service.config.source])
+    return (
+        f"serving {len(regions)} regions, pid {pid}\n{_table(rows)}\n"
+        f"  QEMU:    {arguments} --region NAME\n"
+        f"  libvirt: {arguments} --region NAME --libvirt"
+    )
+
+
+def _whole(served: Served, several: bool, pid: int) -> str:
+    region, server = served.region, served.server
+    where = region.source + (f" {region.name}" if region.name else "")
+    connect = [*_IVSHMEM, "connect", "-S", server.path]
+    return (
+        f"{f'{served.name}: ' if several else ''}serving {format_size(region.size)}"
+        f" ({where}, in pages of {format_size(region.page_size)}) with {count(server.vectors)}"
+        f" on {server.path}, pid {pid}\n"
+        f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
+        f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
+        f"  host:    {qemu.shell(connect)}"
+        + ("" if served.directory is None else f"\n  names:   {room(served.directory)}")
+    )
+
+
+def planned(config: ServiceConfig) -> str:
+    """What would be served."""
+    rows = {
+        name: [
+            _size(region),
+            _memory(region),
+            count(region.vectors),
+            region.socket,
+            ", ".join(_access(region)) or "whoever may open the socket",
+        ]
+        for name, region in config.regions.items()
+    }
+    about = {"control socket": config.control, "metrics": config.metrics}
+    return "\n".join(
+        [
+            f"{config.source}: {'1 region' if len(rows) == 1 else f'{len(rows)} regions'}",
+            _table(rows),
+            *(f"  {what}: {where}" for what, where in about.items() if where is not None),
+        ]
+    )
+
+
+def _table(rows: Mapping[str, Iterable[str]]) -> str:
+    lines = [[name, *cells] for name, cells in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [map(str.ljust, line, widths) for line in lines]
+    return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in padded)
+
+
+def _size(region: RegionConfig) -> str:
+    if region.size is not None:
+        return format_size(parse_size(region.size))
+    lasting = region.name is not None or region.file is not None
+    return f"as it is, or {DEFAULT_SIZE}" if lasting else DEFAULT_SIZE
+
+
+def _memory(region: RegionConfig) -> str:
+    place = "anonymous"
+    if region.name is not None:
+        place = f"posix {region.name}"
+    elif region.file is not None:
+        place = f"file {region.file}"
+    elif region.directory is not None:
+        place = f"directory {region.directory}"
+    if region.hugepages is True:
+        return f"{place} in huge pages"
+    return f"{place} in pages of {region.hugepages}" if region.hugepages else place
+
+
+def _access(region: RegionConfig) -> list[str]:
+    """Who may connect, as far as it is said."""
+    said = {
+        "mode": None if region.mode is None else f"{region.mode:04o}",
+        "owner": region.owner,
+        "group": region.group,
+        "allow": " ".join(region.allow) or None,
+        "deny": " ".join(region.deny) or None,
+        "readonly for": " ".join(region.readonly_for) or None,
+        "peers per uid": region.peers_per_uid,
+        "joins per minute": region.joins_per_minute,
+    }
+    return [f"{what} {value}" for what, value in said.items() if value is not None]
+
+
+def room(directory: Directory) -> str:
+    """What a directory of names takes, and has to offer."""
+    taken = format_size(directory.slots * SLOT_BYTES + SLOT_BYTES)
+    return f"{directory.slots} slots in the last {taken}, from {directory.start:#x} on"
+
+
+def count(vectors: int) -> str:
+    """How many vectors there are, in words."""
+    return "1 vector" if vectors == 1 else f"{vectors} vectors"

@@ -1,0 +1,158 @@
+"""A server's status as text: regions, and a table of their peers.
+
+Knows: what a status has (control.py documents it), how to say it in columns. Does not know: where
+it comes from, and what it is printed on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .. import control
+from ..qemu.processes import guest_of
+from ..sizes import format_size
+
+HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STATE", "INTERRUPTS")
+_RIGHT = {0, 1, 2, 6}  # columns of numbers
+_MOST_NAMES = 3
+_MOST_INTERRUPTS = 8
+
+Status = Mapping[str, Any]
+
+
+class Guests:
+    """Names of the guests that peers run, each looked up once.
+
+    By whoever asks and not by the server: to read a process's command line can take as long as that
+    process wants.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, float], str] = {}
+
+    def name(self, status: Status) -> None:
+        """Give each peer of a status a "guest", "" if it is none that is to be seen from here."""
+        before, self._known = self._known, {}
+        visible = status["server"]["pid_namespace"] == control.pid_namespace() != 0
+        for region in status["regions"]:
+            for peer in region.get("peers", ()):
+                key = (peer["pid"], peer["since"])
+                name = before.get(key)
+                if name is None:
+                    name = guest_of(*key) if visible else ""
+                peer["guest"] = self._known[key] = name
+
+
+def server_line(server: Status) -> str:
+    """The process: who it is, and what it takes."""
+    fds = server["fds"]
+    limit = "any number of" if fds["limit"] is None else fds["limit"]
+    return (
+        f"server pid {server['pid']}, ivshmem {server['version']}, up"
+        f" {duration(server['time'] - server['since'])}: {fds['open']} of {limit} descriptors,"
+        f" {server['resident'] / 2**20:.1f} MiB, {server['cpu']:.2f} s of CPU"
+    )
+
+
+def region_line(region: Status) -> str:
+    """What is served, and where."""
+    where = " ".join(filter(None, (region["source"], region["memory"])))
+    vectors = "1 vector" if region["vectors"] == 1 else f"{region['vectors']} vectors"
+    return (
+        f"region {region['name']}: {format_size(region['size'])} ({where}), {vectors}, on"
+        f" {region['socket']}"
+    )
+
+
+def counts_line(region: Status) -> str:
+    """How many there are, and what there was since the start."""
+    counts = region["counts"]
+    since = ", ".join(
+        f"{counts.get(name, 0)} {name}" for name in ("joins", "leaves", "messages", "refused")
+    )
+    return f"{number_of_peers(region)}; since the start {since}"
+
+
+def number_of_peers(region: Status) -> str:
+    peers = len(region["peers"])
+    return "1 peer" if peers == 1 else f"{peers} peers"
+
+
+def peer_row(peer: Status, now: float) -> list[str]:
+    """A peer as a row under HEAD."""
+    return [
+        str(peer["id"]),
+        str(peer["pid"]),
+        str(peer["uid"]),
+        peer["process"],
+        _called(peer),
+        duration(now - peer["since"]),
+        str(peer["vectors"]),
+        _state(peer, now),
+        _interrupts(peer["interrupts"]),
+    ]
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows under HEAD, in columns."""
+    cells = [HEAD, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if number in _RIGHT else text.ljust(width)
+            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def plain(line: str) -> str:
+    """A line without what a terminal would take for a command: not every server can be trusted."""
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def duration(seconds: float) -> str:
+    """So long, in the two units that matter."""
+    whole = max(int(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, whole = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {whole:02} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02} h"
+
+
+def _called(peer: Status) -> str:
+    names = peer["names"][:_MOST_NAMES]
+    more = [".."] if len(peer["names"]) > _MOST_NAMES else []
+    guest = [peer["guest"]] if peer.get("guest") else []
+    return ", ".join(guest + names + more) or "-"
+
+
+def _state(peer: Status, now: float) -> str:
+    parts = []
+    if peer["stalled_since"] is not None:
+        clock = time.strftime("%H:%M:%S", time.localtime(peer["stalled_since"]))
+        parts.append(f"stalled since {clock} ({duration(now - peer['stalled_since'])})")
+    if peer["pending"]:
+        parts.append(f"{peer['pending']} to be told")
+    if not peer["set_up"]:
+        parts.append("setting up")
+    if peer["readonly"]:
+        parts.append("reads only")
+    return ", ".join(parts) or "told all"
+
+
+def _interrupts(counts: Sequence[int]) -> str:
+    """Those pending, as vector:count."""
+    pending = [f"{vector}:{count}" for vector, count in enumerate(counts) if count]
+    more = (
+        [f"and {len(pending) - _MOST_INTERRUPTS} more"] if len(pending) > _MOST_INTERRUPTS else []
+    )
+    return " ".join(pending[:_MOST_INTERRUPTS] + more) or "-"

@@ -1,0 +1,31 @@
+"""`ivshmem reload`: let a server read its configuration again."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import asking
+from .peers import plain
+
+_SECONDS = 60.0  # memory may have to be taken
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "reload",
+        help="let a running server read its configuration again",
+        description="Let a running server read its configuration again, and print what has changed."
+        " If something in it is wrong, that is said, and all stays as it was.",
+    )
+    asking.add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask for it."""
+    with asking.connect(options, _SECONDS) as client:
+        reply = client.ask({"do": "reload"})
+    with asking.understood():
+        lines = [plain(line) for line in reply["changes"]]
+    print("\n".join(lines or ["nothing has changed"]))
+    return 0

@@ -1,0 +1,124 @@
+"""A terminal's screen for a while: drawn whole, given back as it was.
+
+Knows: terminals, keys, the signals that concern them. Does not know: what is shown.
+
+Invariants:
+1. However the block ends, by an exception or a signal of those that `daemon` knows, the terminal is
+   as it was; also while the process is stopped by Ctrl-Z.
+2. What is shown leaves no line and has no escape sequence in it, whoever it comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import termios
+import tty
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import daemon
+from .peers import plain
+
+# Another screen, no wrapping at its edge, no cursor; and back.
+_ENTER = "\033[?1049h\033[?7l\033[?25l"
+_LEAVE = "\033[?25h\033[?7h\033[?1049l"
+
+
+class Screen:
+    """What `shown` gives."""
+
+    def __init__(self) -> None:
+        self._keys = sys.stdin.fileno()
+        self._out = sys.stdout.fileno()
+        self._before: list[Any] = termios.tcgetattr(self._keys)
+        # A signal that comes just before select(2) would not be noticed in it: Python runs handlers
+        # between system calls. So each one also writes a byte.
+        self._woken, waker = socket.socketpair()
+        self._woken.setblocking(False)
+        waker.setblocking(False)
+        self._waker = waker
+        self._wakeup_before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Show these from the top, as many as there is room for."""
+        columns, rows = shutil.get_terminal_size()
+        cut = [plain(line)[:columns] for line in lines[:rows]]
+        _write(self._out, "\033[H" + "\033[K\r\n".join(cut) + "\033[K\033[J")
+
+    def key(self, seconds: float) -> str:
+        """A key that is pressed within so many seconds; "" if none is, or a signal came."""
+        ready, _, _ = select.select([self._keys, self._woken], [], [], seconds)
+        if self._woken in ready:
+            self._woken.recv(4096)
+            return ""
+        if not ready:
+            return ""
+        if not (data := os.read(self._keys, 1)):
+            raise KeyboardInterrupt  # the terminal is gone
+        return data.decode(errors="replace")
+
+    def enter(self) -> None:
+        """Take the terminal."""
+        tty.setcbreak(self._keys, termios.TCSADRAIN)
+        _write(self._out, _ENTER)
+
+    def leave(self) -> None:
+        """Give it back."""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            _write(self._out, _LEAVE)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._before)
+
+    def pause(self, *_: object) -> None:
+        """A signal handler for Ctrl-Z."""
+        self.leave()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # goes on here after SIGCONT
+        signal.signal(signal.SIGTSTP, self.pause)
+        self.enter()
+
+    def close(self) -> None:
+        """Close what was made here."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._woken.close()
+        self._waker.close()
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Screen]:
+    """Have the screen while the block runs.
+
+    Raises:
+        ValueError: standard input and output are not a terminal.
+        SystemExit: a signal ended the program; KeyboardInterrupt for Ctrl-C.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+        raise ValueError("this needs a terminal: `ivshmem status` prints the same once")
+    with daemon.signals_held(), contextlib.closing(Screen()) as screen:
+        before = [
+            (number, signal.signal(number, handler))
+            for number, handler in (
+                (signal.SIGTSTP, screen.pause),
+                (signal.SIGWINCH, lambda *_: None),  # it wakes `key`, and so the size is looked at
+            )
+        ]
+        try:
+            screen.enter()
+            with daemon.ended_by_exceptions():
+                yield screen
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+            screen.leave()
+
+
+def _write(fd: int, text: str) -> None:
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(fd, data) :]

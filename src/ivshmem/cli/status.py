@@ -1,0 +1,48 @@
+"""`ivshmem status`: what a server does at the moment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import asking, peers
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "status",
+        help="say what a running server does: regions, peers, who is stalled",
+        description="Print the regions of a running server and their peers: who they are, what they"
+        " must still be told, and the interrupts that they have not taken yet, as vector:count."
+        " Looking takes no interrupt away. Only root and the server's user may ask.",
+        epilog="A guest's name is QEMU's -name; other names are those in the region's directory of"
+        " names. Either is what a peer says of itself. `stalled since`: it has not read since.",
+    )
+    asking.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask, and print."""
+    with asking.connect(options) as client:
+        status = client.ask({"do": "status"})
+    with asking.understood():
+        peers.Guests().name(status)
+        shown = json.dumps(status) if options.json else text(status)
+    print(shown)
+    return 0
+
+
+def text(status: peers.Status) -> str:
+    """A status as a person reads it."""
+    server = status["server"]
+    lines = [peers.server_line(server)]
+    for region in status["regions"]:
+        lines += ["", peers.region_line(region), f"  {peers.counts_line(region)}"]
+        if region["paused"]:
+            lines.append(f"  newcomers wait: {region['paused']}")
+        if region["peers"]:
+            rows = [peers.peer_row(peer, server["time"]) for peer in region["peers"]]
+            lines += [f"  {line}" for line in peers.table(rows)]
+    return "\n".join(map(peers.plain, lines))

@@ -1,0 +1,148 @@
+"""`ivshmem top`: a server's status, live."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+
+from .. import control
+from ..errors import IvshmemError
+from . import asking, peers, screen
+
+_SECONDS = 3.0  # for an answer; the keys have to wait meanwhile
+_RATES = ("joins", "leaves", "messages", "refused")
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "top",
+        help="show what a running server does, live",
+        description="Show what `ivshmem status` prints, and how much there is of it in a second,"
+        " again and again; the peers that need attention first. It waits for a server that ends"
+        " and comes back. q or Ctrl-C ends it.",
+    )
+    asking.add_options(parser)
+    parser.add_argument(
+        "-i",
+        "--interval",
+        metavar="SECONDS",
+        type=interval,
+        default=1.0,
+        help="between two looks, 0.1 to 3600 (default: %(default)g)",
+    )
+    parser.set_defaults(run=run)
+
+
+def interval(text: str) -> float:
+    """Seconds from the command line."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} seconds: allowed are 0.1 to 3600")
+    return seconds
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show it until somebody has seen enough."""
+    with contextlib.closing(_Looks(options)) as looks:
+        lines = looks.first()
+        with contextlib.suppress(KeyboardInterrupt), screen.shown() as shown:
+            due = time.monotonic() + options.interval
+            while True:
+                shown.draw(lines)
+                if shown.key(max(due - time.monotonic(), 0)) in ("q", "Q"):
+                    break
+                if time.monotonic() >= due:
+                    lines = looks.next()
+                    due = time.monotonic() + options.interval
+    return 0
+
+
+class _Looks:
+    """Asks again and again, and compares each answer with the one before."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._client: control.Client | None = None
+        self._guests = peers.Guests()
+        self._before: peers.Status | None = None
+        self._lines: list[str] = []
+
+    def first(self) -> list[str]:
+        """Raises what prevents it."""
+        return self._look()
+
+    def next(self) -> list[str]:
+        """What prevents it stands before the last answer then."""
+        try:
+            return self._look()
+        except (IvshmemError, OSError) as error:
+            self.close()
+            self._before = None
+            return [f"no answer: {' '.join(str(error).split())}", *self._lines]
+
+    def _look(self) -> list[str]:
+        if self._client is None:
+            self._client = asking.connect(self._options, _SECONDS)
+        status = self._client.ask({"do": "status"})
+        with asking.understood():
+            self._guests.name(status)
+            self._lines = list(lines_of(status, self._before))
+        self._before = status
+        return self._lines
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._client = None
+
+
+def lines_of(status: peers.Status, before: peers.Status | None) -> Iterator[str]:
+    """What the screen shows of a status, if this was the one before."""
+    server = status["server"]
+    if before is not None and before["server"]["pid"] != server["pid"]:
+        before = None
+    seconds = 0.0 if before is None else server["time"] - before["server"]["time"]
+    yield peers.server_line(server) + _share(server, before, seconds)
+    earlier = {} if before is None else {r["name"]: r["counts"] for r in before["regions"]}
+    for region in status["regions"]:
+        yield ""
+        yield peers.region_line(region)
+        yield f"  {peers.number_of_peers(region)}; in a second " + ", ".join(
+            f"{_rate(region['counts'], earlier.get(region['name']), name, seconds)} {name}"
+            for name in _RATES
+        )
+        if region["paused"]:
+            yield f"  newcomers wait: {region['paused']}"
+        if region["peers"]:
+            ordered = sorted(region["peers"], key=_attention)
+            rows = [peers.peer_row(peer, server["time"]) for peer in ordered]
+            yield from (f"  {line}" for line in peers.table(rows))
+
+
+def _share(server: peers.Status, before: peers.Status | None, seconds: float) -> str:
+    if before is None or seconds <= 0:
+        return ""
+    return f", {(server['cpu'] - before['server']['cpu']) / seconds:.1%} CPU now"
+
+
+def _rate(now: peers.Status, before: peers.Status | None, name: str, seconds: float) -> str:
+    if before is None or seconds <= 0:
+        return "-"
+    return f"{(now.get(name, 0) - before.get(name, 0)) / seconds:.1f}"
+
+
+def _attention(peer: peers.Status) -> tuple[object, ...]:
+    """The stalled first, then those with most to be told or to take, then by id."""
+    stalled = peer["stalled_since"]
+    return (
+        stalled is None,
+        stalled or 0.0,
+        -peer["pending"],
+        -sum(peer["interrupts"]),
+        peer["id"],
+    )
