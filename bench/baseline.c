@@ -4,6 +4,9 @@
  *   baseline wait COUNT          eventfd write, then preadv2(RWF_NOWAIT) of it
  *   baseline send COUNT BATCH    8-byte messages, each with a descriptor, BATCH in a sendmmsg call,
  *                                to a process that takes them and closes the descriptors
+ *   baseline tell COUNT PEERS BATCH   the same to so many sockets in turn, BATCH to each, and all of
+ *                                them are read only when each has its own, by this process: what
+ *                                a server does that tells many peers of one
  *
  * Prints nanoseconds each: of wall time for ring and wait, of the sender's CPU time for send.
  *
@@ -139,6 +142,37 @@ static double send_all(long count, int batch)
     return cost;
 }
 
+static double tell(long count, int peers, int batch)
+{
+    int (*pairs)[2] = calloc(peers, sizeof *pairs), fds[MAX_BATCH];
+    for (int i = 0; i < batch; i++)
+        fds[i] = eventfd(0, EFD_NONBLOCK);
+    for (int i = 0; i < peers; i++)
+        check(socketpair(AF_UNIX, SOCK_STREAM, 0, pairs[i]) == 0, "socketpair");
+    double cost = 0;
+    struct batch b;
+    long sent = 0;
+    while (sent < count) {
+        double start = now(CLOCK_PROCESS_CPUTIME_ID);
+        for (int p = 0; p < peers; p++) {
+            prepare(&b);
+            for (int i = 0; i < batch; i++) {
+                struct cmsghdr *header = CMSG_FIRSTHDR(&b.messages[i].msg_hdr);
+                header->cmsg_len = CMSG_LEN(sizeof(int));
+                header->cmsg_level = SOL_SOCKET;
+                header->cmsg_type = SCM_RIGHTS;
+                memcpy(CMSG_DATA(header), &fds[i], sizeof(int));
+            }
+            check(sendmmsg(pairs[p][0], b.messages, batch, MSG_DONTWAIT) == batch, "sendmmsg");
+        }
+        cost += now(CLOCK_PROCESS_CPUTIME_ID) - start;
+        for (int p = 0; p < peers; p++)
+            take_all(pairs[p][1], batch);
+        sent += (long)peers * batch;
+    }
+    return cost / sent;
+}
+
 /* -- round trips ------------------------------------------------------------------------------ */
 
 enum { APART = 128 }; /* bytes between the two words: no common cache line, nor a pair of them */
@@ -272,6 +306,8 @@ int main(int argc, char **argv)
         printf("%.1f\n", ring(count, 1));
     else if (!strcmp(argv[1], "send") && argc == 4)
         printf("%.1f\n", send_all(count, atoi(argv[3])));
+    else if (!strcmp(argv[1], "tell") && argc == 5)
+        printf("%.1f\n", tell(count, atoi(argv[3]), atoi(argv[4])));
     else
         return 2;
     return 0;

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 ROUNDS = 7
 
 Measure = Callable[[], float]
+Baseline = Callable[..., float]  # a case of baseline.c: nanoseconds
 Compare = Callable[[Measure, list[str]], tuple[float, float]]
 Build = Callable[..., None]  # source, program, further flags
 
@@ -49,7 +50,7 @@ def build() -> Build:
 
 
 @pytest.fixture(scope="session")
-def baseline(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Callable[..., float]:
+def baseline(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Baseline:
     """Runs a case of baseline.c and returns its nanoseconds."""
     program = tmp_path_factory.mktemp("baseline") / "baseline"
     build("baseline.c", program)
@@ -62,7 +63,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Callable
 
 
 @pytest.fixture
-def compare(baseline: Callable[..., float]) -> Compare:
+def compare(baseline: Baseline) -> Compare:
     """Measures ours and the floor in turn: (median nanoseconds of ours, median of the ratios)."""
 
     def run(ours: Measure, case: list[str]) -> tuple[float, float]:

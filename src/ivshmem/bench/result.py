@@ -87,7 +87,7 @@ class Result:
         }
         if self.size:
             values["bytes"] = self.size
-            values["gigabytes_per_second"] = round(self.size / sample.percentile(50), 3)
+            values["gigabytes_per_second"] = round(self.size / max(sample.percentile(50), 1), 3)
         return values
 
 
