@@ -957,11 +957,11 @@ def test_forgotten_by_another_thread(server: MakeServer, socket_path: str, run: 
         await asyncio.wait([task])
         del task
         fd = kept[0].endpoint._descriptor("any")
-        thread = threading.Thread(target=kept.clear)
-        thread.start()
-        thread.join()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            thread = threading.Thread(target=kept.clear)
+            thread.start()
+            thread.join()
             await turns()
             gc.collect()
         assert [str(w.message)[:25] for w in caught] == ["unclosed <ivshmem.Client "]

@@ -189,7 +189,7 @@ class TestServe:
     ) -> None:
         server = serve("-m", str(tmp_path))
         assert f"(directory {tmp_path}," in server.first
-        assert os.listdir(tmp_path) == ["socket"]
+        assert sorted(os.listdir(tmp_path)) == ["socket", "socket.control"]
         server.end()
         assert f"(posix {name}," in serve("-m", name).first
 

@@ -17,7 +17,8 @@ from .waiting import PATIENCE
 NOBODY = 65534
 
 _BECOME = """\
-import logging, os, resource, selectors, signal, socket, struct, sys, threading, traceback
+import ctypes, fcntl, logging, mmap, os, resource, selectors, signal, socket, struct, sys
+import threading, traceback
 import ivshmem
 os.setgroups([])
 os.setresgid({user}, {user}, {user})

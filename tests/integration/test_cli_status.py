@@ -1,0 +1,601 @@
+"""`status`, `top`, `evict` and `reload` as a person runs them, and the log of a server as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.children import Child, python
+from support.peer import FakeServer, RawPeer
+from support.waiting import PATIENCE, until
+
+import ivshmem
+from ivshmem import control
+
+IVSHMEM = [sys.executable, "-m", "ivshmem"]
+TESTS = str(Path(__file__).parents[1])
+VECTORS = 2
+
+# A server with everything, as `ivshmem serve` has it.
+SERVE = """
+    import logging, signal, sys
+    sys.path.insert(0, sys.argv[2])
+    from ivshmem import control, stalls
+    from ivshmem.cli.news import News, tell_peer
+    from ivshmem.config import RegionConfig, ServiceConfig
+    from ivshmem.service import Service
+    path, config = sys.argv[1], ServiceConfig({"default": RegionConfig(sys.argv[1], 4096, 2)})
+    with (
+        News(sys.stderr, logging.INFO, sys.argv[3]) as news,
+        Service(
+            config,
+            on_join=lambda region, peer: tell_peer(news, "joined", peer),
+            on_leave=lambda region, peer: tell_peer(news, "left", peer),
+            load=lambda: config,
+        ) as service,
+        control.Control(control.listen(path + ".control"), service) as made,
+        stalls.Stalls(service, 0.05) as watcher,
+    ):
+        service.open()
+        for part in (made, watcher):
+            service.watch(part.fileno(), part.step)
+        signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        print("READY", flush=True)
+        service.run()
+"""
+
+
+@contextlib.contextmanager
+def serving(path: str, log: str = "text") -> Iterator[Child]:
+    with python(SERVE, path, TESTS, log) as child:
+        child.expect("READY")
+        yield child
+        child.process.terminate()
+        child.finish()
+
+
+@pytest.fixture
+def served(socket_path: str) -> Iterator[Child]:
+    with serving(socket_path) as child:
+        yield child
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    """Standard output of the command; its one line of errors, if it is to fail."""
+    done = subprocess.run(
+        [*IVSHMEM, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == status, done.stderr
+    if not status:
+        assert done.stderr == ""
+        return done.stdout
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+class TestStatus:
+    def test_nobody(self, served: Child, socket_path: str) -> None:
+        lines = run("status", "-S", socket_path).splitlines()
+        assert lines[0].startswith(f"server pid {served.pid}, ivshmem ")
+        assert lines[1:] == [
+            "",
+            f"region default: 4K (anonymous), 2 vectors, on {socket_path}",
+            "  0 peers; since the start 0 joins, 0 leaves, 0 messages, 0 refused",
+        ]
+
+    def test_peers(self, served: Child, socket_path: str) -> None:
+        with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+            client.ring(0, 1)
+            client.ring(0, 1)
+            for _ in range(2):
+                (row,) = run("status", "--control", f"{socket_path}.control").splitlines()[5:]
+                assert re.fullmatch(rf" +0 +{os.getpid()} +\d+ .* told all +1:2", row)
+            assert client.wait(1, timeout=0) == 2
+
+    def test_a_stalled_peer_is_stalled_since(self, served: Child, socket_path: str) -> None:
+        path = control.default_path(socket_path)
+        with RawPeer(socket_path), ExitStack() as others:
+
+            def stalled() -> float | None:
+                others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+                (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
+                since = region["peers"][0]["stalled_since"]
+                assert since is None or isinstance(since, float)
+                return since
+
+            clock = time.strftime("%H:%M:%S", time.localtime(until(stalled)))
+            others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+            row = run("status", "-S", socket_path).splitlines()[5]
+            assert re.search(rf"^ +0 .* stalled since {clock} \(\d+ s\), \d+ to be told +-$", row)
+
+    def test_json(self, served: Child, socket_path: str) -> None:
+        with ivshmem.connect(socket_path, timeout=PATIENCE):
+            found = json.loads(run("status", "-S", socket_path, "--json"))
+        assert found["server"]["pid"] == served.pid
+        (peer,) = found["regions"][0]["peers"]
+        assert peer["pid"] == os.getpid()
+        assert peer["guest"] == ""
+        assert peer["interrupts"] == [0, 0]
+
+    def test_a_guest_s_name(self, served: Child, socket_path: str) -> None:
+        """A process that looks like QEMU from outside."""
+        code = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+            "sys.stdin.read()"
+        )
+        command = ["qemu-system-test", "-c", code, socket_path, "-name", "guest=web\033[2J1,x=y"]
+        with subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE) as guest:
+            path = control.default_path(socket_path)
+            until(lambda: control.request(path, {"do": "status"})["regions"][0]["peers"])
+            assert " web?[2J1 " in run("status", "-S", socket_path)
+            guest.communicate()
+
+    def test_evict(self, served: Child, socket_path: str) -> None:
+        with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+            assert run("evict", "0", "-S", socket_path) == "peer 0 of region default was evicted\n"
+            assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+        line = run("evict", "0", "-S", socket_path, status=1)
+        assert line.startswith("ivshmem: region default: peer 0 is not connected")
+        assert line.endswith("(`ivshmem status` lists who is)")
+        line = run("evict", "0", "--region", "x", "-S", socket_path, status=1)
+        assert line == 'ivshmem: no region "x" is served here: there are default'
+        assert "allowed are 0 to 65535" in run("evict", "65536", "-S", socket_path, status=2)
+
+    def test_reload(self, served: Child, socket_path: str) -> None:
+        assert run("reload", "-S", socket_path) == "nothing has changed\n"
+
+
+class TestNoControlSocket:
+    @pytest.mark.parametrize("command", [["status"], ["top"], ["evict", "1"], ["reload"]])
+    def test_no_server(self, socket_path: str, command: list[str]) -> None:
+        assert run(*command, "-S", socket_path, status=1) == (
+            f"ivshmem: {socket_path}: no such socket: start the server (ivshmem serve), or give"
+            " -S PATH"
+        )
+
+    def test_a_server_that_was_killed(self, socket_path: str) -> None:
+        with python(SERVE, socket_path, TESTS, "text") as child:
+            child.expect("READY")
+            child.kill()
+        line = run("status", "-S", socket_path, status=1)
+        assert line.startswith(f"ivshmem: {socket_path}: nobody listens here: start the server")
+        os.unlink(socket_path)
+        os.unlink(f"{socket_path}.control")
+
+    def test_a_server_of_another_kind(self, socket_path: str) -> None:
+        """It is not connected to: QEMU's example server would end when we go."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(socket_path)
+            listener.listen()
+            assert run("status", "-S", socket_path, status=1) == (
+                f"ivshmem: {socket_path}: the server there has no control socket: it is of another"
+                " kind (as QEMU's example), or has it elsewhere: give --control PATH"
+            )
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        os.unlink(socket_path)
+
+    def test_the_wrong_socket(self, served: Child, socket_path: str) -> None:
+        line = run("status", "--control", socket_path, status=1)
+        assert f"{socket_path}: this is no control socket" in line
+        assert " 0 joins" in run("status", "-S", socket_path)
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            b'{"ok":true}\n',
+            b'{"ok":true,"server":{},"regions":[{}]}\n',
+            b'{"ok":true,"server":[],"regions":{}}\n',
+            b'{"ok":true,"server":{"pid_namespace":1},"regions":[{"peers":[{"pid":"\\u0000"}]}]}\n',
+        ],
+    )
+    def test_a_reply_that_makes_no_sense(self, socket_path: str, reply: bytes) -> None:
+        def answer(sock: socket.socket) -> None:
+            sock.recv(1000)
+            sock.sendall(reply)
+
+        with FakeServer(socket_path, answer):
+            line = run("status", "--control", socket_path, status=1)
+        assert "the server's reply makes no sense" in line
+
+
+class Terminal:
+    """`ivshmem top` on a terminal of its own."""
+
+    def __init__(self, *arguments: str, rows: int = 24, columns: int = 120) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        # The leader of a session, whose terminal this is; its child is in the foreground, as a
+        # shell has it.
+        leader = (
+            "import fcntl, os, signal, subprocess, sys, termios\n"
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+            "signal.signal(signal.SIGTTOU, signal.SIG_IGN)\n"
+            "child = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)\n"
+            "os.tcsetpgrp(0, child.pid)\n"
+            "while True:\n"
+            "    _, status = os.waitpid(child.pid, os.WUNTRACED)\n"
+            "    if not os.WIFSTOPPED(status):\n"
+            "        os._exit(os.waitstatus_to_exitcode(status) % 256)\n"
+            "    os.tcsetpgrp(0, os.getpgrp())\n"
+            "    os.write(1, b'<stopped>')\n"
+            "    os.read(0, 100)\n"
+            "    os.tcsetpgrp(0, child.pid)\n"
+            "    child.send_signal(signal.SIGCONT)\n"
+        )
+        environment = {**os.environ, "TERM": "xterm"}
+        environment.pop("COLUMNS", None)
+        environment.pop("LINES", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", leader, *IVSHMEM, "top", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env=environment,
+        )
+        self._slave = slave
+        self.output = b""
+        self._seen = 0
+
+    def expect(self, pattern: str) -> None:
+        """Read until this appears in what was not looked at yet."""
+        begun = time.monotonic()
+        while not (found := re.search(pattern.encode(), self.output[self._seen :], re.DOTALL)):
+            left = begun + PATIENCE - time.monotonic()
+            ready, _, _ = select.select([self.master], [], [], max(left, 0))
+            assert ready, f"no {pattern!r} in {self.output[self._seen :]!r}"
+            self.output += os.read(self.master, 4096)
+        self._seen += found.end()
+
+    def screen(self) -> list[str]:
+        """The lines of the last screen that was drawn whole."""
+        last = self.output[: self._seen].rpartition(b"\033[H")[2].decode()
+        for noise in ("\033[K", "\033[J", "\r"):
+            last = last.replace(noise, "")
+        return last.split("\n")
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def end(self) -> int:
+        """Wait for its end; the terminal is as it was."""
+        until(lambda: self._drain() and self.process.poll() is not None)
+        self._drain()
+        assert termios.tcgetattr(self._slave) == self.before
+        for on, off in ((b"\033[?1049h", b"\033[?1049l"), (b"\033[?25l", b"\033[?25h")):
+            assert self.output.count(on) == self.output.count(off) > 0
+            assert self.output.rfind(on) < self.output.rfind(off)
+        return self.process.returncode
+
+    def _drain(self) -> bool:
+        while select.select([self.master], [], [], 0)[0]:
+            self.output += os.read(self.master, 4096)
+        return True
+
+    def child(self) -> int:
+        """The process that draws."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        return int(until(lambda: Path(path).read_text().strip()))
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self._slave)
+
+
+class TestTop:
+    @pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"])
+    def test_it_lives_until_a_key(self, served: Child, socket_path: str, key: bytes) -> None:
+        with Terminal("-S", socket_path, "-i", "0.1") as top:
+            top.expect("0 peers")
+            with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+                top.expect(rf"1 peer; in a second [0-9.]+ joins.*{os.getpid()}")
+                client.ring(0, 0)
+                top.expect("0:1")
+                assert client.wait(0, timeout=0) == 1
+            top.expect("% CPU now")
+            top.expect("0 peers")
+            top.type(key)
+            assert top.end() == 0
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_signals(self, served: Child, socket_path: str, number: signal.Signals) -> None:
+        with Terminal("-S", socket_path) as top:
+            top.expect("0 peers")
+            os.kill(top.child(), number)
+            assert top.end() == 128 + number
+
+    def test_stopped_and_continued(self, served: Child, socket_path: str) -> None:
+        with Terminal("-S", socket_path) as top:
+            top.expect(r"0 peers[^J]*\033\[J")
+            top.type(b"\x1a")
+            top.expect("<stopped>")
+            assert top.output.endswith(b"\033[?1049l<stopped>")
+            assert termios.tcgetattr(top._slave) == top.before
+            top.type(b"\n")
+            top.expect(r"\033\[\?1049h")
+            top.expect("0 peers")
+            top.type(b"q")
+            assert top.end() == 0
+
+    def test_a_small_window_and_another_size(self, served: Child, socket_path: str) -> None:
+        with ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+            top = stack.enter_context(Terminal("-S", socket_path, "-i", "3600", rows=5, columns=20))
+            top.expect(r"\033\[J")
+            assert len(top.screen()) == 5
+            assert all(len(line) <= 20 for line in top.screen())
+            fcntl.ioctl(top._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+            top.expect(r"\033\[J")
+            assert len(top.screen()) == 13
+            top.type(b"q")
+            assert top.end() == 0
+
+    def test_a_server_that_goes_and_comes_back(self, socket_path: str) -> None:
+        with ExitStack() as stack:
+            first = stack.enter_context(ExitStack())
+            first.enter_context(serving(socket_path))
+            top = stack.enter_context(Terminal("-S", socket_path, "-i", "0.1"))
+            top.expect("0 peers")
+            first.close()
+            top.expect(r"no answer: [^\r]*\r.*0 peers")
+            child = stack.enter_context(serving(socket_path))
+            top.expect(rf"\033\[Hserver pid {child.pid}")
+            top.type(b"q")
+            assert top.end() == 0
+
+    def test_it_wants_a_terminal(self, served: Child, socket_path: str) -> None:
+        line = run("top", "-S", socket_path, status=1)
+        assert line == "ivshmem: this needs a terminal: `ivshmem status` prints the same once"
+
+    @pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf", "3601"])
+    def test_intervals(self, seconds: str) -> None:
+        assert "allowed are 0.1 to 3600" in run("top", f"--interval={seconds}", status=2)
+
+
+class TestLog:
+    def test_json(self, socket_path: str) -> None:
+        with serving(socket_path, "json") as server:
+            lines = iter(_Lines(server.process))
+
+            def event(kind: str) -> dict[str, Any]:
+                """The next one of this kind."""
+                found = next(found for found in lines if found["event"] == kind)
+                assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("time"))
+                return found
+
+            process = Path("/proc/self/comm").read_text().rstrip("\n")
+            who = {"peer": 0, "pid": os.getpid(), "uid": os.getuid(), "process": process}
+            with RawPeer(socket_path) as sleeper:
+                joined = event("joined")
+                assert joined.pop("since") == pytest.approx(time.time(), abs=PATIENCE)
+                assert joined == {
+                    "level": "info",
+                    "event": "joined",
+                    "text": f"peer 0 joined: {process} (pid {os.getpid()}), 2 vectors",
+                    "gid": os.getgid(),
+                    "vectors": 2,
+                    **who,
+                }
+                with ExitStack() as others:
+                    path = control.default_path(socket_path)
+
+                    def is_stalled() -> bool:
+                        peer = others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+                        others.callback(peer.drain)
+                        (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
+                        return region["peers"][0]["stalled_since"] is not None
+
+                    until(is_stalled)
+                    stalled = event("stalled")
+                    assert stalled.pop("since") > 0
+                    assert stalled.pop("pending") >= 0
+                    assert re.fullmatch(
+                        r"peer 0 does not read: .* \(pid \d+\), since [\d:]{8} \(\d+ s\),"
+                        r" messages that wait: \d+",
+                        stalled.pop("text"),
+                    )
+                    expected = {"event": "stalled", "region": "default", **who}
+                    assert stalled == {"level": "warning", **expected}
+                    until(lambda: not sleeper.drain())
+                    reading = event("reading")
+                    assert reading.pop("seconds") > 0
+                    assert reading.pop("text").startswith("peer 0 reads again: ")
+                    expected = {"event": "reading", "region": "default", **who}
+                    assert reading == {"level": "info", **expected}
+                run("evict", "0", "-S", socket_path)
+                evicted = event("evicted")
+                assert evicted["peer"] == 0
+                assert evicted["by_uid"] == os.getuid()
+                until(lambda: event("left")["peer"] == 0)
+
+    def test_text(self, served: Child, socket_path: str) -> None:
+        with RawPeer(socket_path) as peer:
+            peer.set_up(VECTORS)
+            lines = _Lines(served.process)
+            assert lines.line().startswith("peer 0 joined: ")
+            run("evict", "0", "-S", socket_path)
+            told = [lines.line(), lines.line()]
+            assert f"ivshmem: peer 0 of default was evicted, as uid {os.getuid()} asked" in told
+            assert any(line.startswith("peer 0 left: ") for line in told)
+
+
+class _Lines:
+    """A process's standard error, a line at a time."""
+
+    def __init__(self, process: subprocess.Popen[Any]) -> None:
+        assert process.stderr is not None
+        self._fd = process.stderr.fileno()
+        self._begun = b""
+
+    def line(self) -> str:
+        while b"\n" not in self._begun:
+            ready, _, _ = select.select([self._fd], [], [], PATIENCE)
+            assert ready, "the child wrote nothing"
+            data = os.read(self._fd, 1 << 16)
+            assert data, "the child has ended"
+            self._begun += data
+        line, _, self._begun = self._begun.partition(b"\n")
+        return line.decode()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            line = self.line()
+            # A supervisor, which has no log, writes plain lines.
+            found = json.loads(line) if line.startswith("{") else {"event": "log"}
+            assert isinstance(found, dict)
+            yield found
+
+
+class TestServe:
+    """The real `ivshmem serve`."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def server(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+        with subprocess.Popen(
+            [*IVSHMEM, "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for _ in range(4):
+                    assert process.stdout.readline()
+                yield process
+            finally:
+                process.terminate()
+
+    def test_a_control_socket_beside_the_region_s(self, socket_path: str) -> None:
+        with self.server("-S", socket_path, "-l", "64K") as process:
+            assert run("status", "-S", socket_path).startswith(f"server pid {process.pid}, ")
+            line = run("reload", "-S", socket_path, status=1)
+            assert line == ("ivshmem: there is no configuration to read again: serve --config FILE")
+        assert process.returncode == 0
+        assert not os.path.exists(f"{socket_path}.control")
+
+    def test_elsewhere_or_nowhere(self, socket_path: str, directory: Path) -> None:
+        other = str(directory / "elsewhere")
+        with self.server("-S", socket_path, "--control", other):
+            assert "has no control socket" in run("status", "-S", socket_path, status=1)
+            assert run("status", "--control", other).startswith("server pid ")
+        assert not os.path.exists(other)
+        with self.server("-S", socket_path, "--no-control"):
+            assert os.listdir(directory) == ["socket"]
+
+    def test_a_path_without_room_for_more(self, directory: Path) -> None:
+        path = f"{directory}/".ljust(105, "x")
+        with self.server("-S", path) as process:
+            assert process.stderr is not None
+            warning = process.stderr.readline()
+            assert warning.startswith(f"ivshmem: no control socket: {path}.control: a socket path")
+            assert warning.endswith("give --control PATH\n")
+        assert process.returncode == 0
+
+    def test_metrics_and_a_log_as_json(self, socket_path: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            line = run("serve", "-S", socket_path, "--metrics", port, status=1)
+            assert line == (
+                f"ivshmem: 127.0.0.1:{port}: address already in use: choose another address"
+            )
+        line = run("serve", "-S", socket_path, "--metrics", "x", status=1)
+        assert line.startswith("ivshmem: x is no address: give [HOST:]PORT")
+        with self.server(
+            "-S", socket_path, "--metrics", port, "--metrics-peers", "--log-format", "json"
+        ) as process:
+            with RawPeer(socket_path):
+                assert process.stderr is not None
+                assert json.loads(process.stderr.readline())["event"] == "joined"
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+                    body = response.read().decode()
+        assert 'ivshmem_peers{region="ivshmem"} 1.0\n' in body
+        assert "\nivshmem_peer_pending_messages{" in body
+        assert process.returncode == 0
+
+    def test_a_configuration(self, socket_path: str, directory: Path) -> None:
+        pytest.importorskip("tomllib")
+        file, where = directory / "c.toml", directory / "ctl"
+        head = f'[service]\ncontrol = "{where}"\n'
+        one = f'[region.one]\nsocket = "{socket_path}"\nsize = "4K"\n'
+        two = f'[region.two]\nsocket = "{socket_path}2"\nsize = "4K"\n'
+        file.write_text(head + one)
+        with subprocess.Popen(
+            [*IVSHMEM, "serve", "--config", str(file), "--log-format", "json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            file.write_text(head + one + two)
+            assert run("reload", "--control", str(where)) == "region two: added\n"
+            file.write_text(head + one + two.replace("4K", "3K"))
+            line = run("reload", "--control", str(where), status=1)
+            assert str(file) in line
+            assert "3K" in line
+            assert "region two: " in run("status", "--control", str(where))
+            file.write_text(head + one)
+            assert run("reload", "--control", str(where)) == "region two: removed\n"
+            process.terminate()
+            _, errors = process.communicate(timeout=PATIENCE)
+        events = [json.loads(line)["event"] for line in errors.splitlines()]
+        assert events == ["reloaded", "unreloaded", "reloaded"]
+
+    def test_events_of_refusals_and_of_another_process(self, socket_path: str) -> None:
+        options = ("--supervise", "--log-format", "json", "--peers-per-uid", "1")
+        with self.server("-S", socket_path, *options) as process:
+            lines = iter(_Lines(process))
+            with RawPeer(socket_path) as peer:
+                peer.set_up(1)
+                with RawPeer(socket_path) as refused:
+                    assert refused.receive() is None
+                assert next(lines)["event"] == "joined"
+                found = next(lines)
+                assert found["event"] == "refused"
+                assert found["uid"] == os.getuid()
+                assert found["reason"]
+                path = control.default_path(socket_path)
+                before = control.request(path, {"do": "status"}, PATIENCE)
+                os.kill(before["server"]["pid"], signal.SIGKILL)
+                found = next(line for line in lines if line["event"] != "log")
+                assert found["event"] == "takeover"
+                after = until(lambda: _answer(path))
+                assert found["pid"] == after["server"]["pid"] != before["server"]["pid"]
+                assert after["regions"][0]["peers"] == before["regions"][0]["peers"]
+
+
+def _answer(path: str) -> dict[str, Any] | None:
+    """What a control socket says, if somebody is there."""
+    with contextlib.suppress(OSError):
+        return control.request(path, {"do": "status"}, PATIENCE)
+    return None

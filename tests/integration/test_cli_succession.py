@@ -1,0 +1,235 @@
+"""`ivshmem serve`, killed, or replaced by another one: no peer notices.
+
+The peers are strict: what is told twice, out of order or not at all fails the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.peer import RawPeer
+from support.waiting import PATIENCE, until
+
+VECTORS = 2
+
+
+class Serving:
+    """`ivshmem serve` with a pid file."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.path = directory / "socket"
+        self.pid_file = directory / "pid"
+        self.log = directory / "log"
+        command = [sys.executable, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
+        command += ["-n", str(VECTORS), "--pid-file", str(self.pid_file), *options]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        assert self.process.stdout is not None
+        self.banner = self.process.stdout.readline().decode()
+        assert self.banner.startswith("serving"), self.log.read_text()
+
+    def parent(self) -> int:
+        """The process that is named in the pid file, and lives."""
+        return until(self._family)[0]
+
+    def child(self) -> int:
+        """The process that serves."""
+        return until(self._family)[1]
+
+    def _family(self) -> tuple[int, int] | None:
+        try:
+            pid = int(self.pid_file.read_text())
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except (OSError, ValueError):
+            return None  # the parent is being replaced
+        return (pid, int(children[0])) if children else None
+
+    def _gone(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):  # the parent is being replaced
+            os.kill(int(self.pid_file.read_text()), signal.SIGTERM)
+        return not self.pid_file.exists()
+
+    def end(self) -> None:
+        until(self._gone)
+        self.process.wait(PATIENCE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    started: list[Serving] = []
+
+    def start(*options: str) -> Serving:
+        started.append(Serving(tmp_path, *options))
+        return started[-1]
+
+    yield start
+    for serving in reversed(started):
+        serving.end()
+    (tmp_path / "log").unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def peers() -> Iterator[list[RawPeer]]:
+    there: list[RawPeer] = []
+    yield there
+    for peer in there:
+        peer.close()
+
+
+def kill(pid: int) -> None:
+    """Kill a process and wait until it is dead: it goes on to have children for a while."""
+    fd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([fd], [], [], PATIENCE)[0]
+    finally:
+        os.close(fd)
+
+
+def knows(peer: RawPeer, ids: set[int]) -> bool:
+    return set(peer.counts) == ids and set(peer.counts.values()) == {VECTORS}
+
+
+def settle(peers: list[RawPeer]) -> None:
+    """Read until everybody knows exactly everybody."""
+    ids = {peer.id for peer in peers}
+    for peer in peers:
+        while not knows(peer, ids):
+            assert peer.take() is not None, "the server ended the connection"
+        for other in peers:
+            assert peer.vectors[other.id] == other.vectors[other.id]
+
+
+def test_child_and_parent_are_killed(serve: Serve, peers: list[RawPeer]) -> None:
+    serving = serve("--supervise")
+    assert serving.banner.rstrip().endswith(f"pid {serving.parent()}")
+    path = str(serving.path)
+    peers += [RawPeer(path).set_up(VECTORS) for _ in range(3)]
+    for victim in (serving.child, serving.parent, serving.child, serving.parent):
+        kill(victim())
+        peers.append(RawPeer(path).set_up(VECTORS))
+        peers.pop(0).close()
+        settle(peers)
+    assert [peer.id for peer in peers] == [4, 5, 6]
+
+
+def test_killed_when_no_descriptor_is_left(serve: Serve, peers: list[RawPeer]) -> None:
+    """All are in use, and a newcomer waits in the queue; when somebody leaves, it has its turn."""
+    serving = serve("--supervise")
+    for pid in (serving.parent(), serving.child()):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (90, 90))
+    path = str(serving.path)
+    newcomer = RawPeer(path)
+    while newcomer.readable(0.5):
+        peers.append(newcomer.set_up(VECTORS))
+        newcomer = RawPeer(path)
+    assert len(peers) > 10
+    for _ in range(3):
+        kill(serving.child())
+        settle(peers)
+    peers.pop(0).close()
+    peers.append(newcomer.set_up(VECTORS))
+    settle(peers)
+
+
+def test_the_parent_sends_signals_on(serve: Serve, peers: list[RawPeer]) -> None:
+    serving = serve("--supervise")
+    peers.append(RawPeer(str(serving.path)).set_up(VECTORS))
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.process.wait(PATIENCE) == 0
+    assert peers[0].readable(PATIENCE)
+
+
+def test_what_cannot_be_served_ends_the_parent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ivshmem", "serve", "--supervise", "-S", str(tmp_path / "no" / "s")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("new", [[], ["--supervise"]], ids=["plain", "supervised"])
+@pytest.mark.parametrize("old", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_taken_over(serve: Serve, peers: list[RawPeer], old: list[str], new: list[str]) -> None:
+    first = serve(*old)
+    path = str(first.path)
+    peers += [RawPeer(path).set_up(VECTORS) for _ in range(3)]
+    half = RawPeer(path)
+    half.read_bytes(0)
+    # One that reads nothing while so many come and go that its buffer is full.
+    for _ in range(200):
+        RawPeer(path).close()
+    peers.append(RawPeer(path).set_up(VECTORS))
+    for peer in peers[1:]:
+        peer.drain()
+    second = serve("--takeover", *new)
+    assert first.process.wait(PATIENCE) == 0
+    peers += [half.set_up(VECTORS), RawPeer(path).set_up(VECTORS)]
+    settle(peers)
+    if new:
+        kill(second.child())
+        peers.append(RawPeer(path).set_up(VECTORS))
+        settle(peers)
+    assert int(second.pid_file.read_text()) == second.process.pid
+    peers.pop(1).close()
+    settle(peers)
+
+
+def test_nobody_to_take_over_from(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ivshmem", "serve", "--takeover", "-S", str(tmp_path / "socket")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "socket.control: no such socket" in done.stderr
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_successor_that_dies(serve: Serve, peers: list[RawPeer], after: int) -> None:
+    """At each step of the handover; the former one goes on."""
+    serving = serve()
+    path = str(serving.path)
+    peers.append(RawPeer(path).set_up(VECTORS))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(f"{path}.control")
+        sock.settimeout(PATIENCE)
+        sock.sendall(b'{"do": "takeover"}\n')
+        if after > 0:
+            line = b""
+            while not line.endswith(b"\n"):
+                line += sock.recv(1)
+            assert json.loads(line)["ok"]
+        if after > 1:
+            _, fds, _, _ = socket.recv_fds(sock, 1, 250)
+            for fd in fds:
+                os.close(fd)
+        if after > 2:
+            sock.sendall(b"n")
+    peers.append(RawPeer(path).set_up(VECTORS))
+    settle(peers)
+    until(lambda: "another process wanted to go on here" in serving.log.read_text())
