@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 CYTHON := _fds _wire _memory _spin _bell _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py)
 
-.PHONY: help serve test check lint bench bench-roundtrips cython clean
+.PHONY: help serve test check lint sanitize bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
 	@echo "make test    lint and run all tests, real guests included"
 	@echo "make check   the same as CI: what cannot run is a failure"
+	@echo "make sanitize   run the tests of the C code with it built for AddressSanitizer and UBSan"
 	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
 	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
 	@echo "    make bench-roundtrips ARGS='--pinning two'    round trips, beside C and other libraries"
@@ -33,7 +34,7 @@ lint: $(VENV)/tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.pyx src/ivshmem/*.pxd
-	$(BIN)/codespell src tests bench README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src tests bench README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(CYTHON:%=ivshmem.%) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 	@for name in $(CYTHON); do \
@@ -48,6 +49,31 @@ bench: $(VENV)/measured
 
 bench-roundtrips: $(VENV)/measured
 	$(BIN)/python -m bench.roundtrips $(or $(ARGS),--json build/roundtrips.json --picture build/latency.svg)
+
+# The C code under AddressSanitizer and UndefinedBehaviorSanitizer. Left out are tests that hardly touch it,
+# and take long then: command lines, the doctor, packaging, benchmarks. Leaks are not looked for by the
+# sanitizer, to which CPython's own look the same; the tests look for descriptors and mappings themselves.
+SANITIZED := unit $(addprefix integration/test_,access aio broker directory each_call_fails embedding \
+    foreign_servers hostile hostile_peers lifecycle memory region region_shortage \
+    scale server_client service shortages sockets succession threads)
+SANITIZE := -fsanitize=address,undefined
+RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)-sanitize/installed
+	LD_PRELOAD="$(RUNTIME)" PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1 \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_sigbus=0 \
+	    $(VENV)-sanitize/bin/python -m pytest \
+	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py) $(SANITIZED:%=tests/%/)))
+
+$(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
+	$(PYTHON) -m venv $(VENV)-sanitize
+	@echo "building with $(SANITIZE) ..."
+	@rm -rf build/sanitize && mkdir -p build/sanitize  # a copy: objects of both kinds must not mix
+	@cp -r pyproject.toml setup.py README.md LICENSE src build/sanitize
+	@CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+	    LDFLAGS="$(SANITIZE)" $(VENV)-sanitize/bin/python -m pip install --quiet --no-cache-dir \
+	    --force-reinstall "build/sanitize[test]"
+	@touch $@
 
 cython: $(VENV)/tested
 	cd src && for name in $(CYTHON); do ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ivshmem/$$name.c; done
@@ -75,4 +101,4 @@ $(VENV):
 	    { rm -rf $(VENV); echo "venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	rm -rf $(VENV) $(VENV)-sanitize build dist .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
