@@ -54,10 +54,16 @@ class Loop:
             self._epoll.remove(fd)
 
     def step(self, timeout: float | None) -> None:
-        """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do."""
+        """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
+
+        Nothing is done any more once something that is done here has called `stop`: what is left
+        may be another process's by then.
+        """
         for token, _ in self._epoll.wait(timeout):
             if token in self._acts:  # not unwatched by one before it
                 self._acts[token]()
+                if self._stopping:
+                    break
 
     def run(self) -> None:
         """Make steps until `stop` is called."""

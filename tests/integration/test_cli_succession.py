@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 from support.peer import RawPeer
-from support.waiting import PATIENCE, until
+from support.waiting import PATIENCE, Background, until
+
+from ivshmem import handover
 
 VECTORS = 2
 
@@ -233,3 +235,31 @@ def test_a_successor_that_dies(serve: Serve, peers: list[RawPeer], after: int) -
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)
     until(lambda: "another process wanted to go on here" in serving.log.read_text())
+
+
+def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) -> None:
+    """A newcomer that knocks in the same moment is the other's: the former one leaves it alone."""
+    serving = serve()
+    path = str(serving.path)
+    peers.append(RawPeer(path).set_up(VECTORS))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(f"{path}.control")
+        sock.settimeout(PATIENCE)
+        sock.sendall(b'{"do": "version"}\n')
+        assert sock.recv(4096)  # it is known to the loop
+        os.kill(serving.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, serving.process.pid, os.WSTOPPED)
+        # Both wake the server at once, in this order.
+        sock.sendall(b'{"do": "takeover"}\n')
+        with RawPeer(path) as newcomer:
+            taking = Background(lambda: handover.take(sock))
+            os.kill(serving.process.pid, signal.SIGCONT)
+            journal, fds = taking.result()
+            assert serving.process.wait(PATIENCE) == 0
+            journal.close()
+            assert not newcomer.readable(0)
+            assert peers[0].drain() == 0
+            assert "peer 1" not in serving.log.read_text()
+        for fd in fds:
+            os.close(fd)
+    serving.path.unlink()
