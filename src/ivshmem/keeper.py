@@ -5,23 +5,27 @@ Knows: processes that share their descriptors, death by signals. Does not know: 
 Invariants:
 1. Parent and child have the same table of descriptors (clone(2), CLONE_FILES), so that nothing is
    closed when one of them dies, and nothing has to be handed over.
-2. The parent has one thread, opens nothing, and does nothing but wait.
+2. The parent has one thread, opens nothing, and does nothing but wait for its child.
 3. A child that loses its parent can become one: it starts its program anew in its own place, where
    it finds all it had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from . import _fds
+from .errors import IvshmemError
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -31,13 +35,16 @@ _MANY, _IN_SECONDS = 100, 5.0
 
 _VARIABLE = "IVSHMEM_JOURNAL"
 
+_AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
+
 
 def keep(
     run: Callable[[bool], int], ending: Iterable[signal.Signals], *, again: bool = False
 ) -> int:
     """Call `run(again)` in a child; when a signal kills that, `run(True)` in another; and so on.
 
-    A child that was told to go on, and failed to, is followed by another, too.
+    A child that was told to go on, and failed to, is followed by another, too, and one that failed
+    in `left_to_another`.
 
     Call it in a process with one thread.
 
@@ -58,10 +65,10 @@ def keep(
         if child == 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             _end_with(run, again)
-        status = _wait(child, wanted)
+        status, ended = _wait(child, wanted)
         if os.WIFSIGNALED(status):
             what = f"died of {signal.Signals(os.WTERMSIG(status)).name}"
-        elif again and os.WEXITSTATUS(status):
+        elif not ended and (os.WEXITSTATUS(status) == _AGAIN or (again and status)):
             # What it could not do, for want of memory perhaps, may be possible in a while; to end
             # here would be the end of what is kept.
             what = f"ended with status {os.WEXITSTATUS(status)}"
@@ -69,7 +76,7 @@ def keep(
         else:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return os.WEXITSTATUS(status)
-        print(f"ivshmem: the server (pid {child}) {what}: another goes on", file=sys.stderr)
+        _say(f"ivshmem: the server (pid {child}) {what}: another goes on\n")
         again = True
         deaths = [*deaths[-_MANY:], time.monotonic()]
         if len(deaths) > _MANY and deaths[-1] - deaths[0] < _IN_SECONDS:
@@ -81,21 +88,49 @@ def _end_with(run: Callable[[bool], int], again: bool) -> None:
     try:
         status = run(again)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(status)  # not through the frames of the parent, whose clean-up is not ours
 
 
-def _wait(child: int, wanted: set[signal.Signals]) -> int:
-    """Wait for the child's end, and send it the signals that come."""
+@contextlib.contextmanager
+def left_to_another() -> Iterator[None]:
+    """In a child: if the block fails, end at once, with nothing closed, and another goes on."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, IvshmemError | OSError | ValueError)
+        text = traceback.format_exception_only(error) if known else traceback.format_exc()
+        _say(f"ivshmem: pid {os.getpid()} cannot go on: {''.join(text)}")
+        os._exit(_AGAIN)
+
+
+def _wait(child: int, wanted: set[signal.Signals]) -> tuple[int, bool]:
+    """Wait for the child's end, and send it the signals that come: its status, whether it had to end."""
+    ended = False
     while True:
         number = signal.sigwait(wanted)
         if number == signal.SIGCHLD:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
-                return status
+                return status, ended
         else:
+            ended = ended or number != signal.SIGHUP  # which may ask for something else
             os.kill(child, number)
+
+
+def _say(text: str) -> None:
+    """Write to stderr if somebody reads there: who waits for that, or dies of it, keeps nothing."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(events == select.POLLOUT for _, events in poll.poll(0)):
+            os.write(2, text.encode(errors="replace")[: select.PIPE_BUF])
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
@@ -109,8 +144,7 @@ def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
         os.set_inheritable(fd, True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _VARIABLE: str(journal)})  # noqa: S606
 
 

@@ -45,7 +45,7 @@ class Server:
 
     Args:
         path: of the socket. A stale one is replaced, a live server's never. Or a `sockets.Listener`
-            that holds it already; the server closes it.
+            that holds it already; the server closes it, unless it cannot be made.
         memory: a Region, which stays the caller's; or the size of an anonymous one that the server
             makes and closes ("4M").
         vectors: of each peer, 0..2048.
@@ -104,8 +104,10 @@ class Server:
             shared.take(os.dup(self.region.fileno()))
             readonly = _fds.FdArray()
             undo.callback(readonly.close)
-            listener = path if isinstance(path, sockets.Listener) else sockets.Listener(path)
-            undo.callback(listener.close)
+            if isinstance(path, sockets.Listener):
+                listener = path
+            else:
+                listener = undo.enter_context(sockets.Listener(path))
             self.path = listener.path
             answer = {
                 "protocol": VERSION,
@@ -128,6 +130,8 @@ class Server:
             if listen:
                 listener.listen()
             self._resources = undo.pop_all()
+        if isinstance(path, sockets.Listener):
+            self._resources.callback(listener.close)
         self._closed = False
 
     # -- running ----------------------------------------------------------------------------------

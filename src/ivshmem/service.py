@@ -31,7 +31,7 @@ from .errors import NoDirectory
 from .journal import Chapter, Journal, Record
 from .loop import Loop
 from .opening import Opened, open_region
-from .region import Region
+from .region import Region, Source
 from .server import Server
 from .sockets import Listener
 
@@ -375,7 +375,7 @@ class Service(Loop):
             return None
         config = from_json(values)
         listener = Listener.adopt(here, unlink=unlinks)
-        region = Region.from_fd(shared, source=source, name=source_name)
+        region = _region(shared, source, source_name)
         directory = None
         if config.names is not None:
             with contextlib.suppress(NoDirectory):
@@ -451,6 +451,18 @@ class _Past:
         self.record = list(record)
         self.state = state
         self.records: list[Record] = []
+
+
+def _region(fd: int, source: Source, name: str | None) -> Region:
+    """The region of a descriptor, which stays open if this fails: the next one may do better."""
+    spare = os.dup(fd)
+    try:
+        return Region.from_fd(fd, source=source, name=name)
+    except BaseException:
+        os.dup2(spare, fd, inheritable=False)
+        raise
+    finally:
+        os.close(spare)
 
 
 def _gate(config: RegionConfig) -> Gate | None:

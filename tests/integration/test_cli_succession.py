@@ -6,6 +6,7 @@ The peers are strict: what is told twice, out of order or not at all fails the t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -16,8 +17,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.faults import Faults
 from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
@@ -29,14 +32,22 @@ VECTORS = 2
 class Serving:
     """`ivshmem serve` with a pid file."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        stderr: int | None = None,
+    ) -> None:
         self.path = directory / "socket"
         self.pid_file = directory / "pid"
         self.log = directory / "log"
         command = [sys.executable, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
         command += ["-n", str(VECTORS), "--pid-file", str(self.pid_file), *options]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr or log, env=environment
+            )
         assert self.process.stdout is not None
         self.banner = self.process.stdout.readline().decode()
         assert self.banner.startswith("serving"), self.log.read_text()
@@ -76,8 +87,8 @@ Serve = Callable[..., Serving]
 def serve(tmp_path: Path) -> Iterator[Serve]:
     started: list[Serving] = []
 
-    def start(*options: str) -> Serving:
-        started.append(Serving(tmp_path, *options))
+    def start(*options: str, **how: Any) -> Serving:
+        started.append(Serving(tmp_path, *options, **how))
         return started[-1]
 
     yield start
@@ -263,3 +274,39 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
         for fd in fds:
             os.close(fd)
     serving.path.unlink()
+
+
+@pytest.mark.parametrize("call", ["eventfd", "epoll_ctl", "open"])
+def test_a_successor_that_fails_leaves_all_to_the_next(
+    tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer], call: str
+) -> None:
+    faults = Faults(tmp_path_factory.mktemp("faults"))
+    with contextlib.closing(faults):
+        serving = serve("--supervise", environment={**os.environ, **faults.environment})
+        path = str(serving.path)
+        peers.append(RawPeer(path).set_up(VECTORS))
+        for after in range(0, 9, 2):
+            # The parent may not die of what it cannot say, nor wait.
+            faults.arm(call, errno.ENOMEM, after=after)
+            kill(serving.child())
+            peers.append(RawPeer(path).set_up(VECTORS))
+            settle(peers)
+        faults.disarm(call)
+
+
+@pytest.mark.parametrize("state", ["full", "closed"])
+def test_nobody_reads_what_the_parent_says(serve: Serve, peers: list[RawPeer], state: str) -> None:
+    ends = os.pipe()
+    with open(ends[0], "rb") as reader, open(ends[1], "wb", buffering=0) as writer:
+        serving = serve("--supervise", stderr=writer.fileno())
+        path = str(serving.path)
+        peers.append(RawPeer(path).set_up(VECTORS))
+        if state == "full":
+            os.set_blocking(writer.fileno(), False)
+            while writer.write(bytes(4096)):
+                pass
+        else:
+            reader.close()
+        kill(serving.child())
+        peers.append(RawPeer(path).set_up(VECTORS))
+        settle(peers)

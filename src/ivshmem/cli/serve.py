@@ -247,6 +247,8 @@ def _serve(
             journal=kept.journal if kept else None,
             load=plan.load,
         ) as service,
+        # To close the service would be the end of what is kept.
+        keeper.left_to_another() if kept and (again or taken) else contextlib.nullcontext(),
     ):
         _tell_fd_limit(plan.config)
         if again and kept:
@@ -270,6 +272,7 @@ def _serve(
                 _watching(service, kept),
                 _reserved(kept),
                 daemon.ended_by_signals(service.stop, reload),
+                keeper.left_to_another() if kept else contextlib.nullcontext(),
             ):
                 service.run()
         failed = not service.regions  # the last one, too: the log has said how
