@@ -55,9 +55,15 @@ def plan(old: ServiceConfig, served: Mapping[str, RegionConfig], new: ServiceCon
     for key in _OF_THE_SERVICE:
         before, after = getattr(old, key), getattr(new, key)
         if before != after:
+            # The control socket is where a successor finds who is to be taken over from.
+            way = (
+                "leave it, or end this server, which cuts its peers off"
+                if key == "control"
+                else "restart with --takeover, which no peer notices"
+            )
             raise new.error(
                 f"service.{key} = {_shown(after)}: it cannot change from {_shown(before)} while it"
-                " is in use: restart with --takeover, which no peer notices"
+                f" is in use: {way}"
             )
     altered = {}
     for name in new.regions.keys() & served.keys():

@@ -76,7 +76,7 @@ def keep(
         else:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return os.WEXITSTATUS(status)
-        _say(f"ivshmem: the server (pid {child}) {what}: another goes on\n")
+        say(f"ivshmem: the server (pid {child}) {what}: another goes on\n")
         again = True
         deaths = [*deaths[-_MANY:], time.monotonic()]
         if len(deaths) > _MANY and deaths[-1] - deaths[0] < _IN_SECONDS:
@@ -100,12 +100,12 @@ def left_to_another() -> Iterator[None]:
     except Exception as error:
         known = isinstance(error, IvshmemError | OSError | ValueError)
         text = traceback.format_exception_only(error) if known else traceback.format_exc()
-        _say(f"ivshmem: pid {os.getpid()} cannot go on: {''.join(text)}")
+        say(f"ivshmem: pid {os.getpid()} cannot go on: {''.join(text)}")
         os._exit(_AGAIN)
 
 
 def _wait(child: int, wanted: set[signal.Signals]) -> tuple[int, bool]:
-    """Wait for the child's end, and send it the signals that come: its status, whether it had to end."""
+    """Send a child the signals that come, until it ends: its status, whether it was told to."""
     ended = False
     while True:
         number = signal.sigwait(wanted)
@@ -118,7 +118,7 @@ def _wait(child: int, wanted: set[signal.Signals]) -> tuple[int, bool]:
             os.kill(child, number)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Write to stderr if somebody reads there: who waits for that, or dies of it, keeps nothing."""
     poll = select.poll()
     poll.register(2, select.POLLOUT)

@@ -25,6 +25,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, Background, until
 
 from ivshmem import handover
+from ivshmem.journal import Journal
 
 VECTORS = 2
 
@@ -37,18 +38,23 @@ class Serving:
         directory: Path,
         *options: str,
         environment: dict[str, str] | None = None,
+        stdout: int | None = None,
         stderr: int | None = None,
     ) -> None:
         self.path = directory / "socket"
         self.pid_file = directory / "pid"
         self.log = directory / "log"
         command = [sys.executable, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
-        command += ["-n", str(VECTORS), "--pid-file", str(self.pid_file), *options]
+        command += ["-n", str(VECTORS)]
+        if "--pid-file" not in options:
+            command += ["--pid-file", str(self.pid_file)]
+        command += options
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr or log, env=environment
+                command, stdout=stdout or subprocess.PIPE, stderr=stderr or log, env=environment
             )
-        assert self.process.stdout is not None
+        if self.process.stdout is None:
+            return
         self.banner = self.process.stdout.readline().decode()
         assert self.banner.startswith("serving"), self.log.read_text()
 
@@ -76,8 +82,8 @@ class Serving:
     def end(self) -> None:
         until(self._gone)
         self.process.wait(PATIENCE)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 Serve = Callable[..., Serving]
@@ -263,9 +269,11 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
         # Both wake the server at once, in this order.
         sock.sendall(b'{"do": "takeover"}\n')
         with RawPeer(path) as newcomer:
-            taking = Background(lambda: handover.take(sock))
+            taken: list[tuple[Journal, set[int]]] = []
+            taking = Background(lambda: taken.append(handover.take(sock)))
             os.kill(serving.process.pid, signal.SIGCONT)
-            journal, fds = taking.result()
+            taking.result()
+            ((journal, fds),) = taken
             assert serving.process.wait(PATIENCE) == 0
             journal.close()
             assert not newcomer.readable(0)
@@ -310,3 +318,64 @@ def test_nobody_reads_what_the_parent_says(serve: Serve, peers: list[RawPeer], s
         kill(serving.child())
         peers.append(RawPeer(path).set_up(VECTORS))
         settle(peers)
+
+
+def test_what_a_successor_cannot_have_it_does_without(
+    tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer]
+) -> None:
+    """The pid file, the metrics' port, somebody who reads what it prints: not worth a peer."""
+    first = serve()
+    path = str(first.path)
+    peers.append(RawPeer(path).set_up(VECTORS))
+    nowhere = tmp_path_factory.mktemp("none") / "none" / "pid"
+    with socket.create_server(("127.0.0.1", 0)) as taken, open("/dev/full", "w") as full:
+        port = str(taken.getsockname()[1])
+        second = serve(
+            *("--takeover", "--metrics", port, "--pid-file", str(nowhere)), stdout=full.fileno()
+        )
+        try:
+            assert first.process.wait(PATIENCE) == 0
+            peers.append(RawPeer(path).set_up(VECTORS))
+            settle(peers)
+            log = second.log.read_text()
+            assert f"no pid file: {nowhere}" in log
+            assert f"no metrics: 127.0.0.1:{port}" in log
+        finally:
+            second.process.terminate()
+            second.process.wait(PATIENCE)
+
+
+def test_options_of_one_region_are_not_for_others(
+    tmp_path_factory: pytest.TempPathFactory, peers: list[RawPeer]
+) -> None:
+    """Who forgets --config goes on with what is served."""
+    directory = tmp_path_factory.mktemp("config")
+    control, path = directory / "control", directory / "socket"
+    file = directory / "file"
+    file.write_text(
+        f'[service]\ncontrol = "{control}"\n'
+        f'[region.db]\nsocket = "{path}"\nsize = "64K"\nvectors = {VECTORS}\n'
+    )
+    command = [sys.executable, "-m", "ivshmem", "serve"]
+    with subprocess.Popen([*command, "--config", str(file)], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline().startswith(b"serving")
+        peers.append(RawPeer(str(path)).set_up(VECTORS))
+        options = ["--takeover", "--control", str(control), "-S", str(directory / "other")]
+        with subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as second:
+            assert second.stdout is not None
+            assert second.stderr is not None
+            assert second.stdout.readline().startswith(b"serving")
+            peers.append(RawPeer(str(path)).set_up(VECTORS))
+            settle(peers)
+            second.terminate()
+            assert b"give the --config FILE that has region db" in second.stderr.read()
+
+
+def test_what_changes_by_taking_over_is_said(serve: Serve) -> None:
+    first = serve("--deny", "all")
+    second = serve("--takeover")
+    assert first.process.wait(PATIENCE) == 0
+    until(lambda: "region ivshmem: deny changed" in second.log.read_text())

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from .. import control
-from ..metrics import Metrics
+from ..metrics import Metrics, MetricsError
 from ..service import Service
 from ..stalls import Stalls
 
@@ -25,6 +25,7 @@ def seen(
     controlled: bool = True,
     peers: bool = False,
     handlers: Mapping[str, control.Handler] | None = None,
+    required: bool = True,
 ) -> Iterator[control.Control | None]:
     """While the block runs, what the service's configuration names listens in its loop.
 
@@ -33,24 +34,41 @@ def seen(
             it is no more than a warning if it cannot be had.
         peers: metrics of each peer, too.
         handlers: as of Control.
+        required: False: what cannot be had is logged, and done without, for there are peers.
 
     Raises:
         OSError, ValueError, MetricsError: what was asked for cannot be had.
     """
-    config = service.config
+    address = service.config.metrics
+    made: control.Control | None = None
     with contextlib.ExitStack() as stack:
-        made = _control(service, handlers) if controlled else None
-        parts: list[control.Control | Metrics | Stalls] = [Stalls(service)]
-        if made is not None:
-            parts.append(made)
-        for part in parts:
+
+        def add(part: control.Control | Metrics | Stalls) -> None:
             stack.enter_context(part)
-        if config.metrics is not None:
-            parts.append(stack.enter_context(Metrics(config.metrics, service, peers=peers)))
-        for part in parts:
             service.watch(part.fileno(), part.step)
             stack.callback(service.unwatch, part.fileno())
+
+        with _perhaps("no word about stalls", required):
+            add(Stalls(service))
+        with _perhaps("no control socket", required):
+            if controlled and (made := _control(service, handlers)) is not None:
+                add(made)
+        with _perhaps("no metrics", required):
+            if address is not None:
+                add(Metrics(address, service, peers=peers))
         yield made
+
+
+@contextlib.contextmanager
+def _perhaps(without: str, required: bool) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, MetricsError) as error:
+        if required:
+            raise
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror if isinstance(error, OSError) else error
+        _log.error("%s: %s%s", without, where, reason)
 
 
 def _control(

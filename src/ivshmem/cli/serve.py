@@ -184,7 +184,7 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
     # removed, whenever they come.
     with daemon.signals_held():
         taken = _take_over(plan) if plan.takeover and not plan.inherited else None
-        with daemon.pid_file(plan.pid_file, _PATIENCE if taken else 0.0):
+        with _pid_file(plan, going_on=taken is not None or plan.inherited is not None):
             if not plan.supervise:
                 return _serve(plan, ready, taken=taken)
             from . import guarded  # here, for the package imports this module
@@ -197,6 +197,21 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
                 daemon.ENDING,
                 again=plan.inherited is not None,
             )
+
+
+@contextlib.contextmanager
+def _pid_file(plan: Plan, *, going_on: bool) -> Iterator[None]:
+    """Hold the pid file; who goes on with peers that are there does without it, if it must."""
+    from . import one_line  # here, for the package imports this module
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(daemon.pid_file(plan.pid_file, _PATIENCE if going_on else 0.0))
+        except OSError as error:
+            if not going_on:
+                raise
+            keeper.say(f"ivshmem: no pid file: {one_line(error)}\n")
+        yield
 
 
 # A journal, and the descriptors that it names.
@@ -263,9 +278,16 @@ def _serve(
         else:
             service.open()
         handlers = {"takeover": partial(_hand_over, service, given)}
-        with seen(service, controlled=plan.controlled, peers=plan.metrics_peers, handlers=handlers):
+        with seen(
+            service,
+            controlled=plan.controlled,
+            peers=plan.metrics_peers,
+            handlers=handlers,
+            required=not (again or taken),
+        ):
             if not (again and kept):
-                print(banner(service, kept.parent if kept else os.getpid()), flush=True)
+                with contextlib.suppress(*([OSError] if taken else [])):
+                    print(banner(service, kept.parent if kept else os.getpid()), flush=True)
                 ready()
             with (
                 _reloading(service, plan) as reload,
@@ -321,10 +343,18 @@ def _resume_taken(service: Service, plan: Plan, journal: Journal) -> None:
     peers = sum(len(served.server.peers) for served in service.regions.values())
     told = logs.fields("takeover", pid=os.getpid(), reason="asked for")
     _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
+    if plan.load is None and service.regions.keys() != plan.config.regions.keys():
+        # To serve one region instead would be the end for the peers of all of these.
+        found = ", ".join(service.regions)
+        _log.error("the former settings stay: give the --config FILE that has region %s", found)
+        return
     try:
-        service.change(plan.config)
+        changes = service.change(plan.config)
     except (OSError, ValueError) as error:
         _log.error("the former settings stay: %s", error)
+    else:
+        for line in changes:
+            _log.warning("%s", line)
 
 
 @contextlib.contextmanager
