@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from .access import Verdict
 from .changes import plan
 from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, from_json
 from .directory import Directory
@@ -33,7 +34,7 @@ from .loop import Loop
 from .opening import Opened, open_region
 from .region import Region, Source
 from .server import Server
-from .sockets import Listener
+from .sockets import Credentials, Listener
 
 _log = logging.getLogger("ivshmem.service")
 
@@ -163,20 +164,22 @@ class Service(Loop):
             with _told(config, name):
                 opened = open_region(region, self._listeners.get(region.socket))
                 undo.callback(opened.close)
-                served = self._serve(name, region, self._next_number, opened)
+                served = self._serve(name, region, self._next_number, opened, _gate(region))
             undo.callback(served.close)
             found.append(served)
             self._next_number += 1
         return found
 
-    def _serve(self, name: str, config: RegionConfig, number: int, opened: Opened) -> Served:
+    def _serve(
+        self, name: str, config: RegionConfig, number: int, opened: Opened, gate: Gate | None
+    ) -> Served:
         server = Server(
             opened.listener,
             opened.region,
             config.vectors,
             on_join=self._on_join and partial(self._on_join, name),
             on_leave=self._on_leave and partial(self._on_leave, name),
-            gate=_gate(config),
+            gate=gate,
             journal=Chapter(self._journal, number),
             listen=False,
         )
@@ -354,7 +357,11 @@ class Service(Loop):
                 past.pop(record[1], None)
         for number, each in past.items():
             mine = unfinished is not None and unfinished[0] == number
-            served = self._revive(each, unfinished[1:] if unfinished and mine else None, find)
+            try:
+                served = self._revive(each, unfinished[1:] if unfinished and mine else None, find)
+            except ValueError as error:  # for good, unlike OSError: it was truncated, for instance
+                _log.error("region %s is lost: %s", each.record[1], error)
+                continue
             if served is not None:
                 self._adopt(served)
         if not self.config.regions:
@@ -375,13 +382,17 @@ class Service(Loop):
             return None
         config = from_json(values)
         listener = Listener.adopt(here, unlink=unlinks)
-        region = _region(shared, source, source_name)
-        directory = None
-        if config.names is not None:
-            with contextlib.suppress(NoDirectory):
-                directory = Directory.open(region)
-        opened = Opened(listener, region, created, directory)
-        served = self._serve(name, config, number, opened)
+        try:
+            region = _region(shared, source, source_name)
+            directory = None
+            if config.names is not None:
+                with contextlib.suppress(NoDirectory):
+                    directory = Directory.open(region)
+            opened = Opened(listener, region, created, directory)
+            served = self._serve(name, config, number, opened, _former_gate(name, config))
+        except ValueError:
+            listener.close()
+            raise
         served.server.resume(past.state, past.records, unfinished, find)
         return served
 
@@ -454,11 +465,11 @@ class _Past:
 
 
 def _region(fd: int, source: Source, name: str | None) -> Region:
-    """The region of a descriptor, which stays open if this fails: the next one may do better."""
+    """The region of a descriptor, which stays open for want of memory: the next may do better."""
     spare = os.dup(fd)
     try:
         return Region.from_fd(fd, source=source, name=name)
-    except BaseException:
+    except OSError:
         os.dup2(spare, fd, inheritable=False)
         raise
     finally:
@@ -467,6 +478,26 @@ def _region(fd: int, source: Source, name: str | None) -> Region:
 
 def _gate(config: RegionConfig) -> Gate | None:
     return config.rules().judge if config.restricts else None
+
+
+def _former_gate(name: str, config: RegionConfig) -> Gate | None:
+    """The same of a region with peers: that a rule's user is gone since does not end it."""
+    try:
+        return _gate(config)
+    except ValueError as error:
+        _log.error("region %s: nobody is let in any more: %s", name, error)
+
+    mended: list[Gate] = []
+
+    def judge(who: Credentials, connected: int | None) -> Verdict:
+        if not mended:
+            try:
+                mended.append(config.rules().judge)
+            except ValueError as error:
+                return Verdict(False, reason=str(error))
+        return mended[0](who, connected)
+
+    return judge
 
 
 @contextlib.contextmanager

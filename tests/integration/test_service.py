@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pwd
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from support.waiting import PATIENCE, until
 import ivshmem
 from ivshmem import opening
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
+from ivshmem.journal import Journal
 from ivshmem.service import Service
 from ivshmem.sockets import Listener
 
@@ -670,3 +672,63 @@ def test_memory_that_fails_leaves_an_inherited_socket_open(make: Make) -> None:
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "ivshmem")
+
+
+# -- a successor ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def succeeded(config: ServiceConfig, between: Callable[[], object]) -> Iterator[Running]:
+    """A service that goes on where another was, after something has happened."""
+    with Service(ServiceConfig()) as second:
+        with Service(config) as first, contextlib.closing(Journal()) as journal:
+            first.open()
+            journal.rewrite(first.snapshot())
+            between()
+            second.resume(journal, os.dup)
+            first.abandon()
+        runs = Running(second)
+        try:
+            yield runs
+        finally:
+            runs.end()
+
+
+def test_a_region_that_is_lost_takes_no_other_with_it(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer can truncate a file, and a successor finds nothing to share then."""
+    file = tmp_path / "memory"
+    regions = {"a": make("a"), "b": make("b", file=str(file)), "c": make("c")}
+    with succeeded(ServiceConfig(regions), lambda: os.truncate(file, 0)) as runs:
+        assert set(runs.service.regions) == {"a", "c"}
+        for name in ("a", "c"):
+            with RawPeer(regions[name].socket) as peer:
+                peer.set_up(regions[name].vectors)
+    assert "region b is lost: the descriptor is no shared memory" in caplog.text
+
+
+def test_a_user_who_is_gone_ends_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rule that cannot be read any more lets nobody in, until it can be."""
+    nobody = pwd.getpwuid(os.geteuid())
+
+    def gone(name: str) -> object:
+        raise KeyError(name)
+
+    def there(name: str) -> object:
+        return nobody
+
+    monkeypatch.setattr(pwd, "getpwnam", there)
+    config = make("a", allow=("uid:somebody",))
+    with succeeded(
+        ServiceConfig({"a": config}), lambda: monkeypatch.setattr(pwd, "getpwnam", gone)
+    ) as runs:
+        with RawPeer(config.socket) as refused:
+            assert refused.take() is None
+        assert "region a: nobody is let in any more: the rule 'uid:somebody'" in caplog.text
+        monkeypatch.setattr(pwd, "getpwnam", there)
+        with RawPeer(config.socket) as peer:
+            peer.set_up(config.vectors)
+            assert len(runs.service.regions["a"].server.peers) == 1
