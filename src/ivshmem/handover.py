@@ -57,7 +57,13 @@ def give(service: Service, sock: socket.socket) -> bool:
         _within(sock, deadline)
         if sock.recv(1) != _MINE:
             return False
-        sock.sendall(_YOURS)
+        # First of all no child may go on if this process is killed now: both would serve.
+        service.let_go()
+        try:
+            sock.sendall(_YOURS)
+        except OSError:
+            service.let_go(back=True)
+            return False
     except OSError:
         return False
     return True

@@ -396,6 +396,12 @@ class Service(Loop):
         served.server.resume(past.state, past.records, unfinished, find)
         return served
 
+    def let_go(self, *, back: bool = False) -> None:
+        """Have nothing in the journal, for all is another process's now; `back`: it is not."""
+        if self._journal is not None:
+            state = self.snapshot()
+            self._journal.rewrite(state if back else {**state, "regions": []})
+
     def take_stray(self, fd: int) -> None:
         """Let a connection join that was accepted, and not noted down; close anything else."""
         try:

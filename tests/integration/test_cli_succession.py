@@ -379,3 +379,38 @@ def test_what_changes_by_taking_over_is_said(serve: Serve) -> None:
     second = serve("--takeover")
     assert first.process.wait(PATIENCE) == 0
     until(lambda: "region ivshmem: deny changed" in second.log.read_text())
+
+
+class Killing(socket.socket):
+    """Kills a process when that has let go of its service."""
+
+    victim = 0
+
+    def recv(self, *arguments: Any) -> bytes:
+        data = super().recv(*arguments)
+        if data == b"y":
+            kill(self.victim)
+        return data
+
+
+def test_killed_when_it_had_let_go(serve: Serve, peers: list[RawPeer]) -> None:
+    """Nobody goes on where it was, for another does."""
+    ends = os.pipe()
+    with open(ends[0], "rb"), open(ends[1], "wb", buffering=0) as writer:
+        serving = serve("--supervise", stderr=writer.fileno())
+        peers.append(RawPeer(str(serving.path)).set_up(VECTORS))
+        os.set_blocking(writer.fileno(), False)
+        while writer.write(bytes(4096)):
+            pass  # so that its end takes a while
+        with Killing(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(f"{serving.path}.control")
+            sock.settimeout(PATIENCE)
+            sock.victim = serving.child()
+            sock.sendall(b'{"do": "takeover"}\n')
+            journal, fds = handover.take(sock)
+        assert serving.process.wait(PATIENCE) == 0
+    journal.close()
+    for fd in fds:
+        os.close(fd)
+    serving.path.unlink()
+    Path(f"{serving.path}.control").unlink(missing_ok=True)

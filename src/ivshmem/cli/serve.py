@@ -268,6 +268,9 @@ def _serve(
         _tell_fd_limit(plan.config)
         if again and kept:
             service.resume(kept.journal)
+            if not service.regions:
+                _log.warning("there is nothing to go on with")
+                return 0
             for fd in set(found).difference(service.descriptors):
                 service.take_stray(fd)
             peers = sum(len(served.server.peers) for served in service.regions.values())
