@@ -27,6 +27,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -67,8 +68,15 @@ def load(path: str | os.PathLike[str]) -> ServiceConfig:
         OSError: it cannot be read.
     """
     where = os.fspath(path)
-    with open(where, "rb") as file:
+    with open(where, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError(f"{where}: no regular file, and it is to be read more than once")
         return parse(file.read(_MOST_BYTES + 1), where)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a FIFO without a wait for who writes to it: a server reads its file while it serves."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(data: bytes, source: str) -> ServiceConfig:

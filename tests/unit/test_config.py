@@ -277,6 +277,13 @@ def test_what_cannot_be_read_is_an_oserror(file: Path) -> None:
         load(file.parent)
 
 
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(ConfigError, match="fifo: no regular file"):
+        load(fifo)
+
+
 # -- round trips ----------------------------------------------------------------------------------
 
 texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1)
