@@ -139,13 +139,26 @@ def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
     Args:
         fds: of those that it needs, all others are closed.
         journal: the one by which it finds the others; `inherited` returns it there.
+
+    Raises:
+        OSError: as of execve(2), if the interpreter has been removed; then all is as it was.
     """
-    for fd in (journal, *fds):
-        os.set_inheritable(fd, True)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    _flush()
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, _VARIABLE: str(journal)})  # noqa: S606
+    needed = (journal, *fds)
+    before = [
+        (number, signal.signal(number, signal.SIG_DFL))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ]
+    try:
+        for fd in needed:
+            os.set_inheritable(fd, True)
+        _flush()
+        environment = {**os.environ, _VARIABLE: str(journal)}
+        os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606
+    finally:
+        for fd in needed:
+            os.set_inheritable(fd, False)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def inherited() -> tuple[int, set[int]] | None:

@@ -38,13 +38,14 @@ class Serving:
         directory: Path,
         *options: str,
         environment: dict[str, str] | None = None,
+        python: str = sys.executable,
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> None:
         self.path = directory / "socket"
         self.pid_file = directory / "pid"
         self.log = directory / "log"
-        command = [sys.executable, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
+        command = [python, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
         command += ["-n", str(VECTORS)]
         if "--pid-file" not in options:
             command += ["--pid-file", str(self.pid_file)]
@@ -414,3 +415,24 @@ def test_killed_when_it_had_let_go(serve: Serve, peers: list[RawPeer]) -> None:
         os.close(fd)
     serving.path.unlink()
     Path(f"{serving.path}.control").unlink(missing_ok=True)
+
+
+def test_the_interpreter_is_gone(
+    tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer]
+) -> None:
+    """An upgrade removes it for a while: a server that loses its parent just then goes on."""
+    python = tmp_path_factory.mktemp("bin") / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    serving = serve("--supervise", python=str(python), environment=environment)
+    path = str(serving.path)
+    child = serving.child()
+    peers.append(RawPeer(path).set_up(VECTORS))
+    python.unlink()
+    kill(serving.parent())
+    until(lambda: "nobody goes on if this one is killed" in serving.log.read_text())
+    peers.append(RawPeer(path).set_up(VECTORS))
+    settle(peers)
+    os.kill(child, signal.SIGTERM)
+    until(lambda: not serving.path.exists())
+    serving.pid_file.unlink()

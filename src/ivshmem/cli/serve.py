@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
 
 from .. import _fds, config, configfile, control, handover, keeper, logs, sockets
 from ..answering import Caller
@@ -379,16 +378,26 @@ def _watching(service: Service, kept: Kept | None) -> Iterator[None]:
         yield
         return
 
-    def act() -> NoReturn:
+    def act() -> None:
         _log.warning(
             "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
         )
-        keeper.start_anew(service.descriptors, kept.journal.fileno())
+        try:
+            keeper.start_anew(service.descriptors, kept.journal.fileno())
+        except OSError as error:
+            _log.error(
+                "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
+                *(error.filename, error.strerror),
+            )
+            service.unwatch(fd)
 
+    fd = -1
     try:
         fd = os.pidfd_open(kept.parent)
     except ProcessLookupError:
         act()
+        yield
+        return
     try:
         service.watch(fd, act)
         if os.getppid() != kept.parent:  # that pid is another's already
