@@ -83,6 +83,7 @@ class Served:
             self.region.source,
             self.region.name,
             self.created,
+            self.listener.file,
         ]
 
     def close(self) -> None:
@@ -375,13 +376,15 @@ class Service(Loop):
     def _revive(
         self, past: _Past, unfinished: tuple[int, int, int, int] | None, find: Find
     ) -> Served | None:
-        number, name, values, listening, unlinks, memory, source, source_name, created = past.record
+        number, name, values, listening, unlinks, memory, source, source_name, created, file = (
+            past.record
+        )
         here, shared = find(listening), find(memory)
         if here is None or shared is None:
             _log.error("region %s is lost: its socket or its memory was not handed over", name)
             return None
         config = from_json(values)
-        listener = Listener.adopt(here, unlink=unlinks)
+        listener = Listener.adopt(here, unlink=unlinks, file=file)
         try:
             region = _region(shared, source, source_name)
             directory = None

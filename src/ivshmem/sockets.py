@@ -19,7 +19,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,13 +151,14 @@ class Listener:
             raise
 
     @classmethod
-    def adopt(cls, fd: int, *, unlink: bool = False) -> Listener:
+    def adopt(cls, fd: int, *, unlink: bool = False, file: Iterable[int] | None = None) -> Listener:
         """Take over a listening socket, and own `fd`, also when this fails.
 
         It was inherited, from systemd for instance, or handed over by another server.
 
         Args:
             unlink: remove its path at the end; otherwise whoever made it does.
+            file: what the former owner knew by that name, see `file`; None: what is there now.
 
         Raises:
             OSError: it is no listening Unix stream socket.
@@ -167,9 +168,9 @@ class Listener:
         self.socket = _adopted(fd)
         self.path = _path_of(self.socket)
         self.unlinks = unlink
-        self._file = None
+        self._file = None if file is None else _pair(file)
         # A relative path would be one from the directory that another process was in.
-        if os.path.isabs(self.path):
+        if file is None and os.path.isabs(self.path):
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)
                 if stat.S_ISSOCK(status.st_mode):
@@ -208,6 +209,14 @@ class Listener:
             os.close(fd)
 
     _file: tuple[int, int] | None  # what is removed in the end: (st_dev, st_ino)
+
+    @property
+    def file(self) -> tuple[int, int] | None:
+        """The socket's file: st_dev and st_ino. None: it has none that is known.
+
+        Somebody can have put another in its place, which is not to be touched.
+        """
+        return self._file
 
     def listen(self) -> None:
         """Let others connect."""
@@ -313,6 +322,11 @@ def _adopted(fd: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _pair(numbers: Iterable[int]) -> tuple[int, int]:
+    device, inode = numbers
+    return device, inode
 
 
 def _path_of(sock: socket.socket) -> str:

@@ -732,3 +732,20 @@ def test_a_user_who_is_gone_ends_nothing(
         with RawPeer(config.socket) as peer:
             peer.set_up(config.vectors)
             assert len(runs.service.regions["a"].server.peers) == 1
+
+
+def test_another_server_s_socket_is_left_alone(make: Make, directory: Path) -> None:
+    """Somebody has removed the path, and started another server there, before the successor."""
+    config = make("a")
+    path = Path(config.socket)
+    moved = directory / "moved"
+    with contextlib.ExitStack() as other:
+
+        def replace() -> None:
+            path.rename(moved)
+            other.enter_context(Listener(path))
+
+        with succeeded(ServiceConfig({"a": config}), replace):
+            pass
+        assert path.exists()
+    moved.unlink()
