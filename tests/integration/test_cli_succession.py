@@ -436,3 +436,54 @@ def test_the_interpreter_is_gone(
     os.kill(child, signal.SIGTERM)
     until(lambda: not serving.path.exists())
     serving.pid_file.unlink()
+
+
+@pytest.mark.parametrize("change", ["version", "a region", "a peer", "a setting"])
+def test_what_cannot_be_understood_is_not_taken(
+    serve: Serve, peers: list[RawPeer], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The former one goes on: a state of another version, for instance."""
+    serving = serve()
+    path = str(serving.path)
+    peers.append(RawPeer(path).set_up(VECTORS))
+    line = handover._line
+
+    def changed(*arguments: Any) -> dict[str, Any]:
+        offer = line(*arguments)
+        ((record, server),) = offer["state"]["regions"]
+        if change == "version":
+            offer["version"] += 1
+        elif change == "a region":
+            record.append("new")
+        elif change == "a peer":
+            server["held"]["0"].append("new")
+        else:
+            del record[2]["socket"]
+        return offer
+
+    monkeypatch.setattr(handover, "_line", changed)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(f"{path}.control")
+        sock.sendall(b'{"do": "takeover"}\n')
+        with pytest.raises(handover.HandoverError):
+            handover.take(sock)
+    peers.append(RawPeer(path).set_up(VECTORS))
+    settle(peers)
+
+
+def test_too_few_descriptors_to_take_over(serve: Serve, peers: list[RawPeer]) -> None:
+    serving = serve()
+    path = str(serving.path)
+    peers += [RawPeer(path).set_up(VECTORS) for _ in range(40)]
+    done = subprocess.run(
+        [sys.executable, "-m", "ivshmem", "serve", "--takeover", "-S", path],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)),
+    )
+    assert done.returncode == 1
+    assert "descriptors are too many for this process: raise the limit" in done.stderr
+    peers.append(RawPeer(path).set_up(VECTORS))
+    settle(peers)
