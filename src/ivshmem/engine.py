@@ -408,6 +408,9 @@ class Engine:
         if not self._of_user[connection.peer.uid]:
             del self._of_user[connection.peer.uid]
         self.counts["leaves"] += 1
+        # First the end that it sees, for a successor takes a connection that is not known for a
+        # newcomer's, and would tell it of a second set-up.
+        _shut(connection)
         self._journal.note("leave", serial)
         if self._roster.leave(connection.member):
             self._dirty_others()
@@ -483,7 +486,7 @@ class Engine:
                 self._journal.note("split", serial, sent, done, count)
                 self._dirty.add(serial)
             self._roster.sent_to_crowd(runs, count)
-            self._journal.note("crowd", count)
+            self._journal.note("crowd", count, len(fds))
             self.counts["messages"] += count * len(fds)
 
     def _flush(self, serial: int) -> None:
@@ -604,8 +607,11 @@ class Engine:
             find: what descriptor has now the number that it had there; None: it is gone. Those
                 found belong to this engine from now on.
         """
+        records = list(records)
         held = replay(self._roster, state, records, unfinished)
         self.counts.update((state or {}).get("counts", {}))
+        for kind, *rest in records:
+            self.counts.update(_counted(kind, rest))
         gone = []
         for member in list(self._roster.members):
             mine = held[member.serial]
@@ -670,11 +676,24 @@ def _is_gone(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def _shut(connection: _Connection) -> None:
+    """End it, although children that were forked for something else keep copies of the socket."""
+    with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
+        connection.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _counted(kind: str, rest: list[Any]) -> dict[str, int]:
+    """What a record of the journal adds to the counts."""
+    if kind in ("join", "leave"):
+        return {f"{kind}s": 1}
+    if kind == "crowd":
+        return {"messages": rest[0] * rest[1]}
+    return {"messages": rest[1]}
+
+
 def _hang_up(connection: _Connection, *, forked: bool = False) -> None:
     if not forked:
-        # Children that were forked for something else keep copies of the socket.
-        with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
-            connection.socket.shutdown(socket.SHUT_RDWR)
+        _shut(connection)
     connection.socket.close()
     connection.vectors.close()
 

@@ -10,7 +10,7 @@ Records, in the order of happening; a member is named by its serial number:
     ["sent", member, count]             it was sent so many messages of what was pending
     ["split", member, count, done, all] of the batch of `all` messages for the crowd, it was sent
                                         `count`, and the first `done` of the crowd all of it
-    ["crowd", all]                      everybody in the crowd was sent that batch
+    ["crowd", all, number]              everybody in the crowd, so many, was sent that batch
 
 The roster needs nothing but these to be what it was, since all that it decides follows from them.
 """

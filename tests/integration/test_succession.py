@@ -5,6 +5,7 @@ The peers are strict: being told anything twice, out of order or not at all fail
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -19,6 +20,10 @@ from pathlib import Path
 import pytest
 from support.peer import RawPeer
 from support.waiting import PATIENCE
+
+import ivshmem
+from ivshmem.journal import Chapter, Journal
+from ivshmem.sockets import Listener
 
 VECTORS = 3
 
@@ -108,3 +113,45 @@ def test_at_any_moment(tmp_path: Path, seed: int) -> None:
         settle(peers)
         for peer in peers:
             peer.close()
+
+
+def test_who_is_evicted_sees_the_end_before_it_is_noted(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a successor would take the connection for that of a newcomer."""
+    note = Chapter.note
+    ended: list[bool] = []
+
+    def looked_at(chapter: Chapter, *record: object) -> None:
+        if record[0] == "leave":
+            peer.drain()
+            ended.append(peer.eof)
+        note(chapter, *record)
+
+    monkeypatch.setattr(Chapter, "note", looked_at)
+    with ivshmem.Server(socket_path, 4096, VECTORS) as server, RawPeer(socket_path) as peer:
+        server.step(PATIENCE)
+        peer.set_up(VECTORS)
+        server.evict(peer.id)
+    assert ended == [True]
+
+
+def test_counts_go_on(socket_path: str) -> None:
+    with contextlib.ExitStack() as stack:
+        region = stack.enter_context(ivshmem.Region.create(4096))
+        listener = stack.enter_context(Listener(socket_path))
+        journal = Journal()
+        former = ivshmem.Server(listener, region, VECTORS, journal=journal.chapter(1))
+        for _ in range(3):
+            peer = stack.enter_context(RawPeer(socket_path))
+            former.step(PATIENCE)
+        peer.close()
+        former.step(PATIENCE)
+        _, records = journal.read()
+        with Listener.adopt(os.dup(listener.socket.fileno())) as another:
+            with ivshmem.Server(another, region, VECTORS) as server:
+                server.resume(None, [record for _, *record in records], None, os.dup)
+                assert server.counts == former.counts
+                former.abandon()
+        del former
+        journal.close()
