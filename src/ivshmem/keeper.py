@@ -38,8 +38,23 @@ _VARIABLE = "IVSHMEM_JOURNAL"
 _AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
 
 
+def say(text: str) -> None:
+    """Write a line to stderr if somebody reads there: who waits for that, or dies of it, keeps
+    nothing.
+    """
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(events == select.POLLOUT for _, events in poll.poll(0)):
+            os.write(2, text.encode(errors="replace")[: select.PIPE_BUF - 1] + b"\n")
+
+
 def keep(
-    run: Callable[[bool], int], ending: Iterable[signal.Signals], *, again: bool = False
+    run: Callable[[bool], int],
+    ending: Iterable[signal.Signals],
+    *,
+    again: bool = False,
+    tell: Callable[[str], object] = say,
 ) -> int:
     """Call `run(again)` in a child; when a signal kills that, `run(True)` in another; and so on.
 
@@ -53,6 +68,7 @@ def keep(
             `os.getppid()` whether the parent is still there.
         ending: signals that are blocked; those that come to the parent are sent on to the child.
         again: what the first child is told.
+        tell: what to do with a line for the log; it may not wait.
 
     Returns:
         The exit status of the child that ended by itself: the first one's, or 0.
@@ -76,7 +92,7 @@ def keep(
         else:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return os.WEXITSTATUS(status)
-        say(f"ivshmem: the server (pid {child}) {what}: another goes on\n")
+        tell(f"the server (pid {child}) {what}: another goes on")
         again = True
         deaths = [*deaths[-_MANY:], time.monotonic()]
         if len(deaths) > _MANY and deaths[-1] - deaths[0] < _IN_SECONDS:
@@ -93,14 +109,14 @@ def _end_with(run: Callable[[bool], int], again: bool) -> None:
 
 
 @contextlib.contextmanager
-def left_to_another() -> Iterator[None]:
+def left_to_another(tell: Callable[[str], object] = say) -> Iterator[None]:
     """In a child: if the block fails, end at once, with nothing closed, and another goes on."""
     try:
         yield
     except Exception as error:
         known = isinstance(error, IvshmemError | OSError | ValueError)
         text = traceback.format_exception_only(error) if known else traceback.format_exc()
-        say(f"ivshmem: pid {os.getpid()} cannot go on: {''.join(text)}")
+        tell(f"pid {os.getpid()} cannot go on: {''.join(text).rstrip()}")
         os._exit(_AGAIN)
 
 
@@ -116,15 +132,6 @@ def _wait(child: int, wanted: set[signal.Signals]) -> tuple[int, bool]:
         else:
             ended = ended or number != signal.SIGHUP  # which may ask for something else
             os.kill(child, number)
-
-
-def say(text: str) -> None:
-    """Write to stderr if somebody reads there: who waits for that, or dies of it, keeps nothing."""
-    poll = select.poll()
-    poll.register(2, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        if any(events == select.POLLOUT for _, events in poll.poll(0)):
-            os.write(2, text.encode(errors="replace")[: select.PIPE_BUF])
 
 
 def _flush() -> None:

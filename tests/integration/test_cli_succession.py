@@ -487,3 +487,13 @@ def test_too_few_descriptors_to_take_over(serve: Serve, peers: list[RawPeer]) ->
     assert "descriptors are too many for this process: raise the limit" in done.stderr
     peers.append(RawPeer(path).set_up(VECTORS))
     settle(peers)
+
+
+def test_every_line_of_the_log_is_json(serve: Serve, peers: list[RawPeer]) -> None:
+    serving = serve("--supervise", "--log-format", "json")
+    kill(serving.child())
+    peers.append(RawPeer(str(serving.path)).set_up(VECTORS))
+    until(lambda: "joined" in serving.log.read_text())
+    lines = [json.loads(line) for line in serving.log.read_text().splitlines()]
+    assert "died of SIGKILL" in lines[0]["text"]
+    assert [line["event"] for line in lines] == ["log", "takeover", "joined"]

@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from ..service import Service, mentioned
 from . import daemon
 from .arguments import add_region, check_no_region, region_of
 from .banner import banner, count, planned
-from .news import News, tell_peer
+from .news import News, json_line, tell_peer
 from .seen import seen
 
 _log = logging.getLogger("ivshmem.serve")
@@ -195,6 +196,7 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
                 lambda again: guarded(_serve, plan, ready, kept, again, None if again else taken),
                 daemon.ENDING,
                 again=plan.inherited is not None,
+                tell=partial(_tell, plan),
             )
 
 
@@ -209,8 +211,17 @@ def _pid_file(plan: Plan, *, going_on: bool) -> Iterator[None]:
         except OSError as error:
             if not going_on:
                 raise
-            keeper.say(f"ivshmem: no pid file: {one_line(error)}\n")
+            _tell(plan, f"no pid file: {one_line(error)}")
         yield
+
+
+def _tell(plan: Plan, text: str) -> None:
+    """Say something where there is no News."""
+    line = f"ivshmem: {text}"
+    if plan.config.log_format == "json":
+        fields = logs.fields_in({})
+        line = json_line(time.time(), logging.ERROR, text[-2000:], fields)
+    keeper.say(line)
 
 
 # A journal, and the descriptors that it names.
@@ -262,7 +273,9 @@ def _serve(
             load=plan.load,
         ) as service,
         # To close the service would be the end of what is kept.
-        keeper.left_to_another() if kept and (again or taken) else contextlib.nullcontext(),
+        keeper.left_to_another(partial(_tell, plan))
+        if kept and (again or taken)
+        else contextlib.nullcontext(),
     ):
         _tell_fd_limit(plan.config)
         if again and kept:
@@ -296,7 +309,7 @@ def _serve(
                 _watching(service, kept),
                 _reserved(kept),
                 daemon.ended_by_signals(service.stop, reload),
-                keeper.left_to_another() if kept else contextlib.nullcontext(),
+                keeper.left_to_another(partial(_tell, plan)) if kept else contextlib.nullcontext(),
             ):
                 service.run()
         failed = not service.regions  # the last one, too: the log has said how
@@ -439,7 +452,8 @@ def _reloading(service: Service, plan: Plan) -> Iterator[Callable[[], object] | 
 
 
 def _tell_peer(plan: Plan, news: News, verb: str, region: str, peer: Peer) -> None:
-    tell_peer(news, verb, peer, region if len(plan.config.regions) > 1 else "")
+    several = plan.load is not None or len(plan.config.regions) > 1  # or can become several
+    tell_peer(news, verb, peer, region if several else "")
 
 
 def _raise_fd_limit() -> None:
