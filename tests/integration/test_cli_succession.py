@@ -362,7 +362,7 @@ def test_options_of_one_region_are_not_for_others(
         assert first.stdout is not None
         assert first.stdout.readline().startswith(b"serving")
         peers.append(RawPeer(str(path)).set_up(VECTORS))
-        options = ["--takeover", "--control", str(control), "-S", str(directory / "other")]
+        options = ["--takeover", "--control", str(control), "-S", str(directory / "other"), "-n7"]
         with subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as second:
@@ -375,11 +375,18 @@ def test_options_of_one_region_are_not_for_others(
             assert b"give the --config FILE that has region db" in second.stderr.read()
 
 
-def test_what_changes_by_taking_over_is_said(serve: Serve) -> None:
-    first = serve("--deny", "all")
+def test_rules_stay_unless_others_are_given(serve: Serve) -> None:
+    first = serve("--deny", "all", "--mode", "0600")
     second = serve("--takeover")
     assert first.process.wait(PATIENCE) == 0
-    until(lambda: "region ivshmem: deny changed" in second.log.read_text())
+    with RawPeer(str(first.path)) as refused:
+        assert refused.take() is None
+    assert first.path.stat().st_mode & 0o777 == 0o600
+    third = serve("--takeover", "--deny", "uid:65534")
+    assert second.process.wait(PATIENCE) == 0
+    until(lambda: "region ivshmem: deny changed" in third.log.read_text())
+    with RawPeer(str(first.path)) as peer:
+        peer.set_up(VECTORS)
 
 
 class Killing(socket.socket):

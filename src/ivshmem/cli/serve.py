@@ -17,7 +17,7 @@ from functools import partial
 
 from .. import _fds, config, configfile, control, handover, keeper, logs, sockets
 from ..answering import Caller
-from ..config import ServiceConfig
+from ..config import RegionConfig, ServiceConfig
 from ..engine import Peer
 from ..journal import Journal
 from ..service import Service, mentioned
@@ -68,7 +68,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     process.add_argument(
         "--takeover",
         action="store_true",
-        help="go on where the server that runs here is, with its peers, and let that one end",
+        help="go on where the server that runs here is, with its peers, and let that one end; what no"
+        " option says stays",
     )
     looks = parser.add_argument_group("being seen")
     place = looks.add_mutually_exclusive_group()
@@ -358,13 +359,21 @@ def _resume_taken(service: Service, plan: Plan, journal: Journal) -> None:
     peers = sum(len(served.server.peers) for served in service.regions.values())
     told = logs.fields("takeover", pid=os.getpid(), reason="asked for")
     _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
-    if plan.load is None and service.regions.keys() != plan.config.regions.keys():
-        # To serve one region instead would be the end for the peers of all of these.
-        found = ", ".join(service.regions)
-        _log.error("the former settings stay: give the --config FILE that has region %s", found)
-        return
+    config = plan.config
+    if plan.load is None:
+        (given,) = config.regions.values()
+        blank = RegionConfig(given.socket)
+        said = {key: v for key, v in vars(given).items() if v != getattr(blank, key)}
+        found = {name: served.config for name, served in service.regions.items()}
+        if said and found.keys() != config.regions.keys():
+            names = ", ".join(found)
+            _log.error("the former settings stay: give the --config FILE that has region %s", names)
+            return
+        # What is not said stays, above all who may connect; and so do regions of a file.
+        found = {name: dataclasses.replace(each, **said) for name, each in found.items()}
+        config = dataclasses.replace(config, regions=found)
     try:
-        changes = service.change(plan.config)
+        changes = service.change(config)
     except (OSError, ValueError) as error:
         _log.error("the former settings stay: %s", error)
     else:
