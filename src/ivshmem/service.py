@@ -444,6 +444,16 @@ class Service(Loop):
         self.close()
 
 
+def former(journal: Journal) -> ServiceConfig:
+    """What a journal says beside the regions."""
+    state, records = journal.read()
+    common = {} if state is None else state["service"]
+    for number, kind, *rest in records:
+        if (number, kind) == (_SERVICE, "service"):
+            common = rest[0]
+    return ServiceConfig.from_json({"regions": {}, **common})
+
+
 def mentioned(journal: Journal) -> set[int]:
     """The descriptors that a journal names, and perhaps some that are somebody else's by now."""
     state, records = journal.read()

@@ -37,6 +37,7 @@ class Serving:
         self,
         directory: Path,
         *options: str,
+        region: bool = True,
         environment: dict[str, str] | None = None,
         python: str = sys.executable,
         stdout: int | None = None,
@@ -45,8 +46,9 @@ class Serving:
         self.path = directory / "socket"
         self.pid_file = directory / "pid"
         self.log = directory / "log"
-        command = [python, "-m", "ivshmem", "serve", "-S", str(self.path), "-l", "64K"]
-        command += ["-n", str(VECTORS)]
+        command = [python, "-m", "ivshmem", "serve"]
+        if region:
+            command += ["-S", str(self.path), "-l", "64K", "-n", str(VECTORS)]
         if "--pid-file" not in options:
             command += ["--pid-file", str(self.pid_file)]
         command += options
@@ -504,3 +506,24 @@ def test_every_line_of_the_log_is_json(serve: Serve, peers: list[RawPeer]) -> No
     lines = [json.loads(line) for line in serving.log.read_text().splitlines()]
     assert "died of SIGKILL" in lines[0]["text"]
     assert [line["event"] for line in lines] == ["log", "takeover", "joined"]
+
+
+def test_the_file_is_wrong_when_the_parent_is_killed(
+    tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer]
+) -> None:
+    """What nobody asked to be read again changes nothing, the form of the log included."""
+    directory = tmp_path_factory.mktemp("config")
+    file, path = directory / "file", directory / "socket"
+    file.write_text(
+        f'[service]\nlog_format = "json"\n'
+        f'[region.db]\nsocket = "{path}"\nsize = "64K"\nvectors = {VECTORS}\n'
+    )
+    serving = serve("--supervise", "--config", str(file), region=False)
+    peers.append(RawPeer(str(path)).set_up(VECTORS))
+    file.write_text("wrong")
+    kill(serving.parent())
+    peers.append(RawPeer(str(path)).set_up(VECTORS))
+    settle(peers)
+    until(lambda: '"takeover"' in serving.log.read_text())
+    lines = [json.loads(line) for line in serving.log.read_text().splitlines()]
+    assert any(line["text"].startswith(f"all stays as it was: {file}") for line in lines)

@@ -20,7 +20,7 @@ from ..answering import Caller
 from ..config import RegionConfig, ServiceConfig
 from ..engine import Peer
 from ..journal import Journal
-from ..service import Service, mentioned
+from ..service import Service, former, mentioned
 from . import daemon
 from .arguments import add_region, check_no_region, region_of
 from .banner import banner, count, planned
@@ -68,8 +68,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     process.add_argument(
         "--takeover",
         action="store_true",
-        help="go on where the server that runs here is, with its peers, and let that one end; what no"
-        " option says stays",
+        help="go on where the server that runs here is, with its peers, and let that one end; what"
+        " no option says stays",
     )
     looks = parser.add_argument_group("being seen")
     place = looks.add_mutually_exclusive_group()
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     if options.config is not None:
         check_no_region(options)
         load = partial(_load, options)
-        plan = Plan(load() if inherited is None else _load_if_possible(load), load)
+        plan = Plan(load(), load) if inherited is None else _planned_again(load)
         if options.check:
             print(planned(plan.config))
             return 0
@@ -148,17 +148,6 @@ def _load(options: argparse.Namespace) -> ServiceConfig:
     return _seen_as(configfile.load(os.path.abspath(options.config)), options)
 
 
-def _load_if_possible(load: Callable[[], ServiceConfig]) -> ServiceConfig:
-    """The same; but nobody has asked for it, so what is served does not end if it is wrong."""
-    from . import one_line  # here, for the package imports this module
-
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        print(f"ivshmem: all stays as it was: {one_line(error)}", file=sys.stderr)
-        return ServiceConfig()
-
-
 # -- serving --------------------------------------------------------------------------------------
 
 
@@ -176,6 +165,17 @@ class Plan:
     supervise: bool = False
     takeover: bool = False
     inherited: tuple[int, set[int]] | None = None
+    notice: str = ""
+
+
+def _planned_again(load: Callable[[], ServiceConfig]) -> Plan:
+    """The same; but nobody has asked for it, so what is served does not end if it is wrong."""
+    from . import one_line  # here, for the package imports this module
+
+    try:
+        return Plan(load(), load)
+    except (OSError, ValueError) as error:
+        return Plan(ServiceConfig(), load, notice=f"all stays as it was: {one_line(error)}")
 
 
 def serve(plan: Plan, ready: Callable[[], None]) -> int:
@@ -192,6 +192,9 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
 
             fd, theirs = plan.inherited or (None, set())
             journal, theirs = taken or (Journal(fd), theirs)
+            if plan.notice:
+                plan.config = former(journal)
+                _tell(plan, plan.notice)
             kept = Kept(journal, os.getpid(), set(keeper.strays(())) - theirs)
             return keeper.keep(
                 lambda again: guarded(_serve, plan, ready, kept, again, None if again else taken),
