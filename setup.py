@@ -5,17 +5,7 @@ release to a newer Python; where it is not, the committed C files serve, and a C
 enough.
 """
 
-import os
-
 from setuptools import Extension, setup
-
-SANITIZE = os.environ.get("IVSHMEM_SANITIZE")  # for instance "address,undefined"
-
-flags = ["-O2", "-fvisibility=hidden"]
-link = []
-if SANITIZE:
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
-    link = [f"-fsanitize={SANITIZE}"]
 
 
 def extensions(suffix: str) -> list[Extension]:
@@ -23,8 +13,7 @@ def extensions(suffix: str) -> list[Extension]:
         Extension(
             f"ivshmem.{name}",
             [f"src/ivshmem/{name}{suffix}"],
-            extra_compile_args=flags,
-            extra_link_args=link,
+            extra_compile_args=["-O2", "-fvisibility=hidden"],
         )
         for name in ("_fds", "_wire", "_memory", "_spin", "_bell", "_core")
     ]
