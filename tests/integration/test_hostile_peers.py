@@ -16,6 +16,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import IO
 
 import pytest
 from support.children import Child, python
@@ -304,8 +305,8 @@ def qemu(scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
         try:
             assert process.stdout is not None
             assert b"QMP" in process.stdout.readline()
-            assert answers(process, "qmp_capabilities")
-            assert answers(process)
+            assert b"return" in ask(process, "qmp_capabilities").readline()
+            assert b"return" in ask(process, "query-status").readline()
             until(lambda: scene.knows(3))
             yield process
         finally:
@@ -317,13 +318,18 @@ def hangs(process: subprocess.Popen[bytes]) -> bool:
     return sleeps_in_read_of(process.pid)
 
 
-def answers(process: subprocess.Popen[bytes], question: str = "query-status") -> bool:
-    """Whether its main loop answers. If it hangs, the answer comes later."""
+def ask(process: subprocess.Popen[bytes], question: str) -> IO[bytes]:
+    """Where the answer will be."""
     assert process.stdin is not None
     assert process.stdout is not None
-    answer = process.stdout
     process.stdin.write(b'{"execute":"%s"}\n' % question.encode())
     process.stdin.flush()
+    return process.stdout
+
+
+def answers(process: subprocess.Popen[bytes]) -> bool:
+    """Whether its main loop answers. If it hangs, the answer comes later."""
+    answer = ask(process, "query-status")
     until(lambda: select.select([answer], [], [], 0)[0] or hangs(process))
     return bool(select.select([answer], [], [], 0)[0]) and b"return" in answer.readline()
 
