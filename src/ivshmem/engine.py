@@ -46,6 +46,7 @@ _FIRST_WATCHED = 1 << 62
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
 _COMPLAIN_SECONDS = 60.0
+_FEW_IDS = 4096  # of 65,536: worth a word
 _COMPLAINTS = 1000  # kinds of which is known when they were last logged
 
 # What passes: memory, descriptors in the process or the system, descriptors in flight (unix(7)).
@@ -312,6 +313,8 @@ class Engine:
             sock.close()
             return
         asks = sockets.only_asks(address)
+        if self.gate is None and not asks:
+            self._keep(sock)  # early: nobody else has it
         who = sockets.credentials(sock)
         verdict = Verdict(True)
         if self.gate is not None:
@@ -335,10 +338,13 @@ class Engine:
         if asks:
             self._tell(sock)
             return
+        if self.gate is not None:
+            self._keep(sock)
         try:
             memory = self._readonly_memory() if verdict.readonly else None
         except OSError as error:
             self._complain(f"a newcomer had to be turned away: {error.strerror}")
+            self._journal.drop(self._roster.next_serial)
             sock.close()
             return
         self._join(sock, who, memory)
@@ -348,6 +354,13 @@ class Engine:
         with sock, contextlib.suppress(OSError):
             sock.send(json.dumps({**self._answer, "peers": len(self._connections)}).encode())
 
+    def _keep(self, sock: socket.socket) -> None:
+        """Have a newcomer's descriptors kept, under the number that it will have."""
+        vectors = self._spare
+        assert vectors is not None
+        fds = [vectors[i] for i in range(len(vectors))]
+        self._journal.keep([sock.fileno(), *fds], self._roster.next_serial)
+
     def _join(
         self, sock: socket.socket, who: sockets.Credentials, memory: _fds.FdArray | None
     ) -> None:
@@ -356,9 +369,8 @@ class Engine:
         readonly = memory is not None
         fds = [vectors[i] for i in range(len(vectors))]
         since = time.time()
-        self._journal.keep([sock.fileno(), *fds])
         member = self._roster.join(vectors, memory)
-        self._journal.note("join", *Held(sock.fileno(), fds, since, readonly))
+        self._journal.note("join", member.serial, *Held(sock.fileno(), fds, since, readonly))
         if self._small_buffers:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
@@ -367,6 +379,12 @@ class Engine:
         if self._on_join is not None:
             self._reports.append((self._on_join, connection.peer))
         self._dirty_others()
+        if self._roster.ids_left < _FEW_IDS:
+            self._complain(
+                f"only {self._roster.ids_left} ids are left: those that a connected peer was told"
+                " of are not used again before it leaves",
+                "ids",
+            )
 
     def _connect(
         self,
@@ -400,6 +418,7 @@ class Engine:
     def _leave(self, serial: int) -> None:
         """Somebody is gone: the others have to be told, and its descriptors are closed."""
         connection = self._connections.pop(serial)
+        _disconnect(connection)  # first: a successor would take it for a newcomer
         if serial not in self._unwatched:
             self._epoll.remove(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
@@ -410,13 +429,12 @@ class Engine:
         self.counts["leaves"] += 1
         # First the end that it sees, for a successor takes a connection that is not known for a
         # newcomer's, and would tell it of a second set-up.
-        _shut(connection)
+        _disconnect(connection)
         self._journal.note("leave", serial)
         if self._roster.leave(connection.member):
             self._dirty_others()
-        fds = connection.vectors
-        self._journal.drop([connection.fd, *(fds[i] for i in range(len(fds)))])
-        _hang_up(connection)
+        self._journal.drop(serial)
+        _close(connection)
         if self._on_leave is not None:
             self._reports.append((self._on_leave, connection.peer))
         self._listen_again()
@@ -657,7 +675,9 @@ class Engine:
     def close(self, *, forked: bool = False) -> None:
         """Disconnect all peers and close everything; `forked`: only this process's copies."""
         for connection in self._connections.values():
-            _hang_up(connection, forked=forked)
+            if not forked:
+                _disconnect(connection)
+            _close(connection)
         self._connections.clear()
         self._dirty.clear()
         self._starved.clear()
@@ -676,8 +696,8 @@ def _is_gone(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _shut(connection: _Connection) -> None:
-    """End it, although children that were forked for something else keep copies of the socket."""
+def _disconnect(connection: _Connection) -> None:
+    """Hang up on a peer, also where others have copies of the socket."""
     with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
         connection.socket.shutdown(socket.SHUT_RDWR)
 
@@ -691,9 +711,7 @@ def _counted(kind: str, rest: list[Any]) -> dict[str, int]:
     return {"messages": rest[1]}
 
 
-def _hang_up(connection: _Connection, *, forked: bool = False) -> None:
-    if not forked:
-        _shut(connection)
+def _close(connection: _Connection) -> None:
     connection.socket.close()
     connection.vectors.close()
 

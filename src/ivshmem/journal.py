@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import _memory, _wire
@@ -23,6 +24,8 @@ from .errors import IvshmemError
 _ABOUT, _START, _HALF = 0x8000, 0x10000, 1 << 28
 _SIZE = _START + 2 * _HALF
 _VERSION = b"ivshmem journal 1\n"
+_SPOILT = b"ivshmem journal -\n"
+_OTHER = "is another version's"
 assert _wire.OUTBOX_BYTES <= _ABOUT
 
 # `end`: the upper half counts the rewritings, whose lowest bit says which half of the file is
@@ -57,22 +60,25 @@ class Journal:
             if new:
                 os.ftruncate(self._fd, _SIZE)
             elif os.fstat(self._fd).st_size != _SIZE:
-                raise JournalError("the journal has another size: it is another version's")
+                raise JournalError(f"the journal has another size: it {_OTHER}")
             self._memory = _memory.Mapping(self._fd, _SIZE)
         except BaseException:
             os.close(self._fd)
             raise
         self._end = self._memory.atomic_u64(0)
         self._rewritten = 0  # the size that the state had
-        # Descriptors are only useful to a successor if somebody keeps them: see Chapter.
-        self.keep: Callable[[Iterable[int]], object] = _nothing
-        self.drop: Callable[[Iterable[int]], object] = _nothing
+        # A successor in another process needs somebody to keep descriptors, in groups by name. A
+        # group is kept before a record mentions it, and dropped before its descriptors are closed.
+        self.keep: Callable[[str, Sequence[int]], object] = _nothing
+        self.drop: Callable[[str], object] = _nothing
         if new:
             self._memory.write(_ABOUT, _VERSION)
             self._end.store(1 << _OFFSET_BITS)
-        elif self._memory.read(_ABOUT, len(_VERSION)) != _VERSION:
-            self.close()
-            raise JournalError("the journal is another version's")
+        elif (about := self._memory.read(_ABOUT, len(_VERSION))) != _VERSION:
+            self._memory.close()
+            os.close(self._fd)
+            spoilt = about == _SPOILT
+            raise JournalError(f"the journal {'was given up' if spoilt else _OTHER}")
         self.outbox = _wire.Outbox(self._memory)
 
     def fileno(self) -> int:
@@ -119,9 +125,9 @@ class Journal:
             return None, read
         return read[0], read[1:]
 
-    def chapter(self, number: int) -> Chapter:
-        """The part of one region."""
-        return Chapter(self, number)
+    def spoil(self) -> None:
+        """Say that no successor can go on by it: not all that it names was kept."""
+        self._memory.write(_ABOUT, _SPOILT)
 
     def close(self) -> None:
         """Forget the file, which goes on to exist while others have it."""
@@ -133,24 +139,38 @@ class Journal:
 
 
 class Chapter:
-    """The part of a journal that is about one region; None: nothing is kept.
-
-    Descriptors that a record mentions by their numbers are given to `keep` before, and to `drop`
-    before they are closed.
-    """
+    """The part of a journal that is about one region; None: nothing is noted or kept."""
 
     def __init__(self, journal: Journal | None = None, number: int = 0) -> None:
         self._journal = journal
         self.number = number
         self.outbox = _wire.Outbox() if journal is None else journal.outbox
-        self.keep = _nothing if journal is None else journal.keep
-        self.drop = _nothing if journal is None else journal.drop
 
     def note(self, *record: Any) -> None:
         """Add a record."""
         if self._journal is not None:
             self._journal.append([self.number, *record])
 
+    def keep(self, fds: Sequence[int], member: int | None = None) -> None:
+        """Have the descriptors kept of the region itself, or of a member of it."""
+        if self._journal is not None:
+            self._journal.keep(group(self.number, member), fds)
 
-def _nothing(_fds: Iterable[int]) -> None:
+    def drop(self, member: int | None = None) -> None:
+        """Undo `keep`."""
+        if self._journal is not None:
+            self._journal.drop(group(self.number, member))
+
+
+def group(region: int, member: int | None = None) -> str:
+    """What the descriptors of a region, or of a member of it, are called: never others' name."""
+    return f"{region:x}/" if member is None else f"{region:x}/{member:x}"
+
+
+def is_group(name: str) -> bool:
+    """Whether `group` could have made this name."""
+    return re.fullmatch("[0-9a-f]+/[0-9a-f]*", name) is not None
+
+
+def _nothing(*_arguments: object) -> None:
     pass

@@ -171,6 +171,9 @@ class Notifier:
     ) -> int:
         """Have the manager keep duplicates, which `listen_fds` gives to the service's next process.
 
+        In which order it gives back those of one call, nobody knows: systemd 252 has them in a hash
+        set. Of two calls the order is kept, or reversed.
+
         Args:
             name: what `listen_fds` calls them, see `check_name`.
             poll: let the manager drop a descriptor when it sees a hangup or an error on it.
@@ -194,13 +197,13 @@ class Notifier:
                 return start
         return len(fds)
 
-    def drop(self, name: str) -> bool:
-        """Have the manager close all stored descriptors of that name. Waits up to a second.
+    def drop(self, name: str, *, timeout: float = 1.0) -> bool:
+        """Have the manager close all stored descriptors of that name.
 
         Raises:
             ValueError: a name that is not allowed.
         """
-        return self._tell({"FDSTOREREMOVE": 1, "FDNAME": check_name(name)}, 1.0)
+        return self._tell({"FDSTOREREMOVE": 1, "FDNAME": check_name(name)}, timeout)
 
     def barrier(self, timeout: float) -> bool:
         """Wait until the manager has acted on all that was sent before; False: time has run out.

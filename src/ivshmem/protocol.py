@@ -365,7 +365,12 @@ class Roster:
     @property
     def full(self) -> bool:
         """Whether no id is left to give out."""
-        return not self._free and self._unused > MAX_ID
+        return self.ids_left == 0
+
+    @property
+    def ids_left(self) -> int:
+        """How many ids can be given out before somebody who stays has left."""
+        return len(self._free) + MAX_ID + 1 - self._unused
 
     # -- joining and leaving ----------------------------------------------------------------------
 
@@ -414,6 +419,11 @@ class Roster:
         self._order.append(member)
         self.others[member.serial] = member
         return member
+
+    @property
+    def next_serial(self) -> int:
+        """The number of who will be the next to join."""
+        return self._serial
 
     def leave(self, member: Member) -> bool:
         """Remove a member; whether anybody must be told, now or when it reads again."""

@@ -5,7 +5,8 @@ a descriptor is beside its number.
 
 Records, in the order of happening; a member is named by its serial number:
 
-    ["join", fd, fds, since, readonly]  one joined: its socket, its eventfds, when, with what memory
+    ["join", member, fd, fds, since, readonly]
+                                        one joined: its socket, its eventfds, when, with what memory
     ["leave", member]
     ["sent", member, count]             it was sent so many messages of what was pending
     ["split", member, count, done, all] of the batch of `all` messages for the crowd, it was sent
@@ -65,7 +66,7 @@ def replay(
         if kind == "join":
             member = roster.join(blank)
             members[member.serial] = member
-            held[member.serial] = Held(*rest)
+            held[member.serial] = Held(*rest[1:])
         elif kind == "leave":
             del held[rest[0]]
             roster.leave(members.pop(rest[0]))

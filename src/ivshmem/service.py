@@ -29,7 +29,7 @@ from .config import RULES, ConfigError, RegionConfig, ServiceConfig, conflicts, 
 from .directory import Directory
 from .engine import Gate, Peer
 from .errors import NoDirectory
-from .journal import Chapter, Journal, Record
+from .journal import Chapter, Journal, Record, group
 from .loop import Loop
 from .opening import Opened, open_region
 from .region import Region, Source
@@ -189,7 +189,7 @@ class Service(Loop):
     def _begin(self, opened: Iterable[Served], undo: contextlib.ExitStack) -> None:
         """Let others connect."""
         for served in opened:
-            self._chapter.keep(served.fds)
+            Chapter(self._journal, served.number).keep(served.fds)
             self._chapter.note(*served.record())
             self._adopt(served)
             undo.callback(self._end, served)
@@ -219,7 +219,7 @@ class Service(Loop):
             self.unwatch(served.fd)
         del self.regions[served.name]
         self._chapter.note("gone", served.number)
-        self._chapter.drop(served.fds)
+        Chapter(self._journal, served.number).drop()
         try:
             served.close()
         except Exception:
@@ -379,12 +379,16 @@ class Service(Loop):
         number, name, values, listening, unlinks, memory, source, source_name, created, file = (
             past.record
         )
+        config = from_json(values)
         here, shared = find(listening), find(memory)
-        if here is None or shared is None:
+        listener = self._listeners.pop(config.socket, None)
+        if listener is None and here is not None:
+            listener = Listener.adopt(here, unlink=unlinks, file=file)
+        elif listener is not None and here not in (None, listener.socket.fileno()):
+            os.close(here)  # a copy of it
+        if listener is None or shared is None:
             _log.error("region %s is lost: its socket or its memory was not handed over", name)
             return None
-        config = from_json(values)
-        listener = Listener.adopt(here, unlink=unlinks, file=file)
         try:
             region = _region(shared, source, source_name)
             directory = None
@@ -454,24 +458,29 @@ def former(journal: Journal) -> ServiceConfig:
     return ServiceConfig.from_json({"regions": {}, **common})
 
 
-def mentioned(journal: Journal) -> set[int]:
-    """The descriptors that a journal names, and perhaps some that are somebody else's by now."""
+def mentioned(journal: Journal) -> dict[str, list[int]]:
+    """The descriptors that a journal names, by group: first the socket, then what goes with it."""
     state, records = journal.read()
-    found: set[int] = set()
+    found: dict[str, list[int]] = {}
     for record, server in (state or {"regions": []})["regions"]:
-        found |= _of_region(record)
-        for held in server["held"].values():
-            found |= {held[0], *held[1]}
-    for _, kind, *rest in records:
+        found[group(record[0])] = _of_region(record)
+        for serial, held in server["held"].items():
+            found[group(record[0], int(serial))] = [held[0], *held[1]]
+    for number, kind, *rest in records:
         if kind == "region":
-            found |= _of_region(rest)
+            found[group(rest[0])] = _of_region(rest)
+        elif kind == "gone":
+            for name in [name for name in found if name.startswith(group(rest[0]))]:
+                del found[name]
         elif kind == "join":
-            found |= {rest[0], *rest[1]}
+            found[group(number, rest[0])] = [rest[1], *rest[2]]
+        elif kind == "leave":
+            found.pop(group(number, rest[0]), None)
     return found
 
 
-def _of_region(record: Record) -> set[int]:
-    return {record[3], record[5]}
+def _of_region(record: Record) -> list[int]:
+    return [record[3], record[5]]
 
 
 class _Past:

@@ -141,7 +141,7 @@ def test_counts_go_on(socket_path: str) -> None:
         region = stack.enter_context(ivshmem.Region.create(4096))
         listener = stack.enter_context(Listener(socket_path))
         journal = Journal()
-        former = ivshmem.Server(listener, region, VECTORS, journal=journal.chapter(1))
+        former = ivshmem.Server(listener, region, VECTORS, journal=Chapter(journal, 1))
         for _ in range(3):
             peer = stack.enter_context(RawPeer(socket_path))
             former.step(PATIENCE)

@@ -9,7 +9,7 @@ import socket
 import sys
 
 from ivshmem import Region, Server
-from ivshmem.journal import Journal
+from ivshmem.journal import Chapter, Journal
 from ivshmem.keeper import keep, strays
 from ivshmem.sockets import Listener
 
@@ -25,7 +25,7 @@ def main(path: str, vectors: int) -> int:
     def run(again: bool) -> int:
         found = strays(baseline)
         listener.unlinks = False
-        with Server(listener, region, vectors, journal=journal.chapter(1)) as server:
+        with Server(listener, region, vectors, journal=Chapter(journal, 1)) as server:
             if again:
                 state, records = journal.read()
                 unfinished = journal.outbox.unfinished()

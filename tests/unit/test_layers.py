@@ -31,7 +31,7 @@ FLOORS: list[list[str]] = [
     ["engine", "config"],
     ["server", "client", "configfile", "opening", "changes"],
     ["service", "control"],
-    ["handover", "metrics", "stalls"],
+    ["handover", "metrics", "stalls", "store"],
     ["guest"],
     ["channel", "aio", "bench", "qemu"],
     ["doctor"],

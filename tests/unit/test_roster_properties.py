@@ -69,7 +69,7 @@ class Rosters(RuleBasedStateMachine):
             assert client.id not in other.qemu.left, "somebody was told of this id before"
         self.quarantine.pop(client.id, None)
         self.clients.append(client)
-        self.note("join", client.key, [], 0.0, False)
+        self.note("join", client.key, client.key, [], 0.0, False)
         client.note = self.note
 
     @precondition(lambda self: self.clients)

@@ -126,9 +126,9 @@ def region_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if key in known}
 
 
-def region_of(options: argparse.Namespace) -> RegionConfig:
-    """The region that the options describe."""
-    settings: dict[str, Any] = {"socket": DEFAULT_SOCKET, **region_settings(options)}
+def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:
+    """The region that the options describe; `socket`: where it is if they do not say."""
+    settings: dict[str, Any] = {"socket": socket or DEFAULT_SOCKET, **region_settings(options)}
     settings["socket"] = os.path.abspath(check_path(settings["socket"]))
     if "file" in settings:
         settings["file"] = os.path.abspath(settings["file"])

@@ -70,7 +70,7 @@ def planned(config: ServiceConfig) -> str:
     about = {"control socket": config.control, "metrics": config.metrics}
     return "\n".join(
         [
-            f"{config.source}: {'1 region' if len(rows) == 1 else f'{len(rows)} regions'}",
+            f"{config.source}: {counted(len(rows), 'region')}",
             _table(rows),
             *(f"  {what}: {where}" for what, where in about.items() if where is not None),
         ]
@@ -127,4 +127,9 @@ def room(directory: Directory) -> str:
 
 def count(vectors: int) -> str:
     """How many vectors there are, in words."""
-    return "1 vector" if vectors == 1 else f"{vectors} vectors"
+    return counted(vectors, "vector")
+
+
+def counted(number: int, what: str) -> str:
+    """How many there are of something, in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

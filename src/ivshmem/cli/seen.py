@@ -11,7 +11,8 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from .. import control
-from ..metrics import Metrics, MetricsError
+from ..errors import IvshmemError
+from ..metrics import Metrics
 from ..service import Service
 from ..stalls import Stalls
 
@@ -22,53 +23,46 @@ _log = logging.getLogger("ivshmem.serve")
 def seen(
     service: Service,
     *,
+    needed: bool = True,
     controlled: bool = True,
     peers: bool = False,
     handlers: Mapping[str, control.Handler] | None = None,
-    required: bool = True,
-) -> Iterator[control.Control | None]:
+) -> Iterator[None]:
     """While the block runs, what the service's configuration names listens in its loop.
 
     Args:
+        needed: or else what cannot be had is no more than an error in the log.
         controlled: have a control socket; by default it is beside the first region's socket, where
             it is no more than a warning if it cannot be had.
         peers: metrics of each peer, too.
         handlers: as of Control.
-        required: False: what cannot be had is logged, and done without, for there are peers.
 
     Raises:
         OSError, ValueError, MetricsError: what was asked for cannot be had.
     """
-    address = service.config.metrics
-    made: control.Control | None = None
+    metrics = service.config.metrics
     with contextlib.ExitStack() as stack:
-
-        def add(part: control.Control | Metrics | Stalls) -> None:
-            stack.enter_context(part)
-            service.watch(part.fileno(), part.step)
-            stack.callback(service.unwatch, part.fileno())
-
-        with _perhaps("no word about stalls", required):
-            add(Stalls(service))
-        with _perhaps("no control socket", required):
-            if controlled and (made := _control(service, handlers)) is not None:
-                add(made)
-        with _perhaps("no metrics", required):
-            if address is not None:
-                add(Metrics(address, service, peers=peers))
-        yield made
-
-
-@contextlib.contextmanager
-def _perhaps(without: str, required: bool) -> Iterator[None]:
-    try:
+        for make in (
+            lambda: Stalls(service),
+            lambda: _control(service, handlers) if controlled else None,
+            lambda: None if metrics is None else Metrics(metrics, service, peers=peers),
+        ):
+            try:
+                part: Stalls | control.Control | Metrics | None = make()
+                if part is None:
+                    continue
+                stack.enter_context(part)
+                service.watch(part.fileno(), part.step)
+                stack.callback(service.unwatch, part.fileno())
+            except (OSError, ValueError, IvshmemError) as error:
+                if needed:
+                    raise
+                where = (
+                    f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+                )
+                reason = error.strerror if isinstance(error, OSError) else error
+                _log.error("the peers are served all the same: %s%s", where, reason)
         yield
-    except (OSError, ValueError, MetricsError) as error:
-        if required:
-            raise
-        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        reason = error.strerror if isinstance(error, OSError) else error
-        _log.error("%s: %s%s", without, where, reason)
 
 
 def _control(

@@ -11,29 +11,27 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import _fds, config, configfile, control, handover, keeper, logs, sockets
-from ..answering import Caller
-from ..config import RegionConfig, ServiceConfig
+from .. import _fds, config, configfile, keeper, logs
+from ..config import ServiceConfig
 from ..engine import Peer
 from ..journal import Journal
-from ..service import Service, former, mentioned
+from ..service import Service, former
 from . import daemon
 from .arguments import add_region, check_no_region, region_of
 from .banner import banner, count, planned
+from .managed import Manager, telling
 from .news import News, json_line, tell_peer
 from .seen import seen
+from .succession import Kept, Past, Taken, handing_over, replacing, reserved, take_over
 
 _log = logging.getLogger("ivshmem.serve")
 
 _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # that are no peer's, about
 _FEW_PEERS = 100
-
-# Descriptors that a child keeps unused, so that its successor has them while it begins.
-_RESERVE = 8
 
 _PATIENCE = 5.0  # seconds that a server which was taken over from may take to end
 
@@ -64,6 +62,12 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="as a child of a small parent: if the child is killed, another goes on, and no peer"
         " notices",
+    )
+    process.add_argument(
+        "--fd-store",
+        action="store_true",
+        help="have the service manager keep all descriptors (systemd: FileDescriptorStoreMax=): if"
+        " the server is killed or restarted, it goes on, and no peer notices",
     )
     process.add_argument(
         "--takeover",
@@ -106,22 +110,28 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Serve as the options say, until a signal."""
     inherited = keeper.inherited()
+    manager = Manager.from_environment()
+    _check_restarts(options, manager)
     if options.config is not None:
         check_no_region(options)
         load = partial(_load, options)
-        plan = Plan(load(), load) if inherited is None else _planned_again(load)
+        going_on = inherited is not None or (options.fd_store and manager.journal is not None)
+        plan = _planned_again(load) if going_on else Plan(load(), load)
         if options.check:
             print(planned(plan.config))
             return 0
     elif options.check:
         raise ValueError("--check says what is wrong in a file: give --config FILE, too")
     else:
-        plan = Plan(_seen_as(ServiceConfig({"ivshmem": region_of(options)}), options))
+        region = region_of(options, manager.only_path())
+        plan = Plan(_seen_as(ServiceConfig({"ivshmem": region}), options))
     plan.controlled = not options.no_control
     plan.metrics_peers = options.metrics_peers
     plan.pid_file = options.pid_file
     plan.quiet = options.quiet
     plan.level = logging.DEBUG if options.verbose else logging.INFO
+    plan.manager = manager
+    plan.fd_store = options.fd_store
     plan.supervise = options.supervise
     plan.takeover = options.takeover
     plan.inherited = inherited
@@ -132,6 +142,20 @@ def run(options: argparse.Namespace) -> int:
             partial(guarded, partial(serve, plan)), silent=not options.verbose
         )
     return serve(plan, lambda: None)
+
+
+def _check_restarts(options: argparse.Namespace, manager: Manager) -> None:
+    """Refuse what cannot be, or is one too many."""
+    if not options.fd_store:
+        return
+    for other in ("supervise", "takeover", "daemon"):
+        if getattr(options, other):
+            raise ValueError(f"--fd-store and --{other}: the service manager does that")
+    if not manager.notifier.active:
+        raise ValueError(
+            "--fd-store is for a service manager, and there is none (NOTIFY_SOCKET is not set):"
+            " use --supervise"
+        )
 
 
 def _seen_as(found: ServiceConfig, options: argparse.Namespace) -> ServiceConfig:
@@ -162,6 +186,8 @@ class Plan:
     pid_file: str | None = None
     quiet: bool = False
     level: int = logging.INFO
+    manager: Manager | None = None
+    fd_store: bool = False
     supervise: bool = False
     takeover: bool = False
     inherited: tuple[int, set[int]] | None = None
@@ -183,11 +209,13 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
     _raise_fd_limit()
     # Signals wait until there is something to stop, and again from the end on: what was made is
     # removed, whenever they come.
-    with daemon.signals_held():
-        taken = _take_over(plan) if plan.takeover and not plan.inherited else None
+    with daemon.signals_held(), plan.manager or Manager.from_environment() as manager:
+        taken = take_over(plan.config) if plan.takeover and not plan.inherited else None
         with _pid_file(plan, going_on=taken is not None or plan.inherited is not None):
             if not plan.supervise:
-                return _serve(plan, ready, taken=taken)
+                if plan.notice:
+                    _tell(plan, plan.notice)
+                return _serve(plan, manager, ready, taken=taken)
             from . import guarded  # here, for the package imports this module
 
             fd, theirs = plan.inherited or (None, set())
@@ -197,7 +225,9 @@ def serve(plan: Plan, ready: Callable[[], None]) -> int:
                 _tell(plan, plan.notice)
             kept = Kept(journal, os.getpid(), set(keeper.strays(())) - theirs)
             return keeper.keep(
-                lambda again: guarded(_serve, plan, ready, kept, again, None if again else taken),
+                lambda again: guarded(
+                    _serve, plan, manager, ready, kept, again, None if again else taken
+                ),
                 daemon.ENDING,
                 again=plan.inherited is not None,
                 tell=partial(_tell, plan),
@@ -228,213 +258,96 @@ def _tell(plan: Plan, text: str) -> None:
     keeper.say(line)
 
 
-# A journal, and the descriptors that it names.
-Taken = tuple[Journal, set[int]]
-
-
-def _take_over(plan: Plan) -> Taken:
-    """All that the running server has."""
-    path = plan.config.control
-    if path is None:
-        path = control.default_path(next(iter(plan.config.regions.values())).socket)
-    with sockets.connect(path, handover.SECONDS) as sock:
-        sock.sendall(b'{"do": "takeover"}\n')
-        return handover.take(sock)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a child has of its parent.
-
-    Attributes:
-        journal: of all children.
-        parent: its pid.
-        known: descriptors that it had before there was a child; all others are children's.
-    """
-
-    journal: Journal
-    parent: int
-    known: set[int]
-
-
 def _serve(
     plan: Plan,
+    manager: Manager,
     ready: Callable[[], None],
     kept: Kept | None = None,
     again: bool = False,
     taken: Taken | None = None,
 ) -> int:
     """Serve; `again`: go on where another child was; `taken`: where another server was."""
-    found = _clear_away(kept) if again and kept else []
+    past = None
+    if again and kept:
+        past = kept.past()
+    elif taken:
+        past = Past(taken[0], "asked for", config=plan.config, partly=plan.load is None)
     given: list[socket.socket] = []
-    with (
-        News(sys.stderr, plan.level, plan.config.log_format) as news,
-        Service(
-            plan.config,
-            on_join=None if plan.quiet else partial(_tell_peer, plan, news, "joined"),
-            on_leave=None if plan.quiet else partial(_tell_peer, plan, news, "left"),
-            journal=kept.journal if kept else None,
-            load=plan.load,
-        ) as service,
-        # To close the service would be the end of what is kept.
-        keeper.left_to_another(partial(_tell, plan))
-        if kept and (again or taken)
-        else contextlib.nullcontext(),
-    ):
-        _tell_fd_limit(plan.config)
-        if again and kept:
-            service.resume(kept.journal)
-            if not service.regions:
-                _log.warning("there is nothing to go on with")
-                return 0
-            for fd in set(found).difference(service.descriptors):
-                service.take_stray(fd)
-            peers = sum(len(served.server.peers) for served in service.regions.values())
-            told = logs.fields("takeover", pid=os.getpid(), reason="the server died")
-            _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
-        elif taken:
-            _resume_taken(service, plan, taken[0])
-        else:
-            service.open()
-        handlers = {"takeover": partial(_hand_over, service, given)}
-        with seen(
-            service,
-            controlled=plan.controlled,
-            peers=plan.metrics_peers,
-            handlers=handlers,
-            required=not (again or taken),
+    with News(sys.stderr, plan.level, plan.config.log_format) as news:
+        journal = kept.journal if kept else None
+        if plan.fd_store:
+            journal, past = manager.keep(plan.config)
+        with (
+            Service(
+                plan.config,
+                listeners=manager.for_regions(plan.config),
+                on_join=None if plan.quiet else partial(_tell_peer, plan, news, "joined"),
+                on_leave=None if plan.quiet else partial(_tell_peer, plan, news, "left"),
+                journal=journal,
+                load=plan.load,
+            ) as service,
+            _unharmed(plan, service, past, kept),
         ):
-            if not (again and kept):
-                with contextlib.suppress(*([OSError] if taken else [])):
-                    print(banner(service, kept.parent if kept else os.getpid()), flush=True)
-                ready()
-            with (
-                _reloading(service, plan) as reload,
-                _watching(service, kept),
-                _reserved(kept),
-                daemon.ended_by_signals(service.stop, reload),
-                keeper.left_to_another(partial(_tell, plan)) if kept else contextlib.nullcontext(),
+            _tell_fd_limit(plan.config)
+            if past:
+                past.go_on(service)
+                if past.journal is not journal:
+                    past.journal.close()
+                if again and not service.regions:
+                    _log.warning("there is nothing to go on with")
+                    return 0
+            else:
+                service.open()
+            with seen(
+                service,
+                needed=past is None,
+                controlled=plan.controlled,
+                peers=plan.metrics_peers,
+                handlers={"takeover": handing_over(service, given)},
             ):
-                service.run()
-        failed = not service.regions  # the last one, too: the log has said how
-        if given:
-            service.abandon()
+                if not (again and kept):
+                    with contextlib.suppress(*([OSError] if past else [])):
+                        print(banner(service, kept.parent if kept else os.getpid()), flush=True)
+                    ready()
+                with (
+                    _reloading(service, plan, manager) as reload,
+                    replacing(kept, service),
+                    reserved(kept),
+                    telling(manager.notifier, service),
+                    daemon.ended_by_signals(service.stop, reload),
+                    keeper.left_to_another(partial(_tell, plan))
+                    if kept
+                    else contextlib.nullcontext(),
+                ):
+                    service.run()
+            failed = not service.regions  # the last one, too: the log has said how
+            if given or plan.fd_store:
+                service.abandon()
     for sock in given:
         sock.close()  # by which the other knows that all is its own
     return 1 if failed else 0
 
 
-def _clear_away(kept: Kept) -> list[int]:
-    """Close what the last child had for itself; the rest, somebody may be at the other end of it.
-
-    It comes first: there may be no descriptor left.
-    """
-    named = mentioned(kept.journal)
-    found = []
-    for fd in keeper.strays(kept.known):
-        if fd in named or sockets.is_connection(fd):
-            found.append(fd)
-        else:
-            os.close(fd)
-    return found
-
-
-def _hand_over(
-    service: Service, given: list[socket.socket], caller: Caller, _: Mapping[str, object]
-) -> None:
-    """Give all to another process, and end, if it takes it."""
-    sock, _rest = caller.detach()
-    if handover.give(service, sock):
-        told = logs.fields("takeover", reason="another process goes on")
-        _log.warning("another process goes on with all peers: this one ends", extra=told)
-        given.append(sock)
-        service.stop()
-    else:
-        _log.warning("another process wanted to go on here, and failed: nothing has changed")
-        sock.close()
-
-
-def _resume_taken(service: Service, plan: Plan, journal: Journal) -> None:
-    """Go on where another server was, and then with this configuration."""
-    service.resume(journal)
-    if not plan.supervise:
-        journal.close()
-    peers = sum(len(served.server.peers) for served in service.regions.values())
-    told = logs.fields("takeover", pid=os.getpid(), reason="asked for")
-    _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
-    config = plan.config
-    if plan.load is None:
-        (given,) = config.regions.values()
-        blank = RegionConfig(given.socket)
-        said = {key: v for key, v in vars(given).items() if v != getattr(blank, key)}
-        found = {name: served.config for name, served in service.regions.items()}
-        if said and found.keys() != config.regions.keys():
-            names = ", ".join(found)
-            _log.error("the former settings stay: give the --config FILE that has region %s", names)
-            return
-        # What is not said stays, above all who may connect; and so do regions of a file.
-        found = {name: dataclasses.replace(each, **said) for name, each in found.items()}
-        config = dataclasses.replace(config, regions=found)
-    try:
-        changes = service.change(config)
-    except (OSError, ValueError) as error:
-        _log.error("the former settings stay: %s", error)
-    else:
-        for line in changes:
-            _log.warning("%s", line)
-
-
 @contextlib.contextmanager
-def _reserved(kept: Kept | None) -> Iterator[None]:
-    """Leave something to a successor, if there is any left."""
-    reserve = _fds.FdArray()
-    with contextlib.suppress(OSError):
-        reserve = _fds.FdArray.eventfds(_RESERVE if kept else 0)
-    try:
+def _unharmed(plan: Plan, service: Service, past: Past | None, kept: Kept | None) -> Iterator[None]:
+    """If this process cannot go on where another was, leave all to the next one."""
+    if past is None:
         yield
-    finally:
-        reserve.close()
-
-
-@contextlib.contextmanager
-def _watching(service: Service, kept: Kept | None) -> Iterator[None]:
-    """Become a parent in its place if the parent is killed."""
-    if kept is None:
-        yield
-        return
-
-    def act() -> None:
-        _log.warning(
-            "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
-        )
+    elif kept:
+        with keeper.left_to_another(partial(_tell, plan)):  # what it has is the parent's, too
+            yield
+    else:
         try:
-            keeper.start_anew(service.descriptors, kept.journal.fileno())
-        except OSError as error:
-            _log.error(
-                "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
-                *(error.filename, error.strerror),
-            )
-            service.unwatch(fd)
-
-    fd = -1
-    try:
-        fd = os.pidfd_open(kept.parent)
-    except ProcessLookupError:
-        act()
-        yield
-        return
-    try:
-        service.watch(fd, act)
-        if os.getppid() != kept.parent:  # that pid is another's already
-            act()
-        yield
-    finally:
-        service.unwatch(fd)
-        os.close(fd)
+            yield
+        except Exception:
+            service.abandon()
+            raise
 
 
 @contextlib.contextmanager
-def _reloading(service: Service, plan: Plan) -> Iterator[Callable[[], object] | None]:
+def _reloading(
+    service: Service, plan: Plan, manager: Manager
+) -> Iterator[Callable[[], object] | None]:
     """What SIGHUP is to do: read the file again, in the loop; None: what SIGTERM does."""
     if plan.load is None or daemon.has_terminal():
         yield None
@@ -445,6 +358,7 @@ def _reloading(service: Service, plan: Plan) -> Iterator[Callable[[], object] | 
 
     def act() -> None:
         wanted.drain(0)
+        manager.notifier.reloading()
         try:
             changes = service.reload()
         except (OSError, ValueError) as error:
@@ -454,6 +368,7 @@ def _reloading(service: Service, plan: Plan) -> Iterator[Callable[[], object] | 
         else:
             told = logs.fields("reloaded", changes=changes)
             _log.warning("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
+        manager.notifier.ready()
 
     service.watch(wanted[0], act)
     try:

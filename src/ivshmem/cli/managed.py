@@ -1,0 +1,168 @@
+"""`ivshmem serve` under a service manager: sockets that are there already, a word how it is.
+
+Knows: what systemd passes to a service and wants to hear from it. Does not know: who else can have
+been there before, what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from .. import _fds, notify, store
+from ..config import ServiceConfig
+from ..journal import Journal, JournalError
+from ..service import Service
+from ..sockets import Listener
+from .banner import counted
+from .succession import Past, stored_past
+
+_log = logging.getLogger("ivshmem.serve")
+
+_PATIENCE = 5.0  # for the manager, seconds
+_SECONDS = 5.0  # between two words about the service, if no watchdog wants more
+
+
+@dataclass
+class Manager:
+    """Whoever started this process; most often somebody who wants to hear nothing.
+
+    Attributes:
+        notifier: tells it how the service is.
+        listeners: sockets that it passed, by path.
+        journal, groups: what it had stored.
+    """
+
+    notifier: notify.Notifier
+    listeners: dict[str, Listener] = field(default_factory=dict)
+    journal: int | None = None
+    groups: store.Groups = field(default_factory=dict)
+
+    @classmethod
+    def from_environment(cls) -> Manager:
+        """Whom the environment names; to be asked once, by the process that was started.
+
+        Raises:
+            ValueError, OSError: what was passed is no socket that a server can listen on.
+        """
+        journal, groups, others = store.sort_out(notify.listen_fds())
+        listeners = map(Listener.adopt, others)
+        return cls(
+            notify.Notifier.from_environment(),
+            {listener.path: listener for listener in listeners},
+            journal,
+            groups,
+        )
+
+    def only_path(self) -> str | None:
+        """The path of the socket that was passed, if that is one and has one."""
+        paths = list(self.listeners)
+        return paths[0] if len(paths) == 1 and paths[0] else None
+
+    def for_regions(self, config: ServiceConfig) -> dict[str, Listener]:
+        """The sockets that were passed, by what the regions call them; none, if there are none.
+
+        Raises:
+            ValueError: one is no region's.
+        """
+        if not config.regions:
+            return {}
+        there = {os.path.realpath(path): each for path, each in self.listeners.items()}
+        found = {}
+        for region in config.regions.values():
+            if (listener := there.pop(os.path.realpath(region.socket), None)) is not None:
+                found[region.socket] = listener
+        for path in there:
+            raise ValueError(
+                f"the socket {path} was passed by the service manager, and is no region's: give"
+                " one of them this path, or take it out of the socket unit"
+            )
+        return found
+
+    def keep(self, config: ServiceConfig) -> tuple[Journal, Past | None]:
+        """Have it keep what will be in a journal; and what it has kept before, if it has.
+
+        Raises:
+            OSError: as of Journal.
+        """
+        fd, self.journal = self.journal, None
+        groups, self.groups = self.groups, {}
+        try:
+            journal = None if fd is None else Journal(fd)
+        except JournalError as error:
+            _log.error("all peers of the last process are cut off: %s", error)
+            journal = None
+        if journal is not None:
+            keeps = store.Store(self.notifier, journal)
+            return journal, stored_past(journal, groups, keeps.drop, config)
+        journal = Journal()
+        keeps = store.Store(self.notifier, journal)
+        for name, fds in groups.items():
+            keeps.drop(name)
+            _close_all(fds)
+        keeps.keep_journal(replace=fd is not None)
+        if fd is not None or groups:
+            # Until the manager has closed its copies, the old sockets listen.
+            self.notifier.barrier(_PATIENCE)
+        return journal, None
+
+    def close(self) -> None:
+        """Forget all about it."""
+        self.notifier.close()
+        for listener in self.listeners.values():
+            listener.close()
+        if self.journal is not None:
+            _close_all([self.journal])
+        for fds in self.groups.values():
+            _close_all(fds)
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def telling(notifier: notify.Notifier, service: Service) -> Iterator[None]:
+    """Say that the service has begun, and then every few seconds that it lives, and how it is."""
+    if not notifier.active:
+        yield
+        return
+    seconds = min(_SECONDS, (notifier.watchdog_seconds or 2 * _SECONDS) / 2)
+    told = ""
+
+    def act() -> None:
+        nonlocal told
+        timer.set(seconds)
+        notifier.watchdog()
+        status = _status(service)
+        if status != told and notifier.status(status):
+            told = status
+
+    timer = _fds.Timer()
+    try:
+        service.watch(timer.fileno(), act)
+        timer.set(seconds)
+        notifier.ready(_status(service))
+        yield
+        notifier.stopping()
+    finally:
+        service.unwatch(timer.fileno())
+        timer.close()
+
+
+def _status(service: Service) -> str:
+    servers = [served.server for served in service.regions.values()]
+    peers = sum(len(server.peers) for server in servers)
+    text = f"{counted(len(servers), 'region')}, {counted(peers, 'peer')}"
+    reasons = {server.paused for server in servers} - {""}
+    return f"{text}; newcomers wait: {', '.join(sorted(reasons))}" if reasons else text
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,229 @@
+"""How `ivshmem serve` goes on where another process was, and lets another go on.
+
+Knows: who can have been there before: a child of the same parent, a server that hands over, one
+whose service manager kept what it had. Does not know: options, what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .. import _fds, control, handover, keeper, logs, sockets, store
+from ..answering import Caller
+from ..config import ConfigError, RegionConfig, ServiceConfig
+from ..journal import Journal
+from ..service import Find, Service, mentioned
+
+_log = logging.getLogger("ivshmem.serve")
+
+# Descriptors that a child keeps unused, so that its successor has them while it begins.
+_RESERVE = 8
+
+
+@dataclass
+class Past:
+    """What another process left.
+
+    Attributes:
+        journal: by which this one can go on.
+        find: where the descriptors are that it names.
+        strays: others; connections among them were accepted, and not noted down yet.
+        end: what became of that process.
+        config: of this one, if it may be another; None: it is the same.
+        partly: this says only what is to be another: the rest stays, above all who may connect.
+    """
+
+    journal: Journal
+    end: str
+    find: Find = lambda fd: fd
+    strays: Collection[int] = field(default_factory=tuple)
+    config: ServiceConfig | None = None
+    partly: bool = False
+
+    def go_on(self, service: Service) -> None:
+        """Serve who was served there.
+
+        Raises:
+            JournalError: nobody can.
+        """
+        service.resume(self.journal, self.find)
+        for fd in set(self.strays).difference(service.descriptors):
+            service.take_stray(fd)
+        peers = sum(len(served.server.peers) for served in service.regions.values())
+        told = logs.fields("takeover", pid=os.getpid(), reason=self.end)
+        _log.warning("pid %d goes on with %d peers", os.getpid(), peers, extra=told)
+        try:
+            wanted = self._wanted(service)
+            changes = [] if wanted is None else service.change(wanted)
+        except (OSError, ValueError) as error:
+            _log.error("the former settings stay: %s", error)
+        else:
+            for line in changes:
+                _log.warning("%s", line)
+
+    def _wanted(self, service: Service) -> ServiceConfig | None:
+        """What is to be served from now on.
+
+        Raises:
+            ConfigError: what is said is of another region.
+        """
+        if self.config is None or not self.partly:
+            return self.config
+        (given,) = self.config.regions.values()
+        blank = RegionConfig(given.socket)
+        said = {key: v for key, v in vars(given).items() if v != getattr(blank, key)}
+        found = {name: served.config for name, served in service.regions.items()}
+        if said and found.keys() != self.config.regions.keys():
+            # To serve one region instead would be the end for the peers of all of these.
+            raise ConfigError(f"give the --config FILE that has region {', '.join(found)}")
+        regions = {name: dataclasses.replace(each, **said) for name, each in found.items()}
+        return dataclasses.replace(self.config, regions=regions)
+
+
+# -- a child of the same parent -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a child has of its parent.
+
+    Attributes:
+        journal: of all children.
+        parent: its pid.
+        known: descriptors that it had before there was a child; all others are children's.
+    """
+
+    journal: Journal
+    parent: int
+    known: set[int]
+
+    def past(self) -> Past:
+        """What the last child left.
+
+        What it had for itself is closed; of the rest, somebody may be at the other end. This comes
+        first: there may be no descriptor left.
+        """
+        named = {fd for fds in mentioned(self.journal).values() for fd in fds}
+        found = []
+        for fd in keeper.strays(self.known):
+            if fd in named or sockets.is_connection(fd):
+                found.append(fd)
+            else:
+                os.close(fd)
+        return Past(self.journal, "the server died", strays=found)
+
+
+@contextlib.contextmanager
+def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
+    """While the block runs, become a parent in its place if the parent is killed."""
+    if kept is None:
+        yield
+        return
+
+    def act() -> None:
+        _log.warning(
+            "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
+        )
+        try:
+            keeper.start_anew(service.descriptors, kept.journal.fileno())
+        except OSError as error:
+            _log.error(
+                "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
+                *(error.filename, error.strerror),
+            )
+            service.unwatch(fd)
+
+    fd = -1
+    try:
+        fd = os.pidfd_open(kept.parent)
+    except ProcessLookupError:
+        act()
+        yield
+        return
+    try:
+        service.watch(fd, act)
+        if os.getppid() != kept.parent:  # that pid is another's already
+            act()
+        yield
+    finally:
+        service.unwatch(fd)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def reserved(kept: Kept | None) -> Iterator[None]:
+    """Leave something to a successor, if there is any left."""
+    reserve = _fds.FdArray()
+    with contextlib.suppress(OSError):
+        reserve = _fds.FdArray.eventfds(_RESERVE if kept else 0)
+    try:
+        yield
+    finally:
+        reserve.close()
+
+
+# -- a server that hands over ---------------------------------------------------------------------
+
+# A journal, and the descriptors that it names.
+Taken = tuple[Journal, set[int]]
+
+
+def take_over(config: ServiceConfig) -> Taken:
+    """All that the server has that runs where this configuration says."""
+    path = config.control
+    if path is None:
+        path = control.default_path(next(iter(config.regions.values())).socket)
+    with sockets.connect(path, handover.SECONDS) as sock:
+        sock.sendall(b'{"do": "takeover"}\n')
+        return handover.take(sock)
+
+
+def handing_over(service: Service, given: list[socket.socket]) -> control.Handler:
+    """What the control socket does when somebody wants to take over.
+
+    Args:
+        given: gets the socket over which the service was given away; then `service` is stopped.
+    """
+
+    def act(caller: Caller, _: Mapping[str, object]) -> None:
+        sock, _rest = caller.detach()
+        if handover.give(service, sock):
+            told = logs.fields("takeover", reason="another process goes on")
+            _log.warning("another process goes on with all peers: this one ends", extra=told)
+            given.append(sock)
+            service.stop()
+        else:
+            _log.warning("another process wanted to go on here, and failed: nothing has changed")
+            sock.close()
+
+    return act
+
+
+# -- one whose service manager kept what it had ---------------------------------------------------
+
+
+def stored_past(
+    journal: Journal, groups: store.Groups, drop: Callable[[str], object], config: ServiceConfig
+) -> Past:
+    """What the manager gave back.
+
+    Groups that the journal does not name are dropped; a connection among them is a stray.
+    """
+    named = mentioned(journal)
+    places = store.place(named, groups)
+    strays = []
+    for name, fds in groups.items():
+        drop(name)
+        for fd in fds:
+            if name not in named and sockets.is_connection(fd):
+                strays.append(fd)
+            else:
+                os.close(fd)
+    changed = config if config.regions else None
+    return Past(journal, "the server died", places.get, strays, changed)
