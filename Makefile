@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CYTHON := _fds _wire _memory _spin _bell _core
-SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py)
+SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*)
 
 .PHONY: help serve test check lint sanitize bench bench-roundtrips cython clean
 
@@ -69,7 +69,7 @@ $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 	$(PYTHON) -m venv $(VENV)-sanitize
 	@echo "building with $(SANITIZE) ..."
 	@rm -rf build/sanitize && mkdir -p build/sanitize  # a copy: objects of both kinds must not mix
-	@cp -r pyproject.toml setup.py README.md LICENSE src build/sanitize
+	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/sanitize
 	@CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
 	    LDFLAGS="$(SANITIZE)" $(VENV)-sanitize/bin/python -m pip install --quiet --no-cache-dir \
 	    --force-reinstall "build/sanitize[test]"

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,16 @@ def test_the_files_of_the_wheel() -> None:
     assert endings == {"py", "pyi", "pxd", "typed", "so"}
     assert {"ivshmem/__init__.py", "ivshmem/_core.pyi", "ivshmem/py.typed"} <= names
     assert {"ivshmem/cli/serve.py", "ivshmem/qemu/cmdline.py", "ivshmem/_core.pxd"} <= names
+
+
+def test_the_units_of_the_wheel() -> None:
+    origin = json.loads(DISTRIBUTION.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        pytest.skip("an editable install has no files; `make test` installs the wheel")
+    prefix = Path(sys.prefix)
+    for name in ("ivshmem.service", "ivshmem@.service", "ivshmem@.socket"):
+        assert "[Install]" in (prefix / "lib/systemd/system" / name).read_text()
+    assert (prefix / "lib/sysusers.d/ivshmem.conf").read_text().splitlines()[-1].startswith("u ")
 
 
 def test_nothing_is_needed_at_run_time() -> None:
