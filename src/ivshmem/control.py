@@ -376,8 +376,10 @@ def _shown(value: object) -> str:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{where}{error.strerror}"
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _who(caller: Caller) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -247,6 +248,8 @@ class TestWhatItDoes:
         controlled.config = ValueError("ivshmem.toml: region.db.size is 3M:\nno power of two")
         error = "ivshmem.toml: region.db.size is 3M: no power of two"
         assert controlled.refused("reload") == error
+        controlled.config = FileNotFoundError(errno.ENOENT, "No such file", "/etc/a\nb")
+        assert controlled.refused("reload") == "/etc/a?b: No such file"
         controlled.config = ServiceConfig(before)
         assert controlled.ask("reload") == {"changes": ["region db: removed"]}
 
