@@ -214,7 +214,7 @@ class Session:
     def _vector(self, state: State, peer: int, fd: int) -> GotVector:
         self._close_group(peer)
         number = self._counts.get(peer, 0)
-        if self._guessed and peer == self.id:
+        if self._guessed and peer == self.id and self._counts.keys() <= {peer}:
             self._vectors = max(self._vectors or 0, number + 1)
         if self._vectors is not None and number >= self._vectors:
             raise ProtocolError(f"peer {peer} was announced with more than {self._vectors} vectors")
@@ -245,7 +245,8 @@ class Session:
         """Be told that set-up is over: in state SETUP this client has all its vectors.
 
         `guessed`: this follows only from the server's silence; should more vectors of this client
-        come after all, they count. In states after SETUP nothing changes.
+        come after all, they count until somebody else is announced, who has as many as were known
+        then. In states after SETUP nothing changes.
 
         Raises:
             ProtocolError: they are not as many as were expected. The state is FAILED then.
@@ -256,8 +257,10 @@ class Session:
         if self._expected not in (None, own):
             self.state = State.FAILED
             raise ProtocolError(f"the server gave {own} vectors, {self._expected} were expected")
-        if self._vectors is None or not guessed:
+        if not guessed:
             self._vectors = own
+        elif self._vectors is None:
+            self._vectors = self._counts.get(self._last, 0)  # of the only one announced so far
         self._guessed = guessed
         self.state = State.READY
 

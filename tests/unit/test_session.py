@@ -236,6 +236,26 @@ def test_a_guess_does_not_unlearn() -> None:
     assert session.peers == [4, 5, 6]
 
 
+def test_a_guess_is_of_whoever_was_announced() -> None:
+    """A server that was silent in the middle: nobody joins later without an event."""
+    session = greeted()
+    feed(session, (4, 60))
+    session.end_setup(guessed=True)
+    assert (session.vectors, session.peers) == (1, [4])
+    assert feed(session, (3, 61)) == [GotVector(3, 0, 61, whole=True)]
+    assert session.peers == [4]
+
+
+def test_nobody_joins_twice_by_more_vectors() -> None:
+    session = greeted()
+    feed(session, (4, 60), (4, 61), (5, 62))
+    session.end_setup(guessed=True)
+    feed(session, (3, 63), (3, 64))
+    with pytest.raises(ProtocolError, match="peer 3 was announced with more than 2 vectors"):
+        feed(session, (3, 65))
+    assert session.peers == [4]
+
+
 @pytest.mark.parametrize("own", [0, 1, 3])
 @pytest.mark.parametrize("guessed", [False, True])
 def test_other_than_expected(own: int, guessed: bool) -> None:
