@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 CYTHON := _fds _wire _memory _spin _bell _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*)
 
-.PHONY: help serve test check lint sanitize bench bench-roundtrips cython clean
+.PHONY: help serve test check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
 	@echo "make test    lint and run all tests, real guests included"
 	@echo "make check   the same as CI: what cannot run is a failure"
 	@echo "make sanitize   run the tests of the C code with it built for AddressSanitizer and UBSan"
+	@echo "make fuzz    a million hostile inputs (COUNT=1000000 SEED=1 TARGET=all); the one input of a"
+	@echo "             finding: TARGET=client REPLAY=build/fuzz/client-1. make fuzz-sanitized: the same"
+	@echo "             with the C code built for AddressSanitizer and UBSan"
 	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
 	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
 	@echo "    make bench-roundtrips ARGS='--pinning two'    round trips, beside C and other libraries"
@@ -59,11 +62,33 @@ SANITIZED := unit $(addprefix integration/test_,access aio broker directory each
 SANITIZE := -fsanitize=address,undefined
 RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
 
+# To files, since pytest takes what goes to stderr, and what it holds is lost when the process aborts.
+REPORTS := build/reports
+WATCHED = LD_PRELOAD="$(RUNTIME)" PYTHONMALLOC=malloc \
+    UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(REPORTS)/ubsan \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_sigbus=0:log_path=$(CURDIR)/$(REPORTS)/asan
+# A report fails also if a test did not notice what became of a process that it started.
+REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
+
 sanitize: $(VENV)-sanitize/installed
-	LD_PRELOAD="$(RUNTIME)" PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1 \
-	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_sigbus=0 \
-	    $(VENV)-sanitize/bin/python -m pytest \
-	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py) $(SANITIZED:%=tests/%/)))
+	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
+	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
+	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py) $(SANITIZED:%=tests/%/))) || \
+	    { $(REPORTED); exit 1; }
+	@! $(REPORTED)
+
+COUNT ?= 1000000
+SEED ?= 1
+TARGET ?= all
+FUZZ = -m fuzz --count $(COUNT) --seed $(SEED) --target $(TARGET) $(REPLAY:%=--replay %)
+
+fuzz: $(VENV)/tested
+	PYTHONPATH=tests $(BIN)/python $(FUZZ)
+
+fuzz-sanitized: $(VENV)-sanitize/installed
+	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
+	$(WATCHED) PYTHONPATH=tests $(VENV)-sanitize/bin/python $(FUZZ) || { $(REPORTED); exit 1; }
+	@! $(REPORTED)
 
 $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 	$(PYTHON) -m venv $(VENV)-sanitize
