@@ -54,11 +54,12 @@ bench-roundtrips: $(VENV)/measured
 	$(BIN)/python -m bench.roundtrips $(or $(ARGS),--json build/roundtrips.json --picture build/latency.svg)
 
 # The C code under AddressSanitizer and UndefinedBehaviorSanitizer. Left out are tests that hardly touch it,
-# and take long then: command lines, the doctor, packaging, benchmarks. Leaks are not looked for by the
+# and take long then: command lines, the doctor, packaging, benchmarks, what is Python alone; and those that
+# do the same as others with thousands of peers or for seconds. Leaks are not looked for by the
 # sanitizer, to which CPython's own look the same; the tests look for descriptors and mappings themselves.
-SANITIZED := unit $(addprefix integration/test_,access aio broker directory each_call_fails embedding \
-    foreign_servers hostile hostile_peers lifecycle memory region region_shortage \
-    scale server_client service shortages sockets succession threads)
+SANITIZED := fuzz/test_fuzz $(addprefix unit/test_,core_* directory events guest_pci guest_uio guest_vfio) \
+    $(addprefix integration/test_,access aio broker directory each_call_fails embedding foreign_servers \
+    hostile lifecycle memory region region_shortage server_client service shortages sockets succession threads)
 SANITIZE := -fsanitize=address,undefined
 RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
 
@@ -73,7 +74,7 @@ REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
 sanitize: $(VENV)-sanitize/installed
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
-	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py) $(SANITIZED:%=tests/%/))) || \
+	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py))) || \
 	    { $(REPORTED); exit 1; }
 	@! $(REPORTED)
 
