@@ -256,7 +256,9 @@ class Client(Endpoint):
             unread = self._queue.pop((PeerJoined, event.peer), None)
             if unread is not None and not self._queue:
                 self._set_queued(False)
-            if event.whole and unread is None:
+            # Who left during set-up was never there for who asks for events.
+            ready = self._session.state is State.READY
+            if event.whole and unread is None and ready:
                 self._tell(PeerLeft, event.peer, PeerLeft(event.peer))
 
     def _tell(self, kind: type[Event], peer: int, event: Event) -> None:

@@ -211,6 +211,7 @@ class Player:
         self.flags = 0
         self.limit: int | None = None
         self.kinds: set[int] = set()  # that were sent
+        self.memories = 0  # how many of the kind that is no bell, and is expected once
         self.next = ""  # what the client does in this turn
         self.number = 0
         self.known: set[int] = set()  # peers, as its events say
@@ -263,6 +264,7 @@ class Player:
             if sent < len(data):
                 self.unsent.appendleft((data[sent:], ()))
             self.kinds.update(kinds)
+            self.memories += kinds.count(MEMORY)
         return True
 
     def _send(self, data: bytes, *kinds: int) -> None:
@@ -419,7 +421,7 @@ class Player:
             self._check_reason(error)
         except OSError as error:
             # A peer's bell may be anything; epoll objects and the like need a descriptor.
-            strange = self.kinds - _EVENTFDS - {MEMORY}
+            strange = self.kinds - _EVENTFDS - {MEMORY} or self.memories > 1
             short = self.limit is not None and error.errno in (errno.EMFILE, errno.ENFILE)
             if not strange and not short:
                 raise Finding(f"{self.next} failed with {error!r}") from error
@@ -607,4 +609,6 @@ class ClientTarget(Scripted):
             [*example, Op("limit", (1,)), Op("crowd", (5, 9)), turn("news"), turn("events")],
             [*greeting()[:2], send(-1, _BY_NAME["directory"])],
             [*greeting(), send(1, _BY_NAME["pipe to read"])],
+            # One that is there leaves during set-up, and comes again.
+            [*example[:7], send(3), send(3, EVENTFD), send(1, EVENTFD), Op("told"), turn("news")],
         ]
