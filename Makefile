@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CYTHON := _fds _wire _memory _spin _bell _core
-SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*)
+SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*/*)
 
 .PHONY: help serve test check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
