@@ -81,6 +81,10 @@ def fail(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """An error as a person reads it: the path first, no errno, and what to do."""
+    return "".join(c if c.isprintable() else "?" for c in _sentence(error))
+
+
+def _sentence(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return " ".join(str(error).split())
     hint = (
