@@ -257,6 +257,23 @@ def test_configuration_is_broken_meanwhile(
         pass
 
 
+def test_what_cannot_begin_never_begins(region: list[str], tmp_path: Path) -> None:
+    """The second time there is a journal, in which there is nothing."""
+    region[region.index("-S") + 1] = str(tmp_path / "missing" / "socket")
+    manager = Manager([*region, "--fd-store"], tmp_path)
+    try:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="no such file"):
+                manager.start()
+            os.waitpid(manager.pid, 0)
+        (tmp_path / "missing").mkdir()
+        manager.start()
+        with RawPeer(str(tmp_path / "missing" / "socket")).set_up(VECTORS):
+            pass
+    finally:
+        manager.close()
+
+
 def test_what_is_seen_cannot_be_had(
     manage: Manage, region: list[str], path: str, peers: list[RawPeer]
 ) -> None:

@@ -51,6 +51,7 @@ class Past:
 
         Raises:
             JournalError: nobody can.
+            OSError, ValueError: nobody was served, and what is to be cannot be.
         """
         service.resume(self.journal, self.find)
         for fd in set(self.strays).difference(service.descriptors):
@@ -62,6 +63,8 @@ class Past:
             wanted = self._wanted(service)
             changes = [] if wanted is None else service.change(wanted)
         except (OSError, ValueError) as error:
+            if not service.regions:
+                raise  # there is nobody whom it would harm to end here
             _log.error("the former settings stay: %s", error)
         else:
             for line in changes:
