@@ -6,6 +6,7 @@ Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
     connect   makes this process a peer, with an id, a region, doorbells and vectors
     Region    the shared memory itself: `memoryview(region)`, `numpy.frombuffer(region)`
     Directory names in the region, by which peers find one another: `publish`, `lookup`
+    save      writes a region to a file, whole or not at all; `load` checks it and reads it back
 
 A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
 over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`. The command
@@ -24,6 +25,7 @@ from .errors import (
     ClosedError,
     DeviceGone,
     DirectoryFull,
+    ImageError,
     IvshmemError,
     NameTaken,
     NoDirectory,
@@ -37,6 +39,7 @@ from .errors import (
     RegionError,
     ServerGone,
 )
+from .image import ImageInfo, load, save
 from .region import Region, RegionInfo
 from .server import Server
 from .sizes import parse_size
@@ -53,6 +56,8 @@ __all__ = [
     "Endpoint",
     "Entry",
     "Event",
+    "ImageError",
+    "ImageInfo",
     "Interrupt",
     "IvshmemError",
     "NameTaken",
@@ -78,5 +83,7 @@ __all__ = [
     "ServerLost",
     "Verdict",
     "connect",
+    "load",
     "parse_size",
+    "save",
 ]

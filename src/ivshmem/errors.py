@@ -4,6 +4,7 @@
      +-- ProtocolError                what the other end sent is not protocol version 0
      +-- ServerGone (ConnectionError) the server ended the connection before set-up was complete
      +-- RegionError (ValueError)     a size or a source that cannot be shared memory
+     +-- ImageError (ValueError)      a saved region that is damaged, or does not fit
      +-- NoSuchPeer (LookupError)     nobody with that id is connected
      +-- NoSuchVector (LookupError)   that peer, or this endpoint, has no such vector
      +-- NoDirectory (LookupError)    the region has no directory of names
@@ -24,6 +25,7 @@ __all__ = [
     "ClosedError",
     "DeviceGone",
     "DirectoryFull",
+    "ImageError",
     "IvshmemError",
     "NameTaken",
     "NoDirectory",
@@ -53,6 +55,10 @@ class ServerGone(IvshmemError, ConnectionError):
 
 class RegionError(IvshmemError, ValueError):
     """A size or a source that cannot be a shared memory region."""
+
+
+class ImageError(IvshmemError, ValueError):
+    """A file that holds no region, or not whole, or not one that fits."""
 
 
 class NoSuchPeer(IvshmemError, LookupError):

@@ -1,0 +1,116 @@
+"""`ivshmem save` and `ivshmem load`: a region's bytes in a file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from .. import image
+from ..client import connect
+from ..image import ImageInfo
+from ..region import Region
+from ..sizes import format_size
+from . import daemon
+from .arguments import DEFAULT_SOCKET
+from .progress import Progress
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    save = subparsers.add_parser(
+        "save",
+        help="write a region's bytes to a file",
+        description="Write a region's bytes to a file, which is replaced only when the new one is"
+        " whole. Pages of zeros take no space. What peers write meanwhile is saved or not: stop"
+        " them first if that matters.",
+    )
+    _add_place(save)
+    save.add_argument("--compress", action="store_true", help="by zlib")
+    save.set_defaults(run=run_save)
+    load = subparsers.add_parser(
+        "load",
+        help="make a region what was saved",
+        description="Check a file that `ivshmem save` wrote, to its end, and then make a region"
+        " what was saved. If the file is damaged, the region does not change.",
+    )
+    _add_place(load)
+    load.add_argument("--check", action="store_true", help="only check the file")
+    load.set_defaults(run=run_load)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FILE")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "-S",
+        "--socket",
+        metavar="PATH",
+        default=DEFAULT_SOCKET,
+        help="of the server that has the region (default: %(default)s)",
+    )
+    place.add_argument("-M", "--name", help="the region's POSIX name, without a server")
+    place.add_argument("-f", "--file", metavar="PATH", help="the region's file, likewise")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="for the server to answer (default: %(default)s)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+
+
+@contextlib.contextmanager
+def _region(options: argparse.Namespace, *, readonly: bool) -> Iterator[Region]:
+    """The region that the options name."""
+    if options.name is None and options.file is None:
+        with connect(options.socket, timeout=options.timeout, readonly=readonly) as client:
+            yield client.region
+    else:
+        with Region.attach(name=options.name, path=options.file, readonly=readonly) as region:
+            yield region
+
+
+@contextlib.contextmanager
+def _shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows progress, and lets signals end the work between two steps of it."""
+    quiet = options.quiet or not sys.stderr.isatty()
+    with (
+        Progress(sys.stderr, quiet=quiet) as progress,
+        daemon.signals_held(),
+        daemon.ended_at_steps() as step,
+    ):
+
+        def show(done: int, total: int) -> None:
+            step()
+            progress.show(done / max(total, 1), what)
+
+        yield show
+
+
+def run_save(options: argparse.Namespace) -> int:
+    """Save a region."""
+    with _region(options, readonly=True) as region, _shown(options, "saving") as show:
+        info = image.save(region, options.path, compress=options.compress, progress=show)
+    _print(options.path, info)
+    return 0
+
+
+def run_load(options: argparse.Namespace) -> int:
+    """Load a region, or only check what would be loaded."""
+    if options.check:
+        with _shown(options, "checking") as show:
+            info = image.check(options.path, progress=show)
+    else:
+        with _region(options, readonly=False) as region, _shown(options, "loading") as show:
+            info = image.load(options.path, region, progress=show)
+    _print(options.path, info)
+    return 0
+
+
+def _print(path: str, info: ImageInfo) -> None:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.saved))
+    where = f"{info.source} {info.name}" if info.name else info.source
+    print(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}")

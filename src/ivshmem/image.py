@@ -1,0 +1,422 @@
+"""A region's bytes in a file: saved whole or not at all, checked before they are loaded.
+
+Knows: the file's form, sparse memory, checksums. Does not know: who shares a region, or how to stop
+them: what somebody writes meanwhile is saved or not, and read by others while it is loaded.
+
+The form, numbers little-endian:
+
+    8 bytes     "IVSHSAVE"
+    4           length of the header
+    n           the header, JSON: version, id, size, compressed, source, name, saved
+    4           CRC-32 of all that, zlib's
+    records, in ascending order: what is in none of them is zero
+        8       offset in the region
+        4, 4    length in the region, and here: less only if the data is compressed (zlib)
+        4       CRC-32 of these 16 bytes and the data, begun with that of the record (header) before
+        n       the data
+    a last record, whose offset is the region's size, without data
+
+Invariants:
+1. A file that was there stays until another one is whole and on the disk.
+2. No byte of a region changes before the whole file was found to be good.
+3. What stands in a file is believed only after its checksum; no length in it takes more memory than
+   a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import stat
+import struct
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from .errors import ImageError
+from .pages import PAGE
+from .region import Region
+from .sizes import format_size
+
+_MAGIC = b"IVSHSAVE"
+_VERSION = 1
+_LENGTH = struct.Struct("<I")
+_RECORD = struct.Struct("<QII")
+_BLOCK = 1 << 20  # bytes of a region in a record, at most
+_MOST_HEADER = 1 << 16
+_LEVEL = 1  # of zlib: higher ones gain little and take long
+
+# Called with how many bytes of the region, or of the file, are done, and of how many.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a saved region is.
+
+    Attributes:
+        id: of this saving, 32 hexadecimal digits.
+        size: of the region, bytes.
+        compressed: whether zlib has been at it.
+        source, name: where the memory came from, as in RegionInfo.
+        saved: when, in seconds since the epoch.
+    """
+
+    id: str
+    size: int
+    compressed: bool
+    source: str
+    name: str | None
+    saved: float
+
+
+# -- saving ---------------------------------------------------------------------------------------
+
+
+def save(
+    region: Region,
+    path: str | os.PathLike[str],
+    *,
+    compress: bool = False,
+    progress: Progress | None = None,
+) -> ImageInfo:
+    """Write a region's bytes to a file, which only its owner can read.
+
+    Pages of zeros take no space. A file that is there is replaced when the new one is whole and on
+    the disk; whatever happens before, it stays as it was.
+
+    Raises:
+        OSError: as of open(2), write(2), fsync(2) or rename(2), with the path.
+        ClosedError: the region is closed.
+    """
+    target = os.fspath(path)
+    info = ImageInfo(
+        uuid.uuid4().hex, region.size, compress, region.source, region.name, time.time()
+    )
+    try:
+        with _replacing(target, os.fstat(region.fileno())) as file:
+            _write(file, region, info, progress or _nobody)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from error
+    return info
+
+
+def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: Progress) -> None:
+    header = json.dumps({"version": _VERSION, **dataclasses.asdict(info)}).encode()
+    head = _MAGIC + _LENGTH.pack(len(header)) + header
+    crc = zlib.crc32(head)
+    file.write(head + _LENGTH.pack(crc))
+    for offset, data in _pieces(region, progress):
+        stored: bytes | memoryview = zlib.compress(data, _LEVEL) if info.compressed else data
+        if len(stored) >= len(data):
+            stored = data
+        crc = _put(file, crc, offset, len(data), stored)
+    _put(file, crc, info.size, 0, b"")
+
+
+def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | memoryview) -> int:
+    record = _RECORD.pack(offset, length, len(stored))
+    crc = zlib.crc32(stored, zlib.crc32(record, crc))
+    file.write(record + _LENGTH.pack(crc))
+    file.write(stored)
+    return crc
+
+
+def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryview]]:
+    """What is not zero, a copy at a time: for others may write to the region meanwhile."""
+    buffer = bytearray(_BLOCK)
+    zeros = bytes(_BLOCK)
+    for start, end in _extents(region, 0, region.size):
+        for offset in range(start, end, _BLOCK):
+            length = min(_BLOCK, end - offset)
+            block = memoryview(buffer)[:length]
+            _read_into(region, offset, block)
+            if block != memoryview(zeros)[:length]:
+                for first, last in _runs(block, zeros):
+                    yield offset + first, block[first:last]
+            progress(offset + length, region.size)
+    progress(region.size, region.size)
+
+
+def _extents(region: Region, at: int, end_at: int) -> Iterator[tuple[int, int]]:
+    """Where the memory may have something, from `at` to `end_at`."""
+    while at < end_at:
+        fd, base = region.fileno(), region.offset
+        try:
+            start = os.lseek(fd, base + at, os.SEEK_DATA) - base
+            if start >= end_at:
+                return
+            end = min(os.lseek(fd, base + start, os.SEEK_HOLE) - base, end_at)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole up to the end
+            start, end = at, end_at  # a file that knows no holes
+        yield start, end
+        at = max(end, start + PAGE)  # somebody may make a hole where there was none
+
+
+def _read_into(region: Region, offset: int, block: memoryview) -> None:
+    """Read by the descriptor if it can be read: through a mapping, a hole would take a page."""
+    done = 0
+    with contextlib.suppress(OSError):  # a device's memory can only be mapped
+        done = os.preadv(region.fileno(), [block], region.offset + offset)
+    if done < len(block):
+        region.read_into(offset + done, block[done:])
+
+
+def _runs(block: memoryview, zeros: bytes) -> Iterator[tuple[int, int]]:
+    """Where there are pages that are not all zeros, as runs of them."""
+    first = -1
+    for at in range(0, len(block), PAGE):
+        page = block[at : at + PAGE]
+        if page == memoryview(zeros)[: len(page)]:
+            if first >= 0:
+                yield first, at
+            first = -1
+        elif first < 0:
+            first = at
+    if first >= 0:
+        yield first, len(block)
+
+
+@contextlib.contextmanager
+def _replacing(target: str, region: os.stat_result) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target`, not of `region`, when the block has succeeded."""
+    target = os.path.realpath(target)
+    with contextlib.suppress(FileNotFoundError):
+        there = os.lstat(target)
+        if not stat.S_ISREG(there.st_mode):
+            raise FileExistsError(errno.EEXIST, "is no regular file: choose another path")
+        if (there.st_dev, there.st_ino) == (region.st_dev, region.st_ino):
+            raise FileExistsError(errno.EEXIST, "is the region itself: choose another path")
+    directory, name = os.path.split(target)
+    draft = f".{name[:200]}.{os.urandom(8).hex()}"
+    with contextlib.ExitStack() as undo:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, place)
+        fd, named = _open_draft(draft, place)
+        if named:
+            undo.callback(_remove, draft, place)
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+            if not named:
+                os.link(f"/proc/self/fd/{fd}", draft, dst_dir_fd=place)
+                undo.callback(_remove, draft, place)
+        os.replace(draft, target, src_dir_fd=place)
+        with contextlib.suppress(OSError):  # some file systems cannot be asked that
+            os.fsync(place)
+
+
+def _open_draft(name: str, place: int) -> tuple[int, bool]:
+    """A new file, and whether it has the name already: without, it goes when the process dies."""
+    try:
+        return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=place), False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.open(name, flags, 0o600, dir_fd=place), True
+
+
+def _remove(name: str, place: int) -> None:
+    with contextlib.suppress(FileNotFoundError):  # it has the target's name now
+        os.unlink(name, dir_fd=place)
+
+
+def _nobody(_done: int, _total: int) -> None:
+    pass
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def read_info(path: str | os.PathLike[str]) -> ImageInfo:
+    """What is saved in a file, by its header alone.
+
+    Raises:
+        ImageError: it is no saved region, or one of a version that is not known here.
+        OSError: as of open(2) and read(2).
+    """
+    with _Reader(os.fspath(path)) as reader:
+        return reader.info
+
+
+def check(path: str | os.PathLike[str], *, progress: Progress | None = None) -> ImageInfo:
+    """Read a whole file, and see whether it is as it was written.
+
+    Raises:
+        ImageError: it is not: with the offset of the damage.
+        OSError: as of open(2) and read(2).
+    """
+    with _Reader(os.fspath(path)) as reader:
+        for _ in reader.pieces(progress or _nobody):
+            pass
+        return reader.info
+
+
+def load(
+    path: str | os.PathLike[str], region: Region, *, progress: Progress | None = None
+) -> ImageInfo:
+    """Make a region what was saved.
+
+    The file is read twice: it is checked to its end before the region changes.
+
+    Raises:
+        ImageError: it is damaged (with the offset), or of another size than the region; the region
+            has not changed, unless somebody changed the file after it was found good.
+        OSError: as of open(2) and read(2).
+        ClosedError, TypeError: the region is closed, or may only be read.
+    """
+    note = progress or _nobody
+    with _Reader(os.fspath(path)) as reader:
+        info = reader.info
+        if info.size != region.size:
+            raise ImageError(
+                f"{reader.path} holds {format_size(info.size)}, and the region has"
+                f" {format_size(region.size)}: they must be the same"
+            )
+        if region.readonly:
+            raise ImageError(f"{reader.path}: the region may only be read here")
+        for _ in reader.pieces(lambda done, total: note(done, 2 * total)):
+            pass
+        reader.rewind()
+        reader.effect = "somebody changed it meanwhile; the region has a part of it"
+        at = 0
+        for offset, data in reader.pieces(lambda done, total: note(total + done, 2 * total)):
+            _clear(region, at, offset)
+            region.write(offset, data)
+            at = offset + len(data)
+        _clear(region, at, region.size)
+    return info
+
+
+def _clear(region: Region, start: int, end: int) -> None:
+    """Make it zeros, where it is not: what is untouched takes no memory."""
+    buffer = bytearray(_BLOCK)
+    zeros = memoryview(bytes(_BLOCK))
+    for first, last in _extents(region, start, end):
+        for offset in range(first, last, _BLOCK):
+            length = min(_BLOCK, last - offset)
+            block = memoryview(buffer)[:length]
+            _read_into(region, offset, block)
+            if block != zeros[:length]:
+                region.write(offset, zeros[:length])
+
+
+class _Reader:
+    """A file with a saved region; a context manager."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.effect = "nothing was loaded"  # of what goes wrong from now on
+        self._file = open(path, "rb")  # noqa: SIM115
+        try:
+            self._size = os.fstat(self._file.fileno()).st_size
+            self.info, self._crc = self._read_header()
+            self._start = self._file.tell()
+            self._seed = self._crc
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> tuple[ImageInfo, int]:
+        head = self._file.read(len(_MAGIC) + _LENGTH.size)
+        if not head.startswith(_MAGIC):
+            raise ImageError(f"{self.path} is no saved region")
+        if len(head) < len(_MAGIC) + _LENGTH.size:
+            raise self._damaged(0, "it ends in the header")
+        (length,) = _LENGTH.unpack_from(head, len(_MAGIC))
+        if length > _MOST_HEADER:
+            raise self._damaged(len(_MAGIC), f"a header of {length} bytes")
+        header = self._file.read(length)
+        end = self._file.read(_LENGTH.size)
+        if len(end) < _LENGTH.size:
+            raise self._damaged(0, "it ends in the header")
+        crc = zlib.crc32(head + header)
+        if end != _LENGTH.pack(crc):
+            raise self._damaged(0, "the header has another checksum")
+        return self._understood(header), crc
+
+    def _understood(self, header: bytes) -> ImageInfo:
+        try:
+            values = json.loads(header)
+            version = values.pop("version")
+            if version != _VERSION:
+                raise ImageError(
+                    f"{self.path} is a saved region of version {version}, and this is for"
+                    f" {_VERSION}: use a newer ivshmem"
+                )
+            info = ImageInfo(**values)
+            if not isinstance(info.size, int) or info.size < 0:
+                raise ValueError(f"a size of {info.size!r}")
+            return info
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(0, f"no header: {error}") from None
+
+    def rewind(self) -> None:
+        """Go back to the first record."""
+        self._file.seek(self._start)
+        self._crc = self._seed
+
+    def pieces(self, progress: Progress) -> Iterator[tuple[int, bytes]]:
+        """What is not zero, in ascending order, checked one by one.
+
+        Raises:
+            ImageError: where the next is not as it was written.
+        """
+        at = 0
+        while True:
+            where = self._file.tell()
+            record = self._file.read(_RECORD.size + _LENGTH.size)
+            if len(record) < _RECORD.size + _LENGTH.size:
+                raise self._damaged(where, "it ends too early")
+            offset, length, stored = _RECORD.unpack_from(record)
+            if stored > _BLOCK:
+                raise self._damaged(where, f"a record of {stored} bytes")
+            data = self._file.read(stored)
+            if len(data) < stored:
+                raise self._damaged(where, "it ends too early")
+            self._crc = zlib.crc32(data, zlib.crc32(record[: _RECORD.size], self._crc))
+            if record[_RECORD.size :] != _LENGTH.pack(self._crc):
+                raise self._damaged(where, "the record has another checksum")
+            # Nothing that `save` wrote comes so far, but anybody can make a checksum.
+            room = self.info.size - offset
+            if not stored <= length <= _BLOCK or offset < at or length > room:
+                raise self._damaged(where, "a record that cannot be")
+            if not length:
+                break
+            yield offset, self._whole(where, data, length)
+            at = offset + length
+            progress(self._file.tell(), self._size)
+        end = self._file.tell()
+        if offset != self.info.size or self._file.read(1):
+            raise self._damaged(end, "it goes on after its end")
+        progress(self._size, self._size)
+
+    def _whole(self, where: int, data: bytes, length: int) -> bytes:
+        if len(data) == length:
+            return data
+        try:
+            whole = zlib.decompressobj().decompress(data, length + 1)
+        except zlib.error as error:
+            raise self._damaged(where, str(error)) from None
+        if len(whole) != length:
+            raise self._damaged(where, "data of another length")
+        return whole
+
+    def _damaged(self, where: int, what: str) -> ImageError:
+        return ImageError(f"{self.path} is damaged at byte {where}: {what}; {self.effect}")
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()

@@ -1,0 +1,373 @@
+"""Regions in files: what is saved comes back, what is damaged does not, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.mounts import huge_pages
+from support.waiting import in_child, until
+
+import ivshmem
+from ivshmem import ImageError, Region, image
+
+IVSHMEM = [sys.executable, "-m", "ivshmem"]
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    """With something in it: at both ends, a long piece, a word in the middle of nowhere."""
+    with Region.create(SIZE) as region:
+        region.write(0, b"begin")
+        region.write(1 << 20, random.Random(1).randbytes(100_000))  # noqa: S311
+        region.write(3 << 20, b"easily compressed " * 50_000)
+        region.write((2 << 20) + 4093, b"word!")
+        region.write(SIZE - 3, b"end")
+        yield region
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "saved"
+
+
+def content(region: Region) -> bytes:
+    return region.read(0, region.size)
+
+
+def blocks(region: Region) -> int:
+    return os.fstat(region.fileno()).st_blocks
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
+def test_there_and_back(region: Region, file: Path, compress: bool) -> None:
+    before = blocks(region)
+    info = ivshmem.save(region, file, compress=compress)
+    assert blocks(region) == before, "looking filled the holes"
+    assert info.size == SIZE
+    assert image.read_info(file) == image.check(file) == info
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.stat().st_size < (200_000 if compress else 1_400_000)
+    with Region.create(SIZE) as other:
+        other.write(500_000, b"to be cleared")
+        assert ivshmem.load(file, other) == info
+        assert blocks(other) <= before + 8  # the page that was cleared
+        assert content(other) == content(region)
+        other.write(0, b"something else")
+        ivshmem.load(file, other)
+        assert content(other) == content(region)
+    assert content(region)[-3:] == b"end"
+
+
+def test_an_empty_one_and_a_full_one(file: Path) -> None:
+    with Region.create("2M") as empty, Region.create("2M") as full:
+        full.write(0, random.Random(2).randbytes(2 << 20))  # noqa: S311
+        ivshmem.save(empty, file)
+        assert file.stat().st_size < 400
+        ivshmem.load(file, full)
+        assert content(full) == bytes(2 << 20)
+        full.write(0, b"x" * (2 << 20))
+        ivshmem.save(full, file)
+        ivshmem.load(file, empty)
+        assert content(empty) == b"x" * (2 << 20)
+
+
+def test_huge_pages_that_nobody_has_touched(file: Path) -> None:
+    """They are not taken by being looked at."""
+    with huge_pages(2 << 20, 8) as got:
+        if got < 8:
+            pytest.skip("needs 8 huge pages of 2 MiB, and to be root")
+        with Region.create("16M", hugepages="2M") as region:
+            region.write(5 << 20, b"here")
+            before = region.info().resident
+            assert before == 2 << 20
+            ivshmem.save(region, file)
+            ivshmem.load(file, region)
+            assert file.stat().st_size < 8192
+            assert region.info().resident == before
+            assert region.read(5 << 20, 4) == b"here"
+
+
+def test_progress_ends_at_its_end(region: Region, file: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        told.append((done, total))
+
+    for number in range(3):
+        told.clear()
+        if number == 0:
+            ivshmem.save(region, file, progress=note)
+        elif number == 1:
+            image.check(file, progress=note)
+        else:
+            ivshmem.load(file, region, progress=note)
+        assert told[-1][0] == told[-1][1] > 0
+        assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
+def test_any_damage_is_found(region: Region, file: Path, tmp_path: Path, compress: bool) -> None:
+    """Every bit of the headers of records, some of the data, every way to end too early."""
+    ivshmem.save(region, file, compress=compress)
+    good = file.read_bytes()
+    bad = tmp_path / "bad"
+    dice = random.Random(3)  # noqa: S311
+    places = {*range(300), *(dice.randrange(len(good)) for _ in range(300))}
+    places |= {len(good) - 1 - n for n in range(40)}
+    with Region.create(SIZE) as other:
+        other.write(0, b"as before")
+        for place in places:
+            bad.write_bytes(
+                good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :]
+            )
+            with pytest.raises(ImageError, match=r"damaged at byte|no saved region|of version"):
+                ivshmem.load(bad, other)
+            bad.write_bytes(good[:place])
+            with pytest.raises(ImageError, match=r"damaged at byte|no saved region"):
+                ivshmem.load(bad, other)
+        bad.write_bytes(good + b"\0")
+        with pytest.raises(ImageError, match=f"damaged at byte {len(good)}"):
+            ivshmem.load(bad, other)
+        assert content(other).rstrip(b"\0") == b"as before"
+
+
+def test_the_damage_is_where_it_is_said_to_be(region: Region, file: Path) -> None:
+    ivshmem.save(region, file)
+    starts = records(file.read_bytes())
+    for start, end in zip(starts, [*starts[1:], file.stat().st_size], strict=True):
+        data = bytearray(file.read_bytes())
+        data[end - 1] ^= 1
+        damaged = file.with_name("damaged")
+        damaged.write_bytes(data)
+        with pytest.raises(ImageError, match=rf"/damaged is damaged at byte {start}: .*; nothing "):
+            image.check(damaged)
+
+
+def records(data: bytes) -> list[int]:
+    """Where the records begin."""
+    at = 12 + struct.unpack_from("<I", data, 8)[0] + 4
+    found = []
+    while at < len(data):
+        found.append(at)
+        at += 20 + struct.unpack_from("<QII", data, at)[2]
+    return found
+
+
+def test_a_record_that_is_missing_or_stands_elsewhere(region: Region, file: Path) -> None:
+    """Each for itself is good: the checksums are a chain."""
+    ivshmem.save(region, file)
+    data = file.read_bytes()
+    starts = records(data)
+    assert len(starts) >= 5
+    one, two, three = starts[1:4]
+    for wrong in (
+        data[:one] + data[two:],
+        data[:one] + data[two:three] + data[one:two] + data[three:],
+        data[:two] + data[one:],
+    ):
+        file.write_bytes(wrong)
+        with pytest.raises(ImageError, match=rf"damaged at byte ({one}|{two}):"):
+            image.check(file)
+
+
+def forged(size: int, *pieces: tuple[int, int, bytes], version: int = 1) -> bytes:
+    """A file with good checksums."""
+    header = (
+        f'{{"version":{version},"id":"0","size":{size},"compressed":true,"source":"anonymous",'
+        '"name":null,"saved":0}'
+    ).encode()
+    data = b"IVSHSAVE" + struct.pack("<I", len(header)) + header
+    crc = zlib.crc32(data)
+    data += struct.pack("<I", crc)
+    for offset, length, stored in pieces:
+        record = struct.pack("<QII", offset, length, len(stored))
+        crc = zlib.crc32(stored, zlib.crc32(record, crc))
+        data += record + struct.pack("<I", crc) + stored
+    return data
+
+
+BOMB = zlib.compress(bytes(1 << 30), 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (forged(4096, (0, 4096, BOMB[:4000]), (4096, 0, b"")), "another length"),
+        (forged(4096, (0, 100, b"x" * 90), (4096, 0, b"")), "incorrect header"),
+        (forged(4096, (4000, 100, b"x" * 100), (4096, 0, b"")), "cannot be"),
+        (forged(4096, (1 << 63, 100, b"x" * 100), (4096, 0, b"")), "cannot be"),
+        (forged(4096, (100, 9, b"x" * 9), (99, 9, b"x" * 9), (4096, 0, b"")), "cannot be"),
+        (forged(4096, (0, 9, b"x" * 10), (4096, 0, b"")), "cannot be"),
+        (forged(4096, (0, 9, b"x" * 9), (100, 0, b"")), "goes on after its end"),
+        (forged(4096, (0, 1 << 31, b"x" * (2 << 20)), (4096, 0, b"")), "a record of 2097152"),
+        (forged(4096), "ends too early"),
+        (forged(4096, version=2), "version 2, and this is for 1"),
+        (b"IVSHSAVE\xff\xff\xff\xff", "a header of 4294967295 bytes"),
+        (b"", "no saved region"),
+        (b"something else altogether", "no saved region"),
+    ],
+)
+def test_files_by_somebody_else(file: Path, data: bytes, reason: str) -> None:
+    file.write_bytes(data)
+    with Region.create("4K") as region:
+        region.write(0, b"as before")
+        with pytest.raises(ImageError, match=reason):
+            ivshmem.load(file, region)
+        assert content(region).rstrip(b"\0") == b"as before"
+
+
+def test_what_does_not_fit(region: Region, file: Path, tmp_path: Path) -> None:
+    ivshmem.save(region, file)
+    with Region.create("8M") as larger:
+        with pytest.raises(ImageError, match="holds 4M, and the region has 8M"):
+            ivshmem.load(file, larger)
+    with Region.create(SIZE, path=tmp_path / "memory"):
+        with Region.attach(path=tmp_path / "memory", readonly=True) as readonly:
+            with pytest.raises(ImageError, match="may only be read"):
+                ivshmem.load(file, readonly)
+
+
+def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
+    """A device is not replaced by a file, a link leads where it leads."""
+    for place in (tmp_path, tmp_path / "pipe"):
+        if place.name == "pipe":
+            os.mkfifo(place)
+        with pytest.raises(FileExistsError, match="no regular file"):
+            ivshmem.save(region, place)
+    with pytest.raises(FileNotFoundError):
+        ivshmem.save(region, tmp_path / "no" / "such")
+    with Region.create("4K", path=tmp_path / "memory") as itself:
+        with pytest.raises(FileExistsError, match="the region itself"):
+            ivshmem.save(itself, tmp_path / "memory")
+        itself.unlink()
+    (tmp_path / "link").symlink_to("real")
+    ivshmem.save(region, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    image.check(tmp_path / "real")
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "real"}
+
+
+@pytest.mark.parametrize("how", ["killed", "no space", "exception"])
+def test_a_save_that_is_cut_off(region: Region, file: Path, how: str) -> None:
+    """What was there stays, and nothing else is."""
+    file.write_bytes(b"the last one")
+
+    def stop(done: int, _total: int) -> None:
+        if done > 2 << 20:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise InterruptedError
+
+    def save() -> None:
+        if how == "no space":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(OSError, match=str(file)):
+            ivshmem.save(region, file, progress=stop)
+
+    if how == "killed":
+        with pytest.raises(AssertionError):
+            in_child(save)
+    else:
+        in_child(save)
+    assert file.read_bytes() == b"the last one"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_saved_while_somebody_writes(region: Region, file: Path) -> None:
+    """The file is good, whatever of it was written when."""
+    end = threading.Event()
+
+    def write() -> None:
+        while not end.is_set():
+            for offset in range(0, SIZE, 65536):
+                region.write(offset, os.urandom(8))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for compress in (False, True) * 3:
+            ivshmem.save(region, file, compress=compress)
+            image.check(file)
+    finally:
+        end.set()
+        thread.join()
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*IVSHMEM, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_commands_and_a_server(file: Path, tmp_path: Path) -> None:
+    with ivshmem.Server(tmp_path / "socket", "64K").start() as server:
+        with ivshmem.connect(server.path) as client:
+            client.region.write(100, b"precious")
+            said = run("save", file, "-S", server.path, "--compress").stdout
+            assert said.startswith(f"{file}: 64K (descriptor), saved ")
+            client.region.write(100, b"spoiled!")
+            assert run("load", file, "-S", server.path).stdout == said
+            assert client.region.read(100, 8) == b"precious"
+
+
+def test_commands_and_a_file(file: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    with Region.create("64K", path=memory) as region:
+        region.write(0, b"precious")
+        run("save", file, "--file", memory)
+        region.write(0, b"spoiled!")
+        assert run("load", file, "--check").stdout.startswith(f"{file}: 64K (file {memory}), ")
+        run("load", file, "--file", memory)
+        assert region.read(0, 8) == b"precious"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    for arguments in (["--check"], ["--file", memory]):
+        said = run("load", file, *arguments, status=1).stderr
+        assert said.startswith(f"ivshmem: {file} is damaged at byte ")
+        assert len(said.splitlines()) == 1
+    assert "no such file" in run("save", file, "--file", tmp_path / "none", status=1).stderr
+
+
+def test_ctrl_c(file: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    with Region.create("256M", path=memory) as region:
+        for offset in range(0, region.size, 1 << 20):
+            region.write(offset, os.urandom(1 << 20))
+    file.write_bytes(b"the last one")
+    command = [*IVSHMEM, "save", str(file), "--file", str(memory), "--compress"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as saving:
+        until(lambda: str(tmp_path) in " ".join(open_files(saving.pid)))
+        saving.send_signal(signal.SIGINT)
+    assert saving.returncode == 130
+    assert file.read_bytes() == b"the last one"
+    assert {path.name for path in tmp_path.iterdir()} == {"memory", "saved"}
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            name = os.readlink(fd)
+        except OSError:
+            continue
+        if not name.endswith("/memory"):
+            found.append(name)
+    return found
