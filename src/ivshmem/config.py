@@ -44,6 +44,7 @@ class RegionConfig:
         names: slots in a directory of names; 0: the usual number; None: no directory.
         mode, owner, group: of the socket; see sockets.Listener.
         allow, deny, readonly_for, peers_per_uid, joins_per_minute: see access.Rules.
+        hold_leaves: never tell QEMU that a peer left, so that its device can be unplugged.
     """
 
     socket: str
@@ -66,6 +67,7 @@ class RegionConfig:
     readonly_for: tuple[str, ...] = ()
     peers_per_uid: int | None = None
     joins_per_minute: int | None = None
+    hold_leaves: bool = False
 
     def rules(self) -> Rules:
         """Who may join; made anew, for it counts joins."""
@@ -86,7 +88,7 @@ class RegionConfig:
 RULES = frozenset({"allow", "deny", "readonly_for", "peers_per_uid", "joins_per_minute"})
 
 # What a region that is served can have changed without its peers noticing.
-CHANGEABLE = RULES | {"mode", "owner", "group", "keep"}
+CHANGEABLE = RULES | {"mode", "owner", "group", "keep", "hold_leaves"}
 
 
 @dataclass(frozen=True)

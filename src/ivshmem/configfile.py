@@ -309,6 +309,7 @@ _REGION: dict[str, Callable[[object], Any]] = {
     "readonly_for": _rules,
     "peers_per_uid": _number(1, 1 << 31),
     "joins_per_minute": _number(1, 1 << 31),
+    "hold_leaves": _flag,
 }
 assert list(_REGION) == [each.name for each in fields(RegionConfig)]
 

@@ -13,9 +13,11 @@ most 64 connections are kept: one more ends the one that was idle for longest.
     {"do": "status"}                    {"ok": true, "server": {..}, "regions": [{..}, ..]}
     {"do": "status", "peers": false}    the same without the peers, and without a look at each
     {"do": "evict", "id": 3, "region": "db"}    {"ok": true, "region": "db"}
+    {"do": "hold-leaves", "on": true, "region": "db"}    {"ok": true, "region": "db"}
     {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
 
-evict and status may name a region; a server of one region needs no name for it. What could not be
+evict, hold-leaves and status may name a region; a server of one region needs no name for it.
+hold-leaves is Server.hold_leaves. What could not be
 done is {"ok": false, "error": "one line: what, why, what to do"}, and has changed nothing.
 Whoever reads replies must take fields that it does not know; "protocol" is raised when a known one
 changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
@@ -27,7 +29,8 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
              start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
-             it), stalled_since (null; or when it last read, if its socket is full), interrupts
+             it), stalled_since (null; or when it last read, if its socket is full), leaves_told
+             (how often it was told that somebody left), leaves_held (how often not), interrupts
              (rings it has not taken, for each vector, looked at without taking them)
 
 Invariants:
@@ -84,6 +87,7 @@ class Inspectable(Protocol):
     def counts(self) -> Mapping[str, int]: ...
     def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
     def evict(self, peer_id: int) -> None: ...
+    def hold_leaves(self, holds: bool) -> None: ...
 
 
 class Served(Protocol):
@@ -146,6 +150,7 @@ class Control:
             "version": self._version,
             "status": self._status,
             "evict": self._evict,
+            "hold-leaves": self._hold_leaves,
             "reload": self._reload,
             **(handlers or {}),
         }
@@ -237,6 +242,18 @@ class Control:
         _log.info(
             "peer %d of %s was evicted, as uid %d asked", peer, name, by["by_uid"], extra=told
         )
+        return {"region": name}
+
+    def _hold_leaves(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        on = message.get("on")
+        if not isinstance(on, bool):
+            raise ControlError(f'"on" is {_shown(on)}: true or false is wanted')
+        name, served = self._named(message)
+        served.server.hold_leaves(on)
+        by = _who(caller)
+        told = logs.fields("held", on=on, region=name, **by)
+        what = "is told of no leaves" if on else "is told of leaves if it connects later"
+        _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
 
     def _reload(self, caller: Caller, _: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -402,6 +419,8 @@ def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
         "set_up": report.set_up,
         "pending": report.pending,
         "stalled_since": report.stalled_since,
+        "leaves_told": report.leaves_told,
+        "leaves_held": report.leaves_held,
         "interrupts": list(report.interrupts),
     }
 

@@ -93,6 +93,8 @@ class PeerReport:
         pending: messages that it must still be sent.
         stalled_since: seconds since the epoch, if its buffer is full: when it last took something.
         interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
+        leaves_told: how often it was told that somebody left.
+        leaves_held: how often it was not, and never will be: see Engine.hold_leaves.
     """
 
     peer: Peer
@@ -101,6 +103,8 @@ class PeerReport:
     pending: int
     stalled_since: float | None
     interrupts: tuple[int, ...]
+    leaves_told: int = 0
+    leaves_held: int = 0
 
 
 # Who may join: is asked with how many of the same user are connected, None for who only asks.
@@ -167,6 +171,7 @@ class Engine:
         self._answer = answer
         self._on_join, self._on_leave = on_join, on_leave
         self.gate = gate
+        self._holds = False
         self._journal = journal or Chapter()
         self._roster = Roster(vectors, memory, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}  # by serial number
@@ -248,6 +253,8 @@ class Engine:
             self._roster.backlog(connection.member),
             connection.taken if connection.stalled else None,
             tuple(_fds.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
+            self._roster.leaves_told(connection.member),
+            connection.member.standing.held,
         )
 
     def step(self, timeout: float | None) -> None:
@@ -369,8 +376,10 @@ class Engine:
         readonly = memory is not None
         fds = [vectors[i] for i in range(len(vectors))]
         since = time.time()
-        member = self._roster.join(vectors, memory)
-        self._journal.note("join", member.serial, *Held(sock.fileno(), fds, since, readonly))
+        holds = self._holds and sockets.is_qemu(who.process, who.pid)
+        member = self._roster.join(vectors, memory, holds=holds)
+        held = Held(sock.fileno(), fds, since, readonly, holds)
+        self._journal.note("join", member.serial, *held)
         if self._small_buffers:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALLEST_BUFFER)
@@ -451,6 +460,19 @@ class Engine:
                 self.wake()  # the others are told by the next step
                 return
         raise NoSuchPeer(f"peer {peer_id} is not connected")
+
+    def hold_leaves(self, holds: bool) -> None:
+        """Never tell QEMU that somebody left, from now on; or only those that connect from now on.
+
+        QEMU (7.2 to 10.2) can crash when a device is unplugged that was told of a leave. What is
+        held back costs it the eventfds of the peer that is gone.
+        """
+        self._holds = holds
+        for serial, connection in self._connections.items() if holds else ():
+            peer, member = connection.peer, connection.member
+            if not member.holds and sockets.is_qemu(peer.process, peer.pid):
+                self._roster.hold(member)
+                self._journal.note("hold", serial)
 
     # -- peers that are elsewhere -----------------------------------------------------------------
 
@@ -600,7 +622,8 @@ class Engine:
         for serial, connection in self._connections.items():
             vectors = connection.vectors
             fds = [vectors[i] for i in range(len(vectors))]
-            held[serial] = Held(connection.fd, fds, connection.peer.since, connection.readonly)
+            since, holds = connection.peer.since, connection.member.holds
+            held[serial] = Held(connection.fd, fds, since, connection.readonly, holds)
         return {**snapshot(self._roster, held), "counts": self.counts}
 
     @property
@@ -708,7 +731,7 @@ def _counted(kind: str, rest: list[Any]) -> dict[str, int]:
         return {f"{kind}s": 1}
     if kind == "crowd":
         return {"messages": rest[0] * rest[1]}
-    return {"messages": rest[1]}
+    return {"messages": rest[1]} if kind in ("sent", "split") else {}
 
 
 def _close(connection: _Connection) -> None:

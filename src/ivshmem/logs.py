@@ -19,6 +19,7 @@ one):
     waiting       reason, region: newcomers are left in the queue; at most once a minute a reason
     starved       reason, region: sending has to wait for memory or descriptors; likewise
     evicted       peer, region, by_uid, by_pid: somebody asked for that over the control socket
+    held          on, region, by_uid, by_pid: QEMU is told of no leaves from now on, or is again
     reloaded      changes, by_uid, by_pid (if over the control socket): the configuration was read
                   again
     unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was

@@ -281,7 +281,7 @@ class Run(NamedTuple):
 class Standing:
     """What somebody was told; one object for all who were told the same."""
 
-    __slots__ = ("current", "greeted", "owed", "partial", "told")
+    __slots__ = ("current", "greeted", "held", "leaves", "owed", "partial", "told")
 
     def __init__(self, greeted: int = 0) -> None:
         self.greeted = greeted  # messages of the greeting (version, id, memory) that were sent
@@ -289,6 +289,8 @@ class Standing:
         self.current: Member | None = None  # the one that is being announced,
         self.partial = 0  # with so many vectors so far
         self.owed: deque[int] = deque()  # ids that were announced and have left since
+        self.leaves = 0  # how many of those were sent,
+        self.held = 0  # and how many never will be
 
     def knows(self, other: Member) -> bool:
         """Whether any message about `other` was sent."""
@@ -299,21 +301,41 @@ class Standing:
         other = Standing(self.greeted)
         other.told, other.current, other.partial = self.told, self.current, self.partial
         other.owed = self.owed.copy()
+        other.leaves, other.held = self.leaves, self.held
         return other
 
 
 class Member:
     """A client as the roster sees it: who it is, and what it was told."""
 
-    __slots__ = ("announcement", "id", "memory", "secret", "serial", "standing", "vectors")
+    __slots__ = (
+        "announcement",
+        "holds",
+        "id",
+        "leaves_before",
+        "memory",
+        "secret",
+        "serial",
+        "standing",
+        "vectors",
+    )
 
     def __init__(
-        self, peer_id: int, serial: int, vectors: Sized, memory: Sized, *, secret: bool = False
+        self,
+        peer_id: int,
+        serial: int,
+        vectors: Sized,
+        memory: Sized,
+        *,
+        secret: bool = False,
+        holds: bool = False,
     ) -> None:
         self.id = peer_id
         self.serial = serial  # its place in the order of joins
         self.memory = memory
         self.secret = secret  # the others are not told of it
+        self.holds = holds  # it is never told that anybody left
+        self.leaves_before = 0  # leaves that it was sent, less those of its standing
         self.standing = Standing()
         self.give_vectors(vectors)
 
@@ -333,7 +355,9 @@ class Roster:
 
     Those who were told everything are the crowd. They share one standing, and what is new is the
     same for all of them, so that who sends can work it out once: `news`. Who takes only a part of
-    it is `split` off, and comes back when it was told everything again.
+    it is `split` off, and comes back when it was told everything again. Who `holds` is never told
+    that somebody left, and therefore never in the crowd: QEMU can crash when a device that was told
+    of a leave is unplugged.
 
     All this depends on nothing but what the roster was told, in the same order: who keeps a record
     of that can have the same roster again.
@@ -377,11 +401,12 @@ class Roster:
 
     # -- joining and leaving ----------------------------------------------------------------------
 
-    def join(self, vectors: Sized, memory: Sized | None = None) -> Member:
+    def join(self, vectors: Sized, memory: Sized | None = None, *, holds: bool = False) -> Member:
         """Admit a client with these vectors under the lowest id that is safe.
 
         Args:
             memory: the region's descriptor for this one, if it is another than the others'.
+            holds: it is never to be told that somebody left.
 
         Raises:
             NoFreeId: there is none; nothing has changed.
@@ -389,7 +414,7 @@ class Roster:
         if len(vectors) != self.vectors:
             raise ValueError(f"{len(vectors)} vectors given, {self.vectors} wanted")
         if self._shared_id is not None:
-            return self._append(self._shared_id, vectors, memory, secret=True)
+            return self._append(self._shared_id, vectors, memory, secret=True, holds=holds)
         if self.full:
             raise NoFreeId(
                 f"all {MAX_ID + 1} ids are taken or known to a connected peer"
@@ -400,7 +425,7 @@ class Roster:
         else:
             peer_id = self._unused
             self._unused += 1
-        return self._append(peer_id, vectors, memory)
+        return self._append(peer_id, vectors, memory, holds=holds)
 
     def admit(self, peer_id: int, vectors: Sized) -> Member:
         """With a shared id: let all clients ring a peer that is elsewhere, until it leaves.
@@ -414,10 +439,16 @@ class Roster:
         return member
 
     def _append(
-        self, peer_id: int, vectors: Sized, memory: Sized | None, *, secret: bool = False
+        self,
+        peer_id: int,
+        vectors: Sized,
+        memory: Sized | None,
+        *,
+        secret: bool = False,
+        holds: bool = False,
     ) -> Member:
         memory = self._memory if memory is None else memory
-        member = Member(peer_id, self._serial, vectors, memory, secret=secret)
+        member = Member(peer_id, self._serial, vectors, memory, secret=secret, holds=holds)
         self._serial += 1
         self._order.append(member)
         self.others[member.serial] = member
@@ -436,19 +467,23 @@ class Roster:
         del self._order[index]
         self.others.pop(member.serial, None)
         self._out_of_crowd(member)
-        standings = [other.standing for other in self.others.values()]
+        standings = [(other.standing, other.holds) for other in self.others.values()]
         if self.crowd:
-            standings.append(self._crowd)
-        known = False
-        for standing in standings:
+            standings.append((self._crowd, False))
+        known = owed = False
+        for standing, holds in standings:
             if standing.knows(member):
                 if standing.current is member:
                     standing.current = None
                 if self.vectors:
-                    standing.owed.append(member.id)
                     known = True
+                    if holds:
+                        standing.held += 1
+                    else:
+                        standing.owed.append(member.id)
+                        owed = True
         if self._shared_id is not None:
-            return known  # no ids are given out
+            return owed  # no ids are given out
         if known:
             self._known.append((self._serial, member.id))
         else:
@@ -458,7 +493,20 @@ class Roster:
         eldest = self._order[0].serial if self._order else self._serial
         while self._known and self._known[0][0] <= eldest:
             heapq.heappush(self._free, self._known.popleft()[1])
-        return known
+        return owed
+
+    def hold(self, member: Member) -> None:
+        """Tell a member from now on of nobody who has left, not even of those that it is owed."""
+        self.split(member)
+        member.holds = True
+        standing = member.standing
+        standing.held += len(standing.owed)
+        standing.owed.clear()
+
+    @staticmethod
+    def leaves_told(member: Member) -> int:
+        """How many leaves a member was sent."""
+        return member.leaves_before + member.standing.leaves
 
     # -- telling ----------------------------------------------------------------------------------
 
@@ -506,9 +554,10 @@ class Roster:
         """
         self.split(member)
         self._advance(member.standing, runs, count)
-        if not self.pending(member, 1) and not self.news(1):
+        if not member.holds and not self.pending(member, 1) and not self.news(1):
             if not self.crowd:
                 self._crowd = member.standing
+            member.leaves_before += member.standing.leaves - self._crowd.leaves
             # Equal but for some at the end who have left since, or are no business of theirs.
             self._crowd.told = max(self._crowd.told, member.standing.told)
             member.standing = self._crowd
@@ -541,6 +590,7 @@ class Roster:
         whole = count == sum(run.length for run in runs)
         if whole and standing.greeted == _GREETED and runs[-1].member is not None:
             # The usual case: all of it, which ends with somebody.
+            standing.leaves += len(standing.owed)
             standing.owed.clear()
             standing.current = None
             standing.partial = runs[-1].first + runs[-1].length
@@ -561,6 +611,7 @@ class Roster:
                 standing.greeted += 1
             else:
                 standing.owed.popleft()
+                standing.leaves += 1
 
     def is_set_up(self, member: Member) -> bool:
         """Whether a member was sent all of its set-up, its own vectors included."""
@@ -595,7 +646,10 @@ class Roster:
             "crowd": list(self.crowd),
             "crowd_standing": _dump(self._crowd),
             "members": [
-                [m.id, m.serial, None if m.serial in self.crowd else _dump(m.standing)]
+                [
+                    *(m.id, m.serial, None if m.serial in self.crowd else _dump(m.standing)),
+                    *(m.holds, m.leaves_before),
+                ]
                 for m in self._order
             ],
         }
@@ -606,20 +660,25 @@ class Roster:
         self._free = list(state["free"])
         self._known = deque((serial, peer) for serial, peer in state["known"])
         self._order = [
-            Member(i, serial, vectors, self._memory) for i, serial, _ in state["members"]
+            Member(i, serial, vectors, self._memory, holds=holds)
+            for i, serial, _, holds, _ in state["members"]
         ]
         members = {member.serial: member for member in self._order}
         self._crowd = _load(state["crowd_standing"], members)
         self.crowd = {serial: members[serial] for serial in state["crowd"]}
         self.others = {s: m for s, m in members.items() if s not in self.crowd}
-        for _, serial, standing in state["members"]:
+        for _, serial, standing, _, leaves in state["members"]:
             members[serial].standing = self._crowd if standing is None else _load(standing, members)
+            members[serial].leaves_before = leaves
 
 
 def _dump(standing: Standing) -> list[Any]:
     current = standing.current
     serial = None if current is None else current.serial
-    return [standing.greeted, standing.told, serial, standing.partial, list(standing.owed)]
+    return [
+        *(standing.greeted, standing.told, serial, standing.partial, list(standing.owed)),
+        *(standing.leaves, standing.held),
+    ]
 
 
 def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Standing:
@@ -627,4 +686,5 @@ def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Standing:
     standing.told, standing.partial = state[1], state[3]
     standing.current = None if state[2] is None else members[state[2]]
     standing.owed = deque(state[4])
+    standing.leaves, standing.held = state[5:]
     return standing

@@ -5,8 +5,10 @@ a descriptor is beside its number.
 
 Records, in the order of happening; a member is named by its serial number:
 
-    ["join", member, fd, fds, since, readonly]
-                                        one joined: its socket, its eventfds, when, with what memory
+    ["join", member, fd, fds, since, readonly, holds]
+                                        one joined: its socket, its eventfds, when, with what
+                                        memory, whether it is never told of a leave
+    ["hold", member]                    it is told of none from now on
     ["leave", member]
     ["sent", member, count]             it was sent so many messages of what was pending
     ["split", member, count, done, all] of the batch of `all` messages for the crowd, it was sent
@@ -36,6 +38,7 @@ class Held(NamedTuple):
     fds: list[int]
     since: float
     readonly: bool
+    holds: bool = False  # when it joined
 
 
 def replay(
@@ -64,9 +67,12 @@ def replay(
     told: tuple[int, int] | None = None  # the crowd's batch: how many have it, how long it is
     for kind, *rest in records:
         if kind == "join":
-            member = roster.join(blank)
+            had = Held(*rest[1:])
+            member = roster.join(blank, holds=had.holds)
             members[member.serial] = member
-            held[member.serial] = Held(*rest[1:])
+            held[member.serial] = had
+        elif kind == "hold":
+            roster.hold(members[rest[0]])
         elif kind == "leave":
             del held[rest[0]]
             roster.leave(members.pop(rest[0]))

@@ -252,6 +252,16 @@ class Server:
             with self._turn:
                 yield
 
+    def hold_leaves(self, holds: bool) -> None:
+        """Never tell QEMU that a peer left, so that its device can be unplugged. From any thread.
+
+        It holds for QEMUs that are connected, too, but cannot undo what they were told before:
+        `report` says how often that was. False: it ends for those who connect from now on.
+        """
+        self._check()
+        with self._between_steps():
+            self._engine.hold_leaves(holds)
+
     def admit_by(self, gate: Gate | None) -> None:
         """Have another gate from now on; who is connected stays."""
         self._engine.gate = gate

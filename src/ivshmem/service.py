@@ -184,6 +184,8 @@ class Service(Loop):
             journal=Chapter(self._journal, number),
             listen=False,
         )
+        if config.hold_leaves:
+            server.hold_leaves(True)
         return Served(name, config, number, server, opened)
 
     def _begin(self, opened: Iterable[Served], undo: contextlib.ExitStack) -> None:
@@ -266,6 +268,8 @@ class Service(Loop):
             served.config = region
             if not changes.altered[name].isdisjoint(RULES):  # a gate counts joins, so it stays
                 served.server.admit_by(gates[name])
+            if "hold_leaves" in changes.altered[name]:
+                served.server.hold_leaves(region.hold_leaves)
             self._chapter.note("config", served.number, dataclasses.asdict(region))
         for name in changes.removed:
             self._end(self.regions[name])

@@ -499,6 +499,17 @@ def credentials(sock: socket.socket) -> Credentials:
     return Credentials(pid, uid, gid, process, _groups(sock, pid))
 
 
+def is_qemu(process: str, pid: int) -> bool:
+    """Whether somebody is a QEMU, by the name of its process or program; also if nobody can know.
+
+    Who likes to be taken for one is: a name is a claim, not a proof.
+    """
+    names = [process]
+    with contextlib.suppress(OSError):
+        names.append(os.path.basename(os.readlink(f"/proc/{pid}/exe")))
+    return process == "?" or any(name.startswith(("qemu", "kvm")) for name in names)
+
+
 def _groups(sock: socket.socket, pid: int) -> tuple[int, ...] | None:
     """The supplementary groups of who connected, at that time; None if they cannot be known."""
     try:

@@ -152,6 +152,30 @@ def test_child_and_parent_are_killed(serve: Serve, peers: list[RawPeer]) -> None
     assert [peer.id for peer in peers] == [4, 5, 6]
 
 
+def test_leaves_are_still_held(serve: Serve, peers: list[RawPeer]) -> None:
+    """By a successor, for who was there before it and for who comes after."""
+    serving = serve("--supervise", "--hold-leaves")
+    path = str(serving.path)
+    comm = Path("/proc/self/comm")
+    before = comm.read_text()
+    try:
+        comm.write_text("qemu-system-x86")
+        for _ in range(2):
+            peers.append(RawPeer(path).set_up(VECTORS))
+            with RawPeer(path) as visitor:
+                visitor.set_up(VECTORS)
+            kill(serving.child())
+        status = [sys.executable, "-m", "ivshmem", "status", "-S", path, "--json"]
+        shown = json.loads(subprocess.run(status, check=True, capture_output=True).stdout)
+        found = shown["regions"][0]["peers"]
+        assert [(p["leaves_told"], p["leaves_held"]) for p in found] == [(0, 2), (0, 1)]
+    finally:
+        comm.write_text(before)
+    for peer in peers:
+        peer.drain()
+        assert not peer.left
+
+
 def test_killed_when_no_descriptor_is_left(serve: Serve, peers: list[RawPeer]) -> None:
     """All are in use, and a newcomer waits in the queue; when somebody leaves, it has its turn."""
     serving = serve("--supervise")

@@ -53,15 +53,15 @@ class Rosters(RuleBasedStateMachine):
 
     # -- what happens -----------------------------------------------------------------------------
 
-    @rule()
-    def join(self) -> None:
+    @rule(holds=st.sampled_from([False, False, True]))
+    def join(self, holds: bool) -> None:
         free = self.free_ids()
         assert self.roster.full == (not free)
         if not free:
             with pytest.raises(NoFreeId):
                 self.roster.join([0] * self.roster.vectors)
             return
-        client = Client(self.roster, self.joined)
+        client = Client(self.roster, self.joined, holds=holds)
         self.joined += 1
         assert client.id == min(free), "not the lowest id that is safe"
         for other in self.clients:
@@ -69,8 +69,16 @@ class Rosters(RuleBasedStateMachine):
             assert client.id not in other.qemu.left, "somebody was told of this id before"
         self.quarantine.pop(client.id, None)
         self.clients.append(client)
-        self.note("join", client.key, client.key, [], 0.0, False)
+        self.note("join", client.key, client.key, [], 0.0, False, holds)
         client.note = self.note
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        """From now on one is told of nobody who leaves, not even of those who have left."""
+        client = data.draw(st.sampled_from(self.clients), label="who is told of no leave")
+        self.roster.hold(client.member)
+        self.note("hold", client.member.serial)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -78,7 +86,8 @@ class Rosters(RuleBasedStateMachine):
         client = data.draw(st.sampled_from(self.clients), label="who leaves")
         self.clients.remove(client)
         knowing = [c for c in self.clients if client.id in c.qemu.alive]
-        assert self.roster.leave(client.member) == bool(knowing)
+        told = [c for c in knowing if not c.member.holds]
+        assert self.roster.leave(client.member) == bool(told)
         self.note("leave", client.member.serial)
         if knowing:
             self.quarantine[client.id] = {c.key for c in self.clients}
@@ -133,7 +142,7 @@ class Rosters(RuleBasedStateMachine):
     @rule()
     def rewritten(self) -> None:
         """The journal begins anew with a state."""
-        held = {c.member.serial: Held(c.key, [], 0.0, False) for c in self.clients}
+        held = {c.member.serial: Held(c.key, [], 0.0, False, c.member.holds) for c in self.clients}
         self.state = json.loads(json.dumps(snapshot(self.roster, held)))
         self.records.clear()
 
@@ -173,7 +182,11 @@ class Rosters(RuleBasedStateMachine):
             owed = list(client.member.standing.owed)
             assert len(owed) == len(set(owed))
             # Exactly those that it was told of and that are gone: never more than it was told.
-            assert set(owed) == set(client.qemu.alive) - here
+            gone = set(client.qemu.alive) - here
+            assert set(owed) == (set() if client.member.holds else gone)
+            assert self.roster.leaves_told(client.member) == len(client.qemu.left)
+            if client.member.holds and self.roster.vectors:
+                assert client.member.standing.held == len(gone)
         roster = self.roster
         assert set(roster.crowd) | set(roster.others) == {m.serial for m in roster.members}
         assert not set(roster.crowd) & set(roster.others)

@@ -43,6 +43,7 @@ def add_region(parser: argparse.ArgumentParser) -> None:
     )
     _add_memory(parser)
     _add_access(parser)
+    _add_unplugging(parser)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +118,17 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     )
     access.add_argument(
         "--joins-per-minute", metavar="N", type=positive, help="how often a user's peers can join"
+    )
+
+
+def _add_unplugging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hold-leaves",
+        action="store_const",
+        const=True,
+        default=argparse.SUPPRESS,
+        help="never tell QEMU that a peer left: it can crash when a device that was told is"
+        " unplugged. Costs it the eventfds of each peer that is gone",
     )
 
 

@@ -146,6 +146,8 @@ def _state(peer: Status, now: float) -> str:
         parts.append("setting up")
     if peer["readonly"]:
         parts.append("reads only")
+    if peer.get("leaves_held"):  # servers of older versions do not say
+        parts.append(f"{peer['leaves_held']} leaves held back")
     return ", ".join(parts) or "told all"
 
 
