@@ -19,7 +19,7 @@ from ._memory import AtomicU32, AtomicU64
 from .access import Rules, Verdict
 from .client import Client, connect
 from .directory import Directory, Entry, Publication
-from .endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from .endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
 from .engine import Peer, PeerReport
 from .errors import (
     ClosedError,
@@ -56,6 +56,7 @@ __all__ = [
     "Endpoint",
     "Entry",
     "Event",
+    "IdChanged",
     "ImageError",
     "ImageInfo",
     "Interrupt",

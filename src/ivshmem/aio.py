@@ -346,7 +346,11 @@ class _Any(_Queue):
 class _Events(_Queue):
     """For whatever happens."""
 
-    __slots__ = ()
+    __slots__ = ("_timer",)
+
+    def __init__(self, readers: _Readers) -> None:
+        super().__init__(readers)
+        self._timer: asyncio.TimerHandle | None = None
 
     def take(self, what: object) -> Event | None:
         endpoint = self.readers.endpoint
@@ -360,6 +364,33 @@ class _Events(_Queue):
         self.readers.watch("any")
         self.readers.watch("queued")
         self.watched = True
+        self._look_later()
+
+    def _look_later(self) -> None:
+        """Look now and then for what no descriptor tells of."""
+        every = self.readers.endpoint._every
+        if every is not None and self._timer is None:
+            self._timer = self.loop.call_later(every, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self.is_awaited():
+            self.watched = False  # who waits again watches again
+            return
+        try:
+            news = self.readers.endpoint._next_news()
+        except Exception as error:
+            self.readers.fail(error)
+            return
+        self._look_later()
+        if news is not None:
+            self.give(news)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Readers:
@@ -479,6 +510,8 @@ class _Readers:
                 vector.unwatch()
             for what in list(self._watched):
                 self._unwatch(what)
+            if isinstance(events := self.queues.get(_EVENTS), _Events):
+                events.stop()
             self.fail(ClosedError("the endpoint was closed while waiting"))
         # They refer to this: it shall not take a garbage collection to let go of the endpoint.
         self.queues.clear()

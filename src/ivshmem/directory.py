@@ -323,7 +323,7 @@ class Directory:
             vectors = range(offered)
         elif offered and vectors.stop > offered:
             raise ValueError(f"{vectors}: the endpoint has {offered} vectors")
-        publication = Publication(self, peer, name, role, vectors)
+        publication = Publication(self, peer, name, role, vectors, follows=id is None)
         # It is decided within the lease, unless this process is stopped meanwhile, or somebody does
         # what only a hostile peer does.
         deadline = time.monotonic() + 2 * self._lease
@@ -497,6 +497,8 @@ class Directory:
                 if self._closed:
                     return False
                 for publication in self._publications:
+                    if publication.follows and self._endpoint is not None:
+                        publication.id = self._endpoint.current_id()
                     self._keep_one(publication, connected)
                 for slot in self._look(connected):
                     if slot.alive is False:
@@ -516,7 +518,7 @@ class Directory:
             if raw[16:] == publication.data()[16:]:
                 self._word(publication.number, _BEAT).fetch_add(1)
             else:
-                self._write(publication)  # somebody wrote over it
+                self._write(publication)  # somebody wrote over it, or the id is another now
             return
         # This machine was stopped for longer than the lease, or somebody wrote over the owner.
         publication.owner = 0
@@ -577,9 +579,17 @@ class Publication:
     """
 
     def __init__(
-        self, directory: Directory, peer: int, name: str, role: str, vectors: range
+        self,
+        directory: Directory,
+        peer: int,
+        name: str,
+        role: str,
+        vectors: range,
+        *,
+        follows: bool = False,
     ) -> None:
         self.id = peer
+        self.follows = follows  # the endpoint's id, which can be another after a migration
         self.name = name
         self.role = role
         self.vectors = vectors

@@ -41,7 +41,18 @@ class ServerLost:
     reason: str
 
 
-Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost
+@dataclass(frozen=True)
+class IdChanged:
+    """The virtual machine was migrated to where it has another id; `before` is nobody's any more.
+
+    Until the others know the new one, nobody can ring this peer.
+    """
+
+    before: int
+    id: int
+
+
+Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost | IdChanged
 
 
 _LOOKS = 8  # at news that bring no event, when no time is left
@@ -63,12 +74,20 @@ class Endpoint(_core.Doorbells):
     id: int
     region: Region
 
+    # Seconds between two looks for news that no descriptor tells of; None: there are none.
+    _every: float | None = None
+
+    def current_id(self) -> int:
+        """The id that this peer has now: `id` may not have heard of a migration yet."""
+        return self.id
+
     def _next_news(self) -> Event | None:
         """The next event other than an interrupt that has been received already."""
         raise NotImplementedError
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
-        """Yield what happens: interrupts, peers that join and leave, a server that is lost.
+        """Yield what happens: interrupts, peers that join and leave, a server that is lost, an id
+        that is another after a migration.
 
         Ends when nothing has happened for `timeout` seconds (None: never; 0: what is there now), or
         when the endpoint is closed. A peer that came and went between two looks is not mentioned.
@@ -88,10 +107,15 @@ class Endpoint(_core.Doorbells):
             if (event := self._next_news()) is not None:
                 return event
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            wait = left
+            if self._every is not None:
+                wait = self._every if left is None else min(left, self._every)
             try:
-                found = self._wait_event(left)
+                found = self._wait_event(wait)
             except ClosedError:
                 break
+            if found is None and wait != left:
+                continue
             if found is not True:
                 return found
             # News without an event; a server that sends nothing else does not defeat the limit.

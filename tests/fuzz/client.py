@@ -450,6 +450,8 @@ class Player:
         elif isinstance(event, ivshmem.ServerLost):
             self._check_text(event.reason)
             self.lost += 1
+        elif isinstance(event, ivshmem.IdChanged):
+            raise Finding(f"{event}, of a client")
         elif not (0 <= event.vector < client.vectors and event.rings > 0):
             raise Finding(f"{event} of {client.vectors} vectors")
 

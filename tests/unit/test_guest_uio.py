@@ -6,22 +6,25 @@ Drivers of that kind are out of tree, so no guest of ours has one. A socket of p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.fake_pci import FakePci
 from support.leaks import open_fds, shared_mappings
-from support.waiting import PATIENCE, Background
+from support.waiting import PATIENCE, Background, once_asleep
 
-from ivshmem import ClosedError, Interrupt, NoSuchVector, guest
+from ivshmem import ClosedError, Directory, IdChanged, Interrupt, NoSuchVector, guest
 from ivshmem._core import Doorbells
+from ivshmem.aio import open_async
 from ivshmem.guest import device as ways
 from ivshmem.guest import pci, uio
 
@@ -240,6 +243,67 @@ def memory(machine: FakePci, counter: Counter, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ways.UioDevice, "_map_memory", map_memory)
     yield file
     os.close(file)
+
+
+def migrate(memory: int, peer: int) -> None:
+    """The other QEMU's server has given another id."""
+    os.pwrite(memory, struct.pack("<I", peer), ways.IVPOSITION)
+
+
+def test_an_id_that_changes(machine: FakePci, memory: int, counter: Counter) -> None:
+    with guest.open() as device:
+        assert device.next_event(0) is None
+        migrate(memory, 7)
+        assert (device.id, device.current_id()) == (6, 7)
+        assert list(device.events(0)) == [IdChanged(6, 7)]
+        assert device.id == 7
+        migrate(memory, 0xFFFFFFFF)  # there is none yet, or it is being unplugged
+        assert device.next_event(0) is None
+        migrate(memory, 65536)
+        assert device.next_event(0) is None
+        assert device.id == device.current_id() == 7
+
+
+def test_an_id_that_changes_while_somebody_waits(
+    machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing tells of it, so whoever waits for events looks now and then."""
+    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+    with guest.open() as device:
+        with once_asleep(lambda: migrate(memory, 8)):
+            assert device.next_event() == IdChanged(6, 8)
+        with once_asleep(counter.interrupt):
+            assert device.next_event(PATIENCE) == Interrupt(0, 1)
+        started = time.monotonic()
+        assert device.next_event(0.1) is None
+        assert time.monotonic() - started >= 0.1
+
+
+def test_an_id_that_changes_in_asyncio(
+    machine: FakePci, memory: int, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways.GuestDevice, "_every", 0.01)
+
+    async def main() -> None:
+        async with open_async() as device:
+            asyncio.get_running_loop().call_later(0.03, migrate, memory, 9)
+            assert await asyncio.wait_for(anext(device), PATIENCE) == IdChanged(6, 9)
+            await asyncio.sleep(0.03)  # nobody waits: nobody looks
+            migrate(memory, 10)
+            assert await asyncio.wait_for(anext(device), PATIENCE) == IdChanged(9, 10)
+            assert device.id == 10
+
+    asyncio.run(main())
+
+
+def test_a_name_follows_its_id(machine: FakePci, memory: int, counter: Counter) -> None:
+    with guest.open() as device, Directory.create(device, 4) as names:
+        names.publish("mine")
+        names.publish("another's", id=3)
+        migrate(memory, 11)
+        assert names._keep()
+        assert {entry.name: entry.id for entry in names.entries()} == {"mine": 11, "another's": 3}
+        assert device.next_event(0) == IdChanged(6, 11)
 
 
 @pytest.mark.parametrize("access", [None, "uio"])

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from .._core import Interrupt
 from ..client import Client
 from ..directory import Directory
-from ..endpoint import Endpoint, Event, PeerJoined, PeerLeft, ServerLost
+from ..endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError, NoDirectory
 from ..sizes import format_size, parse_size
 from .banner import count
@@ -120,6 +120,13 @@ class Shell(cmd.Cmd):
         elif isinstance(event, ServerLost):
             text = f"{event.reason}; memory and doorbells go on working"
             self._tell(text, event="server lost", reason=event.reason)
+        elif isinstance(event, IdChanged):
+            self._tell(
+                f"id {event.id}, which was {event.before}: the virtual machine was migrated",
+                event="id changed",
+                before=event.before,
+                id=event.id,
+            )
         else:
             self._show_interrupt(event)
 

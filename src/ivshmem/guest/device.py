@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
 from .. import _fds, _memory
-from ..endpoint import Endpoint, Event
+from ..endpoint import Endpoint, Event, IdChanged
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
 from ..protocol import MAX_ID, MAX_VECTORS
@@ -134,8 +134,9 @@ class GuestDevice(Endpoint):
     """A guest's ivshmem device; made by `open`. All that an Endpoint has.
 
     It cannot tell who the other peers are: `ring` raises for what no peer can be, and to ring a
-    peer that is not there does nothing. `events` yields interrupts only. The id is that of the
-    virtual machine.
+    peer that is not there does nothing. `events` yields interrupts, and IdChanged: the id is that
+    of the virtual machine, which is what the server gives it where it is migrated to. Nothing tells
+    of that, so `events` looks once a second, and `wait` does not notice.
 
     When the device is unplugged, waiting raises DeviceGone; the kernel waits with the removal until
     the device is closed here. (In the ways "sysfs" and "uio" nobody tells; and memory that was
@@ -148,6 +149,7 @@ class GuestDevice(Endpoint):
     """
 
     id = -1  # until it is read
+    _every = 1.0
     access: Access
     memory: Memory
 
@@ -224,8 +226,20 @@ class GuestDevice(Endpoint):
 
     # -- Endpoint's hooks -------------------------------------------------------------------------
 
+    def current_id(self) -> int:
+        """The id that this peer has now: `id` may not have heard of a migration yet.
+
+        Raises:
+            ClosedError: the device is closed.
+        """
+        if self.device.variant != "doorbell":
+            return self.id
+        found = self._registers.load(IVPOSITION)
+        return found if found <= MAX_ID else self.id  # it has none yet, or is being unplugged
+
     def _next_news(self) -> Event | None:
-        return None
+        before, self.id = self.id, self.current_id()
+        return None if self.id == before else IdChanged(before, self.id)
 
     def _missing(self, peer: int, vector: int) -> NoReturn:
         if self.device.variant == "plain":
