@@ -38,8 +38,11 @@ def guest() -> Iterator[MakeGuest]:
     """Starts guests, as many as asked for; ends them with the test, which shows their reports."""
     with ExitStack() as guests:
 
-        def make(program: str | Path, **kwargs: Any) -> Guest:
-            made = guests.enter_context(Guest(program, **kwargs))
+        def make(
+            program: str | Path = "", *, waiting_for: Guest | None = None, **kwargs: Any
+        ) -> Guest:
+            made = Guest(program, **kwargs) if waiting_for is None else waiting_for.twin(**kwargs)
+            guests.enter_context(made)
             guests.callback(lambda: print(made.report()))
             return made
 

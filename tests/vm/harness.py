@@ -10,9 +10,14 @@ Does not know: QEMU's options (machine.py), or the ivshmem device: tests give th
 
 The guest has the host's files, whole and read-only below a tmpfs: the program may write anywhere
 and the host sees nothing of it. A file that the host changes after the guest has read it may look
-old there.
+old there. A migratable guest carries its files instead, as they were at its start:
+
+    with Guest(program, migratable=True) as source, source.twin() as destination:
+        source.migrate(destination)
+        destination.expect("still here")
 """
 
+import json
 import socket
 import subprocess
 import sys
@@ -61,6 +66,8 @@ class Guest:
         modules: more sets of modules to load (image.MODULES); after "vfio", if that is one.
         python: the host's interpreter to run; one in a virtual environment sees its packages.
         pass_fds: fds that QEMU inherits under the same numbers. They stay the caller's.
+        migratable: carries its files. `python` must not be given then: it is this one's.
+        incoming: with this for QEMU's -incoming it waits for another guest to come; see twin().
     """
 
     def __init__(
@@ -78,12 +85,18 @@ class Guest:
         modules: Sequence[str] = (),
         python: str = sys.executable,
         pass_fds: Sequence[int] = (),
+        migratable: bool = False,
+        incoming: str | None = None,
     ) -> None:
+        if migratable and python != sys.executable:
+            raise ValueError("a migratable guest has the Python that runs the tests")
         self.name = name
         self.lines: list[str] = []
         self.boot_seconds: float | None = None
         self._program, self._argv, self._python, self._env = program, argv, python, env or {}
-        self._machine = Machine(args, memory, cpus, iommu, kernel_args, modules)
+        self._machine = Machine(
+            args, memory, cpus, iommu, kernel_args, modules, migratable, incoming
+        )
         self._pass_fds = pass_fds
         self._exit = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
@@ -112,7 +125,8 @@ class Guest:
             self.folder = Path(
                 undo.enter_context(tempfile.TemporaryDirectory(prefix="ivshmem-vm-"))
             )
-            write_orders(self.folder, self._python, self._program_file(), self._argv, self._env)
+            if not self._machine.migratable:
+                write_orders(self.folder, self._python, self._program_file(), self._argv, self._env)
             (self.folder / "qemu").touch()
             program, far_program = socket.socketpair()
             monitor, far_monitor = socket.socketpair()
@@ -128,7 +142,67 @@ class Guest:
                     self._process = spawn(command, (*fds, *self._pass_fds), output)
             undo.callback(self.kill)
             self._exit = undo.pop_all()
+        if self._machine.incoming is not None:
+            self.boot_seconds = 0.0  # what comes was started elsewhere: no hello
+        elif self._machine.migratable:
+            self.send(self._orders())
         return self
+
+    def twin(self, *, args: Sequence[str] = (), incoming: str = "defer", **kwargs: Any) -> "Guest":
+        """Another QEMU for a migratable guest to come to: the same machine with other devices.
+
+        What the guest's program says after the migration is read here.
+        """
+        machine = self._machine
+        same: dict[str, Any] = {
+            "name": f"{self.name}-destination",
+            "memory": machine.memory,
+            "cpus": machine.cpus,
+            "iommu": machine.iommu,
+            "kernel_args": machine.kernel_args,
+            "modules": machine.modules,
+        }
+        return Guest("", args=args, migratable=True, incoming=incoming, **{**same, **kwargs})
+
+    def migrate(self, to: "Guest", uri: str | None = None, timeout: float = BOOT_TIMEOUT) -> None:
+        """The guest goes on there, and this QEMU stays, paused (state "postmigrate").
+
+        Args:
+            uri: where to meet; in the destination's folder if None. With "defer" it is told.
+
+        Raises:
+            QmpError: one of the two refused.
+            GuestError: not completed in that time, or failed; the message says why.
+        """
+        uri = uri or f"unix:{to.folder}/migration"
+        # Without events nothing tells the end; without a return path a source calls it completed
+        # though the destination has refused the devices' state.
+        wanted = [{"capability": name, "state": True} for name in ("events", "return-path")]
+        for end in (to, self):
+            end.qmp("migrate-set-capabilities", capabilities=wanted)
+        if to._machine.incoming == "defer":
+            to.qmp("migrate-incoming", uri=uri)
+        self.qmp("migrate", uri=uri)
+        deadline = Deadline(timeout)
+        if (status := self._migration_ended(deadline)) != "completed":
+            reason = self.qmp("query-migrate").get("error-desc", "QEMU does not say why")
+            raise self._error(f"its migration {status}: {reason}\n{to.report()}")
+        to._migration_ended(deadline)
+        # No event tells of this, which comes a moment after the migration's end.
+        while (status := self.qmp("query-status")["status"]) != "postmigrate":
+            if deadline.left() == 0.0:
+                raise self._error(f"after its migration it stays in state {status!r}")
+
+    def _migration_ended(self, deadline: Deadline) -> str:
+        while True:
+            status: str = self.qmp_event("MIGRATION", deadline.left())["status"]
+            if status in ("completed", "failed", "cancelled"):
+                return status
+
+    @property
+    def qmp_path(self) -> Path:
+        """The socket of a second monitor, for tools; qmp() has its own."""
+        return self.folder / "qmp"
 
     def close(self) -> None:
         """Kills QEMU if it runs and frees everything. The second time does nothing."""
@@ -243,6 +317,11 @@ class Guest:
         path = self.folder / "program.py"
         path.write_text(textwrap.dedent(self._program))
         return path
+
+    def _orders(self) -> str:
+        """What inside/begin.py reads first."""
+        text = self._program_file().read_text()
+        return json.dumps({"program": text, "argv": [*self._argv], "env": {**self._env}})
 
     def _next_line(self, deadline: Deadline) -> str:
         if self.boot_seconds is None:

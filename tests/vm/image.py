@@ -1,6 +1,6 @@
 """The kernel and the initramfs that a test guest boots.
 
-Knows: Debian's kernel package, modules and what they depend on, the newc cpio format, the cache.
+Knows: Debian's kernel package, modules and what they depend on, the cache.
 Does not know: QEMU's command line, or what the guest is for.
 
 Neither is compressed: of the 4.4 seconds that Debian's own bzImage takes to reach init, its
@@ -22,13 +22,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import newc
+from .newc import Newc
+
 QEMU = "qemu-system-x86_64"
 INIT = Path(__file__).parent / "inside" / "init"
 
-# What a guest needs to reach the host's files and its program's channel; what vfio needs on top;
-# drivers that take any PCI device they are told to. The modules that these depend on are added.
+# What a guest needs for its program's channel; what it needs to reach the host's files; what vfio
+# needs on top; drivers that take any PCI device they are told to. The modules that these depend on
+# are added.
 MODULES = {
-    "base": ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay"),
+    "base": ("virtio_pci", "virtio_console"),
+    "files": ("9pnet_virtio", "9p", "overlay"),
     "vfio": ("irqbypass", "vfio_virqfd", "vfio_iommu_type1", "vfio_pci"),
     "drivers": ("uio_pci_generic", "pci_stub"),
 }
@@ -77,17 +82,23 @@ def prepare() -> Image:
     package, busybox = _kernel_package(), _busybox()
     if package is None or busybox is None:
         raise RuntimeError(missing())
-    cache = Path(os.environ.get("IVSHMEM_VM_CACHE") or Path.home() / ".cache" / "ivshmem-vm")
-    cache.mkdir(parents=True, exist_ok=True)
+    kept = cache()
     recipe = hashlib.sha256()
-    for source in (Path(__file__), INIT, busybox):
+    for source in (Path(__file__), Path(newc.__file__), INIT, busybox):
         recipe.update(source.read_bytes())
-    with _locked(cache / "lock"):
-        deb = _fetched(cache, package)
-        built = cache / f"{deb.stem}-{recipe.hexdigest()[:12]}"
+    with locked(kept / "lock"):
+        deb = _fetched(kept, package)
+        built = kept / f"{deb.stem}-{recipe.hexdigest()[:12]}"
         if not built.exists():
             _build(deb, busybox, built)
     return Image(built / "kernel", built / "initrd")
+
+
+def cache() -> Path:
+    """The folder where what takes long to make is kept."""
+    kept = Path(os.environ.get("IVSHMEM_VM_CACHE") or Path.home() / ".cache" / "ivshmem-vm")
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept
 
 
 def _busybox() -> Path | None:
@@ -109,7 +120,7 @@ def _kernel_package() -> str | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Two test runs at once: the second waits and then finds what the first has built."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,7 +128,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
+def appearing(target: Path) -> Iterator[Path]:
     """A folder to work in, and a path in it that becomes `target` in one step if all goes well."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-") as work:
         yield Path(work) / "new"
@@ -137,7 +148,7 @@ def _fetched(cache: Path, package: str) -> Path:
 
 
 def _build(deb: Path, busybox: Path, target: Path) -> None:
-    with _appearing(target) as new, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+    with appearing(target) as new, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
         _run("dpkg-deb", "-x", str(deb), unpacked)
         (vmlinuz,) = Path(unpacked).glob("boot/vmlinuz-*")
         new.mkdir()
@@ -213,36 +224,3 @@ def _initramfs(busybox: Path, modules: ModuleTree) -> bytes:
             archive.file(f"modules/{name}/{number:02}-{module}.ko", modules.read(module))
     archive.file("init", INIT.read_bytes(), executable=True)
     return archive.finish()
-
-
-class Newc:
-    """A cpio archive; the kernel's buffer-format.rst has the format."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def folder(self, name: str) -> None:
-        self._add(name, 0o040755, b"")
-
-    def file(self, name: str, data: bytes, executable: bool = False) -> None:
-        self._add(name, 0o100755 if executable else 0o100644, data)
-
-    def link(self, name: str, target: str) -> None:
-        self._add(name, 0o120777, target.encode())
-
-    def finish(self) -> bytes:
-        self._add("TRAILER!!!", 0, b"")
-        return b"".join(self._parts)
-
-    def _add(self, name: str, mode: int, data: bytes) -> None:
-        path = name.encode() + b"\0"
-        inode = len(self._parts) + 1
-        # inode, mode, uid, gid, links, mtime, size, device (major, minor), special device (same),
-        # the name's length, checksum
-        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
-        head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
-        self._parts.append(_padded(head) + _padded(data))
-
-
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 4)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import image
+from . import carried, image
 
 # On the program's PYTHONPATH.
 INSIDE = Path(__file__).parent / "inside"
@@ -24,8 +24,10 @@ KERNEL_ARGS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "no_ti
 BASE = (
     *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
     *("-accel", "tcg,thread=multi", "-cpu", "max"),
-    *("-virtfs", "local,path=/,mount_tag=hostroot,security_model=none,readonly=on,multidevs=remap"),
     *("-device", "virtio-serial-pci"),
+)
+FILES = (
+    *("-virtfs", "local,path=/,mount_tag=hostroot,security_model=none,readonly=on,multidevs=remap"),
 )
 PLAIN = ("-machine", "pc")
 IOMMU = ("-machine", "q35,kernel-irqchip=off", "-device", "intel-iommu,intremap=on")
@@ -41,29 +43,47 @@ class Machine:
     iommu: bool
     kernel_args: Sequence[str]
     modules: Sequence[str]
+    migratable: bool = False
+    incoming: str | None = None
 
     def command(self, folder: Path, program: int, monitor: int) -> list[str]:
         """QEMU's command line: logs go to the folder; the two fds are connected sockets."""
         boot = image.prepare()
+        initrd = boot.initrd
+        if self.migratable:
+            initrd = folder / "initrd"
+            carried.write(initrd, boot.initrd)
         return [
-            *(image.QEMU, *BASE, *(IOMMU if self.iommu else PLAIN)),
+            *(
+                image.QEMU,
+                *BASE,
+                *(() if self.migratable else FILES),
+                *(IOMMU if self.iommu else PLAIN),
+            ),
             *("-m", self.memory, "-smp", str(self.cpus)),
-            *("-kernel", str(boot.kernel), "-initrd", str(boot.initrd)),
+            *("-kernel", str(boot.kernel), "-initrd", str(initrd)),
             *("-append", self._kernel_line(folder)),
             *("-serial", f"file:{folder}/console"),
             *("-chardev", f"socket,id=vm-monitor,fd={monitor}"),
             *("-mon", "chardev=vm-monitor,mode=control"),
+            *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
             *_port("vm-program", f"socket,fd={program}"),
             *_port("vm-stderr", f"file,path={folder}/stderr"),
             *_port("vm-status", f"file,path={folder}/status"),
+            *(("-incoming", self.incoming) if self.incoming is not None else ()),
             *self.args,
         ]
 
     def _kernel_line(self, folder: Path) -> str:
         sets, iommu = (["vfio"], ["intel_iommu=on"]) if self.iommu else ([], [])
-        modules = " ".join(["base", *sets, *self.modules])
         # What the kernel does not know it hands to init, as environment.
-        orders = (f'vm_folder="{folder}"', f'vm_modules="{modules}"')
+        if self.migratable:
+            python, path = carried.program()
+            orders = [f'vm_python="{python}"', f'vm_path="{":".join(map(str, path))}"']
+        else:
+            sets = ["files", *sets]
+            orders = [f'vm_folder="{folder}"']
+        orders.append(f'vm_modules="{" ".join(["base", *sets, *self.modules])}"')
         return " ".join([*KERNEL_ARGS, *iommu, *orders, *self.kernel_args])
 
 
