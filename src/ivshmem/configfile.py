@@ -85,6 +85,21 @@ def parse(data: bytes, source: str) -> ServiceConfig:
     Raises:
         ConfigError: as of `load`.
     """
+    tables = read_toml(data, source)
+    errors: list[str] = []
+    config = _read(tables, errors, source)
+    if errors:
+        more = f" (and {len(errors) - _MOST_ERRORS} more)" if len(errors) > _MOST_ERRORS else ""
+        raise config.error(f"{'; '.join(errors[:_MOST_ERRORS])}{more}")
+    return config
+
+
+def read_toml(data: bytes, source: str) -> dict[str, Any]:
+    """A file's tables, whatever they say.
+
+    Raises:
+        ConfigError: it is no TOML, or not of a size that anybody writes.
+    """
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -102,12 +117,7 @@ def parse(data: bytes, source: str) -> ServiceConfig:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # ValueError also of numbers without end
         raise ConfigError(f"{source}: no TOML: {_printable(str(error), 200)}") from None
-    errors: list[str] = []
-    config = _read(tables, errors, source)
-    if errors:
-        more = f" (and {len(errors) - _MOST_ERRORS} more)" if len(errors) > _MOST_ERRORS else ""
-        raise config.error(f"{'; '.join(errors[:_MOST_ERRORS])}{more}")
-    return config
+    return tables
 
 
 def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceConfig:

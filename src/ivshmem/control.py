@@ -25,8 +25,8 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
     server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
              fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
     region   name, socket, vectors, size, page_size, source, memory (name or path), paused (why
-             newcomers wait; "": they do not), counts {joins, leaves, messages, ..: since the
-             start}, peers
+             newcomers wait; "": they do not), holds_leaves, counts {joins, leaves, messages, ..:
+             since the start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
              it), stalled_since (null; or when it last read, if its socket is full), leaves_told
@@ -87,6 +87,8 @@ class Inspectable(Protocol):
     def counts(self) -> Mapping[str, int]: ...
     def report(self, *, interrupts: bool = ...) -> list[PeerReport]: ...
     def evict(self, peer_id: int) -> None: ...
+    @property
+    def holds_leaves(self) -> bool: ...
     def hold_leaves(self, holds: bool) -> None: ...
 
 
@@ -310,6 +312,7 @@ class Control:
             "source": region.source,
             "memory": region.name or "",
             "paused": server.paused,
+            "holds_leaves": server.holds_leaves,
             "counts": dict(server.counts),
         }
         if peers:

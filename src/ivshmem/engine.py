@@ -461,6 +461,11 @@ class Engine:
                 return
         raise NoSuchPeer(f"peer {peer_id} is not connected")
 
+    @property
+    def holds_leaves(self) -> bool:
+        """Whether a QEMU that connects now is never told of leaves."""
+        return self._holds
+
     def hold_leaves(self, holds: bool) -> None:
         """Never tell QEMU that somebody left, from now on; or only those that connect from now on.
 

@@ -252,6 +252,11 @@ class Server:
             with self._turn:
                 yield
 
+    @property
+    def holds_leaves(self) -> bool:
+        """Whether a QEMU that connects now is never told of leaves: see `hold_leaves`."""
+        return self._engine.holds_leaves
+
     def hold_leaves(self, holds: bool) -> None:
         """Never tell QEMU that a peer left, so that its device can be unplugged. From any thread.
 

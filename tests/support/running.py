@@ -27,16 +27,17 @@ R = TypeVar("R", bound="Running")
 
 
 class Running:
-    """A service of regions of 4 KiB, by name and socket; runs in a thread from `start` on."""
+    """A service of regions, by name and socket; runs in a thread from `start` on."""
 
     def __init__(
         self,
         sockets: dict[str, str],
         vectors: int = 2,
         load: Callable[[], ServiceConfig] | None = None,
+        size: int = 4096,
     ) -> None:
         regions = {
-            name: RegionConfig(path, size=4096, vectors=vectors) for name, path in sockets.items()
+            name: RegionConfig(path, size=size, vectors=vectors) for name, path in sockets.items()
         }
         self._undo = ExitStack()
         self.service = self._undo.enter_context(Service(ServiceConfig(regions), load=load))

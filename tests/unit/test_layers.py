@@ -34,7 +34,7 @@ FLOORS: list[list[str]] = [
     ["handover", "metrics", "stalls", "store"],
     ["guest"],
     ["channel", "aio", "bench", "qemu"],
-    ["doctor"],
+    ["doctor", "migration"],
     ["cli"],
     ["__main__"],
 ]

@@ -15,9 +15,22 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ..errors import IvshmemError
-from . import bench, connect, doctor, evict, guest, image, qemu, reload, serve, status, top
+from . import bench, connect, doctor, evict, guest, image, migrate, qemu, reload, serve, status, top
 
-SUBCOMMANDS = (serve, connect, guest, qemu, doctor, status, top, evict, reload, image, bench)
+SUBCOMMANDS = (
+    serve,
+    connect,
+    guest,
+    qemu,
+    doctor,
+    status,
+    top,
+    evict,
+    reload,
+    image,
+    migrate,
+    bench,
+)
 
 
 class Parser(argparse.ArgumentParser):

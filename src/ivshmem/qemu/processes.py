@@ -37,6 +37,14 @@ def guest_of(pid: int, since: float) -> str:
     return guest_name(line.decode(errors="replace").split("\0"))
 
 
+def is_qemu(pid: int) -> bool:
+    """Whether a process is a QEMU, by its program's name: a claim, not a proof."""
+    try:
+        return (_PROC / str(pid) / "comm").read_text(errors="replace").startswith(("qemu", "kvm"))
+    except OSError:
+        return False
+
+
 def guest_name(arguments: Sequence[str]) -> str:
     """The name in a QEMU's command line, printable; "" if there is none, or it is no QEMU's."""
     if not arguments or not os.path.basename(arguments[0]).startswith(("qemu", "kvm")):

@@ -1,0 +1,51 @@
+"""Migration of VMs that share memory: a plan, and carrying it out.
+
+    import asyncio
+    from ivshmem import migration
+
+    vms = [
+        migration.Vm("db", "/run/db.qmp", "/run/db-there.qmp", "tcp:192.0.2.7:4444"),
+        migration.Vm("web", "/run/web.qmp", "/run/web-there.qmp", "tcp:192.0.2.7:4445"),
+    ]
+    plan = asyncio.run(migration.prepare(vms))      # raises Refused; nothing was touched
+    print(*plan.steps, sep="\\n")
+    asyncio.run(migration.migrate(plan))
+
+`prepare`, `migrate`, `resume` and `put_back` are coroutines; each stands alone, so that a program
+without an event loop runs it as above. They need the extra `ivshmem[qemu]`.
+"""
+
+from .model import (
+    Device,
+    Group,
+    Member,
+    MigrationError,
+    Options,
+    Plan,
+    Refused,
+    Step,
+    Vm,
+)
+from .run import Failed, Unfinished, migrate, prepare, put_back, resume
+from .state import default_path
+from .steps import Progress
+
+__all__ = [
+    "Device",
+    "Failed",
+    "Group",
+    "Member",
+    "MigrationError",
+    "Options",
+    "Plan",
+    "Progress",
+    "Refused",
+    "Step",
+    "Unfinished",
+    "Vm",
+    "default_path",
+    "migrate",
+    "prepare",
+    "put_back",
+    "resume",
+]

@@ -1,0 +1,265 @@
+"""Which ivshmem devices running QEMUs have, and which of these share a memory.
+
+Knows: where QEMU's object tree has what, servers' control sockets, files' identities.
+Does not know: what is done with it.
+
+Two devices share a memory if their files are the same (device and inode number), or their servers;
+a server whose memory has a path is known by that file, so that plain devices beside it are found.
+Paths of a QEMU on another machine are compared as text, and its servers are asked only where
+somebody names their control sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import control, pages
+from ..errors import IvshmemError
+from ..qemu.processes import is_qemu
+from ..qemu.qmp import Monitor, QmpError
+from ..region import posix_path
+from .model import PLACES, Device, Found, Kind, Peer, Place, Qemu, Server, Vm
+
+# QEMU's folders of devices: those with an id, and the others.
+_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_KINDS: Mapping[str, Kind] = {"ivshmem-plain": "plain", "ivshmem-doorbell": "doorbell"}
+
+# How QEMU calls an ivshmem device that is no master, among the reasons why it cannot migrate.
+_PEER_MODE = "'peer mode' in device 'ivshmem'"
+
+# Of a memory backend, but for its size, its file, and that it is shared.
+_PROPERTIES = (
+    *("prealloc", "align", "pmem", "dump", "merge", "reserve", "policy", "host-nodes"),
+    "discard-data",
+)
+
+_SECONDS = 10.0  # for a server's answer
+
+# Control sockets that somebody named, by the place where their servers are.
+Controls = Mapping[Place, Sequence[str]]
+
+
+async def look(
+    vms: Sequence[Vm], monitors: Mapping[tuple[str, Place], Monitor], controls: Controls
+) -> Found:
+    """Look at all QEMUs of a migration, and at their servers; nothing changes by it.
+
+    Raises:
+        QmpError: a QEMU does not answer.
+    """
+    found: dict[Place, dict[str, Qemu]] = {place: {} for place in PLACES}
+    servers: dict[Place, dict[str, Server]] = {place: {} for place in PLACES}
+    for place in PLACES:
+        local = all(monitor.local for (_, where), monitor in monitors.items() if where == place)
+        asked = _Servers(controls.get(place, ()), local)
+        for vm in vms:
+            buses = (
+                {device.bus for device in found["source"][vm.name].devices}
+                if place == "destination"
+                else set()
+            )
+            monitor = monitors[vm.name, place]
+            found[place][vm.name] = await look_at(vm.name, monitor, asked, buses)
+        servers[place] = asked.found
+    return Found(found["source"], found["destination"], servers)
+
+
+async def look_at(name: str, monitor: Monitor, servers: _Servers, buses: Iterable[str]) -> Qemu:
+    """Look at one QEMU."""
+    local = monitor.local and monitor.pid is not None and is_qemu(monitor.pid)
+    migration = await monitor.execute("query-migrate")
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    devices = [
+        await _device(name, monitor, servers, local, path, kind)
+        for path, kind in await devices_of(monitor)
+    ]
+    return Qemu(
+        pid=monitor.pid if local else None,
+        status=(await monitor.execute("query-status"))["status"],
+        migration=migration.get("status", ""),
+        listens=_address(migration.get("socket-address", [])),
+        devices=tuple(devices),
+        buses=frozenset([bus for bus in buses if await _hotplug(monitor, bus)]),
+        taken=frozenset([*await names(monitor, "/chardevs"), *await names(monitor, "/objects")]),
+        blockers=tuple(
+            reason for reason in migration.get("blocked-reasons", ()) if _PEER_MODE not in reason
+        ),
+        capabilities=frozenset(each["capability"] for each in capabilities if each["state"]),
+    )
+
+
+async def devices_of(monitor: Monitor) -> list[tuple[str, Kind]]:
+    """The QOM paths of a QEMU's ivshmem devices, and of which kind each is."""
+    return [
+        (f"{folder}/{entry['name']}", _KINDS[kind])
+        for folder in _FOLDERS
+        for entry in await monitor.execute("qom-list", path=folder)
+        if (kind := entry["type"].removeprefix("child<").removesuffix(">")) in _KINDS
+    ]
+
+
+async def find(monitor: Monitor, device: Device) -> str | None:
+    """The QOM path of the device that has that memory backend or chardev; None: none has it."""
+    for path, kind in await devices_of(monitor):
+        try:
+            if kind == device.kind and await _backend(monitor, path, kind) == device.backend:
+                return path
+        except QmpError as error:
+            if error.kind != "DeviceNotFound":  # one that is just going
+                raise
+    return None
+
+
+async def names(monitor: Monitor, folder: str) -> list[str]:
+    """The ids in a folder of QEMU's object tree."""
+    try:
+        entries = await monitor.execute("qom-list", path=folder)
+    except QmpError as error:
+        if error.kind != "DeviceNotFound":
+            raise
+        return []  # it appears with the first of its kind
+    return [entry["name"] for entry in entries if entry["type"].startswith("child<")]
+
+
+async def _device(
+    vm: str, monitor: Monitor, servers: _Servers, local: bool, path: str, kind: Kind
+) -> Device:
+    async def get(what: str, of: str = path) -> Any:
+        return await monitor.execute("qom-get", path=of, property=what)
+
+    backend, bus = await _backend(monitor, path, kind), await get("parent_bus")
+    page_size, where, properties = 0, "", {}
+    if kind == "plain":
+        size = await get("size", f"/objects/{backend}")
+        with contextlib.suppress(QmpError):  # a memfd has none
+            where = await get("mem-path", f"/objects/{backend}")
+        shared = await get("share", f"/objects/{backend}")
+        # In a directory QEMU makes a file, and unlinks it: nobody else has it.
+        shared = shared and where and not (local and os.path.isdir(where))
+        memory = _file(where, local) if shared else f"private {vm} {backend}"
+        for each in _PROPERTIES:
+            with contextlib.suppress(QmpError):  # not all of QEMU's versions have all
+                properties[each] = await get(each, f"/objects/{backend}")
+        with contextlib.suppress(OSError):
+            page_size = pages.page_size_of(where) if local and where else 0
+    else:
+        size = await get("size", f"{path}/ivshmem.bar2[0]")
+        address = await get("addr", f"/chardevs/{backend}")
+        where = address.get("path", "")
+        memory, page_size = await servers.memory(where, local)
+    return Device(
+        path=path,
+        id=path.rpartition("/")[2] if path.startswith(f"{_FOLDERS[0]}/") else "",
+        kind=kind,
+        master=await get("master") == "on",
+        vectors=await get("vectors") if kind == "doorbell" else 0,
+        ioeventfd=await get("ioeventfd") if kind == "doorbell" else True,
+        size=size,
+        page_size=page_size,
+        memory=memory,
+        backend=backend,
+        where=where,
+        bus=bus,
+        slot=await get("legacy-addr"),
+        pluggable=await _hotplug(monitor, bus),
+        properties=properties,
+    )
+
+
+async def _backend(monitor: Monitor, path: str, kind: Kind) -> str:
+    what = "memdev" if kind == "plain" else "chardev"
+    backend: str = await monitor.execute("qom-get", path=path, property=what)
+    return backend.rpartition("/")[2]
+
+
+async def _hotplug(monitor: Monitor, bus: str) -> bool:
+    """Whether a bus takes and gives up devices; the device's own property says no in any case."""
+    try:
+        handler = await monitor.execute("qom-get", path=bus, property="hotplug-handler")
+    except QmpError:
+        return False
+    return bool(handler)
+
+
+class _Servers:
+    """The servers at one place: those that were asked and answered, by socket path."""
+
+    def __init__(self, controls: Sequence[str], local: bool) -> None:
+        self._controls = controls
+        self._local = local
+        self._replies: dict[str, Mapping[str, Any] | None] = {}
+        self._pages: dict[str, int] = {}
+        self.found: dict[str, Server] = {}
+
+    async def memory(self, socket: str, local: bool) -> tuple[str, int]:
+        """What memory a server's is, and the size of its pages, 0 if that is not known."""
+        if socket not in self.found and socket:
+            await self._ask(socket, local)
+        server = self.found.get(socket)
+        memory = _file(server.memory, local) if server is not None and server.memory else ""
+        return memory or f"server {_file(socket, local)}", self._pages.get(socket, 0)
+
+    async def _ask(self, socket: str, local: bool) -> None:
+        candidates = [*self._controls, *([control.default_path(socket)] if local else [])]
+        for path in candidates:
+            reply = await self._reply(path)
+            for region in reply.get("regions", ()) if reply else ():
+                if _same(region["socket"], socket, local):
+                    self.found[socket] = _server(path, region)
+                    self._pages[socket] = region["page_size"]
+                    return
+
+    async def _reply(self, path: str) -> Mapping[str, Any] | None:
+        if path not in self._replies:
+            self._replies[path] = None
+            with contextlib.suppress(OSError, IvshmemError):
+                self._replies[path] = await asyncio.to_thread(
+                    control.request, path, {"do": "status"}, _SECONDS
+                )
+        return self._replies[path]
+
+
+def _server(path: str, region: Mapping[str, Any]) -> Server:
+    memory = region["memory"]
+    if region["source"] == "posix":
+        memory = posix_path(memory)
+    elif region["source"] != "file":
+        memory = ""
+    return Server(
+        control=path,
+        region=region["name"],
+        memory=memory,
+        holds=bool(region.get("holds_leaves")),
+        peers=tuple(
+            Peer(each["id"], each["pid"], each["process"], each.get("leaves_told", 0))
+            for each in region["peers"]
+        ),
+    )
+
+
+def _same(one: str, other: str, local: bool) -> bool:
+    with contextlib.suppress(OSError):
+        return one == other or (local and os.path.samefile(one, other))
+    return False
+
+
+def _file(path: str, local: bool) -> str:
+    """What names a file however its path is written."""
+    if local:
+        with contextlib.suppress(OSError):
+            status = Path(path).stat()
+            return f"file {status.st_dev}:{status.st_ino}"
+    return f"path {path}"
+
+
+def _address(addresses: Sequence[Mapping[str, Any]]) -> str:
+    for each in addresses:
+        if each.get("type") == "unix":
+            return f"unix:{each.get('path')}"
+        return f"tcp:{each.get('host')}:{each.get('port')}"
+    return ""

@@ -1,0 +1,67 @@
+"""The VMs of a migration in a TOML file.
+
+Knows: the file's form. Does not know: what a migration is.
+
+    [vm.db]
+    source = "/run/db.qmp"              # the monitor of the QEMU that runs it: a path, or HOST:PORT
+    destination = "/run/db-there.qmp"   # that of the one that waits for it
+    uri = "tcp:192.0.2.7:4444"          # where the two meet
+
+    [control]                           # control sockets of servers that are elsewhere
+    source = ["/run/ivshmem.control"]
+    destination = ["/run/there.control"]
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..config import ConfigError
+from ..configfile import read_toml
+from .discovery import Controls
+from .model import PLACES, Vm
+
+_KEYS = ("source", "destination", "uri")
+_MOST_BYTES = 1 << 20
+
+
+def load(path: str | os.PathLike[str]) -> tuple[list[Vm], Controls]:
+    """The VMs that a file names, and the control sockets.
+
+    Raises:
+        ConfigError: what is wrong in it.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return parse(file.read(_MOST_BYTES + 1), os.fspath(path))
+
+
+def parse(data: bytes, source: str) -> tuple[list[Vm], Controls]:
+    """The same, of what was read from `source`."""
+    tables = read_toml(data, source)
+    for key in tables:
+        if key not in ("vm", "control"):
+            raise ConfigError(f"{source}: {key!r}: unknown: tables are [vm.NAME] and [control]")
+    vms, controls = tables.get("vm"), tables.get("control", {})
+    if not isinstance(vms, dict) or not vms:
+        raise ConfigError(f"{source}: no VM: a table [vm.NAME] is wanted for each")
+    return [_vm(name, table, source) for name, table in vms.items()], _controls(controls, source)
+
+
+def _vm(name: str, table: Any, source: str) -> Vm:
+    if (
+        not isinstance(table, dict)
+        or sorted(table) != sorted(_KEYS)
+        or not all(isinstance(value, str) and value for value in table.values())
+    ):
+        raise ConfigError(f"{source}: vm.{name!r}: {', '.join(_KEYS)} are wanted, each a text")
+    return Vm(name, *(table[key] for key in _KEYS))
+
+
+def _controls(table: Any, source: str) -> Controls:
+    if isinstance(table, dict) and set(table) <= set(PLACES):
+        lists = [paths for paths in table.values() if isinstance(paths, list)]
+        if len(lists) == len(table) and all(isinstance(p, str) for paths in lists for p in paths):
+            return {place: table.get(place, []) for place in PLACES}
+    raise ConfigError(f"{source}: control: source and destination can be lists of paths")

@@ -1,0 +1,280 @@
+"""What the other modules of a migration say to each other: VMs, devices, servers, plans, errors.
+
+Knows: words. Does not know: QEMU, files, how anything is found or done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from ..errors import IvshmemError
+
+Kind = Literal["plain", "doorbell"]
+StepKind = Literal["hold", "unplug", "migrate", "plug", "release"]
+Place = Literal["source", "destination"]
+
+PLACES: tuple[Place, ...] = get_args(Place)
+
+
+class MigrationError(IvshmemError):
+    """A migration that did not come about; the message says how things stand now."""
+
+
+class Refused(MigrationError):
+    """It would not work: nothing was touched. `reasons` has all that were found, a line each."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        more = f" (and {len(reasons) - 1} more: see --dry-run)" if len(reasons) > 1 else ""
+        super().__init__(f"{reasons[0]}{more}")
+        self.reasons = tuple(reasons)
+
+
+# -- what is wanted -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine that is to move.
+
+    Attributes:
+        name: what messages call it.
+        source: the monitor of the QEMU that runs it: a path, or HOST:PORT.
+        destination: that of the one that waits for it (-incoming defer).
+        uri: where the two meet: tcp:HOST:PORT or unix:PATH.
+    """
+
+    name: str
+    source: str
+    destination: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to migrate.
+
+    Attributes:
+        force: also unplug what may crash its QEMU.
+        postcopy: let the guest run at the destination after one pass over its memory.
+        multifd: send over several connections.
+        unplug_seconds: that a guest has to let go of a device. A PCI Express port alone takes 6.
+    """
+
+    force: bool = False
+    postcopy: bool = False
+    multifd: bool = False
+    unplug_seconds: float = 30.0
+
+
+# -- what is found --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """An ivshmem device of a running QEMU.
+
+    Attributes:
+        path: its QOM path.
+        id: "" if it has none.
+        kind, master, vectors, ioeventfd: as QEMU's options say; a plain one has 0 vectors.
+        size: of the memory, bytes; 0 if QEMU does not tell.
+        page_size: of the memory's pages; 0 if that is not known.
+        memory: the same for all devices that share a memory, and for no others.
+        backend: the id of its memory backend, or chardev.
+        where: the memory's file, or the server's socket; "" if it has no path.
+        bus, slot: QOM path of its bus, and the place on it ("07.0").
+        pluggable: devices on that bus can be unplugged.
+        properties: of a plain device's memory backend, those that its user could have set.
+    """
+
+    path: str
+    id: str
+    kind: Kind
+    master: bool
+    vectors: int
+    ioeventfd: bool
+    size: int
+    page_size: int
+    memory: str
+    backend: str
+    where: str
+    bus: str
+    slot: str
+    pluggable: bool
+    properties: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.id or self.path.rpartition("/")[2]
+
+    @property
+    def bus_name(self) -> str:
+        """The id of its bus, as device_add takes it."""
+        return self.bus.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """A QEMU that was looked at.
+
+    Attributes:
+        pid: None if it is on another machine.
+        status: its run state, as query-status has it.
+        migration: the state of its last migration; "" if there was none.
+        listens: where it waits for a migration, if it was already told.
+        devices: its ivshmem devices.
+        buses: QOM paths of those on which it takes devices, of all that were asked for.
+        taken: the ids of its chardevs and objects.
+        blockers: why it cannot migrate, but for its ivshmem devices.
+        capabilities: of migration, that are on.
+    """
+
+    pid: int | None
+    status: str
+    migration: str = ""
+    listens: str = ""
+    devices: tuple[Device, ...] = ()
+    buses: frozenset[str] = frozenset()
+    taken: frozenset[str] = frozenset()
+    blockers: tuple[str, ...] = ()
+    capabilities: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server's peer; `leaves_told`: how often it was told that another one left."""
+
+    id: int
+    pid: int
+    process: str
+    leaves_told: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that devices are connected to, as its control socket tells.
+
+    Attributes:
+        control: path of that socket.
+        region: the name of the region there.
+        memory: the file of its memory, "" if it has no path.
+        holds: leaves are held back from QEMUs.
+    """
+
+    control: str
+    region: str
+    memory: str
+    holds: bool
+    peers: tuple[Peer, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that was found: each VM's two QEMUs, by name, and the servers that answer, by socket."""
+
+    source: Mapping[str, Qemu]
+    destination: Mapping[str, Qemu]
+    servers: Mapping[Place, Mapping[str, Server]] = field(
+        default_factory=lambda: {"source": {}, "destination": {}}
+    )
+
+
+# -- what is to be done ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, which can be done again when it was interrupted.
+
+    Attributes:
+        vm: whose, of unplug, migrate and plug.
+        device: which, of unplug and plug.
+        where: the file or socket that a plugged device is given.
+        control, region: of the server, of hold and release.
+        running: the guest runs (migrate).
+        size: of the shared memory that goes along, bytes (migrate).
+    """
+
+    kind: StepKind
+    vm: str = ""
+    device: Device | None = None
+    where: str = ""
+    control: str = ""
+    region: str = ""
+    running: bool = True
+    size: int = 0
+
+    def __str__(self) -> str:
+        name = self.device.name if self.device is not None else ""
+        if self.kind == "hold":
+            return f"hold leaves back from the QEMUs of {self.control}"
+        if self.kind == "release":
+            return f"tell QEMUs that come to {self.control} of leaves again"
+        if self.kind == "unplug":
+            return f"unplug {name} from {self.vm}"
+        if self.kind == "plug":
+            return f"plug {name} into {self.vm} at the destination, with {self.where}"
+        return f"migrate {self.vm}" + (", with the shared memory" if self.size else "")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device that shares a group's memory."""
+
+    vm: str
+    device: Device
+
+
+@dataclass(frozen=True)
+class Group:
+    """Devices that share a memory; exactly one is the master."""
+
+    master: Member
+    others: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a migration does, in order; `notes` say what somebody may want to know before."""
+
+    vms: tuple[Vm, ...]
+    options: Options
+    groups: tuple[Group, ...]
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+
+    def vm(self, name: str) -> Vm:
+        """The VM of that name."""
+        return next(vm for vm in self.vms if vm.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """A plan that was written down.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+
+        def member(data: Mapping[str, Any]) -> Member:
+            return Member(data["vm"], Device(**data["device"]))
+
+        return cls(
+            vms=tuple(Vm(**vm) for vm in data["vms"]),
+            options=Options(**data["options"]),
+            groups=tuple(
+                Group(member(group["master"]), tuple(member(each) for each in group["others"]))
+                for group in data["groups"]
+            ),
+            steps=tuple(
+                Step(**{**step, "device": step["device"] and Device(**step["device"])})
+                for step in data["steps"]
+            ),
+            notes=tuple(data["notes"]),
+        )

@@ -1,0 +1,212 @@
+"""Carrying out a plan: forward, or, if that fails, back.
+
+Knows: the order, what is written down when, where the way back ends.
+Does not know: what a step does.
+
+Whatever goes wrong before the first VM has arrived: what was done is undone, the last step first,
+and the group runs at the source as before. Later there is only the way forward: the error names
+the step, and `resume` goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+
+from ..errors import IvshmemError
+from .crew import Crew
+from .discovery import Controls, look
+from .model import MigrationError, Options, Plan, Step, Vm
+from .plan import check_vms, make_plan
+from .state import State, default_path
+from .steps import Arrived, NotAsked, Pending, Progress, Worker
+
+# Told of each step when it begins: its number, from 1 on, and whether it is undone.
+Tell = Callable[[int, Step, bool], object]
+Watch = Callable[[Progress], object]
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+class Failed(MigrationError):
+    """It did not come about, and the group runs at the source as before."""
+
+
+class Unfinished(MigrationError):
+    """It stands still at `step`, and can be finished: `path` is the state's file."""
+
+    def __init__(self, message: str, step: Step, path: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.path = path
+
+
+async def prepare(
+    vms: Sequence[Vm], options: Options | None = None, controls: Controls | None = None
+) -> Plan:
+    """Look at the QEMUs and servers, and make a plan; nothing is touched.
+
+    Args:
+        controls: control sockets of servers that have them elsewhere than at SOCKET.control, or on
+            another machine, for "source" and "destination".
+
+    Raises:
+        Refused: it would not work; all reasons are told.
+        QmpError, OSError, ValueError: a QEMU cannot be asked.
+    """
+    check_vms(vms)
+    async with Crew(vms) as crew:
+        return make_plan(vms, await look(vms, await crew.all(), controls or {}), options)
+
+
+async def migrate(
+    plan: Plan,
+    *,
+    state: str | os.PathLike[str] | None = None,
+    tell: Tell = _nothing,
+    watch: Watch = _nothing,
+) -> None:
+    """Carry out a plan, which should be new.
+
+    When this task is cancelled, it is as if a step had failed, and CancelledError is raised last.
+
+    Args:
+        state: the file that says how far it is; it is removed when nothing is left to be done.
+            None: one in the user's directory for state, named after the sources.
+        tell: called when a step begins.
+        watch: called ten times a second while a VM migrates.
+
+    Raises:
+        Failed: it did not work; the group runs at the source as before.
+        Unfinished: it did not work after a VM had arrived, or could not be undone: see `resume`.
+        MigrationError: an earlier one has to be resumed or put back first; nothing was touched.
+        OSError: the state cannot be written; nothing was touched.
+    """
+    with State.create(state or default_path(plan.vms), plan) as begun:
+        await _Run(begun, tell, watch).forward()
+
+
+async def resume(
+    state: str | os.PathLike[str], *, tell: Tell = _nothing, watch: Watch = _nothing
+) -> None:
+    """Finish a migration that was interrupted; steps that were done are not done again.
+
+    Raises:
+        Failed, Unfinished, OSError: as of `migrate`.
+        MigrationError: there is nothing to be resumed, or another process is at it.
+    """
+    with State.load(state) as begun:
+        await _Run(begun, tell, watch).forward()
+
+
+async def put_back(state: str | os.PathLike[str], *, tell: Tell = _nothing) -> None:
+    """Undo a migration that was interrupted, if no VM has arrived at its destination.
+
+    Raises:
+        Unfinished: one has, or it could not be undone.
+        MigrationError, OSError: there is nothing to be undone, or another process is at it.
+    """
+    with State.load(state) as begun:
+        await _Run(begun, tell, _nothing).back()
+
+
+class _Run:
+    def __init__(self, state: State, tell: Tell, watch: Watch) -> None:
+        self._state = state
+        self._plan = state.plan
+        self._tell = tell
+        self._watch = watch
+
+    async def forward(self) -> None:
+        """Do what is left; if that fails and there is a way back, go it."""
+        try:
+            async with Crew(self._plan.vms) as crew:
+                worker = Worker(crew, self._plan.options, self._watch)
+                while self._state.next < len(self._plan.steps):
+                    await self._do(worker)
+        except (IvshmemError, OSError, asyncio.CancelledError) as error:
+            await self._failed(error)
+        else:
+            self._state.remove()
+
+    async def _do(self, worker: Worker) -> None:
+        index = self._state.next
+        step = self._plan.steps[index]
+        self._state.note("begin", index)
+        self._tell(index + 1, step, False)
+        await worker.do(step, self._vm(step))
+        self._state.note("done", index)
+
+    async def _failed(self, error: BaseException) -> None:
+        """Go back if there is a way, and say how things stand."""
+        if self._state.arrived:
+            raise self._unfinished(error) from error
+        try:
+            await self.back(error)
+        except Unfinished as worse:
+            raise worse from error
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        raise Failed(f"{_said(error)}; the group runs at the source as before") from error
+
+    async def back(self, reason: BaseException | None = None) -> None:
+        """Undo what was done, the last first; what cannot be undone does not stop the rest."""
+        if self._state.arrived:
+            raise self._unfinished(reason, "a VM has arrived, so there is no way back")
+        # Who has used up its time gets no more.
+        seconds = 0.0 if isinstance(reason, Pending) else self._plan.options.unplug_seconds
+        problems: list[BaseException] = []
+        try:
+            async with Crew(self._plan.vms) as crew:
+                worker = Worker(crew, self._plan.options, _nothing)
+                for index in reversed(range(len(self._plan.steps))):
+                    if self._state.words[index] == "undone":
+                        continue
+                    try:
+                        await self._undo(worker, index, seconds, reason)
+                    except Arrived as error:
+                        self._state.note("done", index)
+                        raise self._unfinished(reason, str(error)) from error
+                    except (IvshmemError, OSError) as error:
+                        problems.append(error)
+        except asyncio.CancelledError as error:
+            problems.insert(0, error)
+        if problems:
+            raise self._unfinished(problems[0]) from problems[0]
+        self._state.remove()
+
+    async def _undo(
+        self, worker: Worker, index: int, seconds: float, reason: BaseException | None
+    ) -> None:
+        step = self._plan.steps[index]
+        # Of a device that the guest was not asked for there is nothing to be undone.
+        if not (isinstance(reason, NotAsked) and self._state.words[index] == "begin"):
+            self._tell(index + 1, step, True)
+            await worker.undo(step, self._vm(step), seconds)
+        self._state.note("undone", index)
+
+    def _vm(self, step: Step) -> Vm | None:
+        return self._plan.vm(step.vm) if step.vm else None
+
+    def _unfinished(self, error: BaseException | None, why: str = "") -> Unfinished:
+        index = min(self._state.next, len(self._plan.steps) - 1)
+        step = self._plan.steps[index]
+        way = "--resume finishes it" + ("" if self._state.arrived else ", --put-back undoes it")
+        what = "; ".join(filter(None, [_said(error) if error is not None else "", why]))
+        return Unfinished(
+            f"{what}; it stands at step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
+            f" (state: {self._state.path})",
+            step,
+            self._state.path,
+        )
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

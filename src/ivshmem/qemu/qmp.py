@@ -1,0 +1,252 @@
+"""A running QEMU, spoken to over QMP.
+
+Knows: the library `qemu.qmp` (the extra `ivshmem[qemu]`), addresses, time limits.
+Does not know: what QEMU is asked for.
+
+A monitor socket serves one client at a time: a second one is accepted and gets no greeting.
+
+Invariants:
+1. Nothing waits without a limit.
+2. Whatever goes wrong is a QmpError or an OSError with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import IvshmemError
+
+if TYPE_CHECKING:
+    from qemu.qmp import EventListener, QMPClient
+
+SECONDS = 20.0  # for an answer: a QEMU at work on something else takes its time
+
+_T = TypeVar("_T")
+
+_UCRED = struct.Struct("3i")
+
+
+class QmpError(IvshmemError):
+    """QEMU refused a command, does not answer, or is gone; the message says which, and why.
+
+    `kind` is QEMU's error class ("GenericError", ..), "" if it did not refuse.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class QemuGone(QmpError):
+    """The connection to QEMU has ended: most likely its process has, too."""
+
+
+class Monitor:
+    """A connection to a QEMU's monitor; an asynchronous context manager.
+
+    Args:
+        address: path of its Unix socket, or HOST:PORT.
+        name: how messages call this QEMU; the address if "".
+        seconds: for connecting, and for each command, unless it says otherwise.
+
+    Entering raises:
+        QmpError: this is no QMP monitor, or another client has it; or the library is not there.
+        OSError: as of connect(2), with the address.
+    """
+
+    def __init__(self, address: str, name: str = "", seconds: float = SECONDS) -> None:
+        self.address = address
+        self.name = name or address
+        self.pid: int | None = None
+        self._seconds = seconds
+        self._client: QMPClient | None = None
+        self._events: EventListener | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether QEMU is on this machine, as far as the address tells."""
+        return "/" in self.address
+
+    async def __aenter__(self) -> Monitor:
+        qmp = library()
+        client = qmp.QMPClient(self.name)
+        # What it logs, the exceptions say.
+        client.logger = logging.getLogger("qemu.qmp.quiet")
+        client.logger.disabled = True
+        self._events = qmp.EventListener()
+        client.register_listener(self._events)
+        sock = await self._connected()
+        try:
+            if self.local:
+                self.pid = _UCRED.unpack(
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+                )[0]
+            await _within(self._seconds, client.connect(sock))
+        except TimeoutError:
+            raise QmpError(
+                f"{self.name}: no greeting within {self._seconds:g} s at {self.address}: end the"
+                " other client of this monitor, or give QEMU one more -qmp"
+            ) from None
+        except qmp.ConnectError as error:
+            raise QmpError(
+                f"{self.name}: {self.address} is no QMP monitor ({_reason(error)}): give that of"
+                " -qmp, not of -monitor"
+            ) from None
+        finally:
+            if client.runstate.name != "RUNNING":
+                sock.close()
+        self._client = client
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up; QEMU goes on. May be called twice."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception):  # of a QEMU that is gone: who asked it was told
+                await client.disconnect()
+
+    async def execute(
+        self, command: str, /, arguments: Mapping[str, Any] | None = None, **more: Any
+    ) -> Any:
+        """A command's result. What is in `more` is an argument, too.
+
+        Raises:
+            QmpError: refused, or no answer in time; whether it was done is not known then.
+            QemuGone: the same of a QEMU that has ended.
+        """
+        qmp = library()
+        if self._client is None:
+            raise QemuGone(f"{self.name}: the monitor at {self.address} was closed")
+        words = {**(arguments or {}), **more}
+        try:
+            return await _within(self._seconds, self._client.execute(command, words))
+        except qmp.ExecuteError as error:
+            text = " ".join(str(error).split())
+            raise QmpError(f"{self.name}: {command}: {text}", error.error_class) from None
+        except (qmp.ExecInterruptedError, qmp.StateError):
+            raise QemuGone(f"{self.name}: QEMU has ended (it was asked for {command})") from None
+        except TimeoutError:
+            raise QmpError(
+                f"{self.name}: no answer to {command} within {self._seconds:g} s: is QEMU stopped?"
+            ) from None
+
+    async def event(self, name: str, seconds: float, **data: Any) -> dict[str, Any] | None:
+        """Take events up to the first such one with these data; None: it did not come in time."""
+        assert self._events is not None
+        with contextlib.suppress(TimeoutError):
+            return await _within(seconds, self._event(self._events, name, data))
+        return None
+
+    async def _event(
+        self, events: EventListener, name: str, data: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        while True:
+            message = await events.get()
+            found = message.get("data", {})
+            if (
+                message["event"] == name
+                and isinstance(found, dict)
+                and data.items() <= found.items()
+            ):
+                return found
+
+    async def _connected(self) -> socket.socket:
+        """A socket, connected; asyncio's own ways do not let its peer's pid be asked for."""
+        family, address = _parse(self.address)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            await _within(self._seconds, _connect(sock, address))
+        except TimeoutError:
+            sock.close()
+            raise QmpError(f"{self.name}: nobody answers at {self.address}: is it there?") from None
+        except OSError as error:
+            sock.close()
+            reason = os.strerror(error.errno or 0) if error.errno else str(error)
+            raise OSError(
+                error.errno, f"{reason}: is the QEMU of {self.name} running?", self.address
+            ) from None
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    """Connect a socket that does not block.
+
+    asyncio takes the EAGAIN of a Unix socket, whose queue of clients is full, for "under way".
+    """
+    if sock.family != socket.AF_UNIX:
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        return
+    while True:
+        try:
+            sock.connect(address)
+            return
+        except BlockingIOError:
+            await asyncio.sleep(0.02)
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of this, if it comes in time.
+
+    asyncio.wait_for does the same, but before Python 3.12 forgets that it was cancelled if the work
+    ends in that moment.
+
+    Raises:
+        TimeoutError: it does not.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def library() -> Any:
+    """The module qemu.qmp.
+
+    Raises:
+        QmpError: it is not installed.
+    """
+    try:
+        import qemu.qmp
+    except ImportError:
+        raise QmpError(
+            "the library qemu.qmp is not installed: pip install 'ivshmem[qemu]'"
+        ) from None
+    return qemu.qmp
+
+
+def _parse(address: str) -> tuple[socket.AddressFamily, Any]:
+    """A path has a slash in it; anything else is HOST:PORT."""
+    if "/" in address:
+        return socket.AF_UNIX, address
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(
+            f"{address}: a monitor is the path of a Unix socket (with a slash), or HOST:PORT"
+        )
+    host = host.strip("[]") or "localhost"
+    return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
+
+
+def _reason(error: Any) -> str:
+    cause = error.exc if str(error.exc) else type(error.exc).__name__
+    return " ".join(str(cause).split())

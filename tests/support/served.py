@@ -1,0 +1,16 @@
+"""A server with a control socket, as `ivshmem serve` has it."""
+
+from __future__ import annotations
+
+from ivshmem import control
+
+from .running import Running
+
+
+class Served(Running):
+    """A region of 1 MiB at `path`, named "default", with its control socket; runs in a thread."""
+
+    def __init__(self, path: str, vectors: int = 2) -> None:
+        super().__init__({"default": path}, vectors, size=1 << 20)
+        self.add(control.Control(control.listen(control.default_path(path)), self.service))
+        self.start()

@@ -1,0 +1,578 @@
+"""`ivshmem migrate` with real QEMUs: two sides as two hosts, each with its own memory or server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support.children import python
+from support.served import Served
+from support.waiting import until
+
+import ivshmem
+from ivshmem import migration
+from ivshmem.migration import Failed, MigrationError, Options, Refused, Unfinished, Vm
+from ivshmem.migration.state import State
+
+from .bare import Bare, device
+
+KINDS = ("plain", "doorbell")
+PATTERN = bytes(range(256)) * 4096
+assert len(PATTERN) == 1 << 20
+
+
+class Group:
+    """A master and others at a source, and what waits for them; `where` their memories are."""
+
+    def __init__(self, folder: Path, kind: str, undo: ExitStack) -> None:
+        self.folder = folder
+        self.kind = kind
+        self._undo = undo
+        self.servers: list[ivshmem.Server] = []
+        self.where: list[str] = []
+        self.regions: list[ivshmem.Region] = []
+        for side in ("here", "there"):
+            path = folder / side
+            if kind == "plain":
+                region = undo.enter_context(ivshmem.Region.create("1M", path=path))
+            else:
+                served = undo.enter_context(Served(str(path)))
+                self.servers.append(served.server())
+                region = served.server().region
+            self.where.append(str(path))
+            self.regions.append(region)
+        self.state = folder / "state"
+        self.source: dict[str, Bare] = {}
+        self.destination: dict[str, Bare] = {}
+
+    def bare(self, name: str, *args: str, **how: bool) -> Bare:
+        return self._undo.enter_context(Bare(self.folder, name, args, **how))
+
+    def add_master(self, name: str = "a", **differently: str) -> None:
+        self.source[name] = self.bare(name, *device(self.kind, self.where[0]))
+        self.wait_for_master(name, **differently)
+
+    def wait_for_master(self, name: str = "a", options: str = ",master=on") -> None:
+        args = device(self.kind, self.where[1], options)
+        self.destination[name] = self.bare(f"{name}-there", *args, waits=True)
+
+    def add_other(self, name: str) -> None:
+        self.source[name] = self.bare(name)
+        self.source[name].plug(self.kind, self.where[0])
+        self.destination[name] = self.bare(f"{name}-there", waits=True)
+
+    def vms(self, uris: str = "unix") -> list[Vm]:
+        return [
+            Vm(
+                name,
+                str(source.monitor),
+                str(self.destination[name].monitor),
+                f"unix:{self.folder}/{name}.uri" if uris == "unix" else f"tcp:127.0.0.1:{port}",
+            )
+            for port, (name, source) in enumerate(self.source.items(), 24810)
+        ]
+
+    def plan(self, options: Options | None = None, uris: str = "unix") -> migration.Plan:
+        return asyncio.run(migration.prepare(self.vms(uris), options))
+
+    def migrate(self, options: Options | None = None, uris: str = "unix") -> list[str]:
+        """The steps that were done."""
+        steps: list[str] = []
+        asyncio.run(
+            migration.migrate(
+                self.plan(options, uris),
+                state=self.state,
+                tell=lambda _, step, back: steps.append(f"{'undo ' if back else ''}{step.kind}"),
+            )
+        )
+        return steps
+
+    def migrate_again(self) -> None:
+        """As somebody who does not know that it was begun; the plan is of no matter."""
+        with State.load(self.state) as state:
+            plan = state.plan
+        asyncio.run(migration.migrate(plan, state=self.state))
+
+    def fill(self) -> None:
+        with memoryview(self.regions[0]) as memory:
+            memory[:] = PATTERN
+
+    def check_there(self) -> None:
+        """All are at the destination, and the memory is."""
+        assert bytes(self.regions[1]) == PATTERN
+        assert [each.status for each in self.source.values()] == ["postmigrate"] * len(self.source)
+        for each in self.destination.values():
+            assert each.status == "running"
+            assert each.devices == ["shm0"]
+        if self.servers:
+            assert len(self.servers[1].peers) == len(self.destination)
+        assert not self.state.exists()
+
+    def check_here(self, *, waiting: bool = True) -> None:
+        """All are at the source, as before."""
+        for each in self.source.values():
+            assert each.status == "running"
+            assert each.devices == ["shm0"]
+        if self.servers:
+            assert len(self.servers[0].peers) == len(self.source)
+        assert bytes(self.regions[0]) == PATTERN
+        assert not self.state.exists()
+        if waiting:
+            assert {each.status for each in self.destination.values()} == {"inmigrate"}
+
+
+MakeGroup = Callable[[str], Group]
+
+
+@pytest.fixture
+def group(directory: Path) -> Iterator[MakeGroup]:
+    with ExitStack() as undo:
+        yield lambda kind: Group(directory, kind, undo)
+    for log in directory.glob("*.log"):
+        print(f"--- {log.stem} ---", log.read_text(errors="replace"), sep="\n")
+
+
+def whole(make: MakeGroup, kind: str) -> Group:
+    """A master and two others."""
+    group = make(kind)
+    group.add_master()
+    group.add_other("b")
+    group.add_other("c")
+    group.fill()
+    return group
+
+
+@pytest.mark.parametrize("uris", ["unix", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_moves(group: MakeGroup, kind: str, uris: str) -> None:
+    moving = whole(group, kind)
+    holds = ["hold"] if kind == "doorbell" else []
+    done = moving.migrate(uris=uris)
+    assert done == [
+        *holds,
+        *("unplug", "unplug", "migrate", "migrate", "migrate", "plug", "plug"),
+        *(["release"] if holds else []),
+    ]
+    moving.check_there()
+
+
+@pytest.mark.parametrize("options", [Options(multifd=True), Options(postcopy=True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ways_to_send(group: MakeGroup, kind: str, options: Options) -> None:
+    moving = whole(group, kind)
+    if options.postcopy:
+        moving.source["a"].qmp("migrate-set-parameters", **{"downtime-limit": 1})
+    moving.migrate(options)
+    moving.check_there()
+
+
+def test_there_and_back(group: MakeGroup) -> None:
+    """What was plugged back can be unplugged, and its destination be a source."""
+    moving = whole(group, "doorbell")
+    moving.migrate()
+    assert not moving.servers[0].holds_leaves
+    for each in moving.source.values():
+        each.qmp("quit")
+    again = {name: (moving.bare(f"{name}-again", waits=True)) for name in ("b", "c")}
+    until(lambda: not moving.servers[0].peers)
+    args = device(moving.kind, moving.where[0])
+    again["a"] = moving.bare("a-again", *args, waits=True)
+    moving.source, moving.destination = moving.destination, {n: again[n] for n in "abc"}
+    moving.servers.reverse()
+    moving.regions.reverse()
+    moving.where.reverse()
+    with memoryview(moving.regions[1]) as memory:
+        memory[:] = bytes(len(memory))
+    moving.migrate()
+    moving.check_there()
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def refused(group: Group, options: Options | None = None) -> str:
+    """All reasons; nothing was touched."""
+    with pytest.raises(Refused) as error:
+        group.plan(options)
+    assert not group.state.exists()
+    return "\n".join(error.value.reasons)
+
+
+def test_two_masters(group: MakeGroup) -> None:
+    """Of a file; a second one of a server QEMU itself does not start."""
+    both = group("plain")
+    both.add_master()
+    both.add_master("b")
+    assert "shm0 of a and shm0 of b are masters of the same memory" in refused(both)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_master(group: MakeGroup, kind: str) -> None:
+    none = group(kind)
+    none.add_other("b")
+    assert "none is the master" in refused(none)
+
+
+def test_a_server_with_peers(group: MakeGroup) -> None:
+    early = whole(group, "doorbell")
+    with ivshmem.connect(early.where[1], timeout=20):
+        assert "already has peers besides it: 1 (" in refused(early)
+    early.migrate()
+    early.check_there()
+
+
+def test_plugged_back_by_hand_too_early(group: MakeGroup) -> None:
+    early = whole(group, "doorbell")
+    early.destination["b"].plug("doorbell", early.where[1])
+    reasons = refused(early)
+    assert "b: its destination has shm0 at port0 00.0, where its source has no master" in reasons
+    assert "already has peers besides it: 1 (qemu-system-x86)" in reasons
+
+
+def test_another_size(group: MakeGroup) -> None:
+    other = group("plain")
+    other.source["a"] = other.bare("a", *device("plain", other.where[0]))
+    with open(other.where[1], "r+b") as file:
+        file.truncate(2 << 20)
+    args = [word.replace("size=1M", "size=2M") for word in device("plain", other.where[1])]
+    other.destination["a"] = other.bare("a-there", *args, waits=True)
+    assert "its memory has 1M, at the destination 2M" in refused(other)
+
+
+def test_other_vectors(group: MakeGroup) -> None:
+    other = group("doorbell")
+    other.source["a"] = other.bare("a", *device("doorbell", other.where[0]))
+    args = device("doorbell", other.where[1], vectors=1)
+    other.destination["a"] = other.bare("a-there", *args, waits=True)
+    assert "it has 2 vectors, at the destination 1" in refused(other)
+
+
+def test_no_master_at_the_destination(group: MakeGroup) -> None:
+    other = group("plain")
+    other.add_master(options="")
+    assert "at the destination it is not the master" in refused(other)
+
+
+def test_a_bus_without_plugging(group: MakeGroup) -> None:
+    fixed = group("plain")
+    fixed.add_master()
+    args = [w.replace("bus=port0", "bus=pcie.0") for w in device("plain", fixed.where[0], "")]
+    fixed.source["b"] = fixed.bare("b", *args)
+    fixed.destination["b"] = fixed.bare("b-there", waits=True)
+    assert "its bus pcie.0 cannot do that" in refused(fixed)
+
+
+def test_a_destination_that_does_not_wait(group: MakeGroup) -> None:
+    hasty = whole(group, "plain")
+    hasty.destination["b"].kill()
+    hasty.destination["b"] = hasty.bare("b-running")
+    assert "its destination is not waiting (it is in state running)" in refused(hasty)
+    hasty.destination["c"].qmp("migrate-incoming", uri=f"unix:{hasty.folder}/x")
+    assert "waits at unix:" in refused(hasty)
+
+
+def test_a_capability_that_is_of_no_use(group: MakeGroup) -> None:
+    other = group("plain")
+    other.add_master()
+    wanted = [{"capability": "x-ignore-shared", "state": True}]
+    other.source["a"].qmp("migrate-set-capabilities", capabilities=wanted)
+    assert "its source has the capability x-ignore-shared on" in refused(other)
+
+
+def test_a_qemu_that_was_told_of_a_leave(group: MakeGroup) -> None:
+    told = whole(group, "doorbell")
+    ivshmem.connect(told.where[0], timeout=20).close()
+    until(lambda: all(report.leaves_told for report in told.servers[0].report()))
+    assert "b: its QEMU was told that a peer left" in refused(told)
+    assert told.plan(Options(force=True)).steps
+
+
+def test_a_server_without_a_control_socket(group: MakeGroup) -> None:
+    with ExitStack() as undo:
+        other = group("doorbell")
+        silent = str(other.folder / "silent")
+        undo.enter_context(ivshmem.Server(silent, "1M", vectors=2).start())
+        other.where[0] = silent
+        other.add_master()
+        other.add_other("b")
+        assert "has no control socket that answers here" in refused(other)
+        assert other.plan(Options(force=True)).steps[0].kind == "unplug"
+        for each in other.source.values():
+            each.kill()
+
+
+# -- interrupted ----------------------------------------------------------------------------------
+
+_TOOL = """\
+import asyncio, json, os, signal, sys
+from ivshmem import migration
+from ivshmem.qemu.qmp import Monitor
+
+vms, state, command, count = json.loads(sys.argv[1])
+execute = Monitor.execute
+
+
+async def killed(self, name, /, arguments=None, **more):
+    global count
+    result = await execute(self, name, arguments, **more)
+    if name == command:
+        count -= 1
+        if not count:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+Monitor.execute = killed
+plan = asyncio.run(migration.prepare([migration.Vm(*vm) for vm in vms]))
+asyncio.run(migration.migrate(plan, state=state))
+print("NOT KILLED")
+"""
+
+
+def killed_after(group: Group, command: str, count: int = 1) -> None:
+    """Migrate with a tool that is killed after its so-manieth such command."""
+    vms = [[vm.name, vm.source, vm.destination, vm.uri] for vm in group.vms()]
+    with python(_TOOL, json.dumps([vms, str(group.state), command, count])) as tool:
+        assert tool.line() == ""
+        assert tool.process.wait(60) == -signal.SIGKILL
+    assert group.state.exists()
+
+
+def pair(make: MakeGroup, kind: str) -> Group:
+    """A master and one other."""
+    group = make(kind)
+    group.add_master()
+    group.add_other("b")
+    group.fill()
+    return group
+
+
+MOMENTS = {
+    "plain": [
+        *(("device_del", 1), ("object-del", 1), ("migrate-incoming", 1), ("migrate", 1)),
+        *(("migrate-incoming", 2), ("migrate", 2), ("object-add", 1), ("device_add", 1)),
+    ],
+    "doorbell": [
+        *(("device_del", 1), ("chardev-remove", 1), ("migrate-incoming", 1), ("migrate", 1)),
+        *(("migrate-incoming", 2), ("migrate", 2), ("chardev-add", 1), ("device_add", 1)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "count"),
+    [(kind, *moment) for kind, moments in MOMENTS.items() for moment in moments],
+)
+def test_killed_and_resumed(group: MakeGroup, kind: str, command: str, count: int) -> None:
+    moving = pair(group, kind)
+    killed_after(moving, command, count)
+    with pytest.raises(MigrationError, match="--resume"):
+        moving.migrate_again()
+    steps: list[int] = []
+    asyncio.run(migration.resume(moving.state, tell=lambda number, *_: steps.append(number)))
+    moving.check_there()
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [(kind, command) for kind, moments in MOMENTS.items() for command, n in moments[:4] if n == 1],
+)
+def test_killed_and_put_back(group: MakeGroup, kind: str, command: str) -> None:
+    moving = pair(group, kind)
+    moving.source["a"].slow()
+    killed_after(moving, command)
+    asyncio.run(migration.put_back(moving.state))
+    moving.check_here(waiting=False)
+
+
+def test_no_way_back_once_one_has_arrived(group: MakeGroup) -> None:
+    moving = pair(group, "doorbell")
+    killed_after(moving, "migrate-incoming", 2)
+    with pytest.raises(Unfinished, match=r"no way back.*step 4 of 6, migrate b: --resume finishes"):
+        asyncio.run(migration.put_back(moving.state))
+    asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
+class Once:
+    """Calls something at a migration's first progress."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call: Callable[[], object] | None = call
+
+    def __call__(self, progress: migration.Progress) -> None:
+        assert progress.total > progress.shared
+        if self._call is not None:
+            call, self._call = self._call, None
+            call()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_destination_is_killed(group: MakeGroup, kind: str) -> None:
+    """The group runs at the source as before."""
+    moving = whole(group, kind)
+    moving.source["a"].slow()
+    watch = Once(moving.destination["a"].kill)
+    with pytest.raises(Failed, match=r"a: its migration failed: .*the group runs at the source"):
+        asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=watch))
+    moving.check_here(waiting=False)
+    # Once more, to another one.
+    moving.source["a"].qmp("migrate-set-parameters", **{"max-bandwidth": 0})
+    if kind == "doorbell":
+        until(lambda: not moving.servers[1].peers)
+    with memoryview(moving.regions[1]) as memory:
+        memory[:] = bytes(len(memory))
+    moving.destination["a"].close()
+    moving.destination["a"].monitor.unlink(missing_ok=True)
+    moving.wait_for_master()
+    moving.migrate()
+    moving.check_there()
+
+
+def test_a_destination_is_killed_after_the_master_has_arrived(group: MakeGroup) -> None:
+    moving = pair(group, "doorbell")
+    moving.source["b"].slow()
+
+    def kill(progress: migration.Progress) -> None:
+        if not progress.shared:
+            moving.destination["b"].kill()
+
+    with pytest.raises(Unfinished, match="step 4 of 6, migrate b: --resume") as stands:
+        asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=kill))
+    assert stands.value.step.vm == "b"
+    assert moving.source["b"].status == "running"
+    moving.source["b"].qmp("migrate-set-parameters", **{"max-bandwidth": 0})
+    moving.destination["b"].monitor.unlink()
+    moving.destination["b"] = moving.bare("b-there", waits=True)
+    asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
+def test_the_source_is_killed(group: MakeGroup) -> None:
+    """The others are put back, and the error says of whom that is not so."""
+    moving = pair(group, "doorbell")
+    moving.source["a"].slow()
+    watch = Once(moving.source["a"].kill)
+    with pytest.raises(Unfinished, match=r"a at the source"):
+        asyncio.run(migration.migrate(moving.plan(), state=moving.state, watch=watch))
+    assert moving.source["b"].devices == ["shm0"]
+    assert moving.source["b"].status == "running"
+
+
+def test_cancelled(group: MakeGroup) -> None:
+    moving = pair(group, "doorbell")
+    moving.source["a"].slow()
+
+    async def cancelled() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        plan = await migration.prepare(moving.vms())
+        await migration.migrate(plan, state=moving.state, watch=Once(task.cancel))
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+    moving.check_here(waiting=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guest_that_does_not_let_go(group: MakeGroup, kind: str) -> None:
+    stubborn = pair(group, kind)
+    args = device(kind, stubborn.where[0], "")
+    stubborn.source["c"] = stubborn.bare("c", *args, obliging=False)
+    stubborn.destination["c"] = stubborn.bare("c-there", waits=True, obliging=False)
+    with pytest.raises(Unfinished, match="c at the source: the guest did not let go of shm0"):
+        stubborn.migrate(Options(unplug_seconds=1.5))
+    assert [each.devices for each in stubborn.source.values()] == [["shm0"]] * 3
+    assert stubborn.source["b"].status == "running"
+    # Its request stands, and a reset carries it out.
+    stubborn.source["c"].qmp("system_reset")
+    until(lambda: stubborn.source["c"].devices == [])
+    asyncio.run(migration.put_back(stubborn.state))
+    stubborn.check_here()
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def command(group: Group, *options: str) -> list[str]:
+    vms = [f"--vm={vm.name}={vm.source},{vm.destination},{vm.uri}" for vm in group.vms()]
+    state = f"--state={group.state}"
+    return [sys.executable, "-m", "ivshmem", "migrate", *vms, state, *options]
+
+
+def run(group: Group, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(group, *options), capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(group: MakeGroup) -> None:
+    moving = pair(group, "doorbell")
+    planned = run(moving, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.splitlines() == [
+        f"memory of 1M ({moving.where[0]}):",
+        "  a: shm0 (doorbell, 2 vectors) at port0 00.0: master, takes it along",
+        "  b: shm0 (doorbell, 2 vectors) at port0 00.0: is unplugged, and plugged back",
+        "steps:",
+        f"  1. hold leaves back from the QEMUs of {moving.where[0]}.control",
+        "  2. unplug shm0 from b",
+        "  3. migrate a, with the shared memory",
+        "  4. migrate b",
+        f"  5. plug shm0 into b at the destination, with {moving.where[1]}",
+        f"  6. tell QEMUs that come to {moving.where[0]}.control of leaves again",
+    ]
+    moving.check_here()
+    done = run(moving)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert len(done.stderr.splitlines()) == 6
+    moving.check_there()
+    again = run(moving)
+    assert again.returncode == 1
+    lines = again.stderr.splitlines()
+    assert len(lines) > 2
+    assert all(line.startswith("ivshmem: ") for line in lines)
+
+
+def test_a_file_of_vms(group: MakeGroup) -> None:
+    moving = pair(group, "plain")
+    file = moving.folder / "group.toml"
+    file.write_text(
+        "".join(
+            f'[vm.{vm.name}]\nsource="{vm.source}"\ndestination="{vm.destination}"\nuri="{vm.uri}"\n'
+            for vm in moving.vms()
+        )
+    )
+    line = [sys.executable, "-m", "ivshmem", "migrate", "--group", str(file), "-q"]
+    done = subprocess.run([*line, "--state", str(moving.state)], capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1), done.stderr  # the note
+    moving.check_there()
+
+
+def test_nobody_there(group: MakeGroup) -> None:
+    moving = pair(group, "plain")
+    moving.source["b"].kill()
+    gone = run(moving)
+    assert gone.returncode == 1
+    assert gone.stderr.count("\n") == 1
+    assert "is the QEMU of b at the source running?" in gone.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_by_a_signal(group: MakeGroup, number: signal.Signals) -> None:
+    moving = pair(group, "doorbell")
+    moving.source["a"].slow()
+    with subprocess.Popen(command(moving), stderr=subprocess.PIPE, text=True) as tool:
+        assert tool.stderr is not None
+        while "migrate a" not in tool.stderr.readline():
+            pass
+        tool.send_signal(number)
+        said = tool.stderr.read()
+    assert tool.returncode == 130, said
+    moving.check_here(waiting=False)
