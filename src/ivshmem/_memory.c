@@ -1315,7 +1315,6 @@ static int __Pyx_init_tpflags_variables(void) {
     #define __Pyx_CAPI_PyDict_SetDefaultRef PyDict_SetDefaultRef
     #endif
     
-#include <stdlib.h>
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
@@ -2032,7 +2031,7 @@ enum  {
   __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
-/* "ivshmem/_memory.pyx":43
+/* "ivshmem/_memory.pyx":42
  * from .errors import ClosedError
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2042,17 +2041,18 @@ enum  {
 enum  {
 
   /* "ivshmem/_memory.pyx":48
- *     # 2 to 25 microseconds, which is about what it takes to wake somebody.
  *     LARGE = 1 << 18
- *     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB             # <<<<<<<<<<<<<<
+ *     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB
+ *     PAGES_AT_ONCE = 1 << 14  # that mincore(2) is asked for, a byte of the stack each             # <<<<<<<<<<<<<<
  * 
  * 
 */
   __pyx_e_7ivshmem_7_memory_LARGE = (1 << 18),
-  __pyx_e_7ivshmem_7_memory_HUGE = (1 << 21)
+  __pyx_e_7ivshmem_7_memory_HUGE = (1 << 21),
+  __pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE = (1 << 14)
 };
 
-/* "ivshmem/_memory.pyx":618
+/* "ivshmem/_memory.pyx":629
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2062,7 +2062,7 @@ enum  {
   __pyx_e_7ivshmem_7_memory_REGISTER_PAGE = 0x1000
 };
 
-/* "ivshmem/_memory.pyx":359
+/* "ivshmem/_memory.pyx":370
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
  * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil             # <<<<<<<<<<<<<<
@@ -2260,7 +2260,7 @@ struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem_7_memory_Mapping;
 
 
-/* "ivshmem/_memory.pyx":362
+/* "ivshmem/_memory.pyx":373
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2277,7 +2277,7 @@ struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
 
 
-/* "ivshmem/_memory.pyx":468
+/* "ivshmem/_memory.pyx":479
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2291,7 +2291,7 @@ struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU32 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU32;
 
 
-/* "ivshmem/_memory.pyx":473
+/* "ivshmem/_memory.pyx":484
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2305,7 +2305,7 @@ struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_7_memory_AtomicU64 *__pyx_vtabptr_7ivshmem_7_memory_AtomicU64;
 
 
-/* "ivshmem/_memory.pyx":513
+/* "ivshmem/_memory.pyx":524
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2844,19 +2844,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
-/* RejectKeywords.export */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
-
-/* DivInt[Py_ssize_t].proto */
-static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
-
-/* UnaryNegOverflows.proto */
-#define __Pyx_UNARY_NEG_WOULD_OVERFLOW(x)\
-        (((x) < 0) & ((unsigned long)(x) == 0-(unsigned long)(x)))
-
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
     #define __Pyx_PyObject_FormatSimple(s, f) (\
@@ -2874,8 +2861,24 @@ static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t, Py_ssize_t, int
         PyObject_Format(s, f))
 #endif
 
+/* ModInt[Py_ssize_t].proto */
+static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
+
+/* DivInt[Py_ssize_t].proto */
+static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
+
+/* UnaryNegOverflows.proto */
+#define __Pyx_UNARY_NEG_WOULD_OVERFLOW(x)\
+        (((x) < 0) & ((unsigned long)(x) == 0-(unsigned long)(x)))
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
+
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
@@ -2894,9 +2897,6 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
-
-/* ModInt[Py_ssize_t].proto */
-static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t, Py_ssize_t, int b_is_constant);
 
 /* PyObjectFormatAndDecref.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
@@ -3180,6 +3180,9 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
 static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntFromPy.proto */
@@ -3336,8 +3339,6 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
 /* Module declarations from "cpython.ref" */
 
-/* Module declarations from "libc.stdlib" */
-
 /* Module declarations from "ivshmem._libc" */
 
 /* Module declarations from "ivshmem._fds" */
@@ -3377,7 +3378,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4size___get__(struct __pyx_
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8readonly___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6closed___get__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_page_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_size); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_data); /* proto */
@@ -5652,7 +5653,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
  * 
- *     def resident(self):
+ *     def resident(self, Py_ssize_t offset=0, size=None):
 */
   /*finally:*/ {
     /*normal exit:*/{
@@ -5727,9 +5728,9 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_2populate(struct __pyx_obj_
 /* "ivshmem/_memory.pyx":142
  *             self.unpin()
  * 
- *     def resident(self):             # <<<<<<<<<<<<<<
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
+ *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
+ *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2)).
+ * 
 */
 
 /* Python wrapper */
@@ -5740,7 +5741,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7_memory_7Mapping_4resident, "resident($self, offset=0, size=None)\n--\n\nBytes of the file that are in memory now, whoever brought them there (mincore(2)).\n\nOf `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is\nnothing but holes. Other threads run meanwhile, and signals are handled.");
 static PyObject *__pyx_pw_7ivshmem_7_memory_7Mapping_5resident(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5748,10 +5749,16 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
+  Py_ssize_t __pyx_v_offset;
+  PyObject *__pyx_v_size = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("resident (wrapper)", 0);
@@ -5763,301 +5770,568 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("resident", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("resident", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4resident(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self));
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 142, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 142, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 142, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 142, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 142, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 142, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    if (values[0]) {
+      __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 142, __pyx_L3_error)
+    } else {
+      __pyx_v_offset = ((Py_ssize_t)0);
+    }
+    __pyx_v_size = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("resident", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 142, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._memory.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7_memory_7Mapping_4resident(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_v_self), __pyx_v_offset, __pyx_v_size);
 
   /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_offset, PyObject *__pyx_v_size) {
   Py_ssize_t __pyx_v_page_size;
-  Py_ssize_t __pyx_v_pages;
-  Py_ssize_t __pyx_v_i;
+  Py_ssize_t __pyx_v_end;
   Py_ssize_t __pyx_v_count;
-  unsigned char *__pyx_v_vector;
+  Py_ssize_t __pyx_v_at;
+  Py_ssize_t __pyx_v_i;
+  Py_ssize_t __pyx_v_length;
+  int __pyx_v_code;
+  unsigned char __pyx_v_vector[__pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE];
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
-  int __pyx_t_3;
-  Py_ssize_t __pyx_t_4;
-  Py_ssize_t __pyx_t_5;
-  int __pyx_t_6;
-  char const *__pyx_t_7;
+  Py_ssize_t __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_10[7];
+  int __pyx_t_11;
   PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
+  size_t __pyx_t_13;
+  Py_ssize_t __pyx_t_14;
+  int __pyx_t_15;
+  char const *__pyx_t_16;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
+  PyObject *__pyx_t_20 = NULL;
+  PyObject *__pyx_t_21 = NULL;
+  PyObject *__pyx_t_22 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/_memory.pyx":144
- *     def resident(self):
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+  /* "ivshmem/_memory.pyx":148
+ *         nothing but holes. Other threads run meanwhile, and signals are handled.
+ *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
- *         cdef Py_ssize_t i
+ *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
+ *         cdef Py_ssize_t count = 0
 */
   __pyx_v_page_size = sysconf(_SC_PAGESIZE);
 
-  /* "ivshmem/_memory.pyx":145
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+  /* "ivshmem/_memory.pyx":149
+ *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size             # <<<<<<<<<<<<<<
- *         cdef Py_ssize_t i
+ *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t count = 0
+ *         cdef Py_ssize_t at, i, length
 */
-  __pyx_t_1 = ((__pyx_v_self->length + __pyx_v_page_size) - 1);
+  __pyx_t_2 = (__pyx_v_size == Py_None);
+  if (__pyx_t_2) {
 
-  if (unlikely(__pyx_v_page_size == 0)) {
-    PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 145, __pyx_L1_error)
+    __pyx_t_1 = __pyx_v_self->length;
+  } else {
+    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
+
+    __pyx_t_1 = (__pyx_v_offset + ((Py_ssize_t)__pyx_t_3));
+
   }
-  else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_1))) {
-    PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
-    __PYX_ERR(0, 145, __pyx_L1_error)
-  }
-  __pyx_v_pages = __Pyx_div_Py_ssize_t(__pyx_t_1, __pyx_v_page_size, 0);
 
+  __pyx_v_end = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":147
- *         cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
- *         cdef Py_ssize_t i
+  /* "ivshmem/_memory.pyx":150
+ *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
+ *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
- *         cdef unsigned char *vector
- *         self.pin()
+ *         cdef Py_ssize_t at, i, length
+ *         cdef int code
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_memory.pyx":149
- *         cdef Py_ssize_t count = 0
- *         cdef unsigned char *vector
+  /* "ivshmem/_memory.pyx":154
+ *         cdef int code
+ *         cdef unsigned char vector[PAGES_AT_ONCE]
+ *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         at = offset - offset % page_size
+*/
+  __pyx_t_2 = (0 <= __pyx_v_offset);
+  if (__pyx_t_2) {
+    __pyx_t_2 = (__pyx_v_offset <= __pyx_v_end);
+    if (__pyx_t_2) {
+      __pyx_t_2 = (__pyx_v_end <= __pyx_v_self->length);
+    }
+  }
+  __pyx_t_4 = (!__pyx_t_2);
+
+
+  if (unlikely(__pyx_t_4)) {
+
+
+    /* "ivshmem/_memory.pyx":155
+ *         cdef unsigned char vector[PAGES_AT_ONCE]
+ *         if not 0 <= offset <= end <= self.length:
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
+ *         at = offset - offset % page_size
+ *         self.pin()
+*/
+    __pyx_t_6 = NULL;
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no;
+    __pyx_t_10[1] = __pyx_t_7;
+    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_bytes_at;
+    __pyx_t_10[3] = __pyx_t_8;
+    __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_in;
+    __pyx_t_10[5] = __pyx_t_9;
+    __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_1 = 23;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[5]);
+    #endif
+    __pyx_t_11 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
+    #endif
+    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_1, __pyx_t_11);
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_13 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_12};
+      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+    }
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 155, __pyx_L1_error)
+
+    /* "ivshmem/_memory.pyx":154
+ *         cdef int code
+ *         cdef unsigned char vector[PAGES_AT_ONCE]
+ *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         at = offset - offset % page_size
+*/
+  }
+
+  /* "ivshmem/_memory.pyx":156
+ *         if not 0 <= offset <= end <= self.length:
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         at = offset - offset % page_size             # <<<<<<<<<<<<<<
+ *         self.pin()
+ *         try:
+*/
+  if (unlikely(__pyx_v_page_size == 0)) {
+    PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
+    __PYX_ERR(0, 156, __pyx_L1_error)
+  }
+  __pyx_v_at = (__pyx_v_offset - __Pyx_mod_Py_ssize_t(__pyx_v_offset, __pyx_v_page_size, 0));
+
+  /* "ivshmem/_memory.pyx":157
+ *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+ *         at = offset - offset % page_size
  *         self.pin()             # <<<<<<<<<<<<<<
- *         vector = <unsigned char *>malloc(pages)
  *         try:
+ *             while at < end:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":150
- *         cdef unsigned char *vector
+  /* "ivshmem/_memory.pyx":158
+ *         at = offset - offset % page_size
  *         self.pin()
- *         vector = <unsigned char *>malloc(pages)             # <<<<<<<<<<<<<<
- *         try:
- *             if vector == NULL:
-*/
-  __pyx_v_vector = ((unsigned char *)malloc(__pyx_v_pages));
-
-  /* "ivshmem/_memory.pyx":151
- *         self.pin()
- *         vector = <unsigned char *>malloc(pages)
  *         try:             # <<<<<<<<<<<<<<
- *             if vector == NULL:
- *                 raise MemoryError
+ *             while at < end:
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":152
- *         vector = <unsigned char *>malloc(pages)
+    /* "ivshmem/_memory.pyx":159
+ *         self.pin()
  *         try:
- *             if vector == NULL:             # <<<<<<<<<<<<<<
- *                 raise MemoryError
- *             if mincore(self.start, self.length, vector) < 0:
+ *             while at < end:             # <<<<<<<<<<<<<<
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)
+ *                 with nogil:
 */
-    __pyx_t_3 = (__pyx_v_vector == NULL);
+    while (1) {
+      __pyx_t_4 = (__pyx_v_at < __pyx_v_end);
 
-    if (unlikely(__pyx_t_3)) {
 
+      if (!__pyx_t_4) break;
 
-      /* "ivshmem/_memory.pyx":153
+      /* "ivshmem/_memory.pyx":160
  *         try:
- *             if vector == NULL:
- *                 raise MemoryError             # <<<<<<<<<<<<<<
- *             if mincore(self.start, self.length, vector) < 0:
- *                 fail()
+ *             while at < end:
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)             # <<<<<<<<<<<<<<
+ *                 with nogil:
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 153, __pyx_L4_error)
 
-      /* "ivshmem/_memory.pyx":152
- *         vector = <unsigned char *>malloc(pages)
- *         try:
- *             if vector == NULL:             # <<<<<<<<<<<<<<
- *                 raise MemoryError
- *             if mincore(self.start, self.length, vector) < 0:
+      __pyx_t_1 = (__pyx_e_7ivshmem_7_memory_PAGES_AT_ONCE * __pyx_v_page_size);
+
+      __pyx_t_3 = (__pyx_v_end - __pyx_v_at);
+      __pyx_t_4 = (__pyx_t_1 < __pyx_t_3);
+
+      if (__pyx_t_4) {
+
+        __pyx_t_14 = __pyx_t_1;
+      } else {
+
+        __pyx_t_14 = __pyx_t_3;
+      }
+
+      __pyx_v_length = __pyx_t_14;
+
+
+      /* "ivshmem/_memory.pyx":161
+ *             while at < end:
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
+ *                     if not code:
 */
-    }
+      {
+          PyThreadState * _save;
+          _save = PyEval_SaveThread();
+          __Pyx_FastGIL_Remember();
+          /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":154
- *             if vector == NULL:
- *                 raise MemoryError
- *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
- *                 fail()
- *             for i in range(pages):
+            /* "ivshmem/_memory.pyx":162
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)
+ *                 with nogil:
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0             # <<<<<<<<<<<<<<
+ *                     if not code:
+ *                         for i in range((length + page_size - 1) // page_size):
 */
-    __pyx_t_3 = (mincore(__pyx_v_self->start, __pyx_v_self->length, __pyx_v_vector) < 0);
+            __pyx_t_4 = (mincore((__pyx_v_self->start + __pyx_v_at), __pyx_v_length, __pyx_v_vector) < 0);
 
-    if (__pyx_t_3) {
+            if (__pyx_t_4) {
 
+              __pyx_t_11 = errno;
+            } else {
 
-      /* "ivshmem/_memory.pyx":155
- *                 raise MemoryError
- *             if mincore(self.start, self.length, vector) < 0:
- *                 fail()             # <<<<<<<<<<<<<<
- *             for i in range(pages):
- *                 count += vector[i] & 1
+              __pyx_t_11 = 0;
+            }
+
+            __pyx_v_code = __pyx_t_11;
+
+            /* "ivshmem/_memory.pyx":163
+ *                 with nogil:
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
+ *                     if not code:             # <<<<<<<<<<<<<<
+ *                         for i in range((length + page_size - 1) // page_size):
+ *                             count += vector[i] & 1
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L4_error)
+            __pyx_t_4 = (!(__pyx_v_code != 0));
+
+            if (__pyx_t_4) {
 
 
-      /* "ivshmem/_memory.pyx":154
- *             if vector == NULL:
- *                 raise MemoryError
- *             if mincore(self.start, self.length, vector) < 0:             # <<<<<<<<<<<<<<
- *                 fail()
- *             for i in range(pages):
+              /* "ivshmem/_memory.pyx":164
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
+ *                     if not code:
+ *                         for i in range((length + page_size - 1) // page_size):             # <<<<<<<<<<<<<<
+ *                             count += vector[i] & 1
+ *                         at += length
 */
-    }
+              __pyx_t_14 = ((__pyx_v_length + __pyx_v_page_size) - 1);
 
-    /* "ivshmem/_memory.pyx":156
- *             if mincore(self.start, self.length, vector) < 0:
- *                 fail()
- *             for i in range(pages):             # <<<<<<<<<<<<<<
- *                 count += vector[i] & 1
+              if (unlikely(__pyx_v_page_size == 0)) {
+                PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
+                PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
+                __Pyx_PyGILState_Release(__pyx_gilstate_save);
+                __PYX_ERR(0, 164, __pyx_L12_error)
+              }
+              else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_14))) {
+                PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
+                PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
+                __Pyx_PyGILState_Release(__pyx_gilstate_save);
+                __PYX_ERR(0, 164, __pyx_L12_error)
+              }
+
+              __pyx_t_1 = __Pyx_div_Py_ssize_t(__pyx_t_14, __pyx_v_page_size, 0);
+
+              __pyx_t_14 = __pyx_t_1;
+
+              for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_14; __pyx_t_3+=1) {
+                __pyx_v_i = __pyx_t_3;
+
+                /* "ivshmem/_memory.pyx":165
+ *                     if not code:
+ *                         for i in range((length + page_size - 1) // page_size):
+ *                             count += vector[i] & 1             # <<<<<<<<<<<<<<
+ *                         at += length
+ *                 if code and code != EAGAIN:
+*/
+                __pyx_v_count = (__pyx_v_count + ((__pyx_v_vector[__pyx_v_i]) & 1));
+              }
+
+
+              /* "ivshmem/_memory.pyx":166
+ *                         for i in range((length + page_size - 1) // page_size):
+ *                             count += vector[i] & 1
+ *                         at += length             # <<<<<<<<<<<<<<
+ *                 if code and code != EAGAIN:
+ *                     fail_with(code)
+*/
+              __pyx_v_at = (__pyx_v_at + __pyx_v_length);
+
+              /* "ivshmem/_memory.pyx":163
+ *                 with nogil:
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
+ *                     if not code:             # <<<<<<<<<<<<<<
+ *                         for i in range((length + page_size - 1) // page_size):
+ *                             count += vector[i] & 1
+*/
+            }
+          }
+
+          /* "ivshmem/_memory.pyx":161
+ *             while at < end:
+ *                 length = min(end - at, PAGES_AT_ONCE * page_size)
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
+ *                     if not code:
+*/
+          /*finally:*/ {
+            /*normal exit:*/{
+              __Pyx_FastGIL_Forget();
+              PyEval_RestoreThread(_save);
+              goto __pyx_L13;
+            }
+            __pyx_L12_error: {
+              __Pyx_FastGIL_Forget();
+              PyEval_RestoreThread(_save);
+              goto __pyx_L5_error;
+            }
+            __pyx_L13:;
+          }
+      }
+
+      /* "ivshmem/_memory.pyx":167
+ *                             count += vector[i] & 1
+ *                         at += length
+ *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
+ *                     fail_with(code)
+ *                 PyErr_CheckSignals()
+*/
+      __pyx_t_2 = (__pyx_v_code != 0);
+
+      if (__pyx_t_2) {
+
+      } else {
+
+        __pyx_t_4 = __pyx_t_2;
+
+        goto __pyx_L18_bool_binop_done;
+      }
+      __pyx_t_2 = (__pyx_v_code != EAGAIN);
+
+
+      __pyx_t_4 = __pyx_t_2;
+
+      __pyx_L18_bool_binop_done:;
+      if (__pyx_t_4) {
+
+
+        /* "ivshmem/_memory.pyx":168
+ *                         at += length
+ *                 if code and code != EAGAIN:
+ *                     fail_with(code)             # <<<<<<<<<<<<<<
+ *                 PyErr_CheckSignals()
  *         finally:
 */
+        __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L5_error)
 
-    __pyx_t_1 = __pyx_v_pages;
-    __pyx_t_4 = __pyx_t_1;
 
-    for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
-      __pyx_v_i = __pyx_t_5;
-
-      /* "ivshmem/_memory.pyx":157
- *                 fail()
- *             for i in range(pages):
- *                 count += vector[i] & 1             # <<<<<<<<<<<<<<
- *         finally:
- *             free(vector)
+        /* "ivshmem/_memory.pyx":167
+ *                             count += vector[i] & 1
+ *                         at += length
+ *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
+ *                     fail_with(code)
+ *                 PyErr_CheckSignals()
 */
-      __pyx_v_count = (__pyx_v_count + ((__pyx_v_vector[__pyx_v_i]) & 1));
-    }
+      }
 
+      /* "ivshmem/_memory.pyx":169
+ *                 if code and code != EAGAIN:
+ *                     fail_with(code)
+ *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *         finally:
+ *             self.unpin()
+*/
+      __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L5_error)
+
+    }
   }
 
-  /* "ivshmem/_memory.pyx":159
- *                 count += vector[i] & 1
+  /* "ivshmem/_memory.pyx":171
+ *                 PyErr_CheckSignals()
  *         finally:
- *             free(vector)             # <<<<<<<<<<<<<<
- *             self.unpin()
+ *             self.unpin()             # <<<<<<<<<<<<<<
  *         return count * page_size
+ * 
 */
   /*finally:*/ {
     /*normal exit:*/{
-      free(__pyx_v_vector);
-
-      /* "ivshmem/_memory.pyx":160
- *         finally:
- *             free(vector)
- *             self.unpin()             # <<<<<<<<<<<<<<
- *         return count * page_size
- * 
-*/
       ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
-      goto __pyx_L5;
+      goto __pyx_L6;
     }
-    __pyx_L4_error:;
+    __pyx_L5_error:;
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0)) __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __Pyx_XGOTREF(__pyx_t_13);
-      __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
+      __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0;
+      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_20, &__pyx_t_21, &__pyx_t_22);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19) < 0)) __Pyx_ErrFetch(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
+      __Pyx_XGOTREF(__pyx_t_17);
+      __Pyx_XGOTREF(__pyx_t_18);
+      __Pyx_XGOTREF(__pyx_t_19);
+      __Pyx_XGOTREF(__pyx_t_20);
+      __Pyx_XGOTREF(__pyx_t_21);
+      __Pyx_XGOTREF(__pyx_t_22);
+      __pyx_t_11 = __pyx_lineno; __pyx_t_15 = __pyx_clineno; __pyx_t_16 = __pyx_filename;
       {
-
-        /* "ivshmem/_memory.pyx":159
- *                 count += vector[i] & 1
- *         finally:
- *             free(vector)             # <<<<<<<<<<<<<<
- *             self.unpin()
- *         return count * page_size
-*/
-        free(__pyx_v_vector);
-
-        /* "ivshmem/_memory.pyx":160
- *         finally:
- *             free(vector)
- *             self.unpin()             # <<<<<<<<<<<<<<
- *         return count * page_size
- * 
-*/
         ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
       }
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_13);
-      __Pyx_ExceptionReset(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_ErrRestore(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-      __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_7;
+      __Pyx_XGIVEREF(__pyx_t_20);
+      __Pyx_XGIVEREF(__pyx_t_21);
+      __Pyx_XGIVEREF(__pyx_t_22);
+      __Pyx_ExceptionReset(__pyx_t_20, __pyx_t_21, __pyx_t_22);
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_XGIVEREF(__pyx_t_19);
+      __Pyx_ErrRestore(__pyx_t_17, __pyx_t_18, __pyx_t_19);
+      __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0;
+      __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_15; __pyx_filename = __pyx_t_16;
       goto __pyx_L1_error;
     }
-    __pyx_L5:;
+    __pyx_L6:;
   }
 
-  /* "ivshmem/_memory.pyx":161
- *             free(vector)
+  /* "ivshmem/_memory.pyx":172
+ *         finally:
  *             self.unpin()
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     # -- copies -----------------------------------------------------------------------------------
 */
-  __pyx_t_14 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_14);
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_14;
+      __pyx_r = __pyx_t_5;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_14 = 0;
+  __pyx_t_5 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/_memory.pyx":142
  *             self.unpin()
  * 
- *     def resident(self):             # <<<<<<<<<<<<<<
- *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
- *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
+ *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
+ *         """Bytes of the file that are in memory now, whoever brought them there (mincore(2)).
+ * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem._memory.Mapping.resident", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
+
+
 
 
 
@@ -6068,7 +6342,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_4resident(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":165
+/* "ivshmem/_memory.pyx":176
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -6116,39 +6390,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 165, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 165, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 165, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 176, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_size = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 165, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6183,49 +6457,49 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read", 0);
 
-  /* "ivshmem/_memory.pyx":176
+  /* "ivshmem/_memory.pyx":187
  *             ClosedError: the memory is closed.
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L1_error)
   __pyx_v_length = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":177
+  /* "ivshmem/_memory.pyx":188
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)             # <<<<<<<<<<<<<<
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 188, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":178
+  /* "ivshmem/_memory.pyx":189
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":179
+  /* "ivshmem/_memory.pyx":190
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":180
+  /* "ivshmem/_memory.pyx":191
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data             # <<<<<<<<<<<<<<
@@ -6243,7 +6517,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":165
+  /* "ivshmem/_memory.pyx":176
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -6265,7 +6539,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_6read(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":182
+/* "ivshmem/_memory.pyx":193
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -6313,39 +6587,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_buffer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 182, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 193, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_buffer = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6375,14 +6649,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read_into", 0);
 
-  /* "ivshmem/_memory.pyx":194
+  /* "ivshmem/_memory.pyx":205
  *                 Whatever is raised, the buffer is as it was.
  *         """
  *         return self.exchange(offset, buffer, False)             # <<<<<<<<<<<<<<
  * 
  *     def write(self, offset, data):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6395,7 +6669,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":182
+  /* "ivshmem/_memory.pyx":193
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -6414,7 +6688,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_8read_into(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":196
+/* "ivshmem/_memory.pyx":207
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -6462,39 +6736,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 207, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 207, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 196, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 207, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 207, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 207, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_data = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 207, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6526,7 +6800,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("write", 0);
 
-  /* "ivshmem/_memory.pyx":212
+  /* "ivshmem/_memory.pyx":223
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -6535,7 +6809,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
 */
   if (unlikely(__pyx_v_self->fixed)) {
 
-    /* "ivshmem/_memory.pyx":213
+    /* "ivshmem/_memory.pyx":224
  *         """
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -6548,14 +6822,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 213, __pyx_L1_error)
+    __PYX_ERR(0, 224, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":212
+    /* "ivshmem/_memory.pyx":223
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -6564,14 +6838,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":214
+  /* "ivshmem/_memory.pyx":225
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.exchange(offset, data, True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6584,7 +6858,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":196
+  /* "ivshmem/_memory.pyx":207
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -6604,7 +6878,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_10write(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":216
+/* "ivshmem/_memory.pyx":227
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -6633,7 +6907,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/_memory.pyx":219
+  /* "ivshmem/_memory.pyx":230
  *         # By hand: a typed memoryview as an argument takes 60 ns longer.
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
@@ -6647,11 +6921,11 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
 
     __pyx_t_1 = PyBUF_WRITABLE;
   }
-  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_memory.pyx":220
+  /* "ivshmem/_memory.pyx":231
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -6660,26 +6934,26 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_memory.pyx":221
+    /* "ivshmem/_memory.pyx":232
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)             # <<<<<<<<<<<<<<
  *             return view.len
  *         finally:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 221, __pyx_L4_error)
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L4_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 232, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L4_error)
 
 
 
-    /* "ivshmem/_memory.pyx":222
+    /* "ivshmem/_memory.pyx":233
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
  *             return view.len             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L4_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 233, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -6693,7 +6967,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_memory.pyx":224
+  /* "ivshmem/_memory.pyx":235
  *             return view.len
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -6741,7 +7015,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_memory.pyx":216
+  /* "ivshmem/_memory.pyx":227
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -6761,7 +7035,7 @@ static PyObject *__pyx_f_7ivshmem_7_memory_7Mapping_exchange(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":226
+/* "ivshmem/_memory.pyx":237
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -6790,17 +7064,17 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("place", 0);
 
-  /* "ivshmem/_memory.pyx":228
+  /* "ivshmem/_memory.pyx":239
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":229
+  /* "ivshmem/_memory.pyx":240
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -6836,7 +7110,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":230
+    /* "ivshmem/_memory.pyx":241
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -6844,11 +7118,11 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_9[1] = __pyx_t_6;
@@ -6866,7 +7140,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 230, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -6877,14 +7151,14 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 241, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 230, __pyx_L1_error)
+    __PYX_ERR(0, 241, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":229
+    /* "ivshmem/_memory.pyx":240
  *         """The offset, if so many bytes are there; a number that no Py_ssize_t holds is clipped."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -6893,7 +7167,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":231
+  /* "ivshmem/_memory.pyx":242
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         return start             # <<<<<<<<<<<<<<
@@ -6906,7 +7180,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":226
+  /* "ivshmem/_memory.pyx":237
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -6931,7 +7205,7 @@ static Py_ssize_t __pyx_f_7ivshmem_7_memory_7Mapping_place(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":233
+/* "ivshmem/_memory.pyx":244
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -6947,7 +7221,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_memory.pyx":234
+  /* "ivshmem/_memory.pyx":245
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -6959,17 +7233,17 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":235
+    /* "ivshmem/_memory.pyx":246
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:
  *             hold(self)             # <<<<<<<<<<<<<<
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":236
+    /* "ivshmem/_memory.pyx":247
  *         if size < LARGE:
  *             hold(self)
  *             move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -6978,7 +7252,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
 */
     __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
 
-    /* "ivshmem/_memory.pyx":237
+    /* "ivshmem/_memory.pyx":248
  *             hold(self)
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)             # <<<<<<<<<<<<<<
@@ -6987,7 +7261,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
 */
     __pyx_f_7ivshmem_7_memory_let_go(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":234
+    /* "ivshmem/_memory.pyx":245
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -6997,7 +7271,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":239
+  /* "ivshmem/_memory.pyx":250
  *             let_go(self)
  *         else:
  *             self.pin()             # <<<<<<<<<<<<<<
@@ -7005,10 +7279,10 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
  *                 move(self.start + start, buffer, size, into)
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":240
+    /* "ivshmem/_memory.pyx":251
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7021,7 +7295,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_memory.pyx":241
+          /* "ivshmem/_memory.pyx":252
  *             self.pin()
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -7031,7 +7305,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
           __pyx_f_7ivshmem_7_memory_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
         }
 
-        /* "ivshmem/_memory.pyx":240
+        /* "ivshmem/_memory.pyx":251
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7048,7 +7322,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
         }
     }
 
-    /* "ivshmem/_memory.pyx":242
+    /* "ivshmem/_memory.pyx":253
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -7059,7 +7333,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":243
+  /* "ivshmem/_memory.pyx":254
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7072,7 +7346,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":233
+  /* "ivshmem/_memory.pyx":244
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7089,7 +7363,7 @@ static int __pyx_f_7ivshmem_7_memory_7Mapping_copy(struct __pyx_obj_7ivshmem_7_m
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":247
+/* "ivshmem/_memory.pyx":258
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -7136,32 +7410,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 247, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 247, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 247, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 247, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7193,7 +7467,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u32", 0);
 
-  /* "ivshmem/_memory.pyx":253
+  /* "ivshmem/_memory.pyx":264
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU32(self, offset)             # <<<<<<<<<<<<<<
@@ -7206,7 +7480,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 253, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -7220,7 +7494,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":247
+  /* "ivshmem/_memory.pyx":258
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -7240,7 +7514,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_12atomic_u32(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":255
+/* "ivshmem/_memory.pyx":266
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -7287,32 +7561,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 255, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 255, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 255, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 266, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 255, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 255, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7344,7 +7618,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/_memory.pyx":261
+  /* "ivshmem/_memory.pyx":272
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
@@ -7357,7 +7631,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -7371,7 +7645,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":255
+  /* "ivshmem/_memory.pyx":266
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -7391,7 +7665,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_14atomic_u64(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":265
+/* "ivshmem/_memory.pyx":276
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7417,7 +7691,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7_memory_7Mapping_17__len__(PyObject *__pyx_
 static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/_memory.pyx":266
+  /* "ivshmem/_memory.pyx":277
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -7430,7 +7704,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":265
+  /* "ivshmem/_memory.pyx":276
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7444,7 +7718,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7_memory_7Mapping_16__len__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":268
+/* "ivshmem/_memory.pyx":279
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -7490,17 +7764,17 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/_memory.pyx":269
+  /* "ivshmem/_memory.pyx":280
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":270
+  /* "ivshmem/_memory.pyx":281
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -7516,17 +7790,17 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/_memory.pyx":271
+      /* "ivshmem/_memory.pyx":282
  *         self.pin()
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L3_error)
 
 
-      /* "ivshmem/_memory.pyx":270
+      /* "ivshmem/_memory.pyx":281
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -7540,7 +7814,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/_memory.pyx":272
+    /* "ivshmem/_memory.pyx":283
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -7550,12 +7824,12 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem._memory.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 272, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 283, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/_memory.pyx":273
+      /* "ivshmem/_memory.pyx":284
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -7564,7 +7838,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
 */
       ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-      /* "ivshmem/_memory.pyx":274
+      /* "ivshmem/_memory.pyx":285
  *         except BaseException:
  *             self.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -7576,11 +7850,11 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 274, __pyx_L5_except_error)
+      __PYX_ERR(0, 285, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_memory.pyx":270
+    /* "ivshmem/_memory.pyx":281
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -7596,7 +7870,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_memory.pyx":268
+  /* "ivshmem/_memory.pyx":279
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -7629,7 +7903,7 @@ static int __pyx_pf_7ivshmem_7_memory_7Mapping_18__getbuffer__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":276
+/* "ivshmem/_memory.pyx":287
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -7653,7 +7927,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7_memory_7Mapping_21__releasebuffer_
 
 static void __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/_memory.pyx":277
+  /* "ivshmem/_memory.pyx":288
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.unpin()             # <<<<<<<<<<<<<<
@@ -7662,7 +7936,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(struct __pyx
 */
   ((struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":276
+  /* "ivshmem/_memory.pyx":287
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -7674,7 +7948,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_20__releasebuffer__(struct __pyx
 
 }
 
-/* "ivshmem/_memory.pyx":279
+/* "ivshmem/_memory.pyx":290
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7742,7 +8016,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":286
+  /* "ivshmem/_memory.pyx":297
  *                 changed then.
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)             # <<<<<<<<<<<<<<
@@ -7751,7 +8025,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
   __pyx_v_views = ivshmem_shut_unused((&__pyx_v_self->views));
 
-  /* "ivshmem/_memory.pyx":287
+  /* "ivshmem/_memory.pyx":298
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7763,7 +8037,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":288
+    /* "ivshmem/_memory.pyx":299
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:
  *             return             # <<<<<<<<<<<<<<
@@ -7780,7 +8054,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":287
+    /* "ivshmem/_memory.pyx":298
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7789,7 +8063,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":289
+  /* "ivshmem/_memory.pyx":300
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -7801,7 +8075,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":290
+    /* "ivshmem/_memory.pyx":301
  *             return
  *         if views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -7810,14 +8084,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/_memory.pyx":291
+    /* "ivshmem/_memory.pyx":302
  *         if views:
  *             raise BufferError(
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         if ivshmem_shut(&self.accesses):
 */
-    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_5[1] = __pyx_t_4;
@@ -7828,7 +8102,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 291, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -7837,14 +8111,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 290, __pyx_L1_error)
+    __PYX_ERR(0, 301, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":289
+    /* "ivshmem/_memory.pyx":300
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -7853,7 +8127,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":293
+  /* "ivshmem/_memory.pyx":304
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -7865,7 +8139,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":294
+    /* "ivshmem/_memory.pyx":305
  *             )
  *         if ivshmem_shut(&self.accesses):
  *             unmap(self)             # <<<<<<<<<<<<<<
@@ -7874,7 +8148,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
     __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":293
+    /* "ivshmem/_memory.pyx":304
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -7883,7 +8157,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":279
+  /* "ivshmem/_memory.pyx":290
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7908,7 +8182,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_22close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":296
+/* "ivshmem/_memory.pyx":307
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7932,7 +8206,7 @@ static void __pyx_pw_7ivshmem_7_memory_7Mapping_25__dealloc__(PyObject *__pyx_v_
 static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":297
+  /* "ivshmem/_memory.pyx":308
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -7944,7 +8218,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":298
+    /* "ivshmem/_memory.pyx":309
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -7953,7 +8227,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/_memory.pyx":297
+    /* "ivshmem/_memory.pyx":308
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -7962,7 +8236,7 @@ static void __pyx_pf_7ivshmem_7_memory_7Mapping_24__dealloc__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":296
+  /* "ivshmem/_memory.pyx":307
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8178,7 +8452,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_7Mapping_28__setstate_cython__(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":301
+/* "ivshmem/_memory.pyx":312
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -8199,7 +8473,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold", 0);
 
-  /* "ivshmem/_memory.pyx":303
+  /* "ivshmem/_memory.pyx":314
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -8211,7 +8485,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":304
+    /* "ivshmem/_memory.pyx":315
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -8219,7 +8493,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 315, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8238,14 +8512,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 315, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 304, __pyx_L1_error)
+    __PYX_ERR(0, 315, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":303
+    /* "ivshmem/_memory.pyx":314
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Until `let_go`, with the GIL kept all the time, the memory stays mapped."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -8254,7 +8528,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_memory.pyx":305
+  /* "ivshmem/_memory.pyx":316
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")
  *     return 0             # <<<<<<<<<<<<<<
@@ -8267,7 +8541,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":301
+  /* "ivshmem/_memory.pyx":312
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -8288,7 +8562,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":308
+/* "ivshmem/_memory.pyx":319
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -8299,7 +8573,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold(struct __pyx_obj_7ivshme
 static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivshmem_7_memory_Mapping *__pyx_v_mapping) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":309
+  /* "ivshmem/_memory.pyx":320
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -8311,7 +8585,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":310
+    /* "ivshmem/_memory.pyx":321
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):
  *         unmap(mapping)             # <<<<<<<<<<<<<<
@@ -8320,7 +8594,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_7_memory_unmap(__pyx_v_mapping);
 
-    /* "ivshmem/_memory.pyx":309
+    /* "ivshmem/_memory.pyx":320
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -8329,7 +8603,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":308
+  /* "ivshmem/_memory.pyx":319
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -8341,7 +8615,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_let_go(struct __pyx_obj_7ivs
 
 }
 
-/* "ivshmem/_memory.pyx":313
+/* "ivshmem/_memory.pyx":324
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8354,7 +8628,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   void *__pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":320
+  /* "ivshmem/_memory.pyx":331
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -8366,7 +8640,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":321
+    /* "ivshmem/_memory.pyx":332
  *     cdef void *place
  *     if size < HUGE:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -8379,7 +8653,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":320
+    /* "ivshmem/_memory.pyx":331
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -8388,7 +8662,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/_memory.pyx":322
+  /* "ivshmem/_memory.pyx":333
  *     if size < HUGE:
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)             # <<<<<<<<<<<<<<
@@ -8397,7 +8671,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
 
-  /* "ivshmem/_memory.pyx":323
+  /* "ivshmem/_memory.pyx":334
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -8409,7 +8683,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":324
+    /* "ivshmem/_memory.pyx":335
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -8422,7 +8696,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":323
+    /* "ivshmem/_memory.pyx":334
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -8431,7 +8705,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/_memory.pyx":325
+  /* "ivshmem/_memory.pyx":336
  *     if place == MAP_FAILED:
  *         return NULL
  *     munmap(place, size + HUGE)             # <<<<<<<<<<<<<<
@@ -8440,7 +8714,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
 */
   (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_7_memory_HUGE)));
 
-  /* "ivshmem/_memory.pyx":326
+  /* "ivshmem/_memory.pyx":337
  *         return NULL
  *     munmap(place, size + HUGE)
  *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))             # <<<<<<<<<<<<<<
@@ -8453,7 +8727,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":313
+  /* "ivshmem/_memory.pyx":324
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8467,7 +8741,7 @@ static void *__pyx_f_7ivshmem_7_memory_free_place(size_t __pyx_v_size) {
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":329
+/* "ivshmem/_memory.pyx":340
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -8482,7 +8756,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
   Py_ssize_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_memory.pyx":330
+  /* "ivshmem/_memory.pyx":341
  * 
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start             # <<<<<<<<<<<<<<
@@ -8493,7 +8767,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":331
+  /* "ivshmem/_memory.pyx":342
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length             # <<<<<<<<<<<<<<
@@ -8504,7 +8778,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":332
+  /* "ivshmem/_memory.pyx":343
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -8513,7 +8787,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 */
   __pyx_v_mapping->start = NULL;
 
-  /* "ivshmem/_memory.pyx":333
+  /* "ivshmem/_memory.pyx":344
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -8525,7 +8799,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_memory.pyx":334
+    /* "ivshmem/_memory.pyx":345
  *     mapping.start = NULL
  *     if length < LARGE:
  *         munmap(address, length)             # <<<<<<<<<<<<<<
@@ -8534,7 +8808,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 */
     (void)(munmap(__pyx_v_address, __pyx_v_length));
 
-    /* "ivshmem/_memory.pyx":333
+    /* "ivshmem/_memory.pyx":344
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -8544,7 +8818,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":336
+  /* "ivshmem/_memory.pyx":347
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -8558,7 +8832,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_memory.pyx":337
+          /* "ivshmem/_memory.pyx":348
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages
  *             munmap(address, length)             # <<<<<<<<<<<<<<
@@ -8568,7 +8842,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
           (void)(munmap(__pyx_v_address, __pyx_v_length));
         }
 
-        /* "ivshmem/_memory.pyx":336
+        /* "ivshmem/_memory.pyx":347
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -8587,7 +8861,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":329
+  /* "ivshmem/_memory.pyx":340
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -8601,7 +8875,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
 }
 
-/* "ivshmem/_memory.pyx":340
+/* "ivshmem/_memory.pyx":351
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8611,7 +8885,7 @@ static void __pyx_f_7ivshmem_7_memory_unmap(struct __pyx_obj_7ivshmem_7_memory_M
 
 static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
 
-  /* "ivshmem/_memory.pyx":342
+  /* "ivshmem/_memory.pyx":353
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -8620,7 +8894,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
 */
   if (__pyx_v_into) {
 
-    /* "ivshmem/_memory.pyx":343
+    /* "ivshmem/_memory.pyx":354
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:
  *         memmove(memory, buffer, size)             # <<<<<<<<<<<<<<
@@ -8629,7 +8903,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
 */
     (void)(memmove(__pyx_v_memory, __pyx_v_buffer, __pyx_v_size));
 
-    /* "ivshmem/_memory.pyx":342
+    /* "ivshmem/_memory.pyx":353
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -8639,7 +8913,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_memory.pyx":345
+  /* "ivshmem/_memory.pyx":356
  *         memmove(memory, buffer, size)
  *     else:
  *         memmove(buffer, memory, size)             # <<<<<<<<<<<<<<
@@ -8651,7 +8925,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
   }
   __pyx_L3:;
 
-  /* "ivshmem/_memory.pyx":340
+  /* "ivshmem/_memory.pyx":351
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8662,7 +8936,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_7_memory_move(char *__pyx_v_memory, c
   /* function exit code */
 }
 
-/* "ivshmem/_memory.pyx":381
+/* "ivshmem/_memory.pyx":392
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -8709,39 +8983,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 381, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 392, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 381, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 392, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 381, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 381, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 392, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 381, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 392, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 381, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 381, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 392, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_7_memory_Mapping *)values[0]);
     __pyx_v_offset = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 381, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 392, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8752,7 +9026,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 381, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 392, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_7_memory_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -8794,17 +9068,17 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_memory.pyx":382
+  /* "ivshmem/_memory.pyx":393
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 393, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":384
+  /* "ivshmem/_memory.pyx":395
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)             # <<<<<<<<<<<<<<
@@ -8814,7 +9088,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64); 
   __pyx_v_self->wide = __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":385
+  /* "ivshmem/_memory.pyx":396
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4             # <<<<<<<<<<<<<<
@@ -8830,7 +9104,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   }
   __pyx_v_size = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":386
+  /* "ivshmem/_memory.pyx":397
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -8849,7 +9123,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   }
   if (unlikely(__pyx_v_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 386, __pyx_L1_error)
+    __PYX_ERR(0, 397, __pyx_L1_error)
   }
   __pyx_t_3 = (__Pyx_mod_Py_ssize_t(__pyx_v_start, __pyx_v_size, 0) != 0);
 
@@ -8870,7 +9144,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":387
+    /* "ivshmem/_memory.pyx":398
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -8879,18 +9153,18 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/_memory.pyx":388
+    /* "ivshmem/_memory.pyx":399
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"             # <<<<<<<<<<<<<<
  *             )
  *         self.mapping = mapping
 */
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned;
     __pyx_t_9[1] = __pyx_t_6;
@@ -8908,7 +9182,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 388, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -8919,14 +9193,14 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 387, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 398, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 387, __pyx_L1_error)
+    __PYX_ERR(0, 398, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":386
+    /* "ivshmem/_memory.pyx":397
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -8935,7 +9209,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_memory.pyx":390
+  /* "ivshmem/_memory.pyx":401
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
  *             )
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
@@ -8947,7 +9221,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/_memory.pyx":391
+  /* "ivshmem/_memory.pyx":402
  *             )
  *         self.mapping = mapping
  *         self.offset = start             # <<<<<<<<<<<<<<
@@ -8956,7 +9230,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->offset = __pyx_v_start;
 
-  /* "ivshmem/_memory.pyx":381
+  /* "ivshmem/_memory.pyx":392
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -8984,7 +9258,7 @@ static int __pyx_pf_7ivshmem_7_memory_6Atomic___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":393
+/* "ivshmem/_memory.pyx":404
  *         self.offset = start
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -9005,7 +9279,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/_memory.pyx":395
+  /* "ivshmem/_memory.pyx":406
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -9017,7 +9291,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":396
+    /* "ivshmem/_memory.pyx":407
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -9025,7 +9299,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 407, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9044,14 +9318,14 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 407, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 396, __pyx_L1_error)
+    __PYX_ERR(0, 407, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":395
+    /* "ivshmem/_memory.pyx":406
  *     cdef void *pin(self) except NULL:
  *         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
  *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -9060,7 +9334,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
 */
   }
 
-  /* "ivshmem/_memory.pyx":397
+  /* "ivshmem/_memory.pyx":408
  *         if not ivshmem_enter(&self.mapping.accesses):
  *             raise ClosedError("the memory is closed")
  *         return at(self)             # <<<<<<<<<<<<<<
@@ -9073,7 +9347,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":393
+  /* "ivshmem/_memory.pyx":404
  *         self.offset = start
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
@@ -9094,7 +9368,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin(struct __pyx_obj_7ivshmem_7_m
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":399
+/* "ivshmem/_memory.pyx":410
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -9114,7 +9388,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin_own", 0);
 
-  /* "ivshmem/_memory.pyx":401
+  /* "ivshmem/_memory.pyx":412
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9123,7 +9397,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/_memory.pyx":402
+    /* "ivshmem/_memory.pyx":413
  *         """The same, to be changed."""
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -9136,14 +9410,14 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 402, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 402, __pyx_L1_error)
+    __PYX_ERR(0, 413, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":401
+    /* "ivshmem/_memory.pyx":412
  *     cdef void *pin_own(self) except NULL:
  *         """The same, to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9152,20 +9426,20 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_memory.pyx":403
+  /* "ivshmem/_memory.pyx":414
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.pin()             # <<<<<<<<<<<<<<
  * 
  *     cdef void unpin(self) noexcept:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 403, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 414, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":399
+  /* "ivshmem/_memory.pyx":410
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -9185,7 +9459,7 @@ static void *__pyx_f_7ivshmem_7_memory_6Atomic_pin_own(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":405
+/* "ivshmem/_memory.pyx":416
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9199,7 +9473,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
   PyObject *__pyx_t_2 = NULL;
   __Pyx_RefNannySetupContext("unpin", 0);
 
-  /* "ivshmem/_memory.pyx":406
+  /* "ivshmem/_memory.pyx":417
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -9211,7 +9485,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":407
+    /* "ivshmem/_memory.pyx":418
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):
  *             unmap(self.mapping)             # <<<<<<<<<<<<<<
@@ -9223,7 +9497,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
     __pyx_f_7ivshmem_7_memory_unmap(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_2));
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_memory.pyx":406
+    /* "ivshmem/_memory.pyx":417
  * 
  *     cdef void unpin(self) noexcept:
  *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
@@ -9232,7 +9506,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
 */
   }
 
-  /* "ivshmem/_memory.pyx":405
+  /* "ivshmem/_memory.pyx":416
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9245,7 +9519,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_memory.pyx":409
+/* "ivshmem/_memory.pyx":420
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9256,7 +9530,7 @@ static void __pyx_f_7ivshmem_7_memory_6Atomic_unpin(struct __pyx_obj_7ivshmem_7_
 static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_self) {
   uint64_t __pyx_r;
 
-  /* "ivshmem/_memory.pyx":411
+  /* "ivshmem/_memory.pyx":422
  *     cdef uint64_t peek(self) noexcept nogil:
  *         """The value (acquire), for other Cython code; the word has to be pinned."""
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
@@ -9269,7 +9543,7 @@ static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":409
+  /* "ivshmem/_memory.pyx":420
  *             unmap(self.mapping)
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9282,7 +9556,7 @@ static uint64_t __pyx_f_7ivshmem_7_memory_6Atomic_peek(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":413
+/* "ivshmem/_memory.pyx":424
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -9329,24 +9603,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 413, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_acquire));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9357,7 +9631,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 413, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9392,7 +9666,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":415
+  /* "ivshmem/_memory.pyx":426
  *     def load(self, order="acquire"):
  *         """The value."""
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)             # <<<<<<<<<<<<<<
@@ -9406,14 +9680,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_7_memory_LOADS;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":417
+  /* "ivshmem/_memory.pyx":428
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
  *         cdef uint64_t value
  *         hold(self.mapping)             # <<<<<<<<<<<<<<
@@ -9422,11 +9696,11 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":418
+  /* "ivshmem/_memory.pyx":429
  *         cdef uint64_t value
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
@@ -9435,7 +9709,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
 */
   __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":419
+  /* "ivshmem/_memory.pyx":430
  *         hold(self.mapping)
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -9447,14 +9721,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
   __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":420
+  /* "ivshmem/_memory.pyx":431
  *         value = ivshmem_load(at(self), self.wide, how)
  *         let_go(self.mapping)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, value, order="release"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -9467,7 +9741,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":413
+  /* "ivshmem/_memory.pyx":424
  *         return ivshmem_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -9488,7 +9762,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_2load(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":422
+/* "ivshmem/_memory.pyx":433
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -9536,35 +9810,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 422, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 433, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 422, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 433, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_release));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 422, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 433, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9575,7 +9849,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 422, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 433, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9611,7 +9885,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":424
+  /* "ivshmem/_memory.pyx":435
  *     def store(self, value, order="release"):
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)             # <<<<<<<<<<<<<<
@@ -9625,24 +9899,24 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_7_memory_STORES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":425
+  /* "ivshmem/_memory.pyx":436
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 436, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":426
+  /* "ivshmem/_memory.pyx":437
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -9651,11 +9925,11 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":427
+  /* "ivshmem/_memory.pyx":438
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
@@ -9664,7 +9938,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
 */
   ivshmem_store(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":428
+  /* "ivshmem/_memory.pyx":439
  *         hold_own(self.mapping)
  *         ivshmem_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -9676,7 +9950,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
   __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":422
+  /* "ivshmem/_memory.pyx":433
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -9699,7 +9973,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_4store(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":430
+/* "ivshmem/_memory.pyx":441
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -9747,35 +10021,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 430, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 441, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 430, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 441, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 430, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 441, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 430, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 441, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 430, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 441, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9786,7 +10060,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 430, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 441, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9816,14 +10090,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/_memory.pyx":432
+  /* "ivshmem/_memory.pyx":443
  *     def exchange(self, value, order="seq_cst"):
  *         """Set the value; return what it was."""
  *         return change(self, ivshmem_exchange, value, order)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 443, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9836,7 +10110,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":430
+  /* "ivshmem/_memory.pyx":441
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -9855,7 +10129,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_6exchange(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":434
+/* "ivshmem/_memory.pyx":445
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -9904,41 +10178,41 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 434, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 445, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 434, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 445, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 434, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 445, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 445, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9950,7 +10224,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 434, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 445, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9987,7 +10261,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/_memory.pyx":439
+  /* "ivshmem/_memory.pyx":450
  *         If it was not, this is a load, and has of `order` what a load can have.
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -10001,34 +10275,34 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 450, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":440
+  /* "ivshmem/_memory.pyx":451
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)             # <<<<<<<<<<<<<<
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 451, __pyx_L1_error)
   __pyx_v_old = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":441
+  /* "ivshmem/_memory.pyx":452
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 452, __pyx_L1_error)
   __pyx_v_new = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":442
+  /* "ivshmem/_memory.pyx":453
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -10037,11 +10311,11 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":443
+  /* "ivshmem/_memory.pyx":454
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
@@ -10050,7 +10324,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
 */
   __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_7_memory_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":444
+  /* "ivshmem/_memory.pyx":455
  *         hold_own(self.mapping)
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -10062,14 +10336,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
   __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":445
+  /* "ivshmem/_memory.pyx":456
  *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
  *         return old             # <<<<<<<<<<<<<<
  * 
  *     def fetch_add(self, amount, order="seq_cst"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -10082,7 +10356,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":434
+  /* "ivshmem/_memory.pyx":445
  *         return change(self, ivshmem_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10104,7 +10378,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_8compare_exchange(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":447
+/* "ivshmem/_memory.pyx":458
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10152,35 +10426,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 447, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 458, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10191,7 +10465,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10221,14 +10495,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/_memory.pyx":449
+  /* "ivshmem/_memory.pyx":460
  *     def fetch_add(self, amount, order="seq_cst"):
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_add, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10241,7 +10515,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":447
+  /* "ivshmem/_memory.pyx":458
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10260,7 +10534,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_10fetch_add(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":451
+/* "ivshmem/_memory.pyx":462
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10308,35 +10582,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 462, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 462, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 462, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 451, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 462, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 462, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10347,7 +10621,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 462, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10377,14 +10651,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_sub", 0);
 
-  /* "ivshmem/_memory.pyx":453
+  /* "ivshmem/_memory.pyx":464
  *     def fetch_sub(self, amount, order="seq_cst"):
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, ivshmem_sub, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_and(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10397,7 +10671,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":451
+  /* "ivshmem/_memory.pyx":462
  *         return change(self, ivshmem_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10416,7 +10690,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_12fetch_sub(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":455
+/* "ivshmem/_memory.pyx":466
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10464,35 +10738,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 455, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 466, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 455, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 466, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 455, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 466, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10503,7 +10777,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 455, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 466, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10533,14 +10807,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_and", 0);
 
-  /* "ivshmem/_memory.pyx":457
+  /* "ivshmem/_memory.pyx":468
  *     def fetch_and(self, bits, order="seq_cst"):
  *         """Clear all but these bits; return what the value was."""
  *         return change(self, ivshmem_and, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_or(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10553,7 +10827,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":455
+  /* "ivshmem/_memory.pyx":466
  *         return change(self, ivshmem_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10572,7 +10846,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_14fetch_and(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":459
+/* "ivshmem/_memory.pyx":470
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10620,35 +10894,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 459, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 470, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 459, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 459, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 459, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 470, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 459, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 470, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 459, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 459, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10659,7 +10933,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 459, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 470, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10689,14 +10963,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_or", 0);
 
-  /* "ivshmem/_memory.pyx":461
+  /* "ivshmem/_memory.pyx":472
  *     def fetch_or(self, bits, order="seq_cst"):
  *         """Set these bits; return what the value was."""
  *         return change(self, ivshmem_or, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10709,7 +10983,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":459
+  /* "ivshmem/_memory.pyx":470
  *         return change(self, ivshmem_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10728,7 +11002,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_16fetch_or(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":463
+/* "ivshmem/_memory.pyx":474
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -10776,35 +11050,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 474, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 474, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 474, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 474, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 463, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 474, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 474, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 474, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10815,7 +11089,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 474, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10845,14 +11119,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_xor(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_xor", 0);
 
-  /* "ivshmem/_memory.pyx":465
+  /* "ivshmem/_memory.pyx":476
  *     def fetch_xor(self, bits, order="seq_cst"):
  *         """Invert these bits; return what the value was."""
  *         return change(self, ivshmem_xor, bits, order)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10865,7 +11139,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_6Atomic_18fetch_xor(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":463
+  /* "ivshmem/_memory.pyx":474
  *         return change(self, ivshmem_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -11496,7 +11770,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9AtomicU64_2__setstate_cython__(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":478
+/* "ivshmem/_memory.pyx":489
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -11519,7 +11793,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("change", 0);
 
-  /* "ivshmem/_memory.pyx":479
+  /* "ivshmem/_memory.pyx":490
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -11533,24 +11807,24 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_7_memory_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 479, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7_memory_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":480
+  /* "ivshmem/_memory.pyx":491
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)             # <<<<<<<<<<<<<<
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_7_memory_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 491, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/_memory.pyx":481
+  /* "ivshmem/_memory.pyx":492
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)             # <<<<<<<<<<<<<<
@@ -11559,11 +11833,11 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 481, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_hold_own(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/_memory.pyx":482
+  /* "ivshmem/_memory.pyx":493
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)             # <<<<<<<<<<<<<<
@@ -11572,7 +11846,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
 */
   __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_7_memory_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/_memory.pyx":483
+  /* "ivshmem/_memory.pyx":494
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)             # <<<<<<<<<<<<<<
@@ -11584,14 +11858,14 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   __pyx_f_7ivshmem_7_memory_let_go(((struct __pyx_obj_7ivshmem_7_memory_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/_memory.pyx":484
+  /* "ivshmem/_memory.pyx":495
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)
  *     return number             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -11604,7 +11878,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":478
+  /* "ivshmem/_memory.pyx":489
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -11625,7 +11899,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_7_memory_change(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":487
+/* "ivshmem/_memory.pyx":498
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -11653,17 +11927,17 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("order_of", 0);
 
-  /* "ivshmem/_memory.pyx":488
+  /* "ivshmem/_memory.pyx":499
  * 
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)             # <<<<<<<<<<<<<<
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
 */
-  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 499, __pyx_L1_error)
   __pyx_v_found = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":489
+  /* "ivshmem/_memory.pyx":500
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -11675,7 +11949,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":490
+    /* "ivshmem/_memory.pyx":501
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")             # <<<<<<<<<<<<<<
@@ -11683,9 +11957,9 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u_, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u_, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_order;
     __pyx_t_7[1] = __pyx_t_5;
@@ -11700,7 +11974,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 490, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11710,14 +11984,14 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 490, __pyx_L1_error)
+    __PYX_ERR(0, 501, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":489
+    /* "ivshmem/_memory.pyx":500
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -11726,20 +12000,20 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
 */
   }
 
-  /* "ivshmem/_memory.pyx":491
+  /* "ivshmem/_memory.pyx":502
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
  *     return <object>found             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 502, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":487
+  /* "ivshmem/_memory.pyx":498
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -11763,7 +12037,7 @@ static int __pyx_f_7ivshmem_7_memory_order_of(PyObject *__pyx_v_order, PyObject 
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":494
+/* "ivshmem/_memory.pyx":505
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -11789,7 +12063,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fitting", 0);
 
-  /* "ivshmem/_memory.pyx":495
+  /* "ivshmem/_memory.pyx":506
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)             # <<<<<<<<<<<<<<
@@ -11798,19 +12072,19 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_value); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 506, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
-    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 506, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 506, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":496
+  /* "ivshmem/_memory.pyx":507
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -11836,7 +12110,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":497
+    /* "ivshmem/_memory.pyx":508
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -11844,9 +12118,9 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
  * 
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 497, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 508, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 497, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 508, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9 = 1;
@@ -11855,14 +12129,14 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 497, __pyx_L1_error)
+    __PYX_ERR(0, 508, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":496
+    /* "ivshmem/_memory.pyx":507
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -11871,7 +12145,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_memory.pyx":498
+  /* "ivshmem/_memory.pyx":509
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")
  *     return number             # <<<<<<<<<<<<<<
@@ -11884,7 +12158,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":494
+  /* "ivshmem/_memory.pyx":505
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -11907,7 +12181,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_7_memory_fitting(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":501
+/* "ivshmem/_memory.pyx":512
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -11927,7 +12201,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold_own", 0);
 
-  /* "ivshmem/_memory.pyx":502
+  /* "ivshmem/_memory.pyx":513
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11936,7 +12210,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 */
   if (unlikely(__pyx_v_mapping->fixed)) {
 
-    /* "ivshmem/_memory.pyx":503
+    /* "ivshmem/_memory.pyx":514
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -11949,14 +12223,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 503, __pyx_L1_error)
+    __PYX_ERR(0, 514, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":502
+    /* "ivshmem/_memory.pyx":513
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11965,20 +12239,20 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_memory.pyx":504
+  /* "ivshmem/_memory.pyx":515
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")
  *     return hold(mapping)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_7_memory_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":501
+  /* "ivshmem/_memory.pyx":512
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -11998,7 +12272,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":507
+/* "ivshmem/_memory.pyx":518
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12009,7 +12283,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7_memory_hold_own(struct __pyx_obj_7iv
 static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word) {
   void *__pyx_r;
 
-  /* "ivshmem/_memory.pyx":508
+  /* "ivshmem/_memory.pyx":519
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:
  *     return word.mapping.start + word.offset             # <<<<<<<<<<<<<<
@@ -12022,7 +12296,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":507
+  /* "ivshmem/_memory.pyx":518
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12035,7 +12309,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_7_memory_at(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":528
+/* "ivshmem/_memory.pyx":539
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -12084,51 +12358,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_mapped,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 539, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 539, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 528, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 539, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 528, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 539, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
-    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 528, __pyx_L3_error)
+      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L3_error)
     } else {
       __pyx_v_mapped = ((int)1);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 539, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12163,7 +12437,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_memory.pyx":529
+  /* "ivshmem/_memory.pyx":540
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
@@ -12172,11 +12446,11 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   if (unlikely(__pyx_e_7ivshmem_7_memory_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 529, __pyx_L1_error)
+    __PYX_ERR(0, 540, __pyx_L1_error)
   }
   __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_7_memory_REGISTER_PAGE, 0);
 
-  /* "ivshmem/_memory.pyx":531
+  /* "ivshmem/_memory.pyx":542
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -12185,7 +12459,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_memory.pyx":532
+  /* "ivshmem/_memory.pyx":543
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -12194,7 +12468,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/_memory.pyx":533
+  /* "ivshmem/_memory.pyx":544
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -12203,7 +12477,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/_memory.pyx":534
+  /* "ivshmem/_memory.pyx":545
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -12212,7 +12486,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/_memory.pyx":535
+  /* "ivshmem/_memory.pyx":546
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -12221,7 +12495,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/_memory.pyx":536
+    /* "ivshmem/_memory.pyx":547
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -12230,7 +12504,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/_memory.pyx":537
+    /* "ivshmem/_memory.pyx":548
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -12239,7 +12513,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/_memory.pyx":540
+    /* "ivshmem/_memory.pyx":551
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -12251,17 +12525,17 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_memory.pyx":541
+      /* "ivshmem/_memory.pyx":552
  *             )
  *             if address == MAP_FAILED:
  *                 fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L1_error)
 
 
-      /* "ivshmem/_memory.pyx":540
+      /* "ivshmem/_memory.pyx":551
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -12270,7 +12544,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/_memory.pyx":542
+    /* "ivshmem/_memory.pyx":553
  *             if address == MAP_FAILED:
  *                 fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
@@ -12279,7 +12553,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/_memory.pyx":543
+    /* "ivshmem/_memory.pyx":554
  *                 fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
@@ -12288,7 +12562,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/_memory.pyx":535
+    /* "ivshmem/_memory.pyx":546
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -12297,7 +12571,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_memory.pyx":528
+  /* "ivshmem/_memory.pyx":539
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -12318,7 +12592,7 @@ static int __pyx_pf_7ivshmem_7_memory_9Registers___cinit__(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":545
+/* "ivshmem/_memory.pyx":556
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -12345,7 +12619,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_memory.pyx":546
+  /* "ivshmem/_memory.pyx":557
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -12381,7 +12655,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_memory.pyx":547
+    /* "ivshmem/_memory.pyx":558
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
@@ -12389,9 +12663,9 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 547, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 547, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
     __pyx_t_7[1] = __pyx_t_5;
@@ -12404,7 +12678,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 547, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12414,14 +12688,14 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 547, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 547, __pyx_L1_error)
+    __PYX_ERR(0, 558, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":546
+    /* "ivshmem/_memory.pyx":557
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -12430,7 +12704,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
 */
   }
 
-  /* "ivshmem/_memory.pyx":548
+  /* "ivshmem/_memory.pyx":559
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -12443,7 +12717,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":545
+  /* "ivshmem/_memory.pyx":556
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -12466,7 +12740,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_check(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":550
+/* "ivshmem/_memory.pyx":561
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -12513,32 +12787,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 550, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 561, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 550, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 561, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 550, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 561, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 550, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 561, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12579,7 +12853,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/_memory.pyx":558
+  /* "ivshmem/_memory.pyx":569
  *             ClosedError: the device is closed.
  *         """
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
@@ -12588,7 +12862,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/_memory.pyx":559
+  /* "ivshmem/_memory.pyx":570
  *         """
  *         cdef uint32_t value = 0
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -12597,17 +12871,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_memory.pyx":561
+  /* "ivshmem/_memory.pyx":572
  *         cdef int code = 0
  *         cdef Py_ssize_t n
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 572, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":562
+  /* "ivshmem/_memory.pyx":573
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -12619,7 +12893,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":563
+    /* "ivshmem/_memory.pyx":574
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -12627,7 +12901,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
  *             value = ivshmem_load32(self.first + at)
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12646,14 +12920,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 563, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 563, __pyx_L1_error)
+    __PYX_ERR(0, 574, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":562
+    /* "ivshmem/_memory.pyx":573
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -12662,7 +12936,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":564
+  /* "ivshmem/_memory.pyx":575
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -12674,7 +12948,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":565
+    /* "ivshmem/_memory.pyx":576
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:
  *             value = ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
@@ -12683,7 +12957,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
     __pyx_v_value = ivshmem_load32((__pyx_v_self->first + __pyx_v_at));
 
-    /* "ivshmem/_memory.pyx":564
+    /* "ivshmem/_memory.pyx":575
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -12693,7 +12967,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_memory.pyx":567
+  /* "ivshmem/_memory.pyx":578
  *             value = ivshmem_load32(self.first + at)
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -12703,7 +12977,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   /*else*/ {
     __pyx_v_n = pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-    /* "ivshmem/_memory.pyx":568
+    /* "ivshmem/_memory.pyx":579
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -12733,7 +13007,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_memory.pyx":569
+  /* "ivshmem/_memory.pyx":580
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -12742,7 +13016,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":570
+  /* "ivshmem/_memory.pyx":581
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -12754,17 +13028,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":571
+    /* "ivshmem/_memory.pyx":582
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":570
+    /* "ivshmem/_memory.pyx":581
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -12773,14 +13047,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_memory.pyx":572
+  /* "ivshmem/_memory.pyx":583
  *         if code:
  *             fail_with(code)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 583, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -12793,7 +13067,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":550
+  /* "ivshmem/_memory.pyx":561
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -12817,7 +13091,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_2load(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":574
+/* "ivshmem/_memory.pyx":585
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -12865,39 +13139,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 574, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 585, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 585, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 585, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 585, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 574, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 585, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 585, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 585, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
-    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 585, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 585, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 574, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 585, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12935,17 +13209,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/_memory.pyx":582
+  /* "ivshmem/_memory.pyx":593
  *         """
  *         cdef int code
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7_memory_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 593, __pyx_L1_error)
 
 
-  /* "ivshmem/_memory.pyx":583
+  /* "ivshmem/_memory.pyx":594
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -12957,7 +13231,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/_memory.pyx":584
+    /* "ivshmem/_memory.pyx":595
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -12965,7 +13239,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
  *         self.leave()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 595, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12984,14 +13258,14 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 595, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 584, __pyx_L1_error)
+    __PYX_ERR(0, 595, __pyx_L1_error)
 
-    /* "ivshmem/_memory.pyx":583
+    /* "ivshmem/_memory.pyx":594
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -13000,7 +13274,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":585
+  /* "ivshmem/_memory.pyx":596
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)             # <<<<<<<<<<<<<<
@@ -13009,7 +13283,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   __pyx_v_code = __pyx_f_7ivshmem_7_memory_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
 
-  /* "ivshmem/_memory.pyx":586
+  /* "ivshmem/_memory.pyx":597
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -13018,7 +13292,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   __pyx_f_7ivshmem_7_memory_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":587
+  /* "ivshmem/_memory.pyx":598
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -13030,17 +13304,17 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":588
+    /* "ivshmem/_memory.pyx":599
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 599, __pyx_L1_error)
 
 
-    /* "ivshmem/_memory.pyx":587
+    /* "ivshmem/_memory.pyx":598
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -13049,7 +13323,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":574
+  /* "ivshmem/_memory.pyx":585
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -13073,7 +13347,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_4store(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":590
+/* "ivshmem/_memory.pyx":601
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13089,7 +13363,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_memory.pyx":593
+  /* "ivshmem/_memory.pyx":604
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -13101,7 +13375,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":594
+    /* "ivshmem/_memory.pyx":605
  *         cdef Py_ssize_t n
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
@@ -13110,7 +13384,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/_memory.pyx":595
+    /* "ivshmem/_memory.pyx":606
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)
  *             return 0             # <<<<<<<<<<<<<<
@@ -13123,7 +13397,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_memory.pyx":593
+    /* "ivshmem/_memory.pyx":604
  *         """For those who have entered `state`: 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -13132,7 +13406,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
   }
 
-  /* "ivshmem/_memory.pyx":596
+  /* "ivshmem/_memory.pyx":607
  *             ivshmem_store32(self.first + at, value)
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -13141,7 +13415,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 */
   __pyx_v_n = pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-  /* "ivshmem/_memory.pyx":597
+  /* "ivshmem/_memory.pyx":608
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -13172,7 +13446,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_memory.pyx":590
+  /* "ivshmem/_memory.pyx":601
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13186,7 +13460,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":599
+/* "ivshmem/_memory.pyx":610
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13197,7 +13471,7 @@ static int __pyx_f_7ivshmem_7_memory_9Registers_put(struct __pyx_obj_7ivshmem_7_
 static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":600
+  /* "ivshmem/_memory.pyx":611
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -13209,7 +13483,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":601
+    /* "ivshmem/_memory.pyx":612
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -13218,7 +13492,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
 */
     __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":600
+    /* "ivshmem/_memory.pyx":611
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -13227,7 +13501,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_memory.pyx":599
+  /* "ivshmem/_memory.pyx":610
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13238,7 +13512,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_leave(struct __pyx_obj_7ivshmem
   /* function exit code */
 }
 
-/* "ivshmem/_memory.pyx":603
+/* "ivshmem/_memory.pyx":614
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13251,7 +13525,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
   char *__pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_memory.pyx":604
+  /* "ivshmem/_memory.pyx":615
  * 
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page             # <<<<<<<<<<<<<<
@@ -13262,7 +13536,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
   __pyx_v_page = __pyx_t_1;
 
-  /* "ivshmem/_memory.pyx":605
+  /* "ivshmem/_memory.pyx":616
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -13271,7 +13545,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/_memory.pyx":606
+  /* "ivshmem/_memory.pyx":617
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -13283,7 +13557,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_memory.pyx":607
+    /* "ivshmem/_memory.pyx":618
  *         self.page = NULL
  *         if page != NULL:
  *             munmap(page, self.length)             # <<<<<<<<<<<<<<
@@ -13292,7 +13566,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
     (void)(munmap(__pyx_v_page, __pyx_v_self->length));
 
-    /* "ivshmem/_memory.pyx":606
+    /* "ivshmem/_memory.pyx":617
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -13301,7 +13575,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_memory.pyx":603
+  /* "ivshmem/_memory.pyx":614
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -13313,7 +13587,7 @@ static void __pyx_f_7ivshmem_7_memory_9Registers_release(struct __pyx_obj_7ivshm
 
 }
 
-/* "ivshmem/_memory.pyx":609
+/* "ivshmem/_memory.pyx":620
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13369,7 +13643,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_memory.pyx":611
+  /* "ivshmem/_memory.pyx":622
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -13381,7 +13655,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_memory.pyx":612
+    /* "ivshmem/_memory.pyx":623
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -13390,7 +13664,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
 */
     __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/_memory.pyx":611
+    /* "ivshmem/_memory.pyx":622
  *     def close(self):
  *         """Unmap, when the last call that uses them is over; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -13399,7 +13673,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_memory.pyx":609
+  /* "ivshmem/_memory.pyx":620
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13414,7 +13688,7 @@ static PyObject *__pyx_pf_7ivshmem_7_memory_9Registers_6close(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_memory.pyx":614
+/* "ivshmem/_memory.pyx":625
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13437,7 +13711,7 @@ static void __pyx_pw_7ivshmem_7_memory_9Registers_9__dealloc__(PyObject *__pyx_v
 
 static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_self) {
 
-  /* "ivshmem/_memory.pyx":615
+  /* "ivshmem/_memory.pyx":626
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -13446,7 +13720,7 @@ static void __pyx_pf_7ivshmem_7_memory_9Registers_8__dealloc__(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7_memory_9Registers_release(__pyx_v_self);
 
-  /* "ivshmem/_memory.pyx":614
+  /* "ivshmem/_memory.pyx":625
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14742,14 +15016,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstate
   __pyx_vtable_7ivshmem_7_memory_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_unpin;
   __pyx_vtable_7ivshmem_7_memory_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_7_memory_Atomic *))__pyx_f_7ivshmem_7_memory_6Atomic_peek;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic)) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic)) __PYX_ERR(0, 373, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = &__pyx_type_7ivshmem_7_memory_Atomic;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic);
@@ -14759,9 +15033,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Atomic(__pyx_mstate
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, __pyx_vtabptr_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 362, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, __pyx_vtabptr_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14781,11 +15055,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mst
   __pyx_vtabptr_7ivshmem_7_memory_AtomicU32 = &__pyx_vtable_7ivshmem_7_memory_AtomicU32;
   __pyx_vtable_7ivshmem_7_memory_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU32_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32)) __PYX_ERR(0, 479, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = &__pyx_type_7ivshmem_7_memory_AtomicU32;
   #endif
@@ -14793,7 +15067,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mst
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
@@ -14803,9 +15077,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU32(__pyx_mst
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_vtabptr_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, __pyx_vtabptr_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14826,11 +15100,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mst
   __pyx_vtabptr_7ivshmem_7_memory_AtomicU64 = &__pyx_vtable_7ivshmem_7_memory_AtomicU64;
   __pyx_vtable_7ivshmem_7_memory_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_7_memory_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_AtomicU64_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64)) __PYX_ERR(0, 473, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64)) __PYX_ERR(0, 484, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = &__pyx_type_7ivshmem_7_memory_AtomicU64;
   #endif
@@ -14838,7 +15112,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mst
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64);
@@ -14848,9 +15122,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_AtomicU64(__pyx_mst
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_vtabptr_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, __pyx_vtabptr_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14873,14 +15147,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mst
   __pyx_vtable_7ivshmem_7_memory_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_leave;
   __pyx_vtable_7ivshmem_7_memory_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_7_memory_Registers *))__pyx_f_7ivshmem_7_memory_9Registers_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7_memory_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers)) __PYX_ERR(0, 524, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = &__pyx_type_7ivshmem_7_memory_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 524, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers);
@@ -14890,9 +15164,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7_memory_Registers(__pyx_mst
     __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_vtabptr_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, __pyx_vtabptr_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 524, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 524, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) < (0)) __PYX_ERR(0, 524, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15295,7 +15569,7 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_memory.pyx":41
+  /* "ivshmem/_memory.pyx":40
  * )
  * 
  * from .errors import ClosedError             # <<<<<<<<<<<<<<
@@ -15304,74 +15578,74 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 41, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 40, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":355
+  /* "ivshmem/_memory.pyx":366
  * 
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_LOADS);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_LOADS, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":356
+  /* "ivshmem/_memory.pyx":367
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_STORES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_STORES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_memory.pyx":357
+  /* "ivshmem/_memory.pyx":368
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}             # <<<<<<<<<<<<<<
@@ -15380,17 +15654,17 @@ __Pyx_RefNannySetupContext("PyInit__memory", 0);
 */
   if (unlikely(__pyx_v_7ivshmem_7_memory_LOADS == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-    __PYX_ERR(0, 357, __pyx_L1_error)
+    __PYX_ERR(0, 368, __pyx_L1_error)
   }
-  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_7_memory_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_7_memory_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7_memory_CHANGES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7_memory_CHANGES, ((PyObject*)__pyx_t_2));
@@ -17553,6 +17827,27 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
+/* ModInt[Py_ssize_t] */
+static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
+    Py_ssize_t r = a % b;
+    Py_ssize_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* DivInt[Py_ssize_t] */
+static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
+    Py_ssize_t q = a / b;
+    Py_ssize_t r = a - q*b;
+    Py_ssize_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     PyObject *key = NULL;
@@ -17578,17 +17873,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
             function_name, key);
         Py_DECREF(key);
     }
-}
-
-/* DivInt[Py_ssize_t] */
-static CYTHON_INLINE Py_ssize_t __Pyx_div_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
-    Py_ssize_t q = a / b;
-    Py_ssize_t r = a - q*b;
-    Py_ssize_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
 }
 
 /* CIntToPyUnicode */
@@ -17745,16 +18029,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
         return 1;
     __Pyx_ArgTypeError(obj, type, name, exact);
     return 0;
-}
-
-/* ModInt[Py_ssize_t] */
-static CYTHON_INLINE Py_ssize_t __Pyx_mod_Py_ssize_t(Py_ssize_t a, Py_ssize_t b, int b_is_constant) {
-    Py_ssize_t r = a % b;
-    Py_ssize_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
 }
 
 /* PyObjectFormatAndDecref */
@@ -20434,6 +20708,85 @@ static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 

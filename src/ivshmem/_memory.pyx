@@ -23,7 +23,6 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t, UINT32_MAX
-from libc.stdlib cimport free, malloc
 from libc.string cimport memmove
 
 from ._fds cimport fail, fail_with
@@ -46,6 +45,7 @@ cdef enum:
     # 2 to 25 microseconds, which is about what it takes to wake somebody.
     LARGE = 1 << 18
     HUGE = 1 << 21  # a huge page of x86-64, and of arm64 with small pages of 4 KiB
+    PAGES_AT_ONCE = 1 << 14  # that mincore(2) is asked for, a byte of the stack each
 
 
 cdef class Mapping:
@@ -139,24 +139,35 @@ cdef class Mapping:
         finally:
             self.unpin()
 
-    def resident(self):
-        """Bytes of the file that are in memory now, whoever brought them there (mincore(2))."""
+    def resident(self, Py_ssize_t offset=0, size=None):
+        """Bytes of the file that are in memory now, whoever brought them there (mincore(2)).
+
+        Of `size` bytes at `offset`, or of all: which takes seconds for a terabyte, also if it is
+        nothing but holes. Other threads run meanwhile, and signals are handled.
+        """
         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
-        cdef Py_ssize_t pages = (self.length + page_size - 1) // page_size
-        cdef Py_ssize_t i
+        cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
         cdef Py_ssize_t count = 0
-        cdef unsigned char *vector
+        cdef Py_ssize_t at, i, length
+        cdef int code
+        cdef unsigned char vector[PAGES_AT_ONCE]
+        if not 0 <= offset <= end <= self.length:
+            raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+        at = offset - offset % page_size
         self.pin()
-        vector = <unsigned char *>malloc(pages)
         try:
-            if vector == NULL:
-                raise MemoryError
-            if mincore(self.start, self.length, vector) < 0:
-                fail()
-            for i in range(pages):
-                count += vector[i] & 1
+            while at < end:
+                length = min(end - at, PAGES_AT_ONCE * page_size)
+                with nogil:
+                    code = errno if mincore(self.start + at, length, vector) < 0 else 0
+                    if not code:
+                        for i in range((length + page_size - 1) // page_size):
+                            count += vector[i] & 1
+                        at += length
+                if code and code != EAGAIN:
+                    fail_with(code)
+                PyErr_CheckSignals()
         finally:
-            free(vector)
             self.unpin()
         return count * page_size
 

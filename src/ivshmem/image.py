@@ -132,7 +132,7 @@ def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryvie
     """What is not zero, a copy at a time: for others may write to the region meanwhile."""
     buffer = bytearray(_BLOCK)
     zeros = bytes(_BLOCK)
-    for start, end in _extents(region, 0, region.size):
+    for start, end in region.extents():
         for offset in range(start, end, _BLOCK):
             length = min(_BLOCK, end - offset)
             block = memoryview(buffer)[:length]
@@ -142,23 +142,6 @@ def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryvie
                     yield offset + first, block[first:last]
             progress(offset + length, region.size)
     progress(region.size, region.size)
-
-
-def _extents(region: Region, at: int, end_at: int) -> Iterator[tuple[int, int]]:
-    """Where the memory may have something, from `at` to `end_at`."""
-    while at < end_at:
-        fd, base = region.fileno(), region.offset
-        try:
-            start = os.lseek(fd, base + at, os.SEEK_DATA) - base
-            if start >= end_at:
-                return
-            end = min(os.lseek(fd, base + start, os.SEEK_HOLE) - base, end_at)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return  # a hole up to the end
-            start, end = at, end_at  # a file that knows no holes
-        yield start, end
-        at = max(end, start + PAGE)  # somebody may make a hole where there was none
 
 
 def _read_into(region: Region, offset: int, block: memoryview) -> None:
@@ -302,7 +285,7 @@ def _clear(region: Region, start: int, end: int) -> None:
     """Make it zeros, where it is not: what is untouched takes no memory."""
     buffer = bytearray(_BLOCK)
     zeros = memoryview(bytes(_BLOCK))
-    for first, last in _extents(region, start, end):
+    for first, last in region.extents(start, end):
         for offset in range(first, last, _BLOCK):
             length = min(_BLOCK, last - offset)
             block = memoryview(buffer)[:length]

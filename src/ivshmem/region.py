@@ -19,6 +19,7 @@ import fcntl
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
 
@@ -410,7 +411,8 @@ class Region(_memory.Mapping):
             # mincore sees only this process's page tables there; hugetlbfs counts the blocks.
             resident = huge = min(status.st_blocks * 512, self.size)
         else:
-            resident = min(self.resident(), self.size)
+            found = (self.resident(start, end - start) for start, end in self.extents())
+            resident = min(sum(found), self.size)
             huge = min(pages.transparent_huge_bytes(self.address, self.size), resident)
         try:
             seals = fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)
@@ -426,6 +428,29 @@ class Region(_memory.Mapping):
             readonly=self.readonly,
             sealed=seals & fcntl.F_SEAL_SHRINK != 0,
         )
+
+    def extents(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Where the memory has something: (start, end) in bytes; the rest is holes, and zero.
+
+        Others can fill holes and make them meanwhile. A file that knows no holes is one extent.
+
+        Raises:
+            ClosedError: the region is closed.
+        """
+        stop = self.size if end is None else end
+        while start < stop:
+            fd, base = self.fileno(), self.offset
+            try:
+                first = os.lseek(fd, base + start, os.SEEK_DATA) - base
+                if first >= stop:
+                    return
+                last = min(os.lseek(fd, base + first, os.SEEK_HOLE) - base, stop)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return  # a hole up to the end
+                first, last = start, stop
+            yield first, last
+            start = max(last, first + PAGE)  # there may be a hole now where there was none
 
     def unlink(self) -> bool:
         """Remove the name or path, if it still leads to this region's file; else return False.

@@ -132,6 +132,7 @@ class TestWhatItSays:
             "source": "anonymous",
             "memory": "",
             "paused": "",
+            "holds_leaves": False,
         }
         assert peer.pop("since") == server.peers[0].since
         assert peer == {
@@ -146,8 +147,17 @@ class TestWhatItSays:
             "set_up": True,
             "pending": 0,
             "stalled_since": None,
+            "leaves_told": 0,
+            "leaves_held": 0,
             "interrupts": [0] * VECTORS,
         }
+
+    def test_leaves_that_are_held_back(self, controlled: Controlled) -> None:
+        assert controlled.ask("hold-leaves", on=True) == {"region": "default"}
+        assert controlled.ask("status")["regions"][0]["holds_leaves"]
+        assert "true or false is wanted" in controlled.refused("hold-leaves", on=1)
+        controlled.ask("hold-leaves", on=False, region="default")
+        assert not controlled.ask("status")["regions"][0]["holds_leaves"]
 
     def test_without_peers(self, controlled: Controlled, client: ivshmem.Client) -> None:
         (region,) = controlled.ask("status", peers=False)["regions"]

@@ -337,6 +337,12 @@ def test_populate_and_resident() -> None:
     with memoryview(mapping) as view:
         view[3 * PAGE + 5] = 9
     assert mapping.resident() == PAGE
+    assert mapping.resident(3 * PAGE, PAGE) == PAGE
+    assert mapping.resident(0, 3 * PAGE) == mapping.resident(4 * PAGE) == 0
+    assert mapping.resident(64 * PAGE) == mapping.resident(5, 0) == 0
+    for offset, size in ((-1, None), (0, 64 * PAGE + 1), (65 * PAGE, None), (5, -1)):
+        with pytest.raises(ValueError, match="bytes at"):
+            mapping.resident(offset, size)
     mapping.populate(PAGE)
     assert mapping.resident() == 64 * PAGE
     with memoryview(mapping) as view:
