@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ivshmem.config import RegionConfig, ServiceConfig
 from ivshmem.server import Server
@@ -35,9 +35,11 @@ class Running:
         vectors: int = 2,
         load: Callable[[], ServiceConfig] | None = None,
         size: int = 4096,
+        **more: Any,
     ) -> None:
         regions = {
-            name: RegionConfig(path, size=size, vectors=vectors) for name, path in sockets.items()
+            name: RegionConfig(path, size=size, vectors=vectors, **more)
+            for name, path in sockets.items()
         }
         self._undo = ExitStack()
         self.service = self._undo.enter_context(Service(ServiceConfig(regions), load=load))

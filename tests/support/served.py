@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ivshmem import control
 
 from .running import Running
 
 
 class Served(Running):
-    """A region of 1 MiB at `path`, named "default", with its control socket; runs in a thread."""
+    """A region at `path`, named "default", with its control socket; runs in a thread."""
 
-    def __init__(self, path: str, vectors: int = 2) -> None:
-        super().__init__({"default": path}, vectors, size=1 << 20)
+    def __init__(self, path: str, vectors: int = 2, size: int = 1 << 20, **more: Any) -> None:
+        super().__init__({"default": path}, vectors, size=size, **more)
         self.add(control.Control(control.listen(control.default_path(path)), self.service))
         self.start()

@@ -249,6 +249,14 @@ def test_postcopy_needs_the_same_pages() -> None:
     case.plan()
 
 
+def test_a_file_has_no_way_back() -> None:
+    case = Case(others=0, options=Options(postcopy=True, multifd=True))
+    case.vms[0] = replace(case.vms[0], uri="file:/f")
+    assert len(case.reasons()) == 2
+    case.options = Options()
+    case.plan()
+
+
 @pytest.mark.parametrize("spoil", [spoil_told, lambda c: c.servers["source"].clear()])
 def test_force_takes_the_risk(spoil: Any) -> None:
     case = Case("doorbell", options=Options(force=True))
@@ -260,6 +268,7 @@ def test_force_takes_the_risk(spoil: Any) -> None:
     ("change", "reason"),
     [
         ({"uri": "exec:cat"}, "no place for two QEMUs to meet"),
+        ({"uri": "file:here"}, "no place for two QEMUs to meet"),
         ({"uri": "tcp:somewhere"}, "no place for two QEMUs to meet"),
         ({"uri": "unix:/a.uri"}, "the URI unix:/a.uri is given 2 times"),
         ({"name": "a"}, "the name a is given 2 times"),
@@ -296,6 +305,22 @@ def test_who_stays_behind_is_noted() -> None:
     assert "peer 7 (python3, pid 99)" in note
 
 
+def test_who_stays_behind_is_evicted() -> None:
+    """But for QEMUs, which would not come back."""
+    case = Case("doorbell", options=Options(evict=True))
+    here = case.servers["source"]["/here"]
+    strangers = (Peer(7, 99, "python3", 0), Peer(8, 98, "qemu-system-x86", 0))
+    case.servers["source"]["/here"] = replace(here, peers=(*here.peers, *strangers))
+    plan = case.plan()
+    assert [kind for kind, _ in kinds(plan)] == [
+        *("hold", "unplug", "evict", "migrate", "migrate", "plug", "release"),
+    ]
+    assert plan.steps[2].peer == strangers[0]
+    (note,) = plan.notes
+    assert "peer 8" in note
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
 def test_a_plain_device_shares_a_servers_memory() -> None:
     """The server says which file that is, on each side."""
     case = Case("doorbell", others=2)
@@ -318,14 +343,14 @@ def test_the_order(data: st.DataObject) -> None:
     there: dict[str, list[Device]] = {name: [] for name in names}
     for number, memory in enumerate(memories):
         sharers = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+        place: dict[str, Any] = {
+            "slot": f"{number:02}.0",
+            "backend": memory,
+            "memory": memory,
+            "where": memory,
+        }
         for name in sharers:
-            one = replace(
-                device(master=name == sharers[0]),
-                slot=f"{number:02}.0",
-                backend=memory,
-                memory=memory,
-                where=memory,
-            )
+            one = replace(device(master=name == sharers[0]), **place)
             held[name].append(one)
             if one.master:
                 there[name].append(one)

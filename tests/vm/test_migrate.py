@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.children import python
+from support.mounts import huge_pages
 from support.served import Served
 from support.waiting import until
 
@@ -20,6 +23,7 @@ import ivshmem
 from ivshmem import migration
 from ivshmem.migration import Failed, MigrationError, Options, Refused, Unfinished, Vm
 from ivshmem.migration.state import State
+from ivshmem.qemu.qmp import Monitor
 
 from .bare import Bare, device
 
@@ -29,21 +33,27 @@ assert len(PATTERN) == 1 << 20
 
 
 class Group:
-    """A master and others at a source, and what waits for them; `where` their memories are."""
+    """A master and others at a source, and what waits for them; `where` their memories are.
 
-    def __init__(self, folder: Path, kind: str, undo: ExitStack) -> None:
+    That of side `huge` is in huge pages.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str, undo: ExitStack, *, size: int = 1 << 20, huge: int = -1
+    ) -> None:
         self.folder = folder
         self.kind = kind
         self._undo = undo
         self.servers: list[ivshmem.Server] = []
         self.where: list[str] = []
         self.regions: list[ivshmem.Region] = []
-        for side in ("here", "there"):
+        for number, side in enumerate(("here", "there")):
             path = folder / side
             if kind == "plain":
-                region = undo.enter_context(ivshmem.Region.create("1M", path=path))
+                region = undo.enter_context(ivshmem.Region.create(size, path=path))
             else:
-                served = undo.enter_context(Served(str(path)))
+                pages = "2M" if number == huge else None
+                served = undo.enter_context(Served(str(path), size=size, hugepages=pages))
                 self.servers.append(served.server())
                 region = served.server().region
             self.where.append(str(path))
@@ -74,7 +84,7 @@ class Group:
                 name,
                 str(source.monitor),
                 str(self.destination[name].monitor),
-                f"unix:{self.folder}/{name}.uri" if uris == "unix" else f"tcp:127.0.0.1:{port}",
+                f"tcp:127.0.0.1:{port}" if uris == "tcp" else f"{uris}:{self.folder}/{name}.uri",
             )
             for port, (name, source) in enumerate(self.source.items(), 24810)
         ]
@@ -112,7 +122,7 @@ class Group:
             assert each.status == "running"
             assert each.devices == ["shm0"]
         if self.servers:
-            assert len(self.servers[1].peers) == len(self.destination)
+            until(lambda: len(self.servers[1].peers) == len(self.destination))
         assert not self.state.exists()
 
     def check_here(self, *, waiting: bool = True) -> None:
@@ -121,7 +131,7 @@ class Group:
             assert each.status == "running"
             assert each.devices == ["shm0"]
         if self.servers:
-            assert len(self.servers[0].peers) == len(self.source)
+            until(lambda: len(self.servers[0].peers) == len(self.source))
         assert bytes(self.regions[0]) == PATTERN
         assert not self.state.exists()
         if waiting:
@@ -149,7 +159,7 @@ def whole(make: MakeGroup, kind: str) -> Group:
     return group
 
 
-@pytest.mark.parametrize("uris", ["unix", "tcp"])
+@pytest.mark.parametrize("uris", ["unix", "tcp", "file"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_group_moves(group: MakeGroup, kind: str, uris: str) -> None:
     moving = whole(group, kind)
@@ -161,6 +171,7 @@ def test_a_group_moves(group: MakeGroup, kind: str, uris: str) -> None:
         *(["release"] if holds else []),
     ]
     moving.check_there()
+    assert not list(moving.folder.glob("*.uri*"))
 
 
 @pytest.mark.parametrize("options", [Options(multifd=True), Options(postcopy=True)])
@@ -192,6 +203,51 @@ def test_there_and_back(group: MakeGroup) -> None:
         memory[:] = bytes(len(memory))
     moving.migrate()
     moving.check_there()
+
+
+def test_host_clients(group: MakeGroup) -> None:
+    """Told to go at the source, or named in a note; at the destination they attach."""
+    moving = pair(group, "doorbell")
+    with python(_CLIENT, moving.where[0]) as client:
+        client.expect("CONNECTED")
+        (note,) = moving.plan().notes
+        assert f"pid {client.pid}) of {moving.where[0]} stays at the source" in note
+        steps = moving.migrate(Options(evict=True))
+        assert steps[:4] == ["hold", "unplug", "evict", "migrate"]
+        client.expect("GONE")
+        client.finish()
+    with ivshmem.connect(moving.where[1], timeout=20) as client_there:
+        assert bytes(client_there.region) == PATTERN
+    moving.check_there()
+
+
+_CLIENT = """\
+import sys
+import ivshmem
+
+with ivshmem.connect(sys.argv[1], timeout=20) as client:
+    print("CONNECTED")
+    for event in client.events(60):
+        if isinstance(event, ivshmem.ServerLost):
+            print("GONE")
+            break
+"""
+
+
+def test_hugepages_at_one_end(directory: Path) -> None:
+    for huge in (0, 1):
+        with ExitStack() as undo:
+            if undo.enter_context(huge_pages(2 << 20, 1)) < 1:
+                pytest.skip("no huge page to be had")
+            moving = Group(directory, "doorbell", undo, size=2 << 20, huge=huge)
+            moving.add_master()
+            moving.add_other("b")
+            assert moving.plan().groups[0].master.device.page_size == (4096, 2 << 20)[not huge]
+            assert "leave --postcopy out" in refused(moving, Options(postcopy=True))
+            with memoryview(moving.regions[0]) as memory:
+                memory[:] = PATTERN * 2
+            moving.migrate()
+            assert bytes(moving.regions[1]) == PATTERN * 2
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -336,9 +392,9 @@ print("NOT KILLED")
 """
 
 
-def killed_after(group: Group, command: str, count: int = 1) -> None:
+def killed_after(group: Group, command: str, count: int = 1, uris: str = "unix") -> None:
     """Migrate with a tool that is killed after its so-manieth such command."""
-    vms = [[vm.name, vm.source, vm.destination, vm.uri] for vm in group.vms()]
+    vms = [[vm.name, vm.source, vm.destination, vm.uri] for vm in group.vms(uris)]
     with python(_TOOL, json.dumps([vms, str(group.state), command, count])) as tool:
         assert tool.line() == ""
         assert tool.process.wait(60) == -signal.SIGKILL
@@ -354,6 +410,8 @@ def pair(make: MakeGroup, kind: str) -> Group:
     return group
 
 
+# Commands that change something.
+FILE_MOMENTS = [("migrate", 1), ("migrate-incoming", 1), ("migrate", 2), ("migrate-incoming", 2)]
 MOMENTS = {
     "plain": [
         *(("device_del", 1), ("object-del", 1), ("migrate-incoming", 1), ("migrate", 1)),
@@ -391,6 +449,23 @@ def test_killed_and_put_back(group: MakeGroup, kind: str, command: str) -> None:
     killed_after(moving, command)
     asyncio.run(migration.put_back(moving.state))
     moving.check_here(waiting=False)
+
+
+@pytest.mark.parametrize(("command", "count"), FILE_MOMENTS)
+def test_killed_and_resumed_through_a_file(group: MakeGroup, command: str, count: int) -> None:
+    moving = pair(group, "doorbell")
+    killed_after(moving, command, count, uris="file")
+    asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
+def test_killed_and_put_back_from_a_file(group: MakeGroup) -> None:
+    """All was written, and nobody has read it yet."""
+    moving = pair(group, "doorbell")
+    killed_after(moving, "migrate", uris="file")
+    until(lambda: moving.source["a"].status == "postmigrate")
+    asyncio.run(migration.put_back(moving.state))
+    moving.check_here()
 
 
 def test_no_way_back_once_one_has_arrived(group: MakeGroup) -> None:
@@ -467,15 +542,84 @@ def test_the_source_is_killed(group: MakeGroup) -> None:
     assert moving.source["b"].status == "running"
 
 
-def test_cancelled(group: MakeGroup) -> None:
+@pytest.mark.parametrize("uris", ["unix", "file"])
+def test_the_destination_refuses(group: MakeGroup, uris: str) -> None:
+    """It lacks a device, which the plan does not look for."""
+    moving = group("doorbell")
+    args = device("doorbell", moving.where[0])
+    moving.source["a"] = moving.bare("a", *args, "-device", "virtio-balloon-pci")
+    moving.wait_for_master()
+    moving.add_other("b")
+    moving.fill()
+    with pytest.raises(Failed, match=r"a: its .*; the group runs at the source as before"):
+        moving.migrate(uris=uris)
+    moving.check_here(waiting=False)
+
+
+def test_a_file_that_cannot_be_written(group: MakeGroup) -> None:
+    moving = pair(group, "plain")
+    (moving.folder / "a.uri.part").mkdir()
+    with pytest.raises(Failed, match="a: its migration failed"):
+        moving.migrate(uris="file")
+    moving.check_here()
+
+
+async def cancelled_after(group: Group, command: str, count: int) -> None:
+    """As Ctrl-C in the moment in which a command is done."""
+    task = asyncio.current_task()
+    assert task is not None
+    execute = Monitor.execute
+
+    async def cancelled(self: Monitor, name: str, /, *args: Any, **more: Any) -> Any:
+        nonlocal count
+        result = await execute(self, name, *args, **more)
+        if name == command:
+            count -= 1
+            if not count:
+                task.cancel()
+        return result
+
+    plan = await migration.prepare(group.vms())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "execute", cancelled)
+        await migration.migrate(plan, state=group.state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "count"),
+    [(kind, *moment) for kind, moments in MOMENTS.items() for moment in moments],
+)
+def test_cancelled(group: MakeGroup, kind: str, command: str, count: int) -> None:
+    moving = pair(group, kind)
+    if count == 1 and command not in ("object-add", "chardev-add", "device_add"):
+        moving.source["a"].slow()
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled_after(moving, command, count))
+        moving.check_here(waiting=False)
+        return
+    # Of the last step it comes too late.
+    with contextlib.suppress(Unfinished):
+        asyncio.run(cancelled_after(moving, command, count))
+    assert moving.state.exists() or command == "device_add"
+    if moving.state.exists():
+        asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
+def test_a_destination_that_hangs(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     moving.source["a"].slow()
 
     async def cancelled() -> None:
         task = asyncio.current_task()
         assert task is not None
+
+        def hang() -> None:
+            moving.destination["a"].process.send_signal(signal.SIGSTOP)
+            task.cancel()
+
         plan = await migration.prepare(moving.vms())
-        await migration.migrate(plan, state=moving.state, watch=Once(task.cancel))
+        await migration.migrate(plan, state=moving.state, watch=Once(hang))
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(cancelled())

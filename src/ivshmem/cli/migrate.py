@@ -26,7 +26,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         type=vm,
         metavar="NAME=SOURCE,DESTINATION,URI",
         help="a VM's monitors (QMP: a path, or HOST:PORT) and where its two QEMUs meet"
-        " (tcp:HOST:PORT or unix:PATH); repeat it for each",
+        " (tcp:HOST:PORT, unix:PATH, or a file for both: file:PATH); repeat it for each",
     )
     named.add_argument("--group", metavar="FILE", help="a TOML file that says the same")
     for place in ("source", "destination"):
@@ -54,6 +54,11 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--postcopy", action="store_true", help="let guests run there after one pass over memory"
     )
     how.add_argument("--multifd", action="store_true", help="send over several connections")
+    how.add_argument(
+        "--evict",
+        action="store_true",
+        help="hang up on host clients at the source before: what they write later is lost",
+    )
     how.add_argument(
         "--force", action="store_true", help="unplug also what may crash its QEMU by that"
     )

@@ -31,7 +31,13 @@ def run(options: argparse.Namespace) -> int:
         if options.resume:
             _interruptible(migration.resume(state, tell=shown.step, watch=shown.migrating))
             return 0
-        how = Options(options.force, options.postcopy, options.multifd, options.timeout)
+        how = Options(
+            force=options.force,
+            postcopy=options.postcopy,
+            multifd=options.multifd,
+            evict=options.evict,
+            unplug_seconds=options.timeout,
+        )
         try:
             plan = _interruptible(migration.prepare(vms, how, controls))
         except Refused as refused:

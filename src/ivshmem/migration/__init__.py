@@ -26,9 +26,9 @@ from .model import (
     Step,
     Vm,
 )
+from .moving import Progress
 from .run import Failed, Unfinished, migrate, prepare, put_back, resume
 from .state import default_path
-from .steps import Progress
 
 __all__ = [
     "Device",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..qemu.qmp import Monitor
+from ..qemu.qmp import Monitor, to_the_end
 from .model import PLACES, Place, Vm
 
 
@@ -41,6 +41,9 @@ class Crew:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await to_the_end(self._close())
+
+    async def _close(self) -> None:
         for monitor in self._monitors.values():
             await monitor.close()
         self._monitors.clear()

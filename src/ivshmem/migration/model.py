@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from ..errors import IvshmemError
 
 Kind = Literal["plain", "doorbell"]
-StepKind = Literal["hold", "unplug", "migrate", "plug", "release"]
+StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
 Place = Literal["source", "destination"]
 
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -31,6 +31,10 @@ class Refused(MigrationError):
         self.reasons = tuple(reasons)
 
 
+class StepFailed(MigrationError):
+    """A step that could not be done."""
+
+
 # -- what is wanted -------------------------------------------------------------------------------
 
 
@@ -42,7 +46,7 @@ class Vm:
         name: what messages call it.
         source: the monitor of the QEMU that runs it: a path, or HOST:PORT.
         destination: that of the one that waits for it (-incoming defer).
-        uri: where the two meet: tcp:HOST:PORT or unix:PATH.
+        uri: where the two meet: tcp:HOST:PORT or unix:PATH; or file:PATH, which both can reach.
     """
 
     name: str
@@ -59,12 +63,14 @@ class Options:
         force: also unplug what may crash its QEMU.
         postcopy: let the guest run at the destination after one pass over its memory.
         multifd: send over several connections.
+        evict: have the servers at the source hang up on host clients before memory migrates.
         unplug_seconds: that a guest has to let go of a device. A PCI Express port alone takes 6.
     """
 
     force: bool = False
     postcopy: bool = False
     multifd: bool = False
+    evict: bool = False
     unplug_seconds: float = 30.0
 
 
@@ -152,6 +158,11 @@ class Peer:
     process: str
     leaves_told: int
 
+    @property
+    def is_qemu(self) -> bool:
+        """As far as its name tells."""
+        return self.process.startswith(("qemu", "kvm"))
+
 
 @dataclass(frozen=True)
 class Server:
@@ -193,9 +204,11 @@ class Step:
         vm: whose, of unplug, migrate and plug.
         device: which, of unplug and plug.
         where: the file or socket that a plugged device is given.
-        control, region: of the server, of hold and release.
+        control, region: of the server, of hold, release and evict.
+        peer: who has to go (evict).
         running: the guest runs (migrate).
         size: of the shared memory that goes along, bytes (migrate).
+        local: the destination is on this machine (migrate).
     """
 
     kind: StepKind
@@ -204,8 +217,10 @@ class Step:
     where: str = ""
     control: str = ""
     region: str = ""
+    peer: Peer | None = None
     running: bool = True
     size: int = 0
+    local: bool = False
 
     def __str__(self) -> str:
         name = self.device.name if self.device is not None else ""
@@ -213,6 +228,9 @@ class Step:
             return f"hold leaves back from the QEMUs of {self.control}"
         if self.kind == "release":
             return f"tell QEMUs that come to {self.control} of leaves again"
+        if self.peer is not None:
+            who = f"peer {self.peer.id} ({self.peer.process}, pid {self.peer.pid})"
+            return f"hang up on {who} of {self.control}"
         if self.kind == "unplug":
             return f"unplug {name} from {self.vm}"
         if self.kind == "plug":
@@ -273,7 +291,13 @@ class Plan:
                 for group in data["groups"]
             ),
             steps=tuple(
-                Step(**{**step, "device": step["device"] and Device(**step["device"])})
+                Step(
+                    **{
+                        **step,
+                        "device": step["device"] and Device(**step["device"]),
+                        "peer": step["peer"] and Peer(**step["peer"]),
+                    }
+                )
                 for step in data["steps"]
             ),
             notes=tuple(data["notes"]),

@@ -24,6 +24,7 @@ from .model import (
     Group,
     Member,
     Options,
+    Peer,
     Plan,
     Qemu,
     Refused,
@@ -37,7 +38,7 @@ from .model import (
 _IMPOSSIBLE = ("x-ignore-shared", "background-snapshot", "x-colo")
 
 _READY = ("running", "paused", "prelaunch")
-_URI = re.compile(r"tcp:(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]*):[0-9]{1,5}|unix:.+")
+_URI = re.compile(r"tcp:(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]*):[0-9]{1,5}|unix:.+|file:/.+")
 
 
 def check_vms(vms: Sequence[Vm]) -> None:
@@ -81,10 +82,19 @@ class _Planner:
     def reasons(self) -> Iterator[str]:
         """Why it would not work, a line each."""
         for vm in self._vms:
+            yield from self._about_way(vm)
             yield from self._about_source(vm)
             yield from self._about_destination(vm)
         for members in self._memories:
             yield from self._about_memory(members)
+
+    def _about_way(self, vm: Vm) -> Iterator[str]:
+        for on, option in (
+            (self._options.postcopy, "--postcopy"),
+            (self._options.multifd, "--multifd"),
+        ):
+            if on and vm.uri.startswith("file:"):
+                yield f"{vm.name}: a file has no way back to the source: leave {option} out"
 
     def _about_source(self, vm: Vm) -> Iterator[str]:
         qemu = self._found.source[vm.name]
@@ -277,6 +287,7 @@ class _Planner:
         steps = [
             *holds,
             *(Step("unplug", each.vm, each.device) for each in unplugged),
+            *(self._evictions(groups) if self._options.evict else ()),
             *(self._migrate(vm, groups) for vm in order),
             *(self._plug(other, group) for group in groups for other in group.others),
             *(Step("release", control=each.control, region=each.region) for each in holds),
@@ -294,10 +305,24 @@ class _Planner:
             known.add((server.control, server.region))
             yield Step("hold", control=server.control, region=server.region)
 
+    def _evictions(self, groups: Sequence[Group]) -> Iterator[Step]:
+        for group in groups:
+            for server, peer in self._strangers(group):
+                if not peer.is_qemu:
+                    yield Step("evict", control=server.control, region=server.region, peer=peer)
+
+    def _strangers(self, group: Group) -> Iterator[tuple[Server, Peer]]:
+        """A server's peers that do not migrate, if that can be known."""
+        pids = {self._found.source[vm.name].pid for vm in self._vms}
+        server = self._server("source", group.master.device)
+        if server is not None and None not in pids:
+            yield from ((server, peer) for peer in server.peers if peer.pid not in pids)
+
     def _migrate(self, vm: Vm, groups: Sequence[Group]) -> Step:
         size = sum(group.master.device.size for group in groups if group.master.vm == vm.name)
         running = self._found.source[vm.name].status == "running"
-        return Step("migrate", vm.name, running=running, size=size)
+        local = self._found.destination[vm.name].pid is not None
+        return Step("migrate", vm.name, running=running, size=size, local=local)
 
     def _plug(self, other: Member, group: Group) -> Step:
         there = self._arrival(group.master)
@@ -305,11 +330,9 @@ class _Planner:
         return Step("plug", other.vm, other.device, where=self._where(other, there))
 
     def _notes(self, groups: Sequence[Group]) -> Iterator[str]:
-        pids = {self._found.source[vm.name].pid for vm in self._vms}
         for group in groups:
-            server = self._server("source", group.master.device)
-            for peer in server.peers if server is not None else ():
-                if peer.pid not in pids and None not in pids:
+            for _, peer in self._strangers(group):
+                if not self._options.evict or peer.is_qemu:
                     yield (
                         f"peer {peer.id} ({peer.process}, pid {peer.pid}) of"
                         f" {group.master.device.where} stays at the source: what it writes during"
@@ -371,8 +394,8 @@ def _about_vms(vms: Sequence[Vm]) -> Iterator[str]:
     for vm in vms:
         if not _URI.fullmatch(vm.uri):
             yield (
-                f"{vm.name}: {vm.uri} is no place for two QEMUs to meet: give tcp:HOST:PORT or"
-                " unix:PATH (the destination's failure is not seen with others)"
+                f"{vm.name}: {vm.uri} is no place for two QEMUs to meet: give tcp:HOST:PORT,"
+                " unix:PATH, or file:PATH (from the root)"
             )
 
 

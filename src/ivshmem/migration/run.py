@@ -18,13 +18,14 @@ from ..errors import IvshmemError
 from .crew import Crew
 from .discovery import Controls, look
 from .model import MigrationError, Options, Plan, Step, Vm
+from .moving import Arrived, Watch
 from .plan import check_vms, make_plan
+from .plugging import NotAsked, Pending
 from .state import State, default_path
-from .steps import Arrived, NotAsked, Pending, Progress, Worker
+from .steps import Worker
 
 # Told of each step when it begins: its number, from 1 on, and whether it is undone.
 Tell = Callable[[int, Step, bool], object]
-Watch = Callable[[Progress], object]
 
 
 def _nothing(*_: object) -> None:
@@ -142,6 +143,9 @@ class _Run:
 
     async def _failed(self, error: BaseException) -> None:
         """Go back if there is a way, and say how things stand."""
+        if self._state.next == len(self._plan.steps):
+            self._state.remove()  # all is done: it came too late
+            return
         if self._state.arrived:
             raise self._unfinished(error) from error
         try:

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
 
 SECONDS = 20.0  # for an answer: a QEMU at work on something else takes its time
+
+_HANG_UP = 2.0  # seconds that QEMU may take to notice that a client is gone
 
 _T = TypeVar("_T")
 
@@ -76,12 +79,31 @@ class Monitor:
 
     async def __aenter__(self) -> Monitor:
         qmp = library()
-        client = qmp.QMPClient(self.name)
-        # What it logs, the exceptions say.
-        client.logger = logging.getLogger("qemu.qmp.quiet")
-        client.logger.disabled = True
-        self._events = qmp.EventListener()
-        client.register_listener(self._events)
+        end = time.monotonic() + _HANG_UP
+        while True:
+            client = qmp.QMPClient(self.name)
+            # What it logs, the exceptions say.
+            client.logger = logging.getLogger("qemu.qmp.quiet")
+            client.logger.disabled = True
+            self._events = qmp.EventListener()
+            client.register_listener(self._events)
+            try:
+                await self._greeted(client)
+            except qmp.ConnectError as error:
+                # QEMU may take a client before it has noticed that the last one is gone, and then
+                # hang up on both.
+                if isinstance(_bottom(error), EOFError | OSError) and time.monotonic() < end:
+                    await asyncio.sleep(0.05)
+                    continue
+                raise QmpError(
+                    f"{self.name}: {self.address} is no QMP monitor ({_reason(error)}): give that"
+                    " of -qmp, not of -monitor"
+                ) from None
+            self._client = client
+            return self
+
+    async def _greeted(self, client: QMPClient) -> None:
+        """Connect a client, and shake hands."""
         sock = await self._connected()
         try:
             if self.local:
@@ -94,16 +116,9 @@ class Monitor:
                 f"{self.name}: no greeting within {self._seconds:g} s at {self.address}: end the"
                 " other client of this monitor, or give QEMU one more -qmp"
             ) from None
-        except qmp.ConnectError as error:
-            raise QmpError(
-                f"{self.name}: {self.address} is no QMP monitor ({_reason(error)}): give that of"
-                " -qmp, not of -monitor"
-            ) from None
         finally:
             if client.runstate.name != "RUNNING":
                 sock.close()
-        self._client = client
-        return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()
@@ -111,9 +126,12 @@ class Monitor:
     async def close(self) -> None:
         """Hang up; QEMU goes on. May be called twice."""
         client, self._client = self._client, None
-        if client is not None:
-            with contextlib.suppress(Exception):  # of a QEMU that is gone: who asked it was told
-                await client.disconnect()
+        if client is None:
+            return
+        # Left in the middle of it, the library would leave tasks behind; and why the connection
+        # ended, whoever used it was told.
+        with contextlib.suppress(Exception):
+            await to_the_end(client.disconnect())
 
     async def execute(
         self, command: str, /, arguments: Mapping[str, Any] | None = None, **more: Any
@@ -219,6 +237,17 @@ async def _within(seconds: float, work: Coroutine[Any, Any, _T]) -> _T:
             await asyncio.gather(task, return_exceptions=True)
 
 
+async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Do something short wholly, even if this task is cancelled: that comes after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task})
+    finally:
+        await asyncio.wait({task})
+        task.exception()  # which somebody has to look at
+    return task.result()
+
+
 def library() -> Any:
     """The module qemu.qmp.
 
@@ -247,6 +276,13 @@ def _parse(address: str) -> tuple[socket.AddressFamily, Any]:
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
 
 
-def _reason(error: Any) -> str:
-    cause = error.exc if str(error.exc) else type(error.exc).__name__
-    return " ".join(str(cause).split())
+def _bottom(error: BaseException) -> BaseException:
+    """What an error of the library comes from."""
+    while (cause := getattr(error, "exc", None) or error.__cause__) is not None:
+        error = cause
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    cause = _bottom(error)
+    return " ".join(str(cause).split()) or type(cause).__name__

@@ -1,0 +1,264 @@
+"""Migrating one VM, with the memory of its master device.
+
+Knows: QEMU's migration, its states and habits. Does not know: groups, what comes before and after.
+
+Two QEMUs meet at a socket; or the source writes a file that the destination reads (file:PATH, which
+QEMU 7.2 itself does not know: both do it by a shell).
+
+Invariants:
+1. `move` may be called again however it was left: it goes on with what is under way.
+2. The source runs again only if the destination certainly does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..qemu.qmp import Monitor, QemuGone, QmpError
+from .crew import Crew
+from .model import MigrationError, Options, Step, StepFailed, Vm
+
+_BUSY = (
+    *("setup", "active", "postcopy-active", "postcopy-paused", "pre-switchover", "device"),
+    *("wait-unplug", "cancelling"),
+)
+_LOOK = 0.1  # seconds between two looks at how far QEMU is
+_SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
+
+
+class Arrived(MigrationError):
+    """A migration that was to be undone has completed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a VM's migration is, as QEMU counts.
+
+    Attributes:
+        transferred, remaining, total: bytes of RAM and of the shared memory; of what the guest
+            writes meanwhile, some is sent again.
+        shared: how many of `total` are the shared memory.
+        rate: bytes a second.
+        passes: how often the memory was gone through.
+    """
+
+    transferred: int
+    remaining: int
+    total: int
+    shared: int
+    rate: float
+    passes: int
+
+
+Watch = Callable[[Progress], object]
+
+
+class Mover:
+    """Moves one VM.
+
+    Args:
+        watch: told of its progress.
+    """
+
+    def __init__(self, crew: Crew, vm: Vm, step: Step, options: Options, watch: Watch) -> None:
+        self._crew = crew
+        self._vm = vm
+        self._step = step
+        self._options = options
+        self._watch = watch
+        self._file = vm.uri.removeprefix("file:") if vm.uri.startswith("file:") else None
+
+    async def move(self) -> None:
+        """Until the guest is at the destination.
+
+        Raises:
+            StepFailed: it is not; `take_back` sees to it that it runs at the source.
+            QmpError, OSError: a QEMU is gone.
+        """
+        source = await self._crew.monitor(self._vm.name, "source")
+        # In this order: it may complete in between.
+        busy = (await _migration(source)).get("status") in _BUSY
+        left = (await source.execute("query-status"))["status"] in ("finish-migrate", "postmigrate")
+        if not busy and not left:
+            await self._start(source)
+        await self._follow(source)
+        await self._arrive(source)
+
+    async def take_back(self) -> None:
+        """Until the guest runs at the source, as it did.
+
+        Raises:
+            Arrived: it is at the destination.
+            StepFailed, QmpError, OSError: it does not.
+        """
+        source = await self._crew.monitor(self._vm.name, "source")
+        await self._cancel(source)
+        end = time.monotonic() + _SETTLE
+        while (state := (await source.execute("query-status"))["status"]) != "running":
+            if state == "postmigrate":
+                if not await self._never_came():
+                    raise Arrived(f"{self._vm.name}: it has arrived at the destination")
+                await source.execute("cont")
+            elif not self._step.running and state in ("paused", "prelaunch"):
+                return
+            if time.monotonic() > end:
+                raise StepFailed(
+                    f"{self._vm.name}: at the source it is in state {state}: look at it"
+                )
+            await asyncio.sleep(_LOOK)
+
+    # -- there ------------------------------------------------------------------------------------
+
+    async def _start(self, source: Monitor) -> None:
+        destination = await self._crew.monitor(self._vm.name, "destination")
+        state = (await destination.execute("query-status"))["status"]
+        if state != "inmigrate":
+            raise StepFailed(
+                f"{self._vm.name}: its destination is not waiting (it is in state {state}): start"
+                " it with -incoming defer"
+            )
+        # Without a return path the source says "completed" though the destination has refused; a
+        # file has none.
+        wanted = {
+            "return-path": self._file is None,
+            "postcopy-ram": self._options.postcopy,
+            "multifd": self._options.multifd,
+        }
+        settings = [{"capability": name, "state": on} for name, on in wanted.items()]
+        await source.execute("migrate-set-capabilities", capabilities=settings)
+        # It listens already if an interrupted run has told it.
+        if not (await _migration(destination)).get("socket-address"):
+            await destination.execute("migrate-set-capabilities", capabilities=settings)
+            if self._file is None:
+                await destination.execute("migrate-incoming", uri=self._vm.uri)
+        await source.execute("migrate", uri=self._vm.uri if self._file is None else self._writer)
+
+    async def _follow(self, source: Monitor) -> None:
+        """Until the source has sent all."""
+        postcopied = False
+        while True:
+            migration = await _migration(source)
+            status, ram = migration.get("status", ""), migration.get("ram", {})
+            if ram:
+                self._watch(_progress(ram, self._step.size))
+            if status == "completed":
+                return
+            if status not in _BUSY:
+                where = "it could not write" if self._file else "the log of the destination's QEMU"
+                reason = migration.get("error-desc") or f"see {where}"
+                raise StepFailed(
+                    f"{self._vm.name}: its migration {status or 'never began'}: {reason}"
+                )
+            passed = status == "active" and ram.get("dirty-sync-count", 0) > 1
+            if self._options.postcopy and passed and not postcopied:
+                await source.execute("migrate-start-postcopy")
+                postcopied = True
+            await asyncio.sleep(_LOOK)
+
+    async def _arrive(self, source: Monitor) -> None:
+        """Until the destination goes on, and the source has noticed that it does not."""
+        destination = await self._crew.monitor(self._vm.name, "destination")
+        if self._file is not None:
+            await self._read(destination)
+        end = time.monotonic() + _SETTLE
+        # No event tells of the one, nor of the other.
+        while not (
+            (await _migration(destination)).get("status") == "completed"
+            and (await destination.execute("query-status"))["status"] != "inmigrate"
+            and (await source.execute("query-status"))["status"] != "finish-migrate"
+        ):
+            if time.monotonic() > end:
+                raise StepFailed(f"{self._vm.name}: its destination has all and does not go on")
+            await asyncio.sleep(_LOOK)
+
+    # -- through a file ---------------------------------------------------------------------------
+
+    @property
+    def _writer(self) -> str:
+        """The source's end. The name appears with the whole file, and nobody else may read it."""
+        path = shlex.quote(self._file or "")
+        return f"exec:umask 077; rm -f {path}; cat >{path}.part && mv {path}.part {path}"
+
+    @property
+    def _reader(self) -> str:
+        """The destination's; the source's shell may take a moment more than its QEMU."""
+        path = shlex.quote(self._file or "")
+        wait = f"i=0; until [ -e {path} ] || [ $i = 100 ]; do sleep 0.1; i=$((i+1)); done"
+        return f"exec:{wait}; cat {path} && rm -f {path}"
+
+    async def _read(self, destination: Monitor) -> None:
+        try:
+            if "status" not in await _migration(destination):
+                await destination.execute("migrate-incoming", uri=self._reader)
+            while (status := (await _migration(destination)).get("status")) != "completed":
+                if status == "failed":
+                    raise QemuGone("")  # in a moment
+                await asyncio.sleep(_LOOK)
+        except QemuGone:
+            raise StepFailed(
+                f"{self._vm.name}: its destination refused what is in {self._file}: its QEMU's log"
+                " says why"
+            ) from None
+
+    # -- and back ---------------------------------------------------------------------------------
+
+    async def _cancel(self, source: Monitor) -> None:
+        end = time.monotonic() + _SETTLE
+        while (status := (await _migration(source)).get("status")) in _BUSY:
+            if status.startswith("postcopy"):
+                raise Arrived(f"{self._vm.name}: it runs at the destination already (postcopy)")
+            if status != "cancelling":
+                await source.execute("migrate_cancel")
+            if time.monotonic() > end:
+                raise StepFailed(f"{self._vm.name}: QEMU does not end its migration")
+            await asyncio.sleep(_LOOK)
+
+    async def _never_came(self) -> bool:
+        """Whether a guest that has left the source is certainly not at the destination.
+
+        It is if there was a return path. Otherwise it may be that the destination was never told,
+        or has ended, which is known only of a QEMU on this machine.
+
+        Raises:
+            StepFailed: that cannot be known.
+        """
+        if self._file is None:
+            return False
+        end = time.monotonic() + _SETTLE
+        while time.monotonic() < end:
+            try:
+                async with Monitor(self._vm.destination, self._vm.name) as destination:
+                    status = (await _migration(destination)).get("status")
+                    if status in (None, "completed"):
+                        return status is None
+            except (FileNotFoundError, ConnectionRefusedError):
+                if self._step.local:
+                    return True
+            except QmpError:
+                pass  # it is just ending
+            await asyncio.sleep(_LOOK)
+        raise StepFailed(
+            f"{self._vm.name}: whether it runs at the destination is not known: look there; only if"
+            " it does not, let it go on at the source (cont)"
+        )
+
+
+async def _migration(monitor: Monitor) -> dict[str, Any]:
+    found: dict[str, Any] = await monitor.execute("query-migrate")
+    return found
+
+
+def _progress(ram: dict[str, Any], shared: int) -> Progress:
+    return Progress(
+        transferred=ram.get("transferred", 0),
+        remaining=ram.get("remaining", 0),
+        total=ram.get("total", 0),
+        shared=shared,
+        rate=ram.get("mbps", 0.0) * 1e6 / 8,
+        passes=ram.get("dirty-sync-count", 0),
+    )

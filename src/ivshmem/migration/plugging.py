@@ -1,0 +1,155 @@
+"""Taking an ivshmem device out of a running QEMU, and putting one in.
+
+Knows: QEMU's commands, events and habits. Does not know: why it is done.
+
+Either looks first how far it is already, so that one which was interrupted, or whose end nobody has
+seen, can be done again: then it does what is left of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+from ..qemu.qmp import Monitor, QemuGone, QmpError
+from .discovery import find, names
+from .model import Device, StepFailed
+
+_LOOK = 0.1  # seconds between two looks
+_SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
+
+
+class Pending(StepFailed):
+    """A guest was asked to let go of a device and has not: it still may, and that stands."""
+
+
+class NotAsked(StepFailed):
+    """QEMU would not even ask the guest to let go of a device."""
+
+
+async def unplug(monitor: Monitor, device: Device, seconds: float) -> None:
+    """Take a device out of its guest, and out of QEMU its connection to the server or its memory.
+
+    Memory that stayed would be migrated, and the destination refuse what it does not know.
+
+    Raises:
+        Pending: the guest did not let go of it in that time.
+        NotAsked: QEMU refused.
+    """
+    if (path := await find(monitor, device)) is not None:
+        await _ask_to_unplug(monitor, device.id or path)
+        await gone(monitor, device, seconds)
+    await _remove_backend(monitor, device)
+    await _fence(monitor, device)
+
+
+async def plug(monitor: Monitor, device: Device, where: str) -> None:
+    """Give a guest a device again, with the memory or the server at `where`.
+
+    Raises:
+        QmpError: QEMU refused; nothing of it is left then.
+    """
+    if await find(monitor, device) is not None:
+        return
+    arguments: dict[str, Any] = {
+        "driver": f"ivshmem-{device.kind}",
+        "bus": device.bus_name,
+        "addr": device.slot,
+        **({"id": device.id} if device.id else {}),
+    }
+    # What an interrupted run has left is of no use: a server greets only once.
+    await _remove_backend(monitor, device)
+    await _fence(monitor, device)
+    if device.kind == "doorbell":
+        address = {"type": "unix", "data": {"path": where}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        await monitor.execute("chardev-add", id=device.backend, backend=backend)
+        arguments["chardev"] = device.backend
+        arguments |= {"vectors": device.vectors, "ioeventfd": device.ioeventfd}
+    else:
+        await monitor.execute("object-add", _memory(device, where))
+        arguments["memdev"] = device.backend
+    try:
+        await monitor.execute("device_add", arguments)
+    except QmpError:
+        with contextlib.suppress(QmpError):  # the first error counts
+            await _remove_backend(monitor, device)
+        raise
+
+
+def _memory(device: Device, where: str) -> dict[str, Any]:
+    """What object-add takes; at another place without what binds it to this machine's nodes."""
+    same = where == device.where
+    more = {
+        name: value
+        for name, value in device.properties.items()
+        if same or name not in ("policy", "host-nodes", "align")
+    }
+    if more.get("policy") == "default":
+        more.pop("host-nodes", None)
+    return {
+        "qom-type": "memory-backend-file",
+        "id": device.backend,
+        "mem-path": where,
+        "size": device.size,
+        "share": True,
+        **more,
+    }
+
+
+async def _ask_to_unplug(monitor: Monitor, ident: str) -> None:
+    try:
+        await monitor.execute("device_del", id=ident)
+    except QemuGone:
+        raise
+    except QmpError as error:
+        if "in the process of unplug" not in str(error) and error.kind != "DeviceNotFound":
+            raise NotAsked(str(error)) from None
+
+
+async def gone(monitor: Monitor, device: Device, seconds: float) -> None:
+    """Until a guest has let go of a device."""
+    end = time.monotonic() + seconds
+    while (path := await find(monitor, device)) is not None:
+        if (left := end - time.monotonic()) <= 0:
+            raise Pending(
+                f"{monitor.name}: the guest did not let go of {device.name} (is a program in it"
+                " using the device?), and QEMU cannot take the request back: it still may, or a"
+                " reset of the guest"
+            )
+        # The event may have come before we did: so the devices are looked at, too.
+        await monitor.event("DEVICE_DELETED", min(0.5, left), path=path)
+
+
+async def _remove_backend(monitor: Monitor, device: Device) -> None:
+    """Remove a chardev, or the server would go on counting it as a peer; or a memory backend."""
+    doorbell = device.kind == "doorbell"
+    folder, command = ("/chardevs", "chardev-remove") if doorbell else ("/objects", "object-del")
+    end = time.monotonic() + _SETTLE
+    while device.backend in await names(monitor, folder):
+        try:
+            await monitor.execute(command, id=device.backend)
+        except QemuGone:
+            raise
+        except QmpError as error:
+            # The device may be gone from the tree a moment before it lets go of it.
+            busy = "busy" in str(error) or "in use" in str(error)
+            if not busy or time.monotonic() > end:
+                raise
+            await asyncio.sleep(_LOOK)
+
+
+async def _fence(monitor: Monitor, device: Device) -> None:
+    """Wait until QEMU has let go of an unplugged device's memory.
+
+    It does that by RCU after DEVICE_DELETED, and tells nobody. Meanwhile it would migrate that
+    memory, and QEMU 7.2 dies when a device comes. A device_add that fails waits for it: this one
+    lacks its memory.
+    """
+    with contextlib.suppress(QmpError):
+        await monitor.execute(
+            "device_add", driver="ivshmem-plain", bus=device.bus_name, addr=device.slot
+        )
+    await monitor.execute("query-status")  # fails if it has died
