@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,10 +85,15 @@ class Group:
                 name,
                 str(source.monitor),
                 str(self.destination[name].monitor),
-                f"tcp:127.0.0.1:{port}" if uris == "tcp" else f"{uris}:{self.folder}/{name}.uri",
+                self._uri(uris, name),
             )
-            for port, (name, source) in enumerate(self.source.items(), 24810)
+            for name, source in self.source.items()
         ]
+
+    def _uri(self, kind: str, name: str) -> str:
+        return (
+            f"tcp:127.0.0.1:{free_port()}" if kind == "tcp" else f"{kind}:{self.folder}/{name}.uri"
+        )
 
     def plan(self, options: Options | None = None, uris: str = "unix") -> migration.Plan:
         return asyncio.run(migration.prepare(self.vms(uris), options))
@@ -136,6 +142,13 @@ class Group:
         assert not self.state.exists()
         if waiting:
             assert {each.status for each in self.destination.values()} == {"inmigrate"}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
 
 
 MakeGroup = Callable[[str], Group]
@@ -719,4 +732,5 @@ def test_ended_by_a_signal(group: MakeGroup, number: signal.Signals) -> None:
         tool.send_signal(number)
         said = tool.stderr.read()
     assert tool.returncode == 130, said
+    assert said.endswith("ivshmem: interrupted; the group runs at the source as before\n")
     moving.check_here(waiting=False)

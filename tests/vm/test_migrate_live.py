@@ -15,6 +15,7 @@ from ivshmem.migration import Vm
 
 from .harness import MakeGuest
 from .inside import records
+from .test_migrate import free_port
 from .test_migration_smoke import PROGRAM, wrote
 
 # Lets go of the device; when told to, waits for it to come back and checks what is in it.
@@ -48,7 +49,7 @@ def device(kind: str, where: str, options: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "uri"), [("plain", "tcp:127.0.0.1:2483{}"), ("doorbell", "unix:{1}/{0}")]
+    ("kind", "uri"), [("plain", "tcp:127.0.0.1:{2}"), ("doorbell", "unix:{1}/{0}")]
 )
 def test_a_group_moves_while_one_writes(
     guest: MakeGuest, directory: Path, kind: str, uri: str
@@ -75,7 +76,7 @@ def test_a_group_moves_while_one_writes(
                 name,
                 str(here.qmp_path),
                 str(there.qmp_path),
-                uri.format(n, directory),
+                uri.format(n, directory, free_port()),
             )
             for n, (name, (here, there)) in enumerate(pairs.items())
         ]

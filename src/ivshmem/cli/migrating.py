@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from .. import migration
@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> int:
             _interruptible(migration.put_back(state, tell=shown.step))
             return 0
         if options.resume:
-            _interruptible(migration.resume(state, tell=shown.step, watch=shown.migrating))
+            going = migration.resume(state, tell=shown.step, watch=shown.migrating)
+            _interruptible(going, lambda: _say_as_before(progress))
             return 0
         how = Options(
             force=options.force,
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
         for note in plan.notes:
             print(plain(f"ivshmem: note: {note}"), file=sys.stderr)
         shown.steps = len(plan.steps)
-        _interruptible(migration.migrate(plan, state=state, tell=shown.step, watch=shown.migrating))
+        going = migration.migrate(plan, state=state, tell=shown.step, watch=shown.migrating)
+        _interruptible(going, lambda: _say_as_before(progress))
     return 0
 
 
@@ -65,8 +67,19 @@ def _named(options: argparse.Namespace) -> tuple[list[Vm], Controls]:
     }
 
 
-def _interruptible(work: Coroutine[object, object, _T]) -> _T:
-    """Run it to its end; a signal cancels it, and one more what it does then."""
+def _say_as_before(progress: Progress) -> None:
+    progress.wipe()
+    print("ivshmem: interrupted; the group runs at the source as before", file=sys.stderr)
+
+
+def _interruptible(
+    work: Coroutine[object, object, _T], cancelled: Callable[[], object] = lambda: None
+) -> _T:
+    """Run it to its end; a signal cancels it, and one more what it does then.
+
+    Args:
+        cancelled: called when it was, and all is put back.
+    """
 
     async def main() -> _T:
         task = asyncio.current_task()
@@ -79,6 +92,7 @@ def _interruptible(work: Coroutine[object, object, _T]) -> _T:
     try:
         return asyncio.run(main())
     except asyncio.CancelledError:
+        cancelled()
         raise KeyboardInterrupt from None
 
 

@@ -151,7 +151,10 @@ async def _device(
         size = await get("size", f"{path}/ivshmem.bar2[0]")
         address = await get("addr", f"/chardevs/{backend}")
         where = address.get("path", "")
-        memory, page_size = await servers.memory(where, local)
+        if address.get("abstract"):
+            where = ""  # it has no file by which anybody else could know it
+        memory, page_size = await servers.memory(where, local) if where else ("", 0)
+        memory = memory or f"private {vm} {backend}"
     return Device(
         path=path,
         id=path.rpartition("/")[2] if path.startswith(f"{_FOLDERS[0]}/") else "",
@@ -198,8 +201,10 @@ class _Servers:
 
     async def memory(self, socket: str, local: bool) -> tuple[str, int]:
         """What memory a server's is, and the size of its pages, 0 if that is not known."""
-        if socket not in self.found and socket:
-            await self._ask(socket, local)
+        if socket not in self.found:
+            # One of another version, whose reply lacks something, is one that does not answer.
+            with contextlib.suppress(LookupError, TypeError):
+                await self._ask(socket, local)
         server = self.found.get(socket)
         memory = _file(server.memory, local) if server is not None and server.memory else ""
         return memory or f"server {_file(socket, local)}", self._pages.get(socket, 0)

@@ -11,6 +11,7 @@ the step, and `resume` goes on with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -128,7 +129,7 @@ class _Run:
                 worker = Worker(crew, self._plan.options, self._watch)
                 while self._state.next < len(self._plan.steps):
                     await self._do(worker)
-        except (IvshmemError, OSError, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:
             await self._failed(error)
         else:
             self._state.remove()
@@ -159,10 +160,11 @@ class _Run:
     async def back(self, reason: BaseException | None = None) -> None:
         """Undo what was done, the last first; what cannot be undone does not stop the rest."""
         if self._state.arrived:
-            raise self._unfinished(reason, "a VM has arrived, so there is no way back")
+            raise self._unfinished(reason, why="a VM has arrived, so there is no way back")
         # Who has used up its time gets no more.
         seconds = 0.0 if isinstance(reason, Pending) else self._plan.options.unplug_seconds
-        problems: list[BaseException] = []
+        problems: list[tuple[BaseException, int]] = []
+        index = self._state.next
         try:
             async with Crew(self._plan.vms) as crew:
                 worker = Worker(crew, self._plan.options, _nothing)
@@ -172,14 +174,16 @@ class _Run:
                     try:
                         await self._undo(worker, index, seconds, reason)
                     except Arrived as error:
-                        self._state.note("done", index)
-                        raise self._unfinished(reason, str(error)) from error
+                        with contextlib.suppress(OSError):  # who resumes will find out
+                            self._state.note("done", index)
+                        raise self._unfinished(reason, why=str(error)) from error
                     except (IvshmemError, OSError) as error:
-                        problems.append(error)
+                        problems.append((error, index))
         except asyncio.CancelledError as error:
-            problems.insert(0, error)
+            problems.insert(0, (error, index))
         if problems:
-            raise self._unfinished(problems[0]) from problems[0]
+            first, index = problems[0]
+            raise self._unfinished(first, index) from first
         self._state.remove()
 
     async def _undo(
@@ -195,13 +199,18 @@ class _Run:
     def _vm(self, step: Step) -> Vm | None:
         return self._plan.vm(step.vm) if step.vm else None
 
-    def _unfinished(self, error: BaseException | None, why: str = "") -> Unfinished:
-        index = min(self._state.next, len(self._plan.steps) - 1)
+    def _unfinished(
+        self, error: BaseException | None, index: int | None = None, why: str = ""
+    ) -> Unfinished:
+        """An error that names the step to go on with, or the one that could not be undone."""
+        stands = "it stands at" if index is None else "this could not be undone:"
+        if index is None:
+            index = min(self._state.next, len(self._plan.steps) - 1)
         step = self._plan.steps[index]
         way = "--resume finishes it" + ("" if self._state.arrived else ", --put-back undoes it")
         what = "; ".join(filter(None, [_said(error) if error is not None else "", why]))
         return Unfinished(
-            f"{what}; it stands at step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
+            f"{what}; {stands} step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
             f" (state: {self._state.path})",
             step,
             self._state.path,

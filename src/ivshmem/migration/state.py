@@ -124,9 +124,9 @@ class State:
         self.words[index] = word
 
     def note(self, word: Word, index: int) -> None:
-        """Write down that a step begins, is done or was undone."""
-        _append(self._fd, {word: index})
+        """Write down that a step begins, is done or was undone; known here even if that fails."""
         self._take(word, index)
+        _append(self._fd, {word: index})
 
     @property
     def next(self) -> int:
