@@ -734,3 +734,26 @@ def test_ended_by_a_signal(group: MakeGroup, number: signal.Signals) -> None:
     assert tool.returncode == 130, said
     assert said.endswith("ivshmem: interrupted; the group runs at the source as before\n")
     moving.check_here(waiting=False)
+
+
+def test_cancelled_while_connecting(group: MakeGroup) -> None:
+    """Whenever that is: the task does end, and the monitor is free for the next one."""
+    monitor = str(group("plain").bare("a").monitor)
+
+    async def stays() -> None:
+        async with Monitor(monitor, seconds=5) as connected:
+            await connected.execute("query-status")
+            await asyncio.sleep(60)
+
+    async def cancelled_at_each_moment() -> None:
+        for ticks in range(60):
+            task = asyncio.ensure_future(stays())
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task}, timeout=20)
+            assert task.cancelled(), ticks
+            async with Monitor(monitor, seconds=5) as connected:
+                await connected.execute("query-status")
+
+    asyncio.run(cancelled_at_each_moment())

@@ -89,6 +89,11 @@ class Monitor:
             client.register_listener(self._events)
             try:
                 await self._greeted(client)
+            except TimeoutError:
+                raise QmpError(
+                    f"{self.name}: no greeting within {self._seconds:g} s at {self.address}: end"
+                    " the other client of this monitor, or give QEMU one more -qmp"
+                ) from None
             except qmp.ConnectError as error:
                 # QEMU may take a client before it has noticed that the last one is gone. Then it
                 # hangs up on both, or says that they had agreed on capabilities already, which the
@@ -113,14 +118,12 @@ class Monitor:
                     sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
                 )[0]
             await _within(self._seconds, client.connect(sock))
-        except TimeoutError:
-            raise QmpError(
-                f"{self.name}: no greeting within {self._seconds:g} s at {self.address}: end the"
-                " other client of this monitor, or give QEMU one more -qmp"
-            ) from None
-        finally:
-            if client.runstate.name != "RUNNING":
-                sock.close()
+        except BaseException:
+            # Cancelled in the moment when all was well, it would keep the monitor for itself.
+            if client.runstate.name == "RUNNING":
+                await to_the_end(client.disconnect())
+            sock.close()
+            raise
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()
