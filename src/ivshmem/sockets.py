@@ -33,6 +33,9 @@ MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 # clients of the protocol have no address at all.
 ASK = b"\0ivshmem-ask-"
 
+# How the names of QEMU's programs begin: qemu-system-x86_64, qemu-kvm, kvm.
+QEMU_NAMES = ("qemu", "kvm")
+
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
 _UCRED = struct.Struct("iII")
@@ -507,7 +510,7 @@ def is_qemu(process: str, pid: int) -> bool:
     names = [process]
     with contextlib.suppress(OSError):
         names.append(os.path.basename(os.readlink(f"/proc/{pid}/exe")))
-    return process == "?" or any(name.startswith(("qemu", "kvm")) for name in names)
+    return process == "?" or any(name.startswith(QEMU_NAMES) for name in names)
 
 
 def _groups(sock: socket.socket, pid: int) -> tuple[int, ...] | None:

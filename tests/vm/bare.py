@@ -75,11 +75,11 @@ class Bare:
         entries = self.qmp("qom-list", path="/machine/peripheral")
         return [entry["name"] for entry in entries if "ivshmem" in entry["type"]]
 
-    def plug(self, kind: str, where: str, *, vectors: int = 2) -> None:
+    def plug(self, kind: str, where: str, *, vectors: int = 2, size: int = 1 << 20) -> None:
         """A device that is no master, called shm0, into port0."""
         arguments: dict[str, Any] = {"id": "shm0", "bus": "port0", "driver": f"ivshmem-{kind}"}
         if kind == "plain":
-            memory = {"mem-path": where, "size": 1 << 20, "share": True}
+            memory = {"mem-path": where, "size": size, "share": True}
             self.qmp("object-add", **{"qom-type": "memory-backend-file", "id": "m0", **memory})
             arguments["memdev"] = "m0"
         else:
@@ -113,10 +113,12 @@ class Bare:
         self.close()
 
 
-def device(kind: str, where: str, options: str = ",master=on", *, vectors: int = 2) -> list[str]:
+def device(
+    kind: str, where: str, options: str = ",master=on", *, vectors: int = 2, size: int = 1 << 20
+) -> list[str]:
     """Arguments for a device called shm0 in port0, from the start."""
     if kind == "plain":
-        backend = f"memory-backend-file,id=m0,share=on,mem-path={where},size=1M"
+        backend = f"memory-backend-file,id=m0,share=on,mem-path={where},size={size}"
         return [
             *("-object", backend),
             *("-device", f"ivshmem-plain,id=shm0,memdev=m0,bus=port0{options}"),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
+import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from support.children import python
-from support.mounts import huge_pages
+from support.mounts import huge_pages, mounted
 from support.served import Served
 from support.waiting import until
 
@@ -36,25 +41,33 @@ assert len(PATTERN) == 1 << 20
 class Group:
     """A master and others at a source, and what waits for them; `where` their memories are.
 
-    That of side `huge` is in huge pages.
+    Each of `mounts` is where the memory of that side is, if not in `folder`.
     """
 
     def __init__(
-        self, folder: Path, kind: str, undo: ExitStack, *, size: int = 1 << 20, huge: int = -1
+        self,
+        folder: Path,
+        kind: str,
+        undo: ExitStack,
+        *,
+        size: int = 1 << 20,
+        mounts: Mapping[int, Path] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.kind = kind
+        self.size = size
         self._undo = undo
         self.servers: list[ivshmem.Server] = []
         self.where: list[str] = []
         self.regions: list[ivshmem.Region] = []
         for number, side in enumerate(("here", "there")):
             path = folder / side
+            memory = str(mounts[number] / side) if number in mounts else None
             if kind == "plain":
+                path = Path(memory or path)
                 region = undo.enter_context(ivshmem.Region.create(size, path=path))
             else:
-                pages = "2M" if number == huge else None
-                served = undo.enter_context(Served(str(path), size=size, hugepages=pages))
+                served = undo.enter_context(Served(str(path), size=size, file=memory))
                 self.servers.append(served.server())
                 region = served.server().region
             self.where.append(str(path))
@@ -67,16 +80,16 @@ class Group:
         return self._undo.enter_context(Bare(self.folder, name, args, **how))
 
     def add_master(self, name: str = "a", **differently: str) -> None:
-        self.source[name] = self.bare(name, *device(self.kind, self.where[0]))
+        self.source[name] = self.bare(name, *device(self.kind, self.where[0], size=self.size))
         self.wait_for_master(name, **differently)
 
     def wait_for_master(self, name: str = "a", options: str = ",master=on") -> None:
-        args = device(self.kind, self.where[1], options)
+        args = device(self.kind, self.where[1], options, size=self.size)
         self.destination[name] = self.bare(f"{name}-there", *args, waits=True)
 
     def add_other(self, name: str) -> None:
         self.source[name] = self.bare(name)
-        self.source[name].plug(self.kind, self.where[0])
+        self.source[name].plug(self.kind, self.where[0], size=self.size)
         self.destination[name] = self.bare(f"{name}-there", waits=True)
 
     def vms(self, uris: str = "unix") -> list[Vm]:
@@ -247,20 +260,22 @@ with ivshmem.connect(sys.argv[1], timeout=20) as client:
 """
 
 
-def test_hugepages_at_one_end(directory: Path) -> None:
-    for huge in (0, 1):
-        with ExitStack() as undo:
-            if undo.enter_context(huge_pages(2 << 20, 1)) < 1:
-                pytest.skip("no huge page to be had")
-            moving = Group(directory, "doorbell", undo, size=2 << 20, huge=huge)
-            moving.add_master()
-            moving.add_other("b")
-            assert moving.plan().groups[0].master.device.page_size == (4096, 2 << 20)[not huge]
-            assert "leave --postcopy out" in refused(moving, Options(postcopy=True))
-            with memoryview(moving.regions[0]) as memory:
-                memory[:] = PATTERN * 2
-            moving.migrate()
-            assert bytes(moving.regions[1]) == PATTERN * 2
+@pytest.mark.parametrize("huge", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugepages_at_one_end(directory: Path, kind: str, huge: int) -> None:
+    with ExitStack() as undo:
+        if undo.enter_context(huge_pages(2 << 20, 1)) < 1:
+            pytest.skip("no huge page to be had")
+        mount = undo.enter_context(mounted("hugetlbfs", "pagesize=2M"))
+        moving = Group(directory, kind, undo, size=2 << 20, mounts={huge: mount})
+        moving.add_master()
+        moving.add_other("b")
+        assert moving.plan().groups[0].master.device.page_size == (4096, 2 << 20)[not huge]
+        assert "leave --postcopy out" in refused(moving, Options(postcopy=True))
+        with memoryview(moving.regions[0]) as memory:
+            memory[:] = PATTERN * 2
+        moving.migrate()
+        assert bytes(moving.regions[1]) == PATTERN * 2
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -567,6 +582,75 @@ def test_the_destination_refuses(group: MakeGroup, uris: str) -> None:
     with pytest.raises(Failed, match=r"a: its .*; the group runs at the source as before"):
         moving.migrate(uris=uris)
     moving.check_here(waiting=False)
+
+
+def test_the_destination_is_full(directory: Path) -> None:
+    """Its memory is a file in which no room is reserved, unlike ours, and its QEMU dies of that."""
+    with ExitStack() as undo:
+        full = undo.enter_context(mounted("tmpfs", "size=2M"))
+        moving = Group(directory, "plain", undo, mounts={1: full})
+        os.truncate(moving.where[1], 0)
+        os.truncate(moving.where[1], moving.size)
+        (full / "others").write_bytes(bytes(3 << 19))
+        moving.add_master()
+        moving.add_other("b")
+        moving.fill()
+        with pytest.raises(
+            Failed, match=r"a: its migration failed: .*runs at the source as before"
+        ):
+            moving.migrate()
+        moving.check_here(waiting=False)
+        assert moving.destination["a"].process.wait(20) == -signal.SIGBUS
+
+
+def test_no_room_for_the_file(directory: Path) -> None:
+    with ExitStack() as undo:
+        full = undo.enter_context(mounted("tmpfs", "size=512k"))
+        moving = Group(directory, "plain", undo)
+        moving.add_master()
+        moving.add_other("b")
+        moving.fill()
+        vms = [replace(vm, uri=f"file:{full}/{vm.name}") for vm in moving.vms()]
+        plan = asyncio.run(migration.prepare(vms))
+        with pytest.raises(Failed, match="a: its migration failed"):
+            asyncio.run(migration.migrate(plan, state=moving.state))
+        moving.check_here()
+
+
+@pytest.mark.parametrize("uris", ["unix", "tcp"])
+def test_the_link_is_cut(group: MakeGroup, uris: str) -> None:
+    moving = pair(group, "plain")
+    moving.source["a"].slow()
+    plan = moving.plan(uris=uris)
+    cut = Once(lambda: cut_off(moving.source["a"].process.pid, plan.vm("a").uri))
+    with pytest.raises(Failed, match=r"a: its migration failed: .*runs at the source as before"):
+        asyncio.run(migration.migrate(plan, state=moving.state, watch=cut))
+    moving.check_here(waiting=False)
+
+
+def cut_off(pid: int, uri: str) -> None:
+    """Shut down a process's socket that is connected to there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    cut = 0
+    try:
+        for each in Path(f"/proc/{pid}/fd").iterdir():
+            mine = libc.syscall(_PIDFD_GETFD, pidfd, int(each.name), 0)
+            assert mine >= 0, os.strerror(ctypes.get_errno())
+            if not stat.S_ISSOCK(os.fstat(mine).st_mode):
+                os.close(mine)
+                continue
+            with socket.socket(fileno=mine) as link, contextlib.suppress(OSError):
+                peer = link.getpeername()
+                if uri == (f"unix:{peer}" if isinstance(peer, str) else "tcp:{}:{}".format(*peer)):
+                    link.shutdown(socket.SHUT_RDWR)
+                    cut += 1
+    finally:
+        os.close(pidfd)
+    assert cut == 1
+
+
+_PIDFD_GETFD = 438  # the number of the system call
 
 
 def test_a_file_that_cannot_be_written(group: MakeGroup) -> None:

@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.mounts import huge_pages, mounted
 from support.served import Served
 
 import ivshmem
 from ivshmem import migration
-from ivshmem.migration import Vm
+from ivshmem.migration import Options, Vm
 
 from .harness import MakeGuest
 from .inside import records
 from .test_migrate import free_port
 from .test_migration_smoke import PROGRAM, wrote
+
+SIZE = 2 << 20
 
 # Lets go of the device; when told to, waits for it to come back and checks what is in it.
 OTHER = """
@@ -40,7 +43,7 @@ OTHER = """
 def device(kind: str, where: str, options: str = "") -> list[str]:
     """In a slot of its own, so that it comes back to the same place."""
     if kind == "plain":
-        backend = f"memory-backend-file,id=m0,share=on,mem-path={where},size=1M"
+        backend = f"memory-backend-file,id=m0,share=on,mem-path={where},size={SIZE}"
         one = f"ivshmem-plain,id=shm0,memdev=m0,addr=9{options}"
         return ["-object", backend, "-device", one]
     chardev = f"socket,id=c0,path={where}"
@@ -48,19 +51,34 @@ def device(kind: str, where: str, options: str = "") -> list[str]:
     return ["-chardev", chardev, "-device", one]
 
 
+# Each kind, each way, huge pages on each side (0, 1) or on none (-1).
 @pytest.mark.parametrize(
-    ("kind", "uri"), [("plain", "tcp:127.0.0.1:{2}"), ("doorbell", "unix:{1}/{0}")]
+    ("kind", "uri", "huge", "options"),
+    [
+        ("plain", "tcp:127.0.0.1:{2}", 1, Options()),
+        ("doorbell", "unix:{1}/{0}", -1, Options()),
+        ("plain", "file:{1}/{0}", 0, Options()),
+        ("doorbell", "unix:{1}/{0}", -1, Options(postcopy=True)),
+        ("plain", "tcp:127.0.0.1:{2}", -1, Options(multifd=True)),
+    ],
 )
 def test_a_group_moves_while_one_writes(
-    guest: MakeGuest, directory: Path, kind: str, uri: str
+    guest: MakeGuest, directory: Path, kind: str, uri: str, huge: int, options: Options
 ) -> None:
     where = [str(directory / "here"), str(directory / "there")]
     with ExitStack() as undo:
-        for path in where:
+        files = list(where)
+        if huge >= 0:
+            assert undo.enter_context(huge_pages(2 << 20, 1)) == 1
+            mount = undo.enter_context(mounted("hugetlbfs", "pagesize=2M"))
+            files[huge] = str(mount / "memory")
+        for path, file in zip(where, files, strict=True):
             if kind == "plain":
-                undo.enter_context(ivshmem.Region.create("1M", path=path))
+                undo.enter_context(ivshmem.Region.create(SIZE, path=file))
             else:
-                undo.enter_context(Served(path))
+                undo.enter_context(Served(path, size=SIZE, file=file if file != path else None))
+        if kind == "plain":
+            where = files
         writer = guest(
             PROGRAM, name="w", args=device(kind, where[0], ",master=on"), migratable=True
         )
@@ -80,18 +98,20 @@ def test_a_group_moves_while_one_writes(
             )
             for n, (name, (here, there)) in enumerate(pairs.items())
         ]
-        plan = asyncio.run(migration.prepare(vms))
+        if options.postcopy:  # or it would be done before that begins
+            writer.qmp("migrate-set-parameters", **{"downtime-limit": 1})
+        plan = asyncio.run(migration.prepare(vms, options))
         assert [step.kind for step in plan.steps if step.kind not in ("hold", "release")] == [
             *("unplug", "migrate", "migrate", "plug")
         ]
         progress: list[migration.Progress] = []
         asyncio.run(migration.migrate(plan, state=directory / "state", watch=progress.append))
-        assert progress[0].total > progress[0].shared == 1 << 20
+        assert progress[0].total > progress[0].shared == SIZE
         assert wrote(writes, "go on") > before
         written = wrote(writes, "stop")
         assert writes.expect("WRONG") == "WRONG []"
         comes.send(str(written))
-        assert comes.expect("SEES") == f"SEES {1 << 20} []"
+        assert comes.expect("SEES") == f"SEES {SIZE} []"
         if kind == "plain":
             there = memoryview(Path(where[1]).read_bytes())
             assert records.wrong(there, written) == []

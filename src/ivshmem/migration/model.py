@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import IvshmemError
+from ..sockets import QEMU_NAMES
 
 Kind = Literal["plain", "doorbell"]
 StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
@@ -161,7 +162,7 @@ class Peer:
     @property
     def is_qemu(self) -> bool:
         """As far as its name tells."""
-        return self.process.startswith(("qemu", "kvm"))
+        return self.process.startswith(QEMU_NAMES)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from ..sockets import QEMU_NAMES
+
 _PROC = Path("/proc")
 _MOST_BYTES = 1 << 20  # of a command line
 _MOST_CHARACTERS = 64  # of a name
@@ -40,14 +42,14 @@ def guest_of(pid: int, since: float) -> str:
 def is_qemu(pid: int) -> bool:
     """Whether a process is a QEMU, by its program's name: a claim, not a proof."""
     try:
-        return (_PROC / str(pid) / "comm").read_text(errors="replace").startswith(("qemu", "kvm"))
+        return (_PROC / str(pid) / "comm").read_text(errors="replace").startswith(QEMU_NAMES)
     except OSError:
         return False
 
 
 def guest_name(arguments: Sequence[str]) -> str:
     """The name in a QEMU's command line, printable; "" if there is none, or it is no QEMU's."""
-    if not arguments or not os.path.basename(arguments[0]).startswith(("qemu", "kvm")):
+    if not arguments or not os.path.basename(arguments[0]).startswith(QEMU_NAMES):
         return ""
     name = ""
     for option, value in pairwise(arguments):
