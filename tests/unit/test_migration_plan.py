@@ -296,6 +296,25 @@ def test_all_reasons_are_told() -> None:
         case.plan()
 
 
+def test_who_forgets_is_noted_and_does_not_go_on_there_early() -> None:
+    case = Case()
+    case.source["a"] = replace(case.source["a"], forgetful=True)
+    assert [note.startswith("a: its QEMU runs it without KVM") for note in case.plan().notes] == [
+        *(True, False),
+    ]
+    case.options = Options(postcopy=True)
+    (reason,) = case.reasons()
+    assert reason.startswith("a: its QEMU runs it without KVM")
+    case.options = Options(postcopy=True, force=True)
+    assert case.plan()
+
+
+def test_a_paused_guest_has_nothing_to_be_forgotten() -> None:
+    case = Case(others=0, options=Options(postcopy=True))
+    case.source["a"] = replace(case.source["a"], forgetful=True, status="paused")
+    assert not case.plan().notes
+
+
 def test_who_stays_behind_is_noted() -> None:
     case = Case("doorbell")
     here = case.servers["source"]["/here"]

@@ -12,7 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +200,7 @@ def test_a_group_moves(group: MakeGroup, kind: str, uris: str) -> None:
     assert not list(moving.folder.glob("*.uri*"))
 
 
-@pytest.mark.parametrize("options", [Options(multifd=True), Options(postcopy=True)])
+@pytest.mark.parametrize("options", [Options(multifd=True), Options(postcopy=True, force=True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_to_send(group: MakeGroup, kind: str, options: Options) -> None:
     moving = whole(group, kind)
@@ -236,7 +236,7 @@ def test_host_clients(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     with python(_CLIENT, moving.where[0]) as client:
         client.expect("CONNECTED")
-        (note,) = moving.plan().notes
+        (note,) = but_for_tcg(moving.plan().notes)
         assert f"pid {client.pid}) of {moving.where[0]} stays at the source" in note
         steps = moving.migrate(Options(evict=True))
         assert steps[:4] == ["hold", "unplug", "evict", "migrate"]
@@ -258,6 +258,11 @@ with ivshmem.connect(sys.argv[1], timeout=20) as client:
             print("GONE")
             break
 """
+
+
+def but_for_tcg(lines: Iterable[str]) -> list[str]:
+    """Without what is said of each VM that an old QEMU runs without KVM."""
+    return [line for line in lines if "runs it without KVM" not in line]
 
 
 @pytest.mark.parametrize("huge", [0, 1])
@@ -757,7 +762,7 @@ def test_the_command(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     planned = run(moving, "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    assert planned.stdout.splitlines() == [
+    assert but_for_tcg(planned.stdout.splitlines()) == [
         f"memory of 1M ({moving.where[0]}):",
         "  a: shm0 (doorbell, 2 vectors) at port0 00.0: master, takes it along",
         "  b: shm0 (doorbell, 2 vectors) at port0 00.0: is unplugged, and plugged back",
@@ -772,7 +777,7 @@ def test_the_command(group: MakeGroup) -> None:
     moving.check_here()
     done = run(moving)
     assert (done.returncode, done.stdout) == (0, "")
-    assert len(done.stderr.splitlines()) == 6
+    assert len(but_for_tcg(done.stderr.splitlines())) == 6
     moving.check_there()
     again = run(moving)
     assert again.returncode == 1
@@ -792,7 +797,9 @@ def test_a_file_of_vms(group: MakeGroup) -> None:
     )
     line = [sys.executable, "-m", "ivshmem", "migrate", "--group", str(file), "-q"]
     done = subprocess.run([*line, "--state", str(moving.state)], capture_output=True, timeout=120)
-    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1), done.stderr  # the note
+    assert done.returncode == 0, done.stderr
+    (note,) = but_for_tcg(done.stderr.decode().splitlines())
+    assert "whether host processes use" in note
     moving.check_there()
 
 

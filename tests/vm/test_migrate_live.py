@@ -58,7 +58,6 @@ def device(kind: str, where: str, options: str = "") -> list[str]:
         ("plain", "tcp:127.0.0.1:{2}", 1, Options()),
         ("doorbell", "unix:{1}/{0}", -1, Options()),
         ("plain", "file:{1}/{0}", 0, Options()),
-        ("doorbell", "unix:{1}/{0}", -1, Options(postcopy=True)),
         ("plain", "tcp:127.0.0.1:{2}", -1, Options(multifd=True)),
     ],
 )
@@ -98,8 +97,6 @@ def test_a_group_moves_while_one_writes(
             )
             for n, (name, (here, there)) in enumerate(pairs.items())
         ]
-        if options.postcopy:  # or it would be done before that begins
-            writer.qmp("migrate-set-parameters", **{"downtime-limit": 1})
         plan = asyncio.run(migration.prepare(vms, options))
         assert [step.kind for step in plan.steps if step.kind not in ("hold", "release")] == [
             *("unplug", "migrate", "migrate", "plug")

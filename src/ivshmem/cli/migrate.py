@@ -60,7 +60,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="hang up on host clients at the source before: what they write later is lost",
     )
     how.add_argument(
-        "--force", action="store_true", help="unplug also what may crash its QEMU by that"
+        "--force", action="store_true", help="do also what may crash a QEMU, or its guest"
     )
     how.add_argument(
         "--state", metavar="FILE", help="that says how far it is (default: one in ~/.local/state)"

@@ -61,7 +61,7 @@ class Options:
     """How to migrate.
 
     Attributes:
-        force: also unplug what may crash its QEMU.
+        force: also do what may crash a QEMU, or its guest.
         postcopy: let the guest run at the destination after one pass over its memory.
         multifd: send over several connections.
         evict: have the servers at the source hang up on host clients before memory migrates.
@@ -137,6 +137,7 @@ class Qemu:
         taken: the ids of its chardevs and objects.
         blockers: why it cannot migrate, but for its ivshmem devices.
         capabilities: of migration, that are on.
+        forgetful: it may forget what its running guest writes, once it has sent it.
     """
 
     pid: int | None
@@ -148,6 +149,7 @@ class Qemu:
     taken: frozenset[str] = frozenset()
     blockers: tuple[str, ...] = ()
     capabilities: frozenset[str] = frozenset()
+    forgetful: bool = False
 
 
 @dataclass(frozen=True)

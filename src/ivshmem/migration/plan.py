@@ -37,6 +37,11 @@ from .model import (
 # x-colo stops the source from answering. With the others only one end would know.
 _IMPOSSIBLE = ("x-ignore-shared", "background-snapshot", "x-colo")
 
+# About a QEMU before 9.0 that runs a guest without KVM.
+_FORGETFUL = (
+    "its QEMU runs it without KVM, and may forget what it writes after a first pass over its memory"
+)
+
 _READY = ("running", "paused", "prelaunch")
 _URI = re.compile(r"tcp:(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]*):[0-9]{1,5}|unix:.+|file:/.+")
 
@@ -108,6 +113,11 @@ class _Planner:
             yield f"{vm.name}: a migration of it is under way: let it end, or cancel it"
         for blocker in qemu.blockers:
             yield f"{vm.name}: QEMU will not migrate it: {blocker}"
+        if self._options.postcopy and not self._options.force and self._forgets(vm):
+            yield (
+                f"{vm.name}: {_FORGETFUL}, so with --postcopy its guest would break: leave that"
+                " out, or take the risk with --force"
+            )
         yield from _about_capabilities(vm, "source", qemu)
 
     def _about_destination(self, vm: Vm) -> Iterator[str]:
@@ -330,6 +340,12 @@ class _Planner:
         return Step("plug", other.vm, other.device, where=self._where(other, there))
 
     def _notes(self, groups: Sequence[Group]) -> Iterator[str]:
+        for vm in self._vms:
+            if self._forgets(vm):
+                yield (
+                    f"{vm.name}: {_FORGETFUL}: let it write little meanwhile, or, if nothing is"
+                    " unplugged from it, stop it before and let it go on there (cont)"
+                )
         for group in groups:
             for _, peer in self._strangers(group):
                 if not self._options.evict or peer.is_qemu:
@@ -352,6 +368,10 @@ class _Planner:
                     )
 
     # -- looking up -------------------------------------------------------------------------------
+
+    def _forgets(self, vm: Vm) -> bool:
+        qemu = self._found.source[vm.name]
+        return qemu.forgetful and qemu.status == "running"
 
     def _arrival(self, master: Member) -> Device | None:
         """The device at the destination that a master's becomes."""
