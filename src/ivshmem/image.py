@@ -50,6 +50,7 @@ _LENGTH = struct.Struct("<I")
 _RECORD = struct.Struct("<QII")
 _BLOCK = 1 << 20  # bytes of a region in a record, at most
 _MOST_HEADER = 1 << 16
+_YEAR_9999 = 253370764800  # its beginning, in seconds since the epoch: later has no date
 _LEVEL = 1  # of zlib: higher ones gain little and take long
 
 # Called with how many bytes of the region, or of the file, are done, and of how many.
@@ -92,7 +93,8 @@ def save(
     the disk; whatever happens before, it stays as it was.
 
     Raises:
-        OSError: as of open(2), write(2), fsync(2) or rename(2), with the path.
+        OSError: as of open(2), write(2), fsync(2) or rename(2), with the path; or somebody has
+            truncated the region's memory (ENODATA).
         ClosedError: the region is closed.
     """
     target = os.fspath(path)
@@ -117,7 +119,15 @@ def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: Progress) 
         if len(stored) >= len(data):
             stored = data
         crc = _put(file, crc, offset, len(data), stored)
+    # What is beyond a file's end looks like a hole.
+    status = os.fstat(region.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size < region.offset + region.size:
+        raise _truncated()
     _put(file, crc, info.size, 0, b"")
+
+
+def _truncated() -> OSError:
+    return OSError(errno.ENODATA, "somebody has truncated the region's memory")
 
 
 def _put(file: BinaryIO, crc: int, offset: int, length: int, stored: bytes | memoryview) -> int:
@@ -144,13 +154,32 @@ def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryvie
     progress(region.size, region.size)
 
 
+# Both by the descriptor where it can be: through a mapping, a hole would take a page, and where
+# somebody has truncated the file, or its file system is full, we would die of SIGBUS.
+
+
 def _read_into(region: Region, offset: int, block: memoryview) -> None:
-    """Read by the descriptor if it can be read: through a mapping, a hole would take a page."""
-    done = 0
-    with contextlib.suppress(OSError):  # a device's memory can only be mapped
+    try:
         done = os.preadv(region.fileno(), [block], region.offset + offset)
-    if done < len(block):
-        region.read_into(offset + done, block[done:])
+    except OSError:  # a device's memory can only be mapped
+        region.read_into(offset, block)
+        return
+    while done < len(block):
+        more = os.preadv(region.fileno(), [block[done:]], region.offset + offset + done)
+        if not more:
+            raise _truncated()
+        done += more
+
+
+def _write_to(region: Region, offset: int, data: bytes | memoryview) -> None:
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(region.fileno(), data[done:], region.offset + offset + done)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, error.strerror, region.name) from None
+        region.write(offset + done, data[done:])  # a device's, and huge pages
 
 
 def _runs(block: memoryview, zeros: bytes) -> Iterator[tuple[int, int]]:
@@ -255,8 +284,9 @@ def load(
     Raises:
         ImageError: it is damaged (with the offset), or of another size than the region; the region
             has not changed, unless somebody changed the file after it was found good.
-        OSError: as of open(2) and read(2).
-        ClosedError, TypeError: the region is closed, or may only be read.
+        OSError: as of open(2) and read(2); or there is no room for what is loaded (ENOSPC), or
+            somebody truncates the region's memory, which has a part of it then.
+        ClosedError: the region is closed.
     """
     note = progress or _nobody
     with _Reader(os.fspath(path)) as reader:
@@ -275,7 +305,7 @@ def load(
         at = 0
         for offset, data in reader.pieces(lambda done, total: note(total + done, 2 * total)):
             _clear(region, at, offset)
-            region.write(offset, data)
+            _write_to(region, offset, data)
             at = offset + len(data)
         _clear(region, at, region.size)
     return info
@@ -291,7 +321,26 @@ def _clear(region: Region, start: int, end: int) -> None:
             block = memoryview(buffer)[:length]
             _read_into(region, offset, block)
             if block != zeros[:length]:
-                region.write(offset, zeros[:length])
+                _write_to(region, offset, zeros[:length])
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_values(info: ImageInfo) -> None:
+    """Refuse what `save` never wrote, though anybody can make a checksum.
+
+    Raises:
+        ValueError: which it is.
+    """
+    if type(info.size) is not int or not 0 <= info.size < 1 << 63:
+        raise ValueError(f"a size of {info.size!r}")
+    if not isinstance(info.saved, int | float) or not 0 <= info.saved < _YEAR_9999:
+        raise ValueError(f"saved at {info.saved!r}")
+    texts = (info.id, info.source, "" if info.name is None else info.name)
+    if not all(isinstance(text, str) for text in texts) or type(info.compressed) is not bool:
+        raise ValueError("values of other types")
 
 
 class _Reader:
@@ -300,9 +349,13 @@ class _Reader:
     def __init__(self, path: str) -> None:
         self.path = path
         self.effect = "nothing was loaded"  # of what goes wrong from now on
-        self._file = open(path, "rb")  # noqa: SIM115
+        # What is no file must not make us wait for its other end.
+        self._file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
         try:
-            self._size = os.fstat(self._file.fileno()).st_size
+            status = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{path} is no regular file, and a saved region is read twice")
+            self._size = status.st_size
             self.info, self._crc = self._read_header()
             self._start = self._file.tell()
             self._seed = self._crc
@@ -338,8 +391,7 @@ class _Reader:
                     f" {_VERSION}: use a newer ivshmem"
                 )
             info = ImageInfo(**values)
-            if not isinstance(info.size, int) or info.size < 0:
-                raise ValueError(f"a size of {info.size!r}")
+            _check_values(info)
             return info
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damaged(0, f"no header: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.mounts import huge_pages
+from support.mounts import huge_pages, mounted, root
 from support.waiting import in_child, until
 
 import ivshmem
@@ -182,12 +183,10 @@ def test_a_record_that_is_missing_or_stands_elsewhere(region: Region, file: Path
             image.check(file)
 
 
-def forged(size: int, *pieces: tuple[int, int, bytes], version: int = 1) -> bytes:
+def forged(size: object, *pieces: tuple[int, int, bytes], **values: object) -> bytes:
     """A file with good checksums."""
-    header = (
-        f'{{"version":{version},"id":"0","size":{size},"compressed":true,"source":"anonymous",'
-        '"name":null,"saved":0}'
-    ).encode()
+    common = {"version": 1, "id": "0", "compressed": True, "source": "anonymous", "name": None}
+    header = json.dumps({**common, "size": size, "saved": 0, **values}).encode()
     data = b"IVSHSAVE" + struct.pack("<I", len(header)) + header
     crc = zlib.crc32(data)
     data += struct.pack("<I", crc)
@@ -214,6 +213,14 @@ BOMB = zlib.compress(bytes(1 << 30), 9)
         (forged(4096, (0, 1 << 31, b"x" * (2 << 20)), (4096, 0, b"")), "a record of 2097152"),
         (forged(4096), "ends too early"),
         (forged(4096, version=2), "version 2, and this is for 1"),
+        (forged(True, (1, 0, b"")), "no header: a size of True"),
+        (forged(1 << 64), "no header: a size of"),
+        (forged(4096, (4096, 0, b""), saved="now"), "no header: saved at 'now'"),
+        (forged(4096, (4096, 0, b""), saved=1e300), r"no header: saved at 1e\+300"),
+        (forged(4096, (4096, 0, b""), saved=float("nan")), "no header: saved at nan"),
+        (forged(4096, (4096, 0, b""), source={}), "no header: values of other types"),
+        (forged(4096, (4096, 0, b""), name=1), "no header: values of other types"),
+        (forged(4096, (4096, 0, b""), compressed=1), "no header: values of other types"),
         (b"IVSHSAVE\xff\xff\xff\xff", "a header of 4294967295 bytes"),
         (b"", "no saved region"),
         (b"something else altogether", "no saved region"),
@@ -246,6 +253,8 @@ def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
             os.mkfifo(place)
         with pytest.raises(FileExistsError, match="no regular file"):
             ivshmem.save(region, place)
+    with pytest.raises(ImageError, match="no regular file"):
+        ivshmem.load(tmp_path / "pipe", region)  # nor does it wait for somebody to open it
     with pytest.raises(FileNotFoundError):
         ivshmem.save(region, tmp_path / "no" / "such")
     with Region.create("4K", path=tmp_path / "memory") as itself:
@@ -284,6 +293,40 @@ def test_a_save_that_is_cut_off(region: Region, file: Path, how: str) -> None:
         in_child(save)
     assert file.read_bytes() == b"the last one"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("at", [0, 1 << 20, SIZE])
+def test_memory_that_somebody_truncates(
+    region: Region, file: Path, tmp_path: Path, at: int
+) -> None:
+    """That is an error, and no signal that ends us; a file that is loaded makes it whole again."""
+    ivshmem.save(region, file)
+    saved = file.read_bytes()
+    memory = tmp_path / "memory"
+    with Region.create(SIZE, path=memory) as truncated:
+        ivshmem.load(file, truncated)
+
+        def truncate(done: int, _total: int) -> None:
+            if done >= at:
+                os.truncate(memory, 4096)
+
+        with pytest.raises(OSError, match="truncated"):
+            ivshmem.save(truncated, file, progress=truncate)
+        assert file.read_bytes() == saved
+        ivshmem.load(file, truncated)
+        assert memory.read_bytes() == content(region)
+
+
+@pytest.mark.skipif(not root, reason="mounts")
+def test_no_room_for_what_is_loaded(region: Region, file: Path) -> None:
+    ivshmem.save(region, file)
+    with mounted("tmpfs", "size=512k") as full:
+        with (full / "memory").open("wb") as memory:
+            memory.truncate(SIZE)
+        with Region.attach(path=full / "memory") as sparse:
+            with pytest.raises(OSError, match="No space left") as error:
+                ivshmem.load(file, sparse)
+            assert error.value.filename == str(full / "memory")
 
 
 def test_saved_while_somebody_writes(region: Region, file: Path) -> None:
@@ -344,6 +387,12 @@ def test_commands_and_a_file(file: Path, tmp_path: Path) -> None:
         assert said.startswith(f"ivshmem: {file} is damaged at byte ")
         assert len(said.splitlines()) == 1
     assert "no such file" in run("save", file, "--file", tmp_path / "none", status=1).stderr
+    assert "cannot be a pipe" in run("save", Path("-"), "--file", memory, status=2).stderr
+
+
+def test_what_a_file_says_of_itself_is_no_command_to_a_terminal(file: Path) -> None:
+    file.write_bytes(forged(4096, (4096, 0, b""), source="\x1b[2J", name="\n", saved=200_000))
+    assert run("load", file, "--check").stdout.startswith(f"{file}: 4K (?[2J ?), saved 1970-01-0")
 
 
 def test_ctrl_c(file: Path, tmp_path: Path) -> None:

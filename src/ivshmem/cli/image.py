@@ -15,6 +15,7 @@ from ..region import Region
 from ..sizes import format_size
 from . import daemon
 from .arguments import DEFAULT_SOCKET
+from .peers import plain
 from .progress import Progress
 
 
@@ -41,7 +42,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="FILE")
+    parser.add_argument("path", metavar="FILE", type=_file)
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "-S",
@@ -60,6 +61,14 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         help="for the server to answer (default: %(default)s)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+
+
+def _file(text: str) -> str:
+    if text in ("", "-"):
+        raise argparse.ArgumentTypeError(
+            "it is replaced as a whole and read twice, so it cannot be a pipe: name a file"
+        )
+    return text
 
 
 @contextlib.contextmanager
@@ -113,4 +122,4 @@ def run_load(options: argparse.Namespace) -> int:
 def _print(path: str, info: ImageInfo) -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.saved))
     where = f"{info.source} {info.name}" if info.name else info.source
-    print(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}")
+    print(plain(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}"))
