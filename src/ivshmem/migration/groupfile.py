@@ -50,12 +50,17 @@ def parse(data: bytes, source: str) -> tuple[list[Vm], Controls]:
 
 
 def _vm(name: str, table: Any, source: str) -> Vm:
-    if (
-        not isinstance(table, dict)
-        or sorted(table) != sorted(_KEYS)
-        or not all(isinstance(value, str) and value for value in table.values())
-    ):
-        raise ConfigError(f"{source}: vm.{name!r}: {', '.join(_KEYS)} are wanted, each a text")
+    where = f"{source}: vm.{name!r}"
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: a table is wanted, with {', '.join(_KEYS)}")
+    for key in table:
+        if key not in _KEYS:
+            raise ConfigError(f"{where}: {key!r}: unknown: keys are {', '.join(_KEYS)}")
+    for key in _KEYS:
+        if key not in table:
+            raise ConfigError(f"{where}: {key} is missing")
+        if not isinstance(table[key], str) or not table[key]:
+            raise ConfigError(f"{where}: {key} = {table[key]!r}: a text is wanted")
     return Vm(name, *(table[key] for key in _KEYS))
 
 

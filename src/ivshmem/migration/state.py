@@ -62,7 +62,7 @@ class State:
             os.close(fd)
             raise MigrationError(
                 f"{path}: a migration of these VMs was begun before: finish it with --resume, or"
-                " undo it with --put-back"
+                " undo it with --put-back; if those VMs are gone, remove the file"
             ) from None
         except BaseException:
             os.close(fd)
