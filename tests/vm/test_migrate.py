@@ -330,7 +330,7 @@ def test_another_size(group: MakeGroup) -> None:
     other.source["a"] = other.bare("a", *device("plain", other.where[0]))
     with open(other.where[1], "r+b") as file:
         file.truncate(2 << 20)
-    args = [word.replace("size=1M", "size=2M") for word in device("plain", other.where[1])]
+    args = device("plain", other.where[1], size=2 << 20)
     other.destination["a"] = other.bare("a-there", *args, waits=True)
     assert "its memory has 1M, at the destination 2M" in refused(other)
 
