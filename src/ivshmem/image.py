@@ -120,8 +120,8 @@ def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: Progress) 
             stored = data
         crc = _put(file, crc, offset, len(data), stored)
     # What is beyond a file's end looks like a hole.
-    status = os.fstat(region.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size < region.offset + region.size:
+    end = region.offset + region.size
+    if _is_file(region) and os.fstat(region.fileno()).st_size < end:
         raise _truncated()
     _put(file, crc, info.size, 0, b"")
 
@@ -154,32 +154,39 @@ def _pieces(region: Region, progress: Progress) -> Iterator[tuple[int, memoryvie
     progress(region.size, region.size)
 
 
-# Both by the descriptor where it can be: through a mapping, a hole would take a page, and where
-# somebody has truncated the file, or its file system is full, we would die of SIGBUS.
+# Both by the descriptor where it is a file's: through a mapping, a hole would take a page, and we
+# would die of SIGBUS where somebody has truncated the file, or its file system is full. To a device
+# it may mean anything: 4 bytes written to UIO's switch its interrupt.
 
 
 def _read_into(region: Region, offset: int, block: memoryview) -> None:
+    done, more = 0, 1
     try:
-        done = os.preadv(region.fileno(), [block], region.offset + offset)
-    except OSError:  # a device's memory can only be mapped
-        region.read_into(offset, block)
-        return
-    while done < len(block):
-        more = os.preadv(region.fileno(), [block[done:]], region.offset + offset + done)
-        if not more:
-            raise _truncated()
-        done += more
+        while _is_file(region) and more and done < len(block):
+            more = os.preadv(region.fileno(), [block[done:]], region.offset + offset + done)
+            done += more
+    except OSError:
+        pass  # sysfs lets its files only be mapped
+    if not more:
+        raise _truncated()
+    if done < len(block):
+        region.read_into(offset + done, block[done:])
 
 
 def _write_to(region: Region, offset: int, data: bytes | memoryview) -> None:
     done = 0
     try:
-        while done < len(data):
+        while _is_file(region) and done < len(data):
             done += os.pwrite(region.fileno(), data[done:], region.offset + offset + done)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(error.errno, error.strerror, region.name) from None
-        region.write(offset + done, data[done:])  # a device's, and huge pages
+    if done < len(data):  # hugetlbfs has no write(2)
+        region.write(offset + done, data[done:])
+
+
+def _is_file(region: Region) -> bool:
+    return stat.S_ISREG(os.fstat(region.fileno()).st_mode)
 
 
 def _runs(block: memoryview, zeros: bytes) -> Iterator[tuple[int, int]]:

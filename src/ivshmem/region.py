@@ -438,18 +438,21 @@ class Region(_memory.Mapping):
             ClosedError: the region is closed.
         """
         stop = self.size if end is None else end
+        fd, base = self.fileno(), self.offset
+        # A device's lseek(2) may return anything.
+        knows = stat.S_ISREG(os.fstat(fd).st_mode)
         while start < stop:
-            fd, base = self.fileno(), self.offset
-            try:
-                first = os.lseek(fd, base + start, os.SEEK_DATA) - base
-                if first >= stop:
-                    return
-                last = min(os.lseek(fd, base + first, os.SEEK_HOLE) - base, stop)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return  # a hole up to the end
-                first, last = start, stop
-            yield first, last
+            first, last = start, stop
+            if knows:
+                try:
+                    first = os.lseek(fd, base + start, os.SEEK_DATA) - base
+                    last = os.lseek(fd, base + first, os.SEEK_HOLE) - base
+                except OSError as error:
+                    if error.errno == errno.ENXIO and _is_hole(fd, base + start):
+                        return
+            if first >= stop:
+                return
+            yield first, min(last, stop)
             start = max(last, first + PAGE)  # there may be a hole now where there was none
 
     def unlink(self) -> bool:
@@ -495,6 +498,15 @@ class Region(_memory.Mapping):
 
 
 # -- places ---------------------------------------------------------------------------------------
+
+
+def _is_hole(fd: int, offset: int) -> bool:
+    """Whether no data (ENXIO) means a hole up to the end: sysfs says so of whatever it has."""
+    try:
+        os.lseek(fd, offset, os.SEEK_HOLE)
+    except OSError:
+        return offset >= os.fstat(fd).st_size
+    return True
 
 
 def posix_path(name: str) -> str:

@@ -116,6 +116,7 @@ class TestVfio:
         a = guest(
             """
             import os
+            import ivshmem
             from checks import PATIENCE, PCI, command, driver, set_command
             from ivshmem import guest
 
@@ -144,6 +145,14 @@ class TestVfio:
             for number, memory in enumerate(("resource2", "resource2_wc", "vfio")):
                 assert use(memory=memory) == 21 + number
                 assert driver(address) == ""
+
+            # And saves and loads them, by the file or by the mapping.
+            for memory in ("resource2", "resource2_wc", "vfio"):
+                with guest.open(memory=memory) as device:
+                    ivshmem.save(device.region, "/tmp/saved")
+                    device.region.write(0, b"spoiled" * 1000)
+                    ivshmem.load("/tmp/saved", device.region)
+                    assert device.region.read(0, 7000) == bytes(1000) + bytes([23]) + bytes(5999)
 
             # The one it needs itself.
             override.write_text("vfio-pci")
