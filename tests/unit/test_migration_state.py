@@ -75,6 +75,7 @@ def test_a_plan_that_is_not_whole(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(MigrationError, match="no state of a migration"):
             State.load(path)
+        assert path.read_bytes() == whole[:end], "it may be somebody's, named by mistake"
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:

@@ -101,8 +101,6 @@ class State:
     def _parse(cls, path: str, fd: int) -> State:
         data = os.pread(fd, _MOST_BYTES, 0)
         whole, _, torn = data.rpartition(b"\n")
-        if torn:
-            os.ftruncate(fd, len(data) - len(torn))
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
             if first["version"] != _VERSION:
@@ -116,6 +114,8 @@ class State:
                 f"{path}: this is no state of a migration, or of another version"
                 f" ({' '.join(str(error).split())[:100]})"
             ) from None
+        if torn:  # not before: the file could be anything
+            os.ftruncate(fd, len(data) - len(torn))
         return state
 
     def _take(self, word: Word, index: int) -> None:
