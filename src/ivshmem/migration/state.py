@@ -51,7 +51,7 @@ class State:
         """
         path = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        first = f"{path}.{os.getpid()}"
+        first = f"{path}.{os.urandom(8).hex()}"
         fd = os.open(first, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
