@@ -24,9 +24,9 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
 
     server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
              fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
-    region   name, socket, vectors, size, page_size, source, memory (name or path), paused (why
-             newcomers wait; "": they do not), holds_leaves, counts {joins, leaves, messages, ..:
-             since the start}, peers
+    region   name, socket, vectors, size, page_size, file_system (that the memory is on), source,
+             memory (name or path), paused (why newcomers wait; "": they do not), holds_leaves,
+             counts {joins, leaves, messages, ..: since the start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
              it), stalled_since (null; or when it last read, if its socket is full), leaves_told
@@ -54,7 +54,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import logs, sockets
+from . import logs, pages, sockets
 from .answering import LONGEST, Answering, Caller
 from .directory import Directory
 from .engine import PeerReport
@@ -309,6 +309,7 @@ class Control:
             "vectors": server.vectors,
             "size": region.size,
             "page_size": region.page_size,
+            "file_system": _file_system(region),
             "source": region.source,
             "memory": region.name or "",
             "paused": server.paused,
@@ -443,6 +444,12 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
+
+
+def _file_system(region: Region) -> str:
+    with contextlib.suppress(OSError):  # no descriptor is left, say
+        return pages.file_system(region.fileno())
+    return ""
 
 
 def _resident() -> int:

@@ -27,22 +27,23 @@ HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 
 def page_size_of(place: str | int) -> int:
     """The page size of a file, or of files in a directory: more than PAGE on hugetlbfs only."""
-    return os.statvfs(place).f_bsize if _is_hugetlbfs(place) else PAGE
+    return os.statvfs(place).f_bsize if file_system(place) == "hugetlbfs" else PAGE
 
 
-def _is_hugetlbfs(place: str | int) -> bool:
-    """Python's statvfs lacks f_type, so the mount table is asked, by device number.
+def file_system(place: str | int) -> str:
+    """The type of the file system that a file or directory is on: "tmpfs", "ext4".
 
-    A memfd in huge pages is on a hugetlbfs that is mounted nowhere: its link says memfd, and its
-    blocks are larger than a page.
+    Python's statvfs lacks f_type, so the mount table is asked, by device number. A memfd is on one
+    that is mounted nowhere: a tmpfs, or, if its blocks are larger than a page, a hugetlbfs.
     """
     status = os.fstat(place) if isinstance(place, int) else os.stat(place)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
         if fields[2] == device:
-            return fields[fields.index("-") + 1] == "hugetlbfs"
-    return isinstance(place, int) and status.st_blksize in huge_page_sizes()
+            return fields[fields.index("-") + 1]
+    huge = isinstance(place, int) and status.st_blksize in huge_page_sizes()
+    return "hugetlbfs" if huge else "tmpfs" if isinstance(place, int) else ""
 
 
 def huge_page_sizes() -> list[int]:

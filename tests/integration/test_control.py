@@ -129,6 +129,7 @@ class TestWhatItSays:
             "vectors": VECTORS,
             "size": 4096,
             "page_size": 4096,
+            "file_system": "tmpfs",
             "source": "anonymous",
             "memory": "",
             "paused": "",

@@ -30,6 +30,7 @@ def device(kind: Kind = "plain", *, master: bool = False, there: bool = False) -
         ioeventfd=True,
         size=1 << 20,
         page_size=4096,
+        file_system="tmpfs",
         memory=f"path {where}",
         backend="m0",
         where=where,
@@ -42,7 +43,8 @@ def device(kind: Kind = "plain", *, master: bool = False, there: bool = False) -
 def server(place: Place = "source", *peers: Peer, **kwargs: Any) -> Server:
     where = "/here" if place == "source" else "/there"
     fields = {"control": f"{where}.control", "region": "default", "memory": "", "holds": False}
-    return Server(**{**fields, **kwargs}, peers=peers)
+    pages = {"page_size": 4096, "file_system": "tmpfs"}
+    return Server(**{**fields, **pages, **kwargs}, peers=peers)
 
 
 class Case:
@@ -294,6 +296,18 @@ def test_all_reasons_are_told() -> None:
     assert len(case.reasons()) == 2
     with pytest.raises(Refused, match="1 more"):
         case.plan()
+
+
+def test_postcopy_needs_memory_that_can_be_waited_for() -> None:
+    case = Case(options=Options(postcopy=True, force=True))
+    case.change_there("a", file_system="ext4")
+    (reason,) = case.reasons()
+    assert "on ext4, and with --postcopy its guest would be lost" in reason
+    case.change_there("a", file_system="")
+    (note,) = (note for note in case.plan().notes if "file system" in note)
+    assert "cannot be seen" in note
+    case.change_there("a", file_system="hugetlbfs")
+    assert not any("file system" in note for note in case.plan().notes)
 
 
 def test_who_forgets_is_noted_and_does_not_go_on_there_early() -> None:

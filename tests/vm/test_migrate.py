@@ -200,13 +200,92 @@ def test_a_group_moves(group: MakeGroup, kind: str, uris: str) -> None:
     assert not list(moving.folder.glob("*.uri*"))
 
 
-@pytest.mark.parametrize("options", [Options(multifd=True), Options(postcopy=True, force=True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ways_to_send(group: MakeGroup, kind: str, options: Options) -> None:
+def test_several_connections(group: MakeGroup, kind: str) -> None:
     moving = whole(group, kind)
-    if options.postcopy:
-        moving.source["a"].qmp("migrate-set-parameters", **{"downtime-limit": 1})
-    moving.migrate(options)
+    moving.migrate(Options(multifd=True))
+    moving.check_there()
+
+
+# The guests' QEMU has no KVM.
+POSTCOPY = Options(postcopy=True, force=True)
+
+
+@pytest.fixture
+def on_tmpfs(directory: Path) -> Iterator[MakeGroup]:
+    with ExitStack() as undo:
+        sides = {side: undo.enter_context(mounted("tmpfs", "size=8M")) for side in (0, 1)}
+        yield lambda kind: Group(directory, kind, undo, mounts=sides if kind == "plain" else {})
+
+
+def postcopied(group: Group, call: Callable[[], object] = lambda: None) -> None:
+    """Migrate by postcopy from almost the beginning, and call something in the midst of it."""
+    source = group.source["a"]
+    source.slow()
+    source.qmp("migrate-set-parameters", **{"max-postcopy-bandwidth": 1 << 20})
+    states: list[str] = []
+
+    def watch(progress: migration.Progress) -> None:
+        if not progress.shared:
+            return
+        if not states:
+            source.qmp("migrate-start-postcopy")
+        states.append(source.qmp("query-migrate")["status"])
+        if states.count("postcopy-active") == 3 and states[-1] == "postcopy-active":
+            call()
+
+    try:
+        asyncio.run(migration.migrate(group.plan(POSTCOPY), state=group.state, watch=watch))
+    finally:
+        assert states.count("postcopy-active") >= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_postcopy(on_tmpfs: MakeGroup, kind: str) -> None:
+    moving = pair(on_tmpfs, kind)
+    postcopied(moving)
+    moving.check_there()
+
+
+def test_postcopy_needs_a_file_system_that_can(directory: Path) -> None:
+    with ExitStack() as undo:
+        ramfs = undo.enter_context(mounted("ramfs", "size=8M"))
+        moving = Group(directory, "plain", undo, mounts={1: ramfs})
+        moving.add_master()
+        assert "is on ramfs, and with --postcopy its guest would be lost" in refused(
+            moving, POSTCOPY
+        )
+
+
+def test_postcopy_is_interrupted(on_tmpfs: MakeGroup) -> None:
+    """There is no way back, and the others have to wait for the rest of the memory."""
+    moving = pair(on_tmpfs, "plain")
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Unfinished, match=r"\(postcopy\); it stands at step 2 of 4.*finishes it \("):
+        postcopied(moving, interrupt)
+    assert moving.source["a"].qmp("query-migrate")["status"] == "postcopy-active"
+    with pytest.raises(Unfinished, match="runs at the destination already"):
+        asyncio.run(migration.put_back(moving.state))
+    asyncio.run(migration.resume(moving.state))
+    moving.check_there()
+
+
+def test_the_link_is_cut_amid_postcopy(on_tmpfs: MakeGroup) -> None:
+    moving = pair(on_tmpfs, "plain")
+    uri = next(vm.uri for vm in moving.vms() if vm.name == "a")
+    with pytest.raises(Unfinished, match=r"lost amid postcopy.*migrate-recover.*step 2 of 4"):
+        postcopied(moving, lambda: cut_off(moving.source["a"].process.pid, uri))
+    with pytest.raises(Unfinished, match="lost amid postcopy"):
+        asyncio.run(migration.resume(moving.state))
+    destination = moving.destination["a"]
+    until(lambda: destination.qmp("query-migrate")["status"] == "postcopy-paused")
+    again = f"unix:{moving.folder}/again"
+    destination.qmp("migrate-recover", uri=again)
+    moving.source["a"].qmp("migrate", uri=again, resume=True)
+    asyncio.run(migration.resume(moving.state))
     moving.check_there()
 
 

@@ -151,7 +151,7 @@ async def _device(
         return await monitor.execute("qom-get", path=of, property=what)
 
     backend, bus = await _backend(monitor, path, kind), await get("parent_bus")
-    page_size, where, properties = 0, "", {}
+    page_size, file_system, where, properties = 0, "", "", {}
     if kind == "plain":
         size = await get("size", f"/objects/{backend}")
         with contextlib.suppress(QmpError):  # a memfd has none
@@ -164,15 +164,17 @@ async def _device(
             with contextlib.suppress(QmpError):  # not all of QEMU's versions have all
                 properties[each] = await get(each, f"/objects/{backend}")
         with contextlib.suppress(OSError):
-            page_size = pages.page_size_of(where) if local and where else 0
+            if local and where:
+                page_size, file_system = pages.page_size_of(where), pages.file_system(where)
     else:
         size = await get("size", f"{path}/ivshmem.bar2[0]")
         address = await get("addr", f"/chardevs/{backend}")
         where = address.get("path", "")
         if address.get("abstract"):
             where = ""  # it has no file by which anybody else could know it
-        memory, page_size = await servers.memory(where, local) if where else ("", 0)
-        memory = memory or f"private {vm} {backend}"
+        memory = await servers.memory(where, local) if where else f"private {vm} {backend}"
+        if (server := servers.found.get(where)) is not None:
+            page_size, file_system = server.page_size, server.file_system
     return Device(
         path=path,
         id=path.rpartition("/")[2] if path.startswith(f"{_FOLDERS[0]}/") else "",
@@ -182,6 +184,7 @@ async def _device(
         ioeventfd=await get("ioeventfd") if kind == "doorbell" else True,
         size=size,
         page_size=page_size,
+        file_system=file_system,
         memory=memory,
         backend=backend,
         where=where,
@@ -214,18 +217,17 @@ class _Servers:
         self._controls = controls
         self._local = local
         self._replies: dict[str, Mapping[str, Any] | None] = {}
-        self._pages: dict[str, int] = {}
         self.found: dict[str, Server] = {}
 
-    async def memory(self, socket: str, local: bool) -> tuple[str, int]:
-        """What memory a server's is, and the size of its pages, 0 if that is not known."""
+    async def memory(self, socket: str, local: bool) -> str:
+        """What names a server's memory."""
         if socket not in self.found:
             # One of another version, whose reply lacks something, is one that does not answer.
             with contextlib.suppress(LookupError, TypeError):
                 await self._ask(socket, local)
         server = self.found.get(socket)
         memory = _file(server.memory, local) if server is not None and server.memory else ""
-        return memory or f"server {_file(socket, local)}", self._pages.get(socket, 0)
+        return memory or f"server {_file(socket, local)}"
 
     async def _ask(self, socket: str, local: bool) -> None:
         candidates = [*self._controls, *([control.default_path(socket)] if local else [])]
@@ -234,7 +236,6 @@ class _Servers:
             for region in reply.get("regions", ()) if reply else ():
                 if _same(region["socket"], socket, local):
                     self.found[socket] = _server(path, region)
-                    self._pages[socket] = region["page_size"]
                     return
 
     async def _reply(self, path: str) -> Mapping[str, Any] | None:
@@ -257,6 +258,8 @@ def _server(path: str, region: Mapping[str, Any]) -> Server:
         control=path,
         region=region["name"],
         memory=memory,
+        page_size=region["page_size"],
+        file_system=region.get("file_system", ""),
         holds=bool(region.get("holds_leaves")),
         peers=tuple(
             Peer(each["id"], each["pid"], each["process"], each.get("leaves_told", 0))

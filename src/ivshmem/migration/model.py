@@ -88,6 +88,7 @@ class Device:
         kind, master, vectors, ioeventfd: as QEMU's options say; a plain one has 0 vectors.
         size: of the memory, bytes; 0 if QEMU does not tell.
         page_size: of the memory's pages; 0 if that is not known.
+        file_system: that the memory is on; "" if that is not known.
         memory: the same for all devices that share a memory, and for no others.
         backend: the id of its memory backend, or chardev.
         where: the memory's file, or the server's socket; "" if it has no path.
@@ -104,6 +105,7 @@ class Device:
     ioeventfd: bool
     size: int
     page_size: int
+    file_system: str
     memory: str
     backend: str
     where: str
@@ -175,12 +177,15 @@ class Server:
         control: path of that socket.
         region: the name of the region there.
         memory: the file of its memory, "" if it has no path.
+        page_size, file_system: of that memory, as of Device.
         holds: leaves are held back from QEMUs.
     """
 
     control: str
     region: str
     memory: str
+    page_size: int
+    file_system: str
     holds: bool
     peers: tuple[Peer, ...]
 

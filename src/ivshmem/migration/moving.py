@@ -24,15 +24,19 @@ from .crew import Crew
 from .model import MigrationError, Options, Step, StepFailed, Vm
 
 _BUSY = (
-    *("setup", "active", "postcopy-active", "postcopy-paused", "pre-switchover", "device"),
-    *("wait-unplug", "cancelling"),
+    *("setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling"),
+    *("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"),
 )
 _LOOK = 0.1  # seconds between two looks at how far QEMU is
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
 
 
 class Arrived(MigrationError):
-    """A migration that was to be undone has completed."""
+    """A migration that was to be undone has completed; or not `wholly`: the guest has gone."""
+
+    def __init__(self, message: str, *, wholly: bool = True) -> None:
+        super().__init__(message)
+        self.wholly = wholly
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,13 @@ class Mover:
                 self._watch(_progress(ram, self._step.size))
             if status == "completed":
                 return
+            if status == "postcopy-paused":
+                raise StepFailed(
+                    f"{self._vm.name}: the link was lost amid postcopy, and its guest waits at the"
+                    " destination for the rest of its memory: reconnect the two (there"
+                    " migrate-recover, here migrate with resume); if the destination has ended, the"
+                    " guest is lost"
+                )
             if status not in _BUSY:
                 where = "it could not write" if self._file else "the log of the destination's QEMU"
                 reason = migration.get("error-desc") or f"see {where}"
@@ -211,7 +222,9 @@ class Mover:
         end = time.monotonic() + _SETTLE
         while (status := (await _migration(source)).get("status")) in _BUSY:
             if status.startswith("postcopy"):
-                raise Arrived(f"{self._vm.name}: it runs at the destination already (postcopy)")
+                raise Arrived(
+                    f"{self._vm.name}: it runs at the destination already (postcopy)", wholly=False
+                )
             if status != "cancelling":
                 await source.execute("migrate_cancel")
             if time.monotonic() > end:

@@ -37,6 +37,10 @@ from .model import (
 # x-colo stops the source from answering. With the others only one end would know.
 _IMPOSSIBLE = ("x-ignore-shared", "background-snapshot", "x-colo")
 
+# Where userfaultfd(2) finds what is missing. QEMU notices since 8.1; 7.2 only at the destination,
+# when there is no way back any more.
+_POSTCOPIABLE = ("tmpfs", "hugetlbfs", "devtmpfs")
+
 # About a QEMU before 9.0 that runs a guest without KVM.
 _FORGETFUL = (
     "its QEMU runs it without KVM, and may forget what it writes after a first pass over its memory"
@@ -208,6 +212,12 @@ class _Planner:
                 f"{who}: its pages are {pages[0]}, at the destination {pages[1]}: leave --postcopy"
                 " out, it needs the same"
             )
+        if self._options.postcopy and there.file_system not in ("", *_POSTCOPIABLE):
+            yield (
+                f"{who}: its memory at the destination is on {there.file_system}, and with"
+                " --postcopy its guest would be lost: put it on tmpfs or hugetlbfs, or leave"
+                " --postcopy out"
+            )
         if there.kind == "doorbell":
             yield from self._about_arrival_server(master, there)
 
@@ -347,6 +357,13 @@ class _Planner:
                     " unplugged from it, stop it before and let it go on there (cont)"
                 )
         for group in groups:
+            there = self._arrival(group.master)
+            if self._options.postcopy and there is not None and not there.file_system:
+                yield (
+                    f"what file system the memory of {group.master.device.name} of"
+                    f" {group.master.vm} is on at the destination cannot be seen: if it is not"
+                    " tmpfs or hugetlbfs, --postcopy loses the guest"
+                )
             for _, peer in self._strangers(group):
                 if not self._options.evict or peer.is_qemu:
                     yield (
@@ -359,13 +376,12 @@ class _Planner:
                     f"whether host processes use {group.master.device.where} cannot be seen: what"
                     " they write during the migration may be lost, and QEMU does not notice"
                 )
-            if group.master.device.kind == "doorbell":
-                there = self._arrival(group.master)
-                if there is not None and self._server("destination", there) is None:
-                    yield (
-                        f"the server {there.where} at the destination has no control socket that"
-                        " answers here: whether somebody is at work there cannot be seen"
-                    )
+            alone = there is None or there.kind == "plain" or self._server("destination", there)
+            if there is not None and not alone:
+                yield (
+                    f"the server {there.where} at the destination has no control socket that"
+                    " answers here: whether somebody is at work there cannot be seen"
+                )
 
     # -- looking up -------------------------------------------------------------------------------
 

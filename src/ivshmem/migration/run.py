@@ -174,9 +174,10 @@ class _Run:
                     try:
                         await self._undo(worker, index, seconds, reason)
                     except Arrived as error:
-                        with contextlib.suppress(OSError):  # who resumes will find out
-                            self._state.note("done", index)
-                        raise self._unfinished(reason, why=str(error)) from error
+                        if error.wholly:
+                            with contextlib.suppress(OSError):  # who resumes will find out
+                                self._state.note("done", index)
+                        raise self._unfinished(reason, why=str(error), forward=True) from error
                     except (IvshmemError, OSError) as error:
                         problems.append((error, index))
         except asyncio.CancelledError as error:
@@ -200,14 +201,19 @@ class _Run:
         return self._plan.vm(step.vm) if step.vm else None
 
     def _unfinished(
-        self, error: BaseException | None, index: int | None = None, why: str = ""
+        self,
+        error: BaseException | None,
+        index: int | None = None,
+        why: str = "",
+        forward: bool = False,
     ) -> Unfinished:
         """An error that names the step to go on with, or the one that could not be undone."""
         stands = "it stands at" if index is None else "this could not be undone:"
         if index is None:
             index = min(self._state.next, len(self._plan.steps) - 1)
         step = self._plan.steps[index]
-        way = "--resume finishes it" + ("" if self._state.arrived else ", --put-back undoes it")
+        forward = forward or self._state.arrived
+        way = "--resume finishes it" + ("" if forward else ", --put-back undoes it")
         what = "; ".join(filter(None, [_said(error) if error is not None else "", why]))
         return Unfinished(
             f"{what}; {stands} step {index + 1} of {len(self._plan.steps)}, {step}: {way}"
