@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -76,6 +77,35 @@ def test_a_plan_that_is_not_whole(tmp_path: Path) -> None:
         with pytest.raises(MigrationError, match="no state of a migration"):
             State.load(path)
         assert path.read_bytes() == whole[:end], "it may be somebody's, named by mistake"
+
+
+def test_somebody_finishes_it_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State.create(tmp_path / "state", PLAN)
+    flock = fcntl.flock
+
+    def finished(fd: int, how: int) -> None:
+        with state:
+            state.remove()
+        flock(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", finished)
+    with pytest.raises(FileNotFoundError, match="no migration of these VMs"):
+        State.load(tmp_path / "state")
+
+
+def test_the_same_vms_have_the_same_path_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vms = [Vm("a", "host:4444", "there:4444", "tcp:there:1")]
+    here = default_path(vms)
+    monkeypatch.chdir(tmp_path)
+    assert default_path(vms) == here
+
+
+def test_a_file_that_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"\n" * ((1 << 24) + 1))
+    with pytest.raises(MigrationError, match="too long"):
+        State.load(tmp_path / "state")
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:

@@ -284,7 +284,9 @@ def test_the_link_is_cut_amid_postcopy(on_tmpfs: MakeGroup) -> None:
     until(lambda: destination.qmp("query-migrate")["status"] == "postcopy-paused")
     again = f"unix:{moving.folder}/again"
     destination.qmp("migrate-recover", uri=again)
-    moving.source["a"].qmp("migrate", uri=again, resume=True)
+    source = moving.source["a"]
+    source.qmp("migrate", uri=again, resume=True)
+    until(lambda: source.qmp("query-migrate")["status"] != "postcopy-paused")
     asyncio.run(migration.resume(moving.state))
     moving.check_there()
 

@@ -83,11 +83,11 @@ class State:
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                errno.ENOENT, "no migration of these VMs is to be finished", path
-            ) from None
+            raise _nothing(path) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(fd).st_nlink:
+                raise _nothing(path)  # somebody has just finished it
             state = cls._parse(path, fd)
         except BlockingIOError:
             os.close(fd)
@@ -99,7 +99,9 @@ class State:
 
     @classmethod
     def _parse(cls, path: str, fd: int) -> State:
-        data = os.pread(fd, _MOST_BYTES, 0)
+        data = os.pread(fd, _MOST_BYTES + 1, 0)
+        if len(data) > _MOST_BYTES:
+            raise MigrationError(f"{path}: this is no state of a migration: it is too long")
         whole, _, torn = data.rpartition(b"\n")
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
@@ -154,10 +156,15 @@ class State:
 
 def default_path(vms: Sequence[Vm]) -> str:
     """Where the state of these VMs' migration is, if nobody says otherwise."""
-    key = "\n".join(sorted(os.path.abspath(vm.source) for vm in vms))
+    sources = [os.path.abspath(vm.source) if "/" in vm.source else vm.source for vm in vms]
+    key = "\n".join(sorted(sources))
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     name = hashlib.sha256(key.encode()).hexdigest()[:12]
     return os.path.join(home, "ivshmem", f"migration-{name}")
+
+
+def _nothing(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "no migration of these VMs is to be finished", path)
 
 
 def _append(fd: int, line: object) -> None:
