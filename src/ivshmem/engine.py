@@ -492,6 +492,13 @@ class Engine:
         if self._roster.leave(member):
             self._dirty_others()
 
+    def become(self, shared_id: int) -> None:
+        """Give another id to all who connect from now on, and hang up on those who have the old."""
+        for serial in list(self._connections):
+            self._leave(serial)
+        self._roster.become(shared_id)
+        self.wake()
+
     def bells(self, vector: int) -> list[int]:
         """The eventfds of this vector, one for each client; they belong to the connections."""
         return [connection.vectors[vector] for connection in self._connections.values()]

@@ -400,7 +400,7 @@ class _Reader:
             info = ImageInfo(**values)
             _check_values(info)
             return info
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(0, f"no header: {error}") from None
 
     def rewind(self) -> None:
@@ -447,10 +447,11 @@ class _Reader:
         if len(data) == length:
             return data
         try:
-            whole = zlib.decompressobj().decompress(data, length + 1)
+            stream = zlib.decompressobj()
+            whole = stream.decompress(data, length + 1)
         except zlib.error as error:
             raise self._damaged(where, str(error)) from None
-        if len(whole) != length:
+        if len(whole) != length or not stream.eof or stream.unused_data:
             raise self._damaged(where, "data of another length")
         return whole
 

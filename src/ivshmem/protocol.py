@@ -427,6 +427,12 @@ class Roster:
             self._unused += 1
         return self._append(peer_id, vectors, memory, holds=holds)
 
+    def become(self, shared_id: int) -> None:
+        """Give another shared id to all who join from now on; nobody is here who has the old."""
+        assert self._shared_id is not None
+        assert not any(member.secret for member in self._order)
+        self._shared_id = shared_id
+
     def admit(self, peer_id: int, vectors: Sized) -> Member:
         """With a shared id: let all clients ring a peer that is elsewhere, until it leaves.
 

@@ -76,6 +76,25 @@ def scene(directory: Path) -> Iterator[Scene]:
         yield Scene(far, broker)
 
 
+def test_the_id_is_another_after_a_migration(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients are hung up on, and those who connect again have the new one."""
+    with ExitStack() as stack:
+        server = stack.enter_context(ivshmem.Server(directory / "host", "1M", vectors=2).start())
+        device = stack.enter_context(ivshmem.connect(server.path))
+        broker = Broker(device, directory / "guest", peers=[5, 6])
+        stack.enter_context(broker.start())
+        client = stack.enter_context(ivshmem.connect(broker.path))
+        assert (client.id, broker.remote) == (0, [5, 6])
+        monkeypatch.setattr(device, "current_id", lambda: 6)
+        assert any(isinstance(e, ivshmem.ServerLost) for e in client.events(PATIENCE))
+        again = stack.enter_context(ivshmem.connect(broker.path))
+        assert again.id == 6
+        until(lambda: again.peers == [5])
+        assert [peer.id for peer in broker.peers] == [6]
+
+
 def test_interrupts_reach_every_client_and_rings_go_through(scene: Scene) -> None:
     with ExitStack() as stack:
         children = [scene.child(stack, ECHO) for _ in range(3)]

@@ -183,13 +183,16 @@ def test_a_record_that_is_missing_or_stands_elsewhere(region: Region, file: Path
             image.check(file)
 
 
+def with_header(header: bytes) -> bytes:
+    data = b"IVSHSAVE" + struct.pack("<I", len(header)) + header
+    return data + struct.pack("<I", zlib.crc32(data))
+
+
 def forged(size: object, *pieces: tuple[int, int, bytes], **values: object) -> bytes:
     """A file with good checksums."""
     common = {"version": 1, "id": "0", "compressed": True, "source": "anonymous", "name": None}
-    header = json.dumps({**common, "size": size, "saved": 0, **values}).encode()
-    data = b"IVSHSAVE" + struct.pack("<I", len(header)) + header
-    crc = zlib.crc32(data)
-    data += struct.pack("<I", crc)
+    data = with_header(json.dumps({**common, "size": size, "saved": 0, **values}).encode())
+    crc = zlib.crc32(data[:-4])
     for offset, length, stored in pieces:
         record = struct.pack("<QII", offset, length, len(stored))
         crc = zlib.crc32(stored, zlib.crc32(record, crc))
@@ -197,6 +200,7 @@ def forged(size: object, *pieces: tuple[int, int, bytes], **values: object) -> b
     return data
 
 
+SMALL = zlib.compress(bytes(4096))
 BOMB = zlib.compress(bytes(1 << 30), 9)
 
 
@@ -204,6 +208,8 @@ BOMB = zlib.compress(bytes(1 << 30), 9)
     ("data", "reason"),
     [
         (forged(4096, (0, 4096, BOMB[:4000]), (4096, 0, b"")), "another length"),
+        (forged(4096, (0, 4096, SMALL + b"more"), (4096, 0, b"")), "another length"),
+        (forged(4096, (0, 4096, SMALL[:-1]), (4096, 0, b"")), "another length"),
         (forged(4096, (0, 100, b"x" * 90), (4096, 0, b"")), "incorrect header"),
         (forged(4096, (4000, 100, b"x" * 100), (4096, 0, b"")), "cannot be"),
         (forged(4096, (1 << 63, 100, b"x" * 100), (4096, 0, b"")), "cannot be"),
@@ -219,6 +225,7 @@ BOMB = zlib.compress(bytes(1 << 30), 9)
         (forged(4096, (4096, 0, b""), saved=1e300), r"no header: saved at 1e\+300"),
         (forged(4096, (4096, 0, b""), saved=float("nan")), "no header: saved at nan"),
         (forged(4096, (4096, 0, b""), source={}), "no header: values of other types"),
+        (with_header(b"[" * 60_000), "no header: maximum recursion depth"),
         (forged(4096, (4096, 0, b""), name=1), "no header: values of other types"),
         (forged(4096, (4096, 0, b""), compressed=1), "no header: values of other types"),
         (b"IVSHSAVE\xff\xff\xff\xff", "a header of 4294967295 bytes"),

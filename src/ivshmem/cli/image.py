@@ -24,8 +24,8 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "save",
         help="write a region's bytes to a file",
         description="Write a region's bytes to a file, which is replaced only when the new one is"
-        " whole. Pages of zeros take no space. What peers write meanwhile is saved or not: stop"
-        " them first if that matters.",
+        " whole; only its owner can read it. Pages of zeros take no space. What peers write"
+        " meanwhile is saved or not: stop them first if that matters.",
     )
     _add_place(save)
     save.add_argument("--compress", action="store_true", help="by zlib")

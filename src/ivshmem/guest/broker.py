@@ -11,6 +11,8 @@ Invariants:
 1. A client can neither block nor end this process: its eventfds are signalled by the kernel, and
    read without blocking.
 2. An interrupt that has been taken from the device has been signalled to every client.
+3. All clients have the id that the device has. A client is told its id once: when a migration has
+   changed it, all are hung up on, and have to connect again.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Broker(Server):
             )
         self.device = device
         self._shared_id = device.id
-        self._fixed = frozenset(peers) - {device.id}
+        self._fixed = frozenset(peers)
         if wrong := [peer for peer in self._fixed if not 0 <= peer <= MAX_ID]:
             raise ValueError(f"peer {wrong[0]}: ids are 0 to {MAX_ID}")
         self._remote: dict[int, tuple[Member, _fds.FdArray]] = {}
@@ -113,11 +115,13 @@ class Broker(Server):
     def _look(self) -> None:
         """Announce and dismiss peers by what the directory says now."""
         self._timer.set(_LOOK_SECONDS)
+        if (current := self.device.current_id()) != self._shared_id:
+            self._become(current)
         published = self._published()
         room = max(_BELLS // max(self.vectors, 1) - len(self._fixed), 1)
         if len(published) > room:
             self._complain(f"the directory has {len(published)} peers, room is for {room}")
-        wanted = self._fixed.union(published[:room])
+        wanted = self._fixed.union(published[:room]) - {self._shared_id}
         self._dismiss([peer for peer in self._remote if peer not in wanted])
         for peer in sorted(wanted - self._remote.keys()):
             try:
@@ -125,6 +129,12 @@ class Broker(Server):
             except OSError as error:  # EMFILE and its like; the next look tries again
                 self._complain(f"peer {peer} cannot be offered now: {error.strerror}")
                 break
+
+    def _become(self, peer: int) -> None:
+        before, self._shared_id = self._shared_id, peer
+        _log.warning("the device has id %d now, not %d: clients must connect again", peer, before)
+        self._dismiss(list(self._remote))  # one of them may have this id; the others come back
+        self._engine.become(peer)
 
     def _complain(self, text: str) -> None:
         """Log what may come every second only when it is new."""
@@ -141,7 +151,7 @@ class Broker(Server):
                 return []
             self._resources.callback(self._directory.close)
         entries = sorted(self._directory.entries(), key=lambda entry: (not entry.alive, entry.id))
-        others = {entry.id: None for entry in entries if entry.id != self.device.id}
+        others = {entry.id: None for entry in entries if entry.id != self._shared_id}
         return [peer for peer in others if peer not in self._fixed]
 
     def _admit(self, peer: int) -> None:
