@@ -48,8 +48,8 @@ def witness(serving: ivshmem.Server) -> Iterator[RawPeer]:
         with RawPeer(serving.path) as newcomer:
             newcomer.set_up(VECTORS)
             assert newcomer.vectors[peer.id] == peer.vectors[peer.id]
-            peer.take_until(lambda: peer.counts.get(newcomer.id) == VECTORS)
-            assert set(peer.counts) == {peer.id, newcomer.id}
+            # The last of the others may have stood in the backlog until now.
+            peer.take_until(lambda: peer.counts == {peer.id: VECTORS, newcomer.id: VECTORS})
             assert peer.vectors[newcomer.id] == newcomer.vectors[newcomer.id]
         peer.take_until(lambda: set(peer.counts) == {peer.id})
 
