@@ -438,10 +438,10 @@ class Region(_memory.Mapping):
             ClosedError: the region is closed.
         """
         stop = self.size if end is None else end
-        fd, base = self.fileno(), self.offset
         # A device's lseek(2) may return anything.
-        knows = stat.S_ISREG(os.fstat(fd).st_mode)
+        knows = stat.S_ISREG(os.fstat(self.fileno()).st_mode)
         while start < stop:
+            fd, base = self.fileno(), self.offset  # it may be closed between two of these
             first, last = start, stop
             if knows:
                 try:
