@@ -1545,6 +1545,23 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 #include <stdlib.h>
+
+    #include <errno.h>
+    #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* Not by the C library: glibc has it since 2.28 only, and musl since 1.2.6. */
+    static inline long ivshmem_rename_exclusive(int directory, const char *from, const char *to)
+    {
+    #ifdef SYS_renameat2
+        return syscall(SYS_renameat2, directory, from, directory, to, 1); /* RENAME_NOREPLACE */
+    #else
+        errno = ENOSYS;
+        return -1;
+    #endif
+    }
+    
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -2019,7 +2036,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
-/* "ivshmem/_fds.pyx":181
+/* "ivshmem/_fds.pyx":244
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2034,7 +2051,7 @@ struct __pyx_obj_7ivshmem_4_fds_Signaller {
 };
 
 
-/* "ivshmem/_fds.pyx":394
+/* "ivshmem/_fds.pyx":457
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2048,7 +2065,7 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 
 
 
-/* "ivshmem/_fds.pyx":73
+/* "ivshmem/_fds.pyx":99
  * # -- descriptors ----------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2067,7 +2084,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 
 
-/* "ivshmem/_fds.pyx":257
+/* "ivshmem/_fds.pyx":320
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2082,7 +2099,7 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
 
 
-/* "ivshmem/_fds.pyx":309
+/* "ivshmem/_fds.pyx":372
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2596,6 +2613,37 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
 
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
+/* BytesContains.proto */
+static CYTHON_INLINE int __Pyx_BytesContains(char character, PyObject* bytes, int eq);
+
 /* PyIndexError_Check.proto */
 #define __Pyx_PyExc_IndexError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_IndexError)
 
@@ -2702,24 +2750,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
-/* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
-
 /* RaiseErrorWithObjectTypes.proto (used by PyNumberBinop) */
 #define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
 #define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
@@ -2784,16 +2814,6 @@ static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
          const char* cstring, Py_ssize_t start, Py_ssize_t stop,
          const char* encoding, const char* errors,
          PyObject* (*decode_func)(const char *s, Py_ssize_t size, const char *errors));
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_int(value, width, padding_char, format_char) (\
@@ -3153,10 +3173,10 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
 static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
@@ -3327,15 +3347,17 @@ static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C 
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4open(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6memfd(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_10__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_4_fds_7FdArray_20__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, PyObject *__pyx_v_fds); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self); /* proto */
@@ -3365,7 +3387,8 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_10__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target); /* proto */
+static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_FdArray(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -3518,10 +3541,11 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[29];
-    PyObject *__pyx_string_tab[160];
-    PyObject *__pyx_number_tab[2];
+    int __pyx_k_;
+    PyObject *__pyx_tuple[3];
+    PyObject *__pyx_codeobj_tab[32];
+    PyObject *__pyx_string_tab[185];
+    PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -3572,166 +3596,192 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u_of __pyx_string_tab[0]
 #define __pyx_kp_u_tree_fragment __pyx_string_tab[1]
-#define __pyx_kp_u__2 __pyx_string_tab[2]
+#define __pyx_kp_u__3 __pyx_string_tab[2]
 #define __pyx_kp_u_dev_zero __pyx_string_tab[3]
 #define __pyx_kp_u_proc_self_fdinfo __pyx_string_tab[4]
-#define __pyx_kp_u_ __pyx_string_tab[5]
+#define __pyx_kp_u__2 __pyx_string_tab[5]
 #define __pyx_kp_u_a_vector_s_descriptor_is_no_even __pyx_string_tab[6]
 #define __pyx_kp_u_descriptor __pyx_string_tab[7]
 #define __pyx_kp_u_disable __pyx_string_tab[8]
-#define __pyx_kp_u_enable __pyx_string_tab[9]
-#define __pyx_kp_u_gc __pyx_string_tab[10]
-#define __pyx_kp_u_isenabled __pyx_string_tab[11]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[12]
-#define __pyx_kp_u_ivshmem__fds_pyx __pyx_string_tab[13]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[14]
-#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[15]
-#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[16]
-#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[17]
-#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[18]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[19]
-#define __pyx_n_u_ClosedError __pyx_string_tab[20]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[21]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[22]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[23]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[24]
-#define __pyx_n_u_Epoll __pyx_string_tab[25]
-#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[26]
-#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[27]
-#define __pyx_n_u_Epoll_add __pyx_string_tab[28]
-#define __pyx_n_u_Epoll_close __pyx_string_tab[29]
-#define __pyx_n_u_Epoll_fileno __pyx_string_tab[30]
-#define __pyx_n_u_Epoll_modify __pyx_string_tab[31]
-#define __pyx_n_u_Epoll_remove __pyx_string_tab[32]
-#define __pyx_n_u_Epoll_wait __pyx_string_tab[33]
-#define __pyx_n_u_FdArray __pyx_string_tab[34]
-#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_FdArray_close __pyx_string_tab[37]
-#define __pyx_n_u_FdArray_drain __pyx_string_tab[38]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[39]
-#define __pyx_n_u_FdArray_signal __pyx_string_tab[40]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[41]
-#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[42]
-#define __pyx_n_u_O_RDONLY __pyx_string_tab[43]
-#define __pyx_n_u_Relay __pyx_string_tab[44]
-#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[45]
-#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[46]
-#define __pyx_n_u_Relay_close __pyx_string_tab[47]
-#define __pyx_n_u_Signaller __pyx_string_tab[48]
-#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[49]
-#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[50]
-#define __pyx_n_u_Signaller_close __pyx_string_tab[51]
-#define __pyx_n_u_Signaller_signal __pyx_string_tab[52]
-#define __pyx_n_u_Timer __pyx_string_tab[53]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[54]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[55]
-#define __pyx_n_u_Timer_close __pyx_string_tab[56]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[57]
-#define __pyx_n_u_Timer_set __pyx_string_tab[58]
-#define __pyx_n_u__3 __pyx_string_tab[59]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[60]
-#define __pyx_n_u_annotate __pyx_string_tab[61]
-#define __pyx_n_u_dict __pyx_string_tab[62]
-#define __pyx_n_u_enter __pyx_string_tab[63]
-#define __pyx_n_u_exit __pyx_string_tab[64]
-#define __pyx_n_u_func __pyx_string_tab[65]
-#define __pyx_n_u_getstate __pyx_string_tab[66]
-#define __pyx_n_u_main __pyx_string_tab[67]
-#define __pyx_n_u_module __pyx_string_tab[68]
-#define __pyx_n_u_name __pyx_string_tab[69]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[70]
-#define __pyx_n_u_pyx_state __pyx_string_tab[71]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[72]
-#define __pyx_n_u_qualname __pyx_string_tab[73]
-#define __pyx_n_u_reduce __pyx_string_tab[74]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[76]
-#define __pyx_n_u_set_name __pyx_string_tab[77]
-#define __pyx_n_u_setstate __pyx_string_tab[78]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[79]
-#define __pyx_n_u_test __pyx_string_tab[80]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[81]
-#define __pyx_n_u_add __pyx_string_tab[82]
-#define __pyx_n_u_array __pyx_string_tab[83]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[84]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[85]
-#define __pyx_n_u_close __pyx_string_tab[86]
-#define __pyx_n_u_code __pyx_string_tab[87]
-#define __pyx_n_u_context __pyx_string_tab[88]
-#define __pyx_n_u_count __pyx_string_tab[89]
-#define __pyx_n_u_count_of_eventfd __pyx_string_tab[90]
-#define __pyx_n_u_deadline __pyx_string_tab[91]
-#define __pyx_n_u_done __pyx_string_tab[92]
-#define __pyx_n_u_drain __pyx_string_tab[93]
-#define __pyx_n_u_ends __pyx_string_tab[94]
-#define __pyx_n_u_epfd __pyx_string_tab[95]
-#define __pyx_n_u_errors __pyx_string_tab[96]
-#define __pyx_n_u_eventfds __pyx_string_tab[97]
-#define __pyx_n_u_events __pyx_string_tab[98]
-#define __pyx_n_u_fd __pyx_string_tab[99]
-#define __pyx_n_u_fds __pyx_string_tab[100]
-#define __pyx_n_u_fileno __pyx_string_tab[101]
-#define __pyx_n_u_first __pyx_string_tab[102]
-#define __pyx_n_u_fork_sharing_files __pyx_string_tab[103]
-#define __pyx_n_u_grown __pyx_string_tab[104]
-#define __pyx_n_u_i __pyx_string_tab[105]
-#define __pyx_n_u_index __pyx_string_tab[106]
-#define __pyx_n_u_info __pyx_string_tab[107]
-#define __pyx_n_u_items __pyx_string_tab[108]
-#define __pyx_n_u_ivshmem__fds __pyx_string_tab[109]
-#define __pyx_n_u_line __pyx_string_tab[110]
-#define __pyx_n_u_modify __pyx_string_tab[111]
-#define __pyx_n_u_n __pyx_string_tab[112]
-#define __pyx_n_u_nothing __pyx_string_tab[113]
-#define __pyx_n_u_open __pyx_string_tab[114]
-#define __pyx_n_u_os __pyx_string_tab[115]
-#define __pyx_n_u_pid __pyx_string_tab[116]
-#define __pyx_n_u_pointers __pyx_string_tab[117]
-#define __pyx_n_u_pop __pyx_string_tab[118]
-#define __pyx_n_u_rb __pyx_string_tab[119]
-#define __pyx_n_u_remove __pyx_string_tab[120]
-#define __pyx_n_u_requests __pyx_string_tab[121]
-#define __pyx_n_u_seconds __pyx_string_tab[122]
-#define __pyx_n_u_self __pyx_string_tab[123]
-#define __pyx_n_u_set __pyx_string_tab[124]
-#define __pyx_n_u_setdefault __pyx_string_tab[125]
-#define __pyx_n_u_signal __pyx_string_tab[126]
-#define __pyx_n_u_source __pyx_string_tab[127]
-#define __pyx_n_u_spec __pyx_string_tab[128]
-#define __pyx_n_u_split __pyx_string_tab[129]
-#define __pyx_n_u_startswith __pyx_string_tab[130]
-#define __pyx_n_u_staticmethod __pyx_string_tab[131]
-#define __pyx_n_u_take __pyx_string_tab[132]
-#define __pyx_n_u_targets __pyx_string_tab[133]
-#define __pyx_n_u_timeout __pyx_string_tab[134]
-#define __pyx_n_u_token __pyx_string_tab[135]
-#define __pyx_n_u_values __pyx_string_tab[136]
-#define __pyx_n_u_wait __pyx_string_tab[137]
-#define __pyx_kp_b_eventfd_count __pyx_string_tab[138]
-#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[139]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[140]
-#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[141]
-#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[142]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[143]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[144]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[145]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[159]
+#define __pyx_kp_u_embedded_null_byte __pyx_string_tab[9]
+#define __pyx_kp_u_enable __pyx_string_tab[10]
+#define __pyx_kp_u_gc __pyx_string_tab[11]
+#define __pyx_kp_u_isenabled __pyx_string_tab[12]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
+#define __pyx_kp_u_ivshmem__fds_pyx __pyx_string_tab[14]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
+#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[16]
+#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[17]
+#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[18]
+#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[19]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[20]
+#define __pyx_n_u_ClosedError __pyx_string_tab[21]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[22]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[23]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[24]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[25]
+#define __pyx_n_u_Epoll __pyx_string_tab[26]
+#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[27]
+#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[28]
+#define __pyx_n_u_Epoll_add __pyx_string_tab[29]
+#define __pyx_n_u_Epoll_close __pyx_string_tab[30]
+#define __pyx_n_u_Epoll_fileno __pyx_string_tab[31]
+#define __pyx_n_u_Epoll_modify __pyx_string_tab[32]
+#define __pyx_n_u_Epoll_remove __pyx_string_tab[33]
+#define __pyx_n_u_Epoll_wait __pyx_string_tab[34]
+#define __pyx_n_u_FdArray __pyx_string_tab[35]
+#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[36]
+#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[37]
+#define __pyx_n_u_FdArray_close __pyx_string_tab[38]
+#define __pyx_n_u_FdArray_drain __pyx_string_tab[39]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[40]
+#define __pyx_n_u_FdArray_memfd __pyx_string_tab[41]
+#define __pyx_n_u_FdArray_open __pyx_string_tab[42]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[43]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[44]
+#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[45]
+#define __pyx_n_u_O_RDONLY __pyx_string_tab[46]
+#define __pyx_n_u_Relay __pyx_string_tab[47]
+#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[48]
+#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[49]
+#define __pyx_n_u_Relay_close __pyx_string_tab[50]
+#define __pyx_n_u_Signaller __pyx_string_tab[51]
+#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[53]
+#define __pyx_n_u_Signaller_close __pyx_string_tab[54]
+#define __pyx_n_u_Signaller_signal __pyx_string_tab[55]
+#define __pyx_n_u_Timer __pyx_string_tab[56]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[57]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[58]
+#define __pyx_n_u_Timer_close __pyx_string_tab[59]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[60]
+#define __pyx_n_u_Timer_set __pyx_string_tab[61]
+#define __pyx_n_u__4 __pyx_string_tab[62]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[63]
+#define __pyx_n_u_annotate __pyx_string_tab[64]
+#define __pyx_n_u_dict __pyx_string_tab[65]
+#define __pyx_n_u_enter __pyx_string_tab[66]
+#define __pyx_n_u_exit __pyx_string_tab[67]
+#define __pyx_n_u_func __pyx_string_tab[68]
+#define __pyx_n_u_getstate __pyx_string_tab[69]
+#define __pyx_n_u_main __pyx_string_tab[70]
+#define __pyx_n_u_module __pyx_string_tab[71]
+#define __pyx_n_u_name_2 __pyx_string_tab[72]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[73]
+#define __pyx_n_u_pyx_state __pyx_string_tab[74]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[75]
+#define __pyx_n_u_qualname __pyx_string_tab[76]
+#define __pyx_n_u_reduce __pyx_string_tab[77]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[78]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[79]
+#define __pyx_n_u_set_name __pyx_string_tab[80]
+#define __pyx_n_u_setstate __pyx_string_tab[81]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[82]
+#define __pyx_n_u_test __pyx_string_tab[83]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[84]
+#define __pyx_n_u_add __pyx_string_tab[85]
+#define __pyx_n_u_array __pyx_string_tab[86]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[87]
+#define __pyx_n_u_called __pyx_string_tab[88]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[89]
+#define __pyx_n_u_close __pyx_string_tab[90]
+#define __pyx_n_u_code __pyx_string_tab[91]
+#define __pyx_n_u_context __pyx_string_tab[92]
+#define __pyx_n_u_count __pyx_string_tab[93]
+#define __pyx_n_u_count_of_eventfd __pyx_string_tab[94]
+#define __pyx_n_u_deadline __pyx_string_tab[95]
+#define __pyx_n_u_dir_fd __pyx_string_tab[96]
+#define __pyx_n_u_directory __pyx_string_tab[97]
+#define __pyx_n_u_done __pyx_string_tab[98]
+#define __pyx_n_u_drain __pyx_string_tab[99]
+#define __pyx_n_u_ends __pyx_string_tab[100]
+#define __pyx_n_u_epfd __pyx_string_tab[101]
+#define __pyx_n_u_errors __pyx_string_tab[102]
+#define __pyx_n_u_eventfds __pyx_string_tab[103]
+#define __pyx_n_u_events __pyx_string_tab[104]
+#define __pyx_n_u_fd __pyx_string_tab[105]
+#define __pyx_n_u_fds __pyx_string_tab[106]
+#define __pyx_n_u_fileno __pyx_string_tab[107]
+#define __pyx_n_u_first __pyx_string_tab[108]
+#define __pyx_n_u_flags __pyx_string_tab[109]
+#define __pyx_n_u_fork_sharing_files __pyx_string_tab[110]
+#define __pyx_n_u_fsencode __pyx_string_tab[111]
+#define __pyx_n_u_grown __pyx_string_tab[112]
+#define __pyx_n_u_i __pyx_string_tab[113]
+#define __pyx_n_u_index __pyx_string_tab[114]
+#define __pyx_n_u_info __pyx_string_tab[115]
+#define __pyx_n_u_items __pyx_string_tab[116]
+#define __pyx_n_u_ivshmem__fds __pyx_string_tab[117]
+#define __pyx_n_u_line __pyx_string_tab[118]
+#define __pyx_n_u_memfd __pyx_string_tab[119]
+#define __pyx_n_u_mode __pyx_string_tab[120]
+#define __pyx_n_u_modify __pyx_string_tab[121]
+#define __pyx_n_u_n __pyx_string_tab[122]
+#define __pyx_n_u_name __pyx_string_tab[123]
+#define __pyx_n_u_new __pyx_string_tab[124]
+#define __pyx_n_u_new_text __pyx_string_tab[125]
+#define __pyx_n_u_nothing __pyx_string_tab[126]
+#define __pyx_n_u_old __pyx_string_tab[127]
+#define __pyx_n_u_old_text __pyx_string_tab[128]
+#define __pyx_n_u_open __pyx_string_tab[129]
+#define __pyx_n_u_os __pyx_string_tab[130]
+#define __pyx_n_u_path __pyx_string_tab[131]
+#define __pyx_n_u_pid __pyx_string_tab[132]
+#define __pyx_n_u_pointers __pyx_string_tab[133]
+#define __pyx_n_u_pop __pyx_string_tab[134]
+#define __pyx_n_u_rb __pyx_string_tab[135]
+#define __pyx_n_u_remove __pyx_string_tab[136]
+#define __pyx_n_u_rename_exclusive __pyx_string_tab[137]
+#define __pyx_n_u_requests __pyx_string_tab[138]
+#define __pyx_n_u_result __pyx_string_tab[139]
+#define __pyx_n_u_seconds __pyx_string_tab[140]
+#define __pyx_n_u_self __pyx_string_tab[141]
+#define __pyx_n_u_set __pyx_string_tab[142]
+#define __pyx_n_u_setdefault __pyx_string_tab[143]
+#define __pyx_n_u_signal __pyx_string_tab[144]
+#define __pyx_n_u_source __pyx_string_tab[145]
+#define __pyx_n_u_spec __pyx_string_tab[146]
+#define __pyx_n_u_split __pyx_string_tab[147]
+#define __pyx_n_u_startswith __pyx_string_tab[148]
+#define __pyx_n_u_staticmethod __pyx_string_tab[149]
+#define __pyx_n_u_strerror __pyx_string_tab[150]
+#define __pyx_n_u_take __pyx_string_tab[151]
+#define __pyx_n_u_target __pyx_string_tab[152]
+#define __pyx_n_u_targets __pyx_string_tab[153]
+#define __pyx_n_u_text __pyx_string_tab[154]
+#define __pyx_n_u_timeout __pyx_string_tab[155]
+#define __pyx_n_u_token __pyx_string_tab[156]
+#define __pyx_n_u_values __pyx_string_tab[157]
+#define __pyx_n_u_wait __pyx_string_tab[158]
+#define __pyx_n_u_where __pyx_string_tab[159]
+#define __pyx_kp_b_eventfd_count __pyx_string_tab[160]
+#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[184]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_16 __pyx_number_tab[1]
+#define __pyx_int_511 __pyx_number_tab[2]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -3760,10 +3810,10 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<29; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<160; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<32; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<185; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -3800,10 +3850,10 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<29; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<160; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<32; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<185; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4419,7 +4469,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":51
+/* "ivshmem/_fds.pyx":77
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4441,7 +4491,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("deadline_of", 0);
 
-  /* "ivshmem/_fds.pyx":54
+  /* "ivshmem/_fds.pyx":80
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4452,7 +4502,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":55
+    /* "ivshmem/_fds.pyx":81
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4465,7 +4515,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":54
+    /* "ivshmem/_fds.pyx":80
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4474,17 +4524,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":56
+  /* "ivshmem/_fds.pyx":82
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = timeout             # <<<<<<<<<<<<<<
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
 */
-  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 82, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":57
+  /* "ivshmem/_fds.pyx":83
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4496,7 +4546,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":58
+    /* "ivshmem/_fds.pyx":84
  *     seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -4509,14 +4559,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 58, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 84, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 58, __pyx_L1_error)
+    __PYX_ERR(0, 84, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":57
+    /* "ivshmem/_fds.pyx":83
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4525,7 +4575,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":59
+  /* "ivshmem/_fds.pyx":85
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4537,7 +4587,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":60
+    /* "ivshmem/_fds.pyx":86
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4550,7 +4600,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":59
+    /* "ivshmem/_fds.pyx":85
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4559,7 +4609,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":61
+  /* "ivshmem/_fds.pyx":87
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4571,7 +4621,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":62
+    /* "ivshmem/_fds.pyx":88
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4584,7 +4634,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":61
+    /* "ivshmem/_fds.pyx":87
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4593,7 +4643,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":63
+  /* "ivshmem/_fds.pyx":89
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -4606,7 +4656,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":51
+  /* "ivshmem/_fds.pyx":77
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4627,7 +4677,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":66
+/* "ivshmem/_fds.pyx":92
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4642,17 +4692,17 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":67
+  /* "ivshmem/_fds.pyx":93
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 67, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 93, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":68
+  /* "ivshmem/_fds.pyx":94
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -4665,7 +4715,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":66
+  /* "ivshmem/_fds.pyx":92
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4682,7 +4732,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":81
+/* "ivshmem/_fds.pyx":107
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4734,7 +4784,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":82
+  /* "ivshmem/_fds.pyx":108
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -4743,7 +4793,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_fds.pyx":81
+  /* "ivshmem/_fds.pyx":107
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4757,7 +4807,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":84
+/* "ivshmem/_fds.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4805,32 +4855,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 84, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 110, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 110, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 84, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 110, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 84, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 110, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 110, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 111, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 84, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 110, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4880,7 +4930,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_fds.pyx":91
+  /* "ivshmem/_fds.pyx":117
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -4893,13 +4943,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 91, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":93
+  /* "ivshmem/_fds.pyx":119
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -4913,7 +4963,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":94
+    /* "ivshmem/_fds.pyx":120
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -4922,7 +4972,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_fds.pyx":95
+    /* "ivshmem/_fds.pyx":121
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4934,7 +4984,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":96
+      /* "ivshmem/_fds.pyx":122
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -4943,18 +4993,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":97
+        /* "ivshmem/_fds.pyx":123
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_fds.pyx":99
+      /* "ivshmem/_fds.pyx":125
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -4970,7 +5020,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 99, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5000,7 +5050,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 99, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5030,7 +5080,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
         __pyx_L10:;
       }
 
-      /* "ivshmem/_fds.pyx":95
+      /* "ivshmem/_fds.pyx":121
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -5039,7 +5089,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     }
 
-    /* "ivshmem/_fds.pyx":100
+    /* "ivshmem/_fds.pyx":126
  *                 finally:
  *                     array.close()
  *             array.take(fd)             # <<<<<<<<<<<<<<
@@ -5048,7 +5098,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_array);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __pyx_t_3 = 0;
     {
@@ -5056,19 +5106,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
 
-  /* "ivshmem/_fds.pyx":101
+  /* "ivshmem/_fds.pyx":127
  *                     array.close()
  *             array.take(fd)
  *         return array             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):
 */
   {
     PyObject *__pyx_temp;
@@ -5081,7 +5131,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":84
+  /* "ivshmem/_fds.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5105,8 +5155,761 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":103
+/* "ivshmem/_fds.pyx":129
  *         return array
+ * 
+ *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
+ *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5open(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_4open, "open(2), and own what it gives at once: no signal\047s exception can come between the two.\n\n        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.\n\n        Raises:\n            OSError: as of open(2), with the path.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_5open = {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4open};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5open(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_path = 0;
+  int __pyx_v_flags;
+  unsigned int __pyx_v_mode;
+  int __pyx_v_dir_fd;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[4] = {0,0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("open (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_path,&__pyx_mstate_global->__pyx_n_u_flags,&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_dir_fd,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 129, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 129, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 129, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+    }
+    __pyx_v_path = values[0];
+    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 129, __pyx_L3_error)
+    if (values[2]) {
+      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 129, __pyx_L3_error)
+    } else {
+      __pyx_v_mode = ((unsigned int)0777);
+    }
+    if (values[3]) {
+      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 129, __pyx_L3_error)
+    } else {
+      __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k_;
+    }
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 129, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_4open(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_path, __pyx_v_flags, __pyx_v_mode, __pyx_v_dir_fd);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4open(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_path, int __pyx_v_flags, unsigned int __pyx_v_mode, int __pyx_v_dir_fd) {
+  PyObject *__pyx_v_where = 0;
+  char const *__pyx_v_text;
+  int __pyx_v_fd;
+  int __pyx_v_code;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  char const *__pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("open", 0);
+
+  /* "ivshmem/_fds.pyx":137
+ *             OSError: as of open(2), with the path.
+ *         """
+ *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
+ *         cdef const char *text = where
+ *         cdef int fd, code
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 137, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 137, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_path};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 137, __pyx_L1_error)
+  __pyx_v_where = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":138
+ *         """
+ *         cdef bytes where = os.fsencode(path)
+ *         cdef const char *text = where             # <<<<<<<<<<<<<<
+ *         cdef int fd, code
+ *         if b"\0" in where:
+*/
+  if (unlikely(__pyx_v_where == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
+    __PYX_ERR(0, 138, __pyx_L1_error)
+  }
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_v_text = __pyx_t_6;
+
+  /* "ivshmem/_fds.pyx":140
+ *         cdef const char *text = where
+ *         cdef int fd, code
+ *         if b"\0" in where:             # <<<<<<<<<<<<<<
+ *             raise ValueError("embedded null byte")
+ *         while True:
+*/
+  if (unlikely(__pyx_v_where == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "argument of type \047NoneType\047 is not iterable");
+    __PYX_ERR(0, 140, __pyx_L1_error)
+  }
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 140, __pyx_L1_error)
+  if (unlikely(__pyx_t_7)) {
+
+
+    /* "ivshmem/_fds.pyx":141
+ *         cdef int fd, code
+ *         if b"\0" in where:
+ *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
+ *         while True:
+ *             with nogil:
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_embedded_null_byte};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 141, __pyx_L1_error)
+
+    /* "ivshmem/_fds.pyx":140
+ *         cdef const char *text = where
+ *         cdef int fd, code
+ *         if b"\0" in where:             # <<<<<<<<<<<<<<
+ *             raise ValueError("embedded null byte")
+ *         while True:
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":142
+ *         if b"\0" in where:
+ *             raise ValueError("embedded null byte")
+ *         while True:             # <<<<<<<<<<<<<<
+ *             with nogil:
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+*/
+  while (1) {
+
+    /* "ivshmem/_fds.pyx":143
+ *             raise ValueError("embedded null byte")
+ *         while True:
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+ *                 code = errno
+*/
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/_fds.pyx":144
+ *         while True:
+ *             with nogil:
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
+ *                 code = errno
+ *             if fd >= 0:
+*/
+          __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
+
+          /* "ivshmem/_fds.pyx":145
+ *             with nogil:
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+ *                 code = errno             # <<<<<<<<<<<<<<
+ *             if fd >= 0:
+ *                 self.take(fd)
+*/
+          __pyx_v_code = errno;
+        }
+
+        /* "ivshmem/_fds.pyx":143
+ *             raise ValueError("embedded null byte")
+ *         while True:
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+ *                 code = errno
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L10;
+          }
+          __pyx_L10:;
+        }
+    }
+
+    /* "ivshmem/_fds.pyx":146
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+ *                 code = errno
+ *             if fd >= 0:             # <<<<<<<<<<<<<<
+ *                 self.take(fd)
+ *                 return fd
+*/
+    __pyx_t_7 = (__pyx_v_fd >= 0);
+
+    if (__pyx_t_7) {
+
+
+      /* "ivshmem/_fds.pyx":147
+ *                 code = errno
+ *             if fd >= 0:
+ *                 self.take(fd)             # <<<<<<<<<<<<<<
+ *                 return fd
+ *             if code != EINTR:
+*/
+      __pyx_t_4 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_4);
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_5 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_2};
+        __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+      /* "ivshmem/_fds.pyx":148
+ *             if fd >= 0:
+ *                 self.take(fd)
+ *                 return fd             # <<<<<<<<<<<<<<
+ *             if code != EINTR:
+ *                 raise OSError(code, os.strerror(code), path)
+*/
+      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_1;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_1 = 0;
+      goto __pyx_L0;
+
+      /* "ivshmem/_fds.pyx":146
+ *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+ *                 code = errno
+ *             if fd >= 0:             # <<<<<<<<<<<<<<
+ *                 self.take(fd)
+ *                 return fd
+*/
+    }
+
+    /* "ivshmem/_fds.pyx":149
+ *                 self.take(fd)
+ *                 return fd
+ *             if code != EINTR:             # <<<<<<<<<<<<<<
+ *                 raise OSError(code, os.strerror(code), path)
+ *             PyErr_CheckSignals()
+*/
+    __pyx_t_7 = (__pyx_v_code != EINTR);
+
+    if (unlikely(__pyx_t_7)) {
+
+
+      /* "ivshmem/_fds.pyx":150
+ *                 return fd
+ *             if code != EINTR:
+ *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
+ *             PyErr_CheckSignals()
+ * 
+*/
+      __pyx_t_2 = NULL;
+      __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_8 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 150, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 150, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 150, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __pyx_t_5 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_10))) {
+        __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_10);
+        assert(__pyx_t_8);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
+        __Pyx_INCREF(__pyx_t_8);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
+        __pyx_t_5 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_9};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __pyx_t_5 = 1;
+      {
+        PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_4, __pyx_t_3, __pyx_v_path};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+      }
+      __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __PYX_ERR(0, 150, __pyx_L1_error)
+
+      /* "ivshmem/_fds.pyx":149
+ *                 self.take(fd)
+ *                 return fd
+ *             if code != EINTR:             # <<<<<<<<<<<<<<
+ *                 raise OSError(code, os.strerror(code), path)
+ *             PyErr_CheckSignals()
+*/
+    }
+
+    /* "ivshmem/_fds.pyx":151
+ *             if code != EINTR:
+ *                 raise OSError(code, os.strerror(code), path)
+ *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ * 
+ *     def memfd(self, name, unsigned int flags):
+*/
+    __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+
+  }
+
+  /* "ivshmem/_fds.pyx":129
+ *         return array
+ * 
+ *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
+ *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.open", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_where);
+
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":153
+ *             PyErr_CheckSignals()
+ * 
+ *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
+ *         """memfd_create(2), owned at once like what `open` gives.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_7memfd(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_6memfd, "memfd_create(2), owned at once like what `open` gives.\n\n        Raises:\n            OSError: as of memfd_create(2).\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_7memfd = {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_7memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_6memfd};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_7memfd(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_name = 0;
+  unsigned int __pyx_v_flags;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("memfd (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_flags,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 153, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 153, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 153, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 153, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 153, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 153, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 153, __pyx_L3_error)
+    }
+    __pyx_v_name = values[0];
+    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 153, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 153, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_6memfd(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_name, __pyx_v_flags);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6memfd(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, PyObject *__pyx_v_name, unsigned int __pyx_v_flags) {
+  PyObject *__pyx_v_called = 0;
+  int __pyx_v_fd;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  char const *__pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("memfd", 0);
+
+  /* "ivshmem/_fds.pyx":159
+ *             OSError: as of memfd_create(2).
+ *         """
+ *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
+ *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
+ *         if fd < 0:
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_name};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_v_called = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":160
+ *         """
+ *         cdef bytes called = os.fsencode(name)
+ *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
+ *         if fd < 0:
+ *             fail()
+*/
+  if (unlikely(__pyx_v_called == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
+    __PYX_ERR(0, 160, __pyx_L1_error)
+  }
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
+
+
+  /* "ivshmem/_fds.pyx":161
+ *         cdef bytes called = os.fsencode(name)
+ *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
+ *         if fd < 0:             # <<<<<<<<<<<<<<
+ *             fail()
+ *         self.take(fd)
+*/
+  __pyx_t_7 = (__pyx_v_fd < 0);
+
+  if (__pyx_t_7) {
+
+
+    /* "ivshmem/_fds.pyx":162
+ *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
+ *         if fd < 0:
+ *             fail()             # <<<<<<<<<<<<<<
+ *         self.take(fd)
+ *         return fd
+*/
+    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":161
+ *         cdef bytes called = os.fsencode(name)
+ *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
+ *         if fd < 0:             # <<<<<<<<<<<<<<
+ *             fail()
+ *         self.take(fd)
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":163
+ *         if fd < 0:
+ *             fail()
+ *         self.take(fd)             # <<<<<<<<<<<<<<
+ *         return fd
+ * 
+*/
+  __pyx_t_4 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_2};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":164
+ *             fail()
+ *         self.take(fd)
+ *         return fd             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":153
+ *             PyErr_CheckSignals()
+ * 
+ *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
+ *         """memfd_create(2), owned at once like what `open` gives.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._fds.FdArray.memfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_called);
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":166
+ *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, int fd):
@@ -5114,16 +5917,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5take(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_4take, "Append `fd` and own it from now on, also when this call fails.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_5take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4take};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_5take(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_8take, "Append `fd` and own it from now on, also when this call fails.");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_9take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_9take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_8take};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5153,32 +5956,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 166, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 166, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 103, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 166, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 104, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 167, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 166, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5189,7 +5992,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_4take(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_8take(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5200,7 +6003,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8take(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, int __pyx_v_fd) {
   int *__pyx_v_grown;
   Py_ssize_t __pyx_v_i;
   PyObject *__pyx_r = NULL;
@@ -5226,7 +6029,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":108
+        /* "ivshmem/_fds.pyx":171
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -5238,7 +6041,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":109
+          /* "ivshmem/_fds.pyx":172
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -5247,7 +6050,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/_fds.pyx":110
+          /* "ivshmem/_fds.pyx":173
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -5255,7 +6058,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 173, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -5274,14 +6077,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 110, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 110, __pyx_L4_error)
+          __PYX_ERR(0, 173, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":108
+          /* "ivshmem/_fds.pyx":171
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -5290,7 +6093,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
         }
 
-        /* "ivshmem/_fds.pyx":111
+        /* "ivshmem/_fds.pyx":174
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -5302,7 +6105,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":113
+          /* "ivshmem/_fds.pyx":176
  *         if self.count == self.room:
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -5311,7 +6114,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/_fds.pyx":114
+          /* "ivshmem/_fds.pyx":177
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -5323,7 +6126,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_fds.pyx":115
+            /* "ivshmem/_fds.pyx":178
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -5332,7 +6135,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/_fds.pyx":114
+            /* "ivshmem/_fds.pyx":177
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -5341,7 +6144,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           }
 
-          /* "ivshmem/_fds.pyx":116
+          /* "ivshmem/_fds.pyx":179
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -5353,7 +6156,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/_fds.pyx":117
+            /* "ivshmem/_fds.pyx":180
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -5362,16 +6165,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/_fds.pyx":118
+            /* "ivshmem/_fds.pyx":181
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 118, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 181, __pyx_L4_error)
 
-            /* "ivshmem/_fds.pyx":116
+            /* "ivshmem/_fds.pyx":179
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -5380,7 +6183,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           }
 
-          /* "ivshmem/_fds.pyx":119
+          /* "ivshmem/_fds.pyx":182
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -5394,7 +6197,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/_fds.pyx":120
+            /* "ivshmem/_fds.pyx":183
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -5405,7 +6208,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
           }
 
 
-          /* "ivshmem/_fds.pyx":121
+          /* "ivshmem/_fds.pyx":184
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
@@ -5417,7 +6220,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/_fds.pyx":122
+          /* "ivshmem/_fds.pyx":185
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
@@ -5426,7 +6229,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/_fds.pyx":123
+          /* "ivshmem/_fds.pyx":186
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
  *             self.fds = grown             # <<<<<<<<<<<<<<
@@ -5435,7 +6238,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           __pyx_v_self->fds = __pyx_v_grown;
 
-          /* "ivshmem/_fds.pyx":124
+          /* "ivshmem/_fds.pyx":187
  *             self.outgrown_count += 1
  *             self.fds = grown
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -5444,7 +6247,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/_fds.pyx":111
+          /* "ivshmem/_fds.pyx":174
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -5453,7 +6256,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
         }
 
-        /* "ivshmem/_fds.pyx":125
+        /* "ivshmem/_fds.pyx":188
  *             self.fds = grown
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
@@ -5462,7 +6265,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/_fds.pyx":126
+        /* "ivshmem/_fds.pyx":189
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         self.count += 1             # <<<<<<<<<<<<<<
@@ -5472,8 +6275,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
         __pyx_v_self->count = (__pyx_v_self->count + 1);
       }
 
-      /* "ivshmem/_fds.pyx":103
- *         return array
+      /* "ivshmem/_fds.pyx":166
+ *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, int fd):
@@ -5511,7 +6314,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":128
+/* "ivshmem/_fds.pyx":191
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -5520,26 +6323,26 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4take(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_7__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_7__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_11__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_4_fds_7FdArray_11__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_10__len__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_10__len__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   Py_ssize_t __pyx_r;
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":129
+  /* "ivshmem/_fds.pyx":192
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -5561,7 +6364,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":128
+  /* "ivshmem/_fds.pyx":191
  *         self.count += 1
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -5575,7 +6378,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":131
+/* "ivshmem/_fds.pyx":194
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5584,18 +6387,18 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_6__len__(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_8__getitem__, "The descriptor, still owned by the array.");
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_13__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_12__getitem__, "The descriptor, still owned by the array.");
 #if CYTHON_UPDATE_DESCRIPTOR_DOC
-struct wrapperbase __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__;
+struct wrapperbase __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_12__getitem__;
 #endif
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_13__getitem__(PyObject *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getitem__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), ((Py_ssize_t)__pyx_v_index));
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_12__getitem__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), ((Py_ssize_t)__pyx_v_index));
 
   /* function exit code */
 
@@ -5603,7 +6406,7 @@ static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(PyObject *__pyx_v
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12__getitem__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5630,7 +6433,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":134
+        /* "ivshmem/_fds.pyx":197
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -5647,7 +6450,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 134, __pyx_L4_error)
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 197, __pyx_L4_error)
         __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
@@ -5658,7 +6461,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":135
+          /* "ivshmem/_fds.pyx":198
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -5666,10 +6469,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
  * 
 */
           __pyx_t_6 = NULL;
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 198, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 135, __pyx_L4_error)
-          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 135, __pyx_L4_error)
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 198, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 198, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
 
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -5682,7 +6485,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
           #endif
           __pyx_t_10 = 0;
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 135, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 198, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -5692,14 +6495,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 135, __pyx_L4_error)
+          __PYX_ERR(0, 198, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":134
+          /* "ivshmem/_fds.pyx":197
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -5708,14 +6511,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/_fds.pyx":136
+        /* "ivshmem/_fds.pyx":199
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     def signal(self, Py_ssize_t index):
 */
-        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 136, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 199, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -5730,7 +6533,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":131
+      /* "ivshmem/_fds.pyx":194
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5772,7 +6575,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":138
+/* "ivshmem/_fds.pyx":201
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -5781,16 +6584,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8__getitem__(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11signal(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_10signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_11signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10signal};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_11signal(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_14signal, "Add 1 to eventfd `index`, which must be this process\047s alone; nothing if closed.");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_15signal = {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_15signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_14signal};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15signal(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5820,32 +6623,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 138, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 201, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 201, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 138, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 201, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 138, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 201, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 201, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 138, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 201, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 138, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 201, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5856,7 +6659,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_10signal(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_14signal(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -5867,7 +6670,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14signal(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -5878,7 +6681,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":141
+  /* "ivshmem/_fds.pyx":204
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -5890,7 +6693,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":142
+    /* "ivshmem/_fds.pyx":205
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -5907,7 +6710,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":141
+    /* "ivshmem/_fds.pyx":204
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -5916,7 +6719,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":143
+  /* "ivshmem/_fds.pyx":206
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -5937,7 +6740,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":144
+  /* "ivshmem/_fds.pyx":207
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -5946,7 +6749,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":145
+  /* "ivshmem/_fds.pyx":208
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -5958,17 +6761,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":146
+    /* "ivshmem/_fds.pyx":209
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def drain(self, Py_ssize_t index):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":145
+    /* "ivshmem/_fds.pyx":208
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -5977,7 +6780,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":138
+  /* "ivshmem/_fds.pyx":201
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -5998,7 +6801,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":148
+/* "ivshmem/_fds.pyx":211
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -6007,16 +6810,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10signal(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_13drain(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_17drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_12drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_13drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_13drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_12drain};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_13drain(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_16drain, "The count of eventfd `index`, set back to 0. Never blocks, whoever shares it.");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_17drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_17drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_16drain};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_17drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6046,32 +6849,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 148, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 148, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 148, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 211, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 148, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6082,7 +6885,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_12drain(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_16drain(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6093,7 +6896,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16drain(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6104,20 +6907,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/_fds.pyx":150
+  /* "ivshmem/_fds.pyx":213
  *     def drain(self, Py_ssize_t index):
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 213, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -6131,7 +6934,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":148
+  /* "ivshmem/_fds.pyx":211
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -6150,7 +6953,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_12drain(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":152
+/* "ivshmem/_fds.pyx":215
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6165,7 +6968,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":154
+  /* "ivshmem/_fds.pyx":217
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -6176,7 +6979,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":155
+  /* "ivshmem/_fds.pyx":218
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0             # <<<<<<<<<<<<<<
@@ -6185,7 +6988,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->count = 0;
 
-  /* "ivshmem/_fds.pyx":156
+  /* "ivshmem/_fds.pyx":219
  *         cdef Py_ssize_t count = self.count
  *         self.count = 0
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -6199,7 +7002,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":157
+    /* "ivshmem/_fds.pyx":220
  *         self.count = 0
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -6210,7 +7013,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   }
 
 
-  /* "ivshmem/_fds.pyx":152
+  /* "ivshmem/_fds.pyx":215
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6223,7 +7026,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
 }
 
-/* "ivshmem/_fds.pyx":159
+/* "ivshmem/_fds.pyx":222
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6234,7 +7037,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":161
+  /* "ivshmem/_fds.pyx":224
  *     cdef bint enter(self) noexcept nogil:
  *         """One user more; False if it is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -6247,7 +7050,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":159
+  /* "ivshmem/_fds.pyx":222
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6260,7 +7063,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":163
+/* "ivshmem/_fds.pyx":226
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6271,7 +7074,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":165
+  /* "ivshmem/_fds.pyx":228
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -6283,7 +7086,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":166
+    /* "ivshmem/_fds.pyx":229
  *         """One user less."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -6292,7 +7095,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
     __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_fds.pyx":165
+    /* "ivshmem/_fds.pyx":228
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -6301,7 +7104,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
   }
 
-  /* "ivshmem/_fds.pyx":163
+  /* "ivshmem/_fds.pyx":226
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6312,7 +7115,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   /* function exit code */
 }
 
-/* "ivshmem/_fds.pyx":168
+/* "ivshmem/_fds.pyx":231
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6321,16 +7124,16 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_14close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_14close};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_15close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_18close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_19close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18close};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6356,14 +7159,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_14close(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_18close(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18close(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6376,7 +7179,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":170
+        /* "ivshmem/_fds.pyx":233
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -6388,7 +7191,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":171
+          /* "ivshmem/_fds.pyx":234
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -6397,7 +7200,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
 */
           __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/_fds.pyx":170
+          /* "ivshmem/_fds.pyx":233
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -6407,7 +7210,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
         }
       }
 
-      /* "ivshmem/_fds.pyx":168
+      /* "ivshmem/_fds.pyx":231
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6431,7 +7234,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":173
+/* "ivshmem/_fds.pyx":236
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6440,25 +7243,25 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14close(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_4_fds_7FdArray_17__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_4_fds_7FdArray_17__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_4_fds_7FdArray_21__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_4_fds_7FdArray_21__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_pf_7ivshmem_4_fds_7FdArray_20__dealloc__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_4_fds_7FdArray_20__dealloc__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_v_i;
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":175
+  /* "ivshmem/_fds.pyx":238
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -6467,7 +7270,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":176
+  /* "ivshmem/_fds.pyx":239
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -6476,7 +7279,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivs
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_fds.pyx":177
+  /* "ivshmem/_fds.pyx":240
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -6490,7 +7293,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivs
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":178
+    /* "ivshmem/_fds.pyx":241
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -6501,7 +7304,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivs
   }
 
 
-  /* "ivshmem/_fds.pyx":173
+  /* "ivshmem/_fds.pyx":236
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6521,16 +7324,16 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_16__dealloc__(struct __pyx_obj_7ivs
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_23__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_18__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_19__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_19__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_22__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_23__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_22__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_23__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6556,14 +7359,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_18__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_22__reduce_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6603,16 +7406,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18__reduce_cython__(CYTHON_UNU
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_21__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_25__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_20__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_21__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_20__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_21__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_7FdArray_24__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_7FdArray_25__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_24__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_4_fds_7FdArray_25__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6678,7 +7481,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_20__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_7FdArray_24__setstate_cython__(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6688,7 +7491,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6720,7 +7523,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20__setstate_cython__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":198
+/* "ivshmem/_fds.pyx":261
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -6794,7 +7597,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":199
+  /* "ivshmem/_fds.pyx":262
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -6803,7 +7606,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":200
+  /* "ivshmem/_fds.pyx":263
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -6812,7 +7615,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":201
+  /* "ivshmem/_fds.pyx":264
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -6821,7 +7624,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":202
+  /* "ivshmem/_fds.pyx":265
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -6829,22 +7632,22 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6866,14 +7669,14 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 202, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 265, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_fds.pyx":204
+  /* "ivshmem/_fds.pyx":267
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -6885,7 +7688,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_fds.pyx":205
+    /* "ivshmem/_fds.pyx":268
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -6894,18 +7697,18 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":206
+      /* "ivshmem/_fds.pyx":269
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_fds.pyx":208
+    /* "ivshmem/_fds.pyx":271
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -6921,7 +7724,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 208, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6955,7 +7758,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 208, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6985,7 +7788,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
       __pyx_L6:;
     }
 
-    /* "ivshmem/_fds.pyx":204
+    /* "ivshmem/_fds.pyx":267
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -6994,7 +7797,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":198
+  /* "ivshmem/_fds.pyx":261
  *     cdef int pid
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -7020,7 +7823,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":210
+/* "ivshmem/_fds.pyx":273
  *                 self.close()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7068,32 +7871,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 210, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 273, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 210, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 273, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 210, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 273, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 210, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 210, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 273, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7153,7 +7956,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":219
+        /* "ivshmem/_fds.pyx":282
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -7165,7 +7968,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":220
+          /* "ivshmem/_fds.pyx":283
  *         cdef long count, done, n
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -7173,7 +7976,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *             count = 0
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -7192,14 +7995,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 220, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 220, __pyx_L4_error)
+          __PYX_ERR(0, 283, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":219
+          /* "ivshmem/_fds.pyx":282
  *         cdef Py_ssize_t first, i
  *         cdef long count, done, n
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -7208,7 +8011,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
         }
 
-        /* "ivshmem/_fds.pyx":221
+        /* "ivshmem/_fds.pyx":284
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -7216,11 +8019,11 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
  *             for fd in fds[first : first + BATCH]:
 */
         __pyx_t_5 = NULL;
-        __pyx_t_7 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_7 == ((Py_ssize_t)-1))) __PYX_ERR(0, 221, __pyx_L4_error)
-        __pyx_t_4 = PyLong_FromSsize_t(__pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 221, __pyx_L4_error)
+        __pyx_t_7 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_7 == ((Py_ssize_t)-1))) __PYX_ERR(0, 284, __pyx_L4_error)
+        __pyx_t_4 = PyLong_FromSsize_t(__pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
 
-        __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 221, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 284, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_6 = 1;
         {
@@ -7229,12 +8032,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 284, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
-        __pyx_t_8 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 221, __pyx_L4_error)
+        __pyx_t_8 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 284, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
-        __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 221, __pyx_L4_error)
+        __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 284, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         for (;;) {
           {
@@ -7242,18 +8045,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
             if (unlikely(!__pyx_t_3)) {
               PyObject* exc_type = PyErr_Occurred();
               if (exc_type) {
-                if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 221, __pyx_L4_error)
+                if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 284, __pyx_L4_error)
                 PyErr_Clear();
               }
               break;
             }
           }
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_3); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_3); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __pyx_v_first = __pyx_t_7;
 
-          /* "ivshmem/_fds.pyx":222
+          /* "ivshmem/_fds.pyx":285
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -7262,23 +8065,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
           __pyx_v_count = 0;
 
-          /* "ivshmem/_fds.pyx":223
+          /* "ivshmem/_fds.pyx":286
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
 */
-          __pyx_t_3 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L4_error)
+          __pyx_t_3 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 286, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
           if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
             __pyx_t_4 = __pyx_t_3; __Pyx_INCREF(__pyx_t_4);
             __pyx_t_7 = 0;
             __pyx_t_10 = NULL;
           } else {
-            __pyx_t_7 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 223, __pyx_L4_error)
+            __pyx_t_7 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 223, __pyx_L4_error)
+            __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 286, __pyx_L4_error)
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           for (;;) {
@@ -7287,7 +8090,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 223, __pyx_L4_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 286, __pyx_L4_error)
                   #endif
                   if (__pyx_t_7 >= __pyx_temp) break;
                 }
@@ -7297,7 +8100,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 223, __pyx_L4_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 286, __pyx_L4_error)
                   #endif
                   if (__pyx_t_7 >= __pyx_temp) break;
                 }
@@ -7308,13 +8111,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
                 #endif
                 ++__pyx_t_7;
               }
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L4_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 286, __pyx_L4_error)
             } else {
               __pyx_t_3 = __pyx_t_10(__pyx_t_4);
               if (unlikely(!__pyx_t_3)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 223, __pyx_L4_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 286, __pyx_L4_error)
                   PyErr_Clear();
                 }
                 break;
@@ -7324,7 +8127,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
             __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_3);
             __pyx_t_3 = 0;
 
-            /* "ivshmem/_fds.pyx":224
+            /* "ivshmem/_fds.pyx":287
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -7333,7 +8136,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (void)(memset((&(__pyx_v_requests[__pyx_v_count])), 0, (sizeof(struct iocb))));
 
-            /* "ivshmem/_fds.pyx":225
+            /* "ivshmem/_fds.pyx":288
  *             for fd in fds[first : first + BATCH]:
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -7342,7 +8145,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (__pyx_v_requests[__pyx_v_count]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-            /* "ivshmem/_fds.pyx":226
+            /* "ivshmem/_fds.pyx":289
  *                 memset(&requests[count], 0, sizeof(iocb))
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -7353,7 +8156,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 
             (__pyx_v_requests[__pyx_v_count]).aio_fildes = __pyx_t_11;
 
-            /* "ivshmem/_fds.pyx":227
+            /* "ivshmem/_fds.pyx":290
  *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
@@ -7362,7 +8165,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (__pyx_v_requests[__pyx_v_count]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
 
-            /* "ivshmem/_fds.pyx":228
+            /* "ivshmem/_fds.pyx":291
  *                 requests[count].aio_fildes = self.zero
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -7371,7 +8174,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (__pyx_v_requests[__pyx_v_count]).aio_nbytes = 1;
 
-            /* "ivshmem/_fds.pyx":229
+            /* "ivshmem/_fds.pyx":292
  *                 requests[count].aio_buf = <uint64_t>&nothing[0]
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -7380,17 +8183,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (__pyx_v_requests[__pyx_v_count]).aio_flags = IOCB_FLAG_RESFD;
 
-            /* "ivshmem/_fds.pyx":230
+            /* "ivshmem/_fds.pyx":293
  *                 requests[count].aio_nbytes = 1
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 pointers[count] = &requests[count]
  *                 count += 1
 */
-            __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L4_error)
+            __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 293, __pyx_L4_error)
             (__pyx_v_requests[__pyx_v_count]).aio_resfd = __pyx_t_12;
 
-            /* "ivshmem/_fds.pyx":231
+            /* "ivshmem/_fds.pyx":294
  *                 requests[count].aio_flags = IOCB_FLAG_RESFD
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]             # <<<<<<<<<<<<<<
@@ -7399,7 +8202,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             (__pyx_v_pointers[__pyx_v_count]) = (&(__pyx_v_requests[__pyx_v_count]));
 
-            /* "ivshmem/_fds.pyx":232
+            /* "ivshmem/_fds.pyx":295
  *                 requests[count].aio_resfd = fd
  *                 pointers[count] = &requests[count]
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -7408,7 +8211,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             __pyx_v_count = (__pyx_v_count + 1);
 
-            /* "ivshmem/_fds.pyx":223
+            /* "ivshmem/_fds.pyx":286
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -7418,7 +8221,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-          /* "ivshmem/_fds.pyx":233
+          /* "ivshmem/_fds.pyx":296
  *                 pointers[count] = &requests[count]
  *                 count += 1
  *             done = 0             # <<<<<<<<<<<<<<
@@ -7427,7 +8230,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
           __pyx_v_done = 0;
 
-          /* "ivshmem/_fds.pyx":234
+          /* "ivshmem/_fds.pyx":297
  *                 count += 1
  *             done = 0
  *             while done < count:             # <<<<<<<<<<<<<<
@@ -7440,7 +8243,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 
             if (!__pyx_t_2) break;
 
-            /* "ivshmem/_fds.pyx":235
+            /* "ivshmem/_fds.pyx":298
  *             done = 0
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -7449,7 +8252,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-            /* "ivshmem/_fds.pyx":236
+            /* "ivshmem/_fds.pyx":299
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -7461,7 +8264,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
             if (__pyx_t_2) {
 
 
-              /* "ivshmem/_fds.pyx":237
+              /* "ivshmem/_fds.pyx":300
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -7472,7 +8275,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
                 case EINTR:
                 case EAGAIN:
 
-                /* "ivshmem/_fds.pyx":238
+                /* "ivshmem/_fds.pyx":301
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue             # <<<<<<<<<<<<<<
@@ -7481,7 +8284,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
                 goto __pyx_L12_continue;
 
-                /* "ivshmem/_fds.pyx":237
+                /* "ivshmem/_fds.pyx":300
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:
  *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -7492,17 +8295,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
                 default: break;
               }
 
-              /* "ivshmem/_fds.pyx":239
+              /* "ivshmem/_fds.pyx":302
  *                     if errno == EINTR or errno == EAGAIN:
  *                         continue
  *                     fail()             # <<<<<<<<<<<<<<
  *                 done += n
  *                 i = 0
 */
-              __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L4_error)
+              __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L4_error)
 
 
-              /* "ivshmem/_fds.pyx":236
+              /* "ivshmem/_fds.pyx":299
  *             while done < count:
  *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -7511,7 +8314,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             }
 
-            /* "ivshmem/_fds.pyx":240
+            /* "ivshmem/_fds.pyx":303
  *                         continue
  *                     fail()
  *                 done += n             # <<<<<<<<<<<<<<
@@ -7520,7 +8323,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-            /* "ivshmem/_fds.pyx":241
+            /* "ivshmem/_fds.pyx":304
  *                     fail()
  *                 done += n
  *                 i = 0             # <<<<<<<<<<<<<<
@@ -7529,7 +8332,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 */
             __pyx_v_i = 0;
 
-            /* "ivshmem/_fds.pyx":242
+            /* "ivshmem/_fds.pyx":305
  *                 done += n
  *                 i = 0
  *                 while i < n:             # <<<<<<<<<<<<<<
@@ -7542,7 +8345,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
 
               if (!__pyx_t_2) break;
 
-              /* "ivshmem/_fds.pyx":243
+              /* "ivshmem/_fds.pyx":306
  *                 i = 0
  *                 while i < n:
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)             # <<<<<<<<<<<<<<
@@ -7569,7 +8372,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
             __pyx_L12_continue:;
           }
 
-          /* "ivshmem/_fds.pyx":221
+          /* "ivshmem/_fds.pyx":284
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -7580,7 +8383,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       }
 
-      /* "ivshmem/_fds.pyx":210
+      /* "ivshmem/_fds.pyx":273
  *                 self.close()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7628,7 +8431,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":245
+/* "ivshmem/_fds.pyx":308
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7686,7 +8489,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":246
+  /* "ivshmem/_fds.pyx":309
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7712,7 +8515,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":247
+    /* "ivshmem/_fds.pyx":310
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -7721,7 +8524,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
     (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-    /* "ivshmem/_fds.pyx":246
+    /* "ivshmem/_fds.pyx":309
  * 
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7730,7 +8533,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":248
+  /* "ivshmem/_fds.pyx":311
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7739,7 +8542,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":249
+  /* "ivshmem/_fds.pyx":312
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -7751,7 +8554,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":250
+    /* "ivshmem/_fds.pyx":313
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -7760,7 +8563,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
     (void)(close(__pyx_v_self->zero));
 
-    /* "ivshmem/_fds.pyx":249
+    /* "ivshmem/_fds.pyx":312
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -7769,7 +8572,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":251
+  /* "ivshmem/_fds.pyx":314
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -7778,7 +8581,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":245
+  /* "ivshmem/_fds.pyx":308
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7793,7 +8596,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":253
+/* "ivshmem/_fds.pyx":316
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7824,7 +8627,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":254
+  /* "ivshmem/_fds.pyx":317
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -7838,12 +8641,12 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 254, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":253
+  /* "ivshmem/_fds.pyx":316
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8068,7 +8871,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":271
+/* "ivshmem/_fds.pyx":334
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -8115,39 +8918,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 334, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 334, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 334, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 271, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 334, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 334, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 334, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 334, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8196,7 +8999,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":273
+  /* "ivshmem/_fds.pyx":336
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -8205,7 +9008,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":274
+  /* "ivshmem/_fds.pyx":337
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -8214,7 +9017,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":275
+  /* "ivshmem/_fds.pyx":338
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -8223,7 +9026,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":276
+  /* "ivshmem/_fds.pyx":339
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -8239,7 +9042,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":277
+      /* "ivshmem/_fds.pyx":340
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -8248,7 +9051,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 277, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 340, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -8266,17 +9069,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":278
+        /* "ivshmem/_fds.pyx":341
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":277
+        /* "ivshmem/_fds.pyx":340
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -8285,7 +9088,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":279
+      /* "ivshmem/_fds.pyx":342
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -8297,17 +9100,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":280
+        /* "ivshmem/_fds.pyx":343
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":279
+        /* "ivshmem/_fds.pyx":342
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -8316,7 +9119,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":281
+      /* "ivshmem/_fds.pyx":344
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -8328,9 +9131,9 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 344, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 281, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 344, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -8338,7 +9141,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 281, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 344, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -8348,7 +9151,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 281, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 344, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -8359,13 +9162,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 281, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 344, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 281, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 344, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -8375,7 +9178,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":282
+        /* "ivshmem/_fds.pyx":345
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -8384,7 +9187,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":283
+        /* "ivshmem/_fds.pyx":346
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -8393,7 +9196,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":284
+        /* "ivshmem/_fds.pyx":347
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -8402,7 +9205,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":285
+        /* "ivshmem/_fds.pyx":348
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -8411,7 +9214,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":286
+        /* "ivshmem/_fds.pyx":349
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -8420,17 +9223,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":287
+        /* "ivshmem/_fds.pyx":350
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 350, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":288
+        /* "ivshmem/_fds.pyx":351
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -8442,17 +9245,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":289
+          /* "ivshmem/_fds.pyx":352
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":288
+          /* "ivshmem/_fds.pyx":351
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -8461,7 +9264,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":281
+        /* "ivshmem/_fds.pyx":344
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -8471,7 +9274,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":276
+      /* "ivshmem/_fds.pyx":339
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -8487,7 +9290,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":290
+    /* "ivshmem/_fds.pyx":353
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -8497,12 +9300,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 290, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 353, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":291
+      /* "ivshmem/_fds.pyx":354
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -8516,12 +9319,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 291, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 354, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":292
+      /* "ivshmem/_fds.pyx":355
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -8533,11 +9336,11 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 292, __pyx_L5_except_error)
+      __PYX_ERR(0, 355, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":276
+    /* "ivshmem/_fds.pyx":339
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -8553,7 +9356,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":271
+  /* "ivshmem/_fds.pyx":334
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -8581,7 +9384,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":294
+/* "ivshmem/_fds.pyx":357
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8594,7 +9397,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":296
+  /* "ivshmem/_fds.pyx":359
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -8622,7 +9425,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":294
+  /* "ivshmem/_fds.pyx":357
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8635,7 +9438,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":298
+/* "ivshmem/_fds.pyx":361
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8695,7 +9498,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":300
+  /* "ivshmem/_fds.pyx":363
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -8706,7 +9509,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":301
+  /* "ivshmem/_fds.pyx":364
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -8715,7 +9518,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":302
+  /* "ivshmem/_fds.pyx":365
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -8741,7 +9544,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":303
+    /* "ivshmem/_fds.pyx":366
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -8750,7 +9553,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":302
+    /* "ivshmem/_fds.pyx":365
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -8759,7 +9562,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":298
+  /* "ivshmem/_fds.pyx":361
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8775,7 +9578,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":305
+/* "ivshmem/_fds.pyx":368
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8806,7 +9609,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":306
+  /* "ivshmem/_fds.pyx":369
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -8820,12 +9623,12 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":305
+  /* "ivshmem/_fds.pyx":368
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9050,7 +9853,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":317
+/* "ivshmem/_fds.pyx":380
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9107,7 +9910,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":318
+  /* "ivshmem/_fds.pyx":381
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -9116,7 +9919,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":319
+  /* "ivshmem/_fds.pyx":382
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -9125,7 +9928,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":320
+  /* "ivshmem/_fds.pyx":383
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -9137,17 +9940,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":321
+    /* "ivshmem/_fds.pyx":384
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":320
+    /* "ivshmem/_fds.pyx":383
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -9156,7 +9959,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":317
+  /* "ivshmem/_fds.pyx":380
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9175,7 +9978,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":323
+/* "ivshmem/_fds.pyx":386
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -9239,7 +10042,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":324
+  /* "ivshmem/_fds.pyx":387
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -9251,7 +10054,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":325
+    /* "ivshmem/_fds.pyx":388
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -9259,7 +10062,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9278,14 +10081,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 325, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":324
+    /* "ivshmem/_fds.pyx":387
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -9294,14 +10097,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":326
+  /* "ivshmem/_fds.pyx":389
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -9314,7 +10117,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":323
+  /* "ivshmem/_fds.pyx":386
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -9335,7 +10138,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":328
+/* "ivshmem/_fds.pyx":391
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -9357,7 +10160,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":330
+  /* "ivshmem/_fds.pyx":393
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -9366,7 +10169,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":331
+  /* "ivshmem/_fds.pyx":394
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -9375,7 +10178,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":332
+  /* "ivshmem/_fds.pyx":395
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -9384,7 +10187,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":333
+  /* "ivshmem/_fds.pyx":396
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -9398,10 +10201,10 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 333, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 396, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -9409,17 +10212,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":334
+    /* "ivshmem/_fds.pyx":397
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":333
+    /* "ivshmem/_fds.pyx":396
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -9428,7 +10231,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":335
+  /* "ivshmem/_fds.pyx":398
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9441,7 +10244,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":328
+  /* "ivshmem/_fds.pyx":391
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -9462,7 +10265,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":337
+/* "ivshmem/_fds.pyx":400
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -9512,46 +10315,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 400, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 400, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 400, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 400, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 337, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 400, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 400, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 400, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 400, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 400, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 400, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 400, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9584,17 +10387,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":339
+  /* "ivshmem/_fds.pyx":402
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":337
+  /* "ivshmem/_fds.pyx":400
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -9614,7 +10417,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":341
+/* "ivshmem/_fds.pyx":404
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -9664,46 +10467,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 341, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 404, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 341, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 404, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 404, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 404, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 341, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 404, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 404, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 341, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 404, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 404, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 404, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 404, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 341, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 404, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9736,17 +10539,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":342
+  /* "ivshmem/_fds.pyx":405
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":341
+  /* "ivshmem/_fds.pyx":404
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -9766,7 +10569,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":344
+/* "ivshmem/_fds.pyx":407
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -9814,32 +10617,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 407, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 407, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 344, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 407, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 344, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 407, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 407, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9870,17 +10673,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":345
+  /* "ivshmem/_fds.pyx":408
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":344
+  /* "ivshmem/_fds.pyx":407
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -9900,7 +10703,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":347
+/* "ivshmem/_fds.pyx":410
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9948,24 +10751,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 347, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 410, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 347, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 347, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 410, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 347, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9976,7 +10779,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 347, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 410, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10020,17 +10823,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":350
+  /* "ivshmem/_fds.pyx":413
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 350, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 413, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":352
+  /* "ivshmem/_fds.pyx":415
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -10044,14 +10847,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 415, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":353
+  /* "ivshmem/_fds.pyx":416
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -10060,17 +10863,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":354
+    /* "ivshmem/_fds.pyx":417
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 417, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":355
+    /* "ivshmem/_fds.pyx":418
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10082,7 +10885,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":356
+      /* "ivshmem/_fds.pyx":419
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -10090,7 +10893,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -10098,20 +10901,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 419, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 356, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 419, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 419, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 356, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 419, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -10127,7 +10930,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":355
+      /* "ivshmem/_fds.pyx":418
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10137,7 +10940,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":410
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10166,7 +10969,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":358
+/* "ivshmem/_fds.pyx":421
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10225,7 +11028,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":359
+  /* "ivshmem/_fds.pyx":422
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -10236,7 +11039,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":360
+  /* "ivshmem/_fds.pyx":423
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -10245,7 +11048,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":361
+  /* "ivshmem/_fds.pyx":424
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -10257,7 +11060,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":362
+    /* "ivshmem/_fds.pyx":425
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -10266,7 +11069,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":361
+    /* "ivshmem/_fds.pyx":424
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -10275,7 +11078,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":358
+  /* "ivshmem/_fds.pyx":421
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10291,7 +11094,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":364
+/* "ivshmem/_fds.pyx":427
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10315,7 +11118,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":365
+  /* "ivshmem/_fds.pyx":428
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -10327,7 +11130,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":366
+    /* "ivshmem/_fds.pyx":429
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -10336,7 +11139,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":365
+    /* "ivshmem/_fds.pyx":428
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -10345,7 +11148,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":364
+  /* "ivshmem/_fds.pyx":427
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10563,7 +11366,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":369
+/* "ivshmem/_fds.pyx":432
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -10587,7 +11390,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":373
+  /* "ivshmem/_fds.pyx":436
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -10599,7 +11402,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":374
+    /* "ivshmem/_fds.pyx":437
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -10608,7 +11411,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":373
+    /* "ivshmem/_fds.pyx":436
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -10618,7 +11421,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":376
+  /* "ivshmem/_fds.pyx":439
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -10638,7 +11441,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":378
+    /* "ivshmem/_fds.pyx":441
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -10674,7 +11477,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":379
+  /* "ivshmem/_fds.pyx":442
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -10687,7 +11490,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":380
+        /* "ivshmem/_fds.pyx":443
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -10696,7 +11499,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":381
+        /* "ivshmem/_fds.pyx":444
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -10706,7 +11509,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":379
+      /* "ivshmem/_fds.pyx":442
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -10723,7 +11526,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":382
+  /* "ivshmem/_fds.pyx":445
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -10735,7 +11538,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":383
+    /* "ivshmem/_fds.pyx":446
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -10748,7 +11551,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":382
+    /* "ivshmem/_fds.pyx":445
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -10757,7 +11560,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":384
+  /* "ivshmem/_fds.pyx":447
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -10769,17 +11572,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":385
+    /* "ivshmem/_fds.pyx":448
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 448, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":384
+    /* "ivshmem/_fds.pyx":447
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -10788,17 +11591,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":386
+  /* "ivshmem/_fds.pyx":449
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 449, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":387
+  /* "ivshmem/_fds.pyx":450
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -10811,7 +11614,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":369
+  /* "ivshmem/_fds.pyx":432
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -10832,7 +11635,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":390
+/* "ivshmem/_fds.pyx":453
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -10855,7 +11658,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":391
+  /* "ivshmem/_fds.pyx":454
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -10863,15 +11666,15 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 391, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 454, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -10879,14 +11682,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 391, __pyx_L1_error)
+  __PYX_ERR(0, 454, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":390
+  /* "ivshmem/_fds.pyx":453
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -10907,7 +11710,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":400
+/* "ivshmem/_fds.pyx":463
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -10964,7 +11767,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":401
+  /* "ivshmem/_fds.pyx":464
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -10973,7 +11776,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":402
+  /* "ivshmem/_fds.pyx":465
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -10982,7 +11785,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":403
+  /* "ivshmem/_fds.pyx":466
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -10994,17 +11797,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":404
+    /* "ivshmem/_fds.pyx":467
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":403
+    /* "ivshmem/_fds.pyx":466
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -11013,7 +11816,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":400
+  /* "ivshmem/_fds.pyx":463
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -11032,7 +11835,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":406
+/* "ivshmem/_fds.pyx":469
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11096,7 +11899,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":407
+  /* "ivshmem/_fds.pyx":470
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -11108,7 +11911,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":408
+    /* "ivshmem/_fds.pyx":471
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -11116,7 +11919,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 408, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11135,14 +11938,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 471, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 408, __pyx_L1_error)
+    __PYX_ERR(0, 471, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":407
+    /* "ivshmem/_fds.pyx":470
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -11151,14 +11954,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":409
+  /* "ivshmem/_fds.pyx":472
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -11171,7 +11974,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":469
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -11192,7 +11995,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":411
+/* "ivshmem/_fds.pyx":474
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -11240,32 +12043,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 411, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 474, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 474, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 411, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 474, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 411, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 474, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 474, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 411, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 474, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 411, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 474, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11301,7 +12104,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":414
+  /* "ivshmem/_fds.pyx":477
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -11310,7 +12113,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":415
+  /* "ivshmem/_fds.pyx":478
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -11319,7 +12122,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":416
+  /* "ivshmem/_fds.pyx":479
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -11328,7 +12131,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":417
+  /* "ivshmem/_fds.pyx":480
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -11342,10 +12145,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 417, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 480, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -11353,17 +12156,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":418
+    /* "ivshmem/_fds.pyx":481
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 481, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":417
+    /* "ivshmem/_fds.pyx":480
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -11372,7 +12175,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":411
+  /* "ivshmem/_fds.pyx":474
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -11395,7 +12198,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":420
+/* "ivshmem/_fds.pyx":483
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11454,7 +12257,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":421
+  /* "ivshmem/_fds.pyx":484
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -11465,7 +12268,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":422
+  /* "ivshmem/_fds.pyx":485
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -11474,7 +12277,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":423
+  /* "ivshmem/_fds.pyx":486
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -11486,7 +12289,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":424
+    /* "ivshmem/_fds.pyx":487
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -11495,7 +12298,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":423
+    /* "ivshmem/_fds.pyx":486
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -11504,7 +12307,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":420
+  /* "ivshmem/_fds.pyx":483
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11520,7 +12323,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":426
+/* "ivshmem/_fds.pyx":489
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11544,7 +12347,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) 
 static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":427
+  /* "ivshmem/_fds.pyx":490
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -11556,7 +12359,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":428
+    /* "ivshmem/_fds.pyx":491
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -11565,7 +12368,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":427
+    /* "ivshmem/_fds.pyx":490
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -11574,7 +12377,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":426
+  /* "ivshmem/_fds.pyx":489
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11792,7 +12595,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":431
+/* "ivshmem/_fds.pyx":494
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -11830,7 +12633,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/_fds.pyx":441
+  /* "ivshmem/_fds.pyx":504
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -11839,7 +12642,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/_fds.pyx":442
+  /* "ivshmem/_fds.pyx":505
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -11848,7 +12651,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/_fds.pyx":443
+  /* "ivshmem/_fds.pyx":506
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -11857,7 +12660,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/_fds.pyx":444
+  /* "ivshmem/_fds.pyx":507
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -11869,7 +12672,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":445
+    /* "ivshmem/_fds.pyx":508
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -11878,7 +12681,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/_fds.pyx":446
+    /* "ivshmem/_fds.pyx":509
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11896,7 +12699,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":444
+    /* "ivshmem/_fds.pyx":507
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -11905,7 +12708,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":447
+  /* "ivshmem/_fds.pyx":510
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -11914,7 +12717,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/_fds.pyx":448
+  /* "ivshmem/_fds.pyx":511
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -11926,17 +12729,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":449
+    /* "ivshmem/_fds.pyx":512
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 449, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 512, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":448
+    /* "ivshmem/_fds.pyx":511
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -11945,14 +12748,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":450
+  /* "ivshmem/_fds.pyx":513
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -11965,7 +12768,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":431
+  /* "ivshmem/_fds.pyx":494
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -11986,7 +12789,342 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":453
+/* "ivshmem/_fds.pyx":516
+ * 
+ * 
+ * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
+ *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_4_fds_3rename_exclusive(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2rename_exclusive, "Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.\n\n    Raises:\n        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_3rename_exclusive = {"rename_exclusive", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_3rename_exclusive, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2rename_exclusive};
+static PyObject *__pyx_pw_7ivshmem_4_fds_3rename_exclusive(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  int __pyx_v_directory;
+  PyObject *__pyx_v_source = 0;
+  PyObject *__pyx_v_target = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[3] = {0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("rename_exclusive (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 516, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 516, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 516, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 516, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 516, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 516, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 3)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 516, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 516, __pyx_L3_error)
+      values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 516, __pyx_L3_error)
+    }
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 516, __pyx_L3_error)
+    __pyx_v_source = values[1];
+    __pyx_v_target = values[2];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 516, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._fds.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_2rename_exclusive(__pyx_self, __pyx_v_directory, __pyx_v_source, __pyx_v_target);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_directory, PyObject *__pyx_v_source, PyObject *__pyx_v_target) {
+  PyObject *__pyx_v_old = 0;
+  PyObject *__pyx_v_new = 0;
+  char const *__pyx_v_old_text;
+  char const *__pyx_v_new_text;
+  long __pyx_v_result;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  char const *__pyx_t_6;
+  char const *__pyx_t_7;
+  int __pyx_t_8;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("rename_exclusive", 0);
+
+  /* "ivshmem/_fds.pyx":522
+ *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
+ *     """
+ *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
+ *     cdef bytes new = os.fsencode(target)
+ *     cdef const char *old_text = old
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_source};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_v_old = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":523
+ *     """
+ *     cdef bytes old = os.fsencode(source)
+ *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
+ *     cdef const char *old_text = old
+ *     cdef const char *new_text = new
+*/
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 523, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 523, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_target};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 523, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_v_new = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":524
+ *     cdef bytes old = os.fsencode(source)
+ *     cdef bytes new = os.fsencode(target)
+ *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
+ *     cdef const char *new_text = new
+ *     cdef long result
+*/
+  if (unlikely(__pyx_v_old == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
+    __PYX_ERR(0, 524, __pyx_L1_error)
+  }
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L1_error)
+  __pyx_v_old_text = __pyx_t_6;
+
+  /* "ivshmem/_fds.pyx":525
+ *     cdef bytes new = os.fsencode(target)
+ *     cdef const char *old_text = old
+ *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
+ *     cdef long result
+ *     with nogil:
+*/
+  if (unlikely(__pyx_v_new == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
+    __PYX_ERR(0, 525, __pyx_L1_error)
+  }
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_v_new_text = __pyx_t_7;
+
+  /* "ivshmem/_fds.pyx":527
+ *     cdef const char *new_text = new
+ *     cdef long result
+ *     with nogil:             # <<<<<<<<<<<<<<
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
+ *     if result < 0:
+*/
+  {
+      PyThreadState * _save;
+      _save = PyEval_SaveThread();
+      __Pyx_FastGIL_Remember();
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":528
+ *     cdef long result
+ *     with nogil:
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
+ *     if result < 0:
+ *         fail()
+*/
+        __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
+      }
+
+      /* "ivshmem/_fds.pyx":527
+ *     cdef const char *new_text = new
+ *     cdef long result
+ *     with nogil:             # <<<<<<<<<<<<<<
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
+ *     if result < 0:
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_FastGIL_Forget();
+          PyEval_RestoreThread(_save);
+          goto __pyx_L5;
+        }
+        __pyx_L5:;
+      }
+  }
+
+  /* "ivshmem/_fds.pyx":529
+ *     with nogil:
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
+ *     if result < 0:             # <<<<<<<<<<<<<<
+ *         fail()
+ * 
+*/
+  __pyx_t_8 = (__pyx_v_result < 0);
+
+  if (__pyx_t_8) {
+
+
+    /* "ivshmem/_fds.pyx":530
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
+ *     if result < 0:
+ *         fail()             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
+
+
+    /* "ivshmem/_fds.pyx":529
+ *     with nogil:
+ *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
+ *     if result < 0:             # <<<<<<<<<<<<<<
+ *         fail()
+ * 
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":516
+ * 
+ * 
+ * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
+ *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._fds.rename_exclusive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_old);
+  __Pyx_XDECREF(__pyx_v_new);
+
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":533
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -12009,7 +13147,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":455
+  /* "ivshmem/_fds.pyx":535
  * cdef int64_t take_count(int fd) except -1:
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -12018,7 +13156,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":456
+  /* "ivshmem/_fds.pyx":536
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -12030,7 +13168,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":457
+    /* "ivshmem/_fds.pyx":537
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -12038,7 +13176,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 457, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -12046,14 +13184,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 537, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 457, __pyx_L1_error)
+    __PYX_ERR(0, 537, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":456
+    /* "ivshmem/_fds.pyx":536
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -12062,7 +13200,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":458
+  /* "ivshmem/_fds.pyx":538
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -12074,17 +13212,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":459
+    /* "ivshmem/_fds.pyx":539
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 539, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":458
+    /* "ivshmem/_fds.pyx":538
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -12093,7 +13231,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":460
+  /* "ivshmem/_fds.pyx":540
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -12106,7 +13244,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":453
+  /* "ivshmem/_fds.pyx":533
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -12128,7 +13266,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":463
+/* "ivshmem/_fds.pyx":543
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -12137,16 +13275,16 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_4_fds_3count_of_eventfd(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_4_fds_5count_of_eventfd(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_2count_of_eventfd, "The count of an eventfd, which stays what it is; proc_pid_fdinfo(5).");
-static PyMethodDef __pyx_mdef_7ivshmem_4_fds_3count_of_eventfd = {"count_of_eventfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_3count_of_eventfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_2count_of_eventfd};
-static PyObject *__pyx_pw_7ivshmem_4_fds_3count_of_eventfd(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_4_fds_4count_of_eventfd, "The count of an eventfd, which stays what it is; proc_pid_fdinfo(5).");
+static PyMethodDef __pyx_mdef_7ivshmem_4_fds_5count_of_eventfd = {"count_of_eventfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_5count_of_eventfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_4count_of_eventfd};
+static PyObject *__pyx_pw_7ivshmem_4_fds_5count_of_eventfd(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12176,32 +13314,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 543, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 543, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 463, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 543, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 463, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 543, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 543, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12212,7 +13350,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_4_fds_2count_of_eventfd(__pyx_self, __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_4_fds_4count_of_eventfd(__pyx_self, __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12223,7 +13361,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObject *__pyx_self, int __pyx_v_fd) {
   PyObject *__pyx_v_info = NULL;
   PyObject *__pyx_v_line = NULL;
   PyObject *__pyx_r = NULL;
@@ -12248,7 +13386,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/_fds.pyx":465
+  /* "ivshmem/_fds.pyx":545
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -12257,9 +13395,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -12268,13 +13406,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 465, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12293,7 +13431,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 465, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -12311,7 +13449,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":466
+          /* "ivshmem/_fds.pyx":546
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -12323,9 +13461,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 466, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 546, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 466, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 546, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -12333,7 +13471,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 466, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 546, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -12343,7 +13481,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 466, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 546, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -12354,13 +13492,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 466, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 546, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 466, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 546, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -12370,7 +13508,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/_fds.pyx":467
+            /* "ivshmem/_fds.pyx":547
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -12384,15 +13522,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 467, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 467, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 547, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/_fds.pyx":468
+              /* "ivshmem/_fds.pyx":548
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -12407,10 +13545,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 548, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 468, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 548, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -12419,7 +13557,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 468, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -12434,7 +13572,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/_fds.pyx":467
+              /* "ivshmem/_fds.pyx":547
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -12443,7 +13581,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
 */
             }
 
-            /* "ivshmem/_fds.pyx":466
+            /* "ivshmem/_fds.pyx":546
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -12453,7 +13591,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":465
+          /* "ivshmem/_fds.pyx":545
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -12473,23 +13611,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 465, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 545, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 465, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 465, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 545, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 465, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 545, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -12500,7 +13638,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 465, __pyx_L9_except_error)
+            __PYX_ERR(0, 545, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -12532,7 +13670,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 465, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 545, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -12544,7 +13682,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 465, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 545, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -12561,7 +13699,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_L20:;
   }
 
-  /* "ivshmem/_fds.pyx":469
+  /* "ivshmem/_fds.pyx":549
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -12569,7 +13707,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -12577,14 +13715,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 469, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 469, __pyx_L1_error)
+  __PYX_ERR(0, 549, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":463
+  /* "ivshmem/_fds.pyx":543
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -12609,7 +13747,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2count_of_eventfd(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":472
+/* "ivshmem/_fds.pyx":552
  * 
  * 
  * cdef bint is_eventfd(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -12624,7 +13762,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":476
+  /* "ivshmem/_fds.pyx":556
  *     cdef char data[7]
  *     cdef iovec iov
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -12633,7 +13771,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_fds.pyx":477
+  /* "ivshmem/_fds.pyx":557
  *     cdef iovec iov
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -12641,7 +13779,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":558
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
@@ -12667,7 +13805,7 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":472
+  /* "ivshmem/_fds.pyx":552
  * 
  * 
  * cdef bint is_eventfd(int fd) noexcept:             # <<<<<<<<<<<<<<
@@ -12750,7 +13888,7 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_FdArray(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_7FdArray_17__dealloc__(o);
+    __pyx_pw_7ivshmem_4_fds_7FdArray_21__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -12769,30 +13907,32 @@ static void __pyx_tp_dealloc_7ivshmem_4_fds_FdArray(PyObject *o) {
 }
 
 static PyObject *__pyx_sq_item_7ivshmem_4_fds_FdArray(PyObject *o, Py_ssize_t i) {
-  return __pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(o, i);
+  return __pyx_pw_7ivshmem_4_fds_7FdArray_13__getitem__(o, i);
 }
 
 static PyObject *__pyx_mp_subscript_7ivshmem_4_fds_FdArray(PyObject *o, PyObject *i) {
   Py_ssize_t x = __Pyx_PyIndex_AsSsize_t(i); if (unlikely(x == -1 && PyErr_Occurred())) return NULL;
-  return __pyx_pw_7ivshmem_4_fds_7FdArray_9__getitem__(o, x);
+  return __pyx_pw_7ivshmem_4_fds_7FdArray_13__getitem__(o, x);
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_4_fds_FdArray[] = {
   {"eventfds", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_2eventfds},
-  {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4take},
-  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_11signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_10signal},
-  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_13drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_12drain},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_14close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_20__setstate_cython__},
+  {"open", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_5open, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_4open},
+  {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_7memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_6memfd},
+  {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_9take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_8take},
+  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_15signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_14signal},
+  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_17drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_16drain},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_19close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_18close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_22__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_7FdArray_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_7FdArray_24__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_4_fds_FdArray_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_FdArray},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_7__len__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_11__len__},
   {Py_sq_item, (void *)__pyx_sq_item_7ivshmem_4_fds_FdArray},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_7__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_4_fds_7FdArray_11__len__},
   {Py_mp_subscript, (void *)__pyx_mp_subscript_7ivshmem_4_fds_FdArray},
   {Py_tp_doc, (void *)PyDoc_STR("Owned file descriptors in order, for instance one eventfd for each vector of a peer.\n\n    `close()` closes all of them, once; while another thread\047s call is using one, that call closes\n    them when it returns. A closed array has length 0.\n    ")},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_FdArray},
@@ -12814,7 +13954,7 @@ static PyType_Spec __pyx_type_7ivshmem_4_fds_FdArray_spec = {
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_FdArray = {
-  __pyx_pw_7ivshmem_4_fds_7FdArray_7__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_4_fds_7FdArray_11__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   __pyx_sq_item_7ivshmem_4_fds_FdArray, /*sq_item*/
@@ -12827,7 +13967,7 @@ static PySequenceMethods __pyx_tp_as_sequence_FdArray = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_FdArray = {
-  __pyx_pw_7ivshmem_4_fds_7FdArray_7__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_4_fds_7FdArray_11__len__, /*mp_length*/
   __pyx_mp_subscript_7ivshmem_4_fds_FdArray, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
@@ -13759,14 +14899,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   __pyx_vtable_7ivshmem_4_fds_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_leave;
   __pyx_vtable_7ivshmem_4_fds_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 99, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = &__pyx_type_7ivshmem_4_fds_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray);
@@ -13778,17 +14918,17 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 73, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 99, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
-      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
-      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_8__getitem__;
-      ((PyWrapperDescrObject *)wrapper)->d_base = &__pyx_wrapperbase_7ivshmem_4_fds_7FdArray_8__getitem__;
+      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_12__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
+      __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_12__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_12__getitem__;
+      ((PyWrapperDescrObject *)wrapper)->d_base = &__pyx_wrapperbase_7ivshmem_4_fds_7FdArray_12__getitem__;
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13807,14 +14947,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
   __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 320, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -13824,9 +14964,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13845,14 +14985,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
   __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 372, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
@@ -13862,9 +15002,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13881,14 +15021,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 244, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
@@ -13898,8 +15038,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13916,14 +15056,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 457, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
@@ -13933,8 +15073,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14249,7 +15389,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__pyx_module_is_main_ivshmem___fds) {
-    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name_2, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14296,7 +15436,7 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * 
  * from .errors import ClosedError             # <<<<<<<<<<<<<<
  * 
- * EPOLLIN = _EPOLLIN
+ * cdef extern from "<fcntl.h>" nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
@@ -14315,70 +15455,70 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":44
- * from .errors import ClosedError
+  /* "ivshmem/_fds.pyx":70
+ *     enum: MFD_CLOEXEC
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 70, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":45
+  /* "ivshmem/_fds.pyx":71
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":46
+  /* "ivshmem/_fds.pyx":72
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
  * EPOLLHUP = _EPOLLHUP
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":47
+  /* "ivshmem/_fds.pyx":73
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
  * 
  * # -- time and errors ------------------------------------------------------------------------------
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":84
+  /* "ivshmem/_fds.pyx":110
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -14386,84 +15526,126 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":103
+  /* "ivshmem/_fds.pyx":129
  *         return array
+ * 
+ *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
+ *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ * 
+*/
+
+  __pyx_mstate_global->__pyx_k_ = AT_FDCWD;
+
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_5) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_5) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_fds.pyx":153
+ *             PyErr_CheckSignals()
+ * 
+ *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
+ *         """memfd_create(2), owned at once like what `open` gives.
+ * 
+*/
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_5) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_fds.pyx":166
+ *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, int fd):
  *         """Append `fd` and own it from now on, also when this call fails."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_5) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":138
+  /* "ivshmem/_fds.pyx":201
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 138, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_15signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 138, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_5) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":148
+  /* "ivshmem/_fds.pyx":211
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_13drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_2) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_5) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":168
+  /* "ivshmem/_fds.pyx":231
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_23__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14471,56 +15653,56 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_25__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":210
+  /* "ivshmem/_fds.pyx":273
  *                 self.close()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def signal(self, fds):
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_2) < (0)) __PYX_ERR(0, 210, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_5) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":245
+  /* "ivshmem/_fds.pyx":308
  *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 245, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14528,41 +15710,41 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":298
+  /* "ivshmem/_fds.pyx":361
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14570,117 +15752,117 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":323
+  /* "ivshmem/_fds.pyx":386
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 323, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":337
+  /* "ivshmem/_fds.pyx":400
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_5) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":341
+  /* "ivshmem/_fds.pyx":404
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_2) < (0)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_5) < (0)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":344
+  /* "ivshmem/_fds.pyx":407
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_5) < (0)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":410
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 347, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 410, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 347, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_5) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":358
+  /* "ivshmem/_fds.pyx":421
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 421, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 421, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14688,71 +15870,71 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":469
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":411
+  /* "ivshmem/_fds.pyx":474
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 411, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 474, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_2) < (0)) __PYX_ERR(0, 411, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_5) < (0)) __PYX_ERR(0, 474, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":420
+  /* "ivshmem/_fds.pyx":483
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 420, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 483, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_5) < (0)) __PYX_ERR(0, 483, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14760,53 +15942,68 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_5) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":431
+  /* "ivshmem/_fds.pyx":494
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 494, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_2) < (0)) __PYX_ERR(0, 431, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_5) < (0)) __PYX_ERR(0, 494, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_fds.pyx":463
+  /* "ivshmem/_fds.pyx":516
+ * 
+ * 
+ * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
+ *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+ * 
+*/
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 516, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_5) < (0)) __PYX_ERR(0, 516, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_fds.pyx":543
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 463, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_2) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_5) < (0)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "ivshmem/_fds.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_2) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_5) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /*--- Wrapped vars code ---*/
 
@@ -14849,8 +16046,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 84, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 545, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -14873,7 +16070,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":465
+  /* "ivshmem/_fds.pyx":545
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -14882,12 +16079,26 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_fds.pyx":347
+  /* "ivshmem/_fds.pyx":129
+ *         return array
+ * 
+ *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
+ *         """open(2), and own what it gives at once: no signal's exception can come between the two.
+ * 
+*/
+  {
+    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_511};
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 129, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+
+  /* "ivshmem/_fds.pyx":410
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -14896,14 +16107,14 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 347, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 410, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<2; ++i) {
+    for (Py_ssize_t i=0; i<3; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -14937,41 +16148,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{13},{16},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{18},{5},{4},{7},{5},{16},{8},{4},{5},{4},{4},{6},{8},{6},{2},{3},{6},{5},{18},{5},{1},{5},{4},{5},{12},{4},{6},{1},{7},{4},{2},{3},{8},{3},{2},{6},{8},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{4},{7},{7},{5},{6},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{163},{9},{66},{67},{29},{29},{64},{17},{17},{32},{32},{22},{17},{15},{40},{68},{81},{201},{75},{297},{85}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{6},{18},{5},{4},{7},{5},{16},{8},{6},{9},{4},{5},{4},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{5},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{7},{3},{8},{4},{2},{4},{3},{8},{3},{2},{6},{16},{8},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{163},{9},{66},{67},{67},{29},{29},{64},{17},{17},{32},{32},{22},{17},{15},{40},{68},{81},{201},{58},{75},{297},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1609 bytes) */
-static const char cstring[] = "x\332uTKs\323H\020\266C\000\207\230%&&$\265\013+\007X\262<\222r\010\024\265\273U\224!\311\276R\004\347\261\317\203j\"\215\222\001Y\2625c\047f\213\255\034}\234\343\034u\324Q\307\034}\314\321G\037\363\023\370\t\333=\262\222\200kU\245\231\236\356\231\236\257\277\356i\303w\2149\021Pj8\001\331\255QO|;\277`\323\326\302{\032\370\013\365\300\267\0268u\235\005\307f\236\343/\274 F\213Z\302\017\356s\303\246\334\nX\035\026\006\343\206\347\033\264\005\307\035\373\234\336f\234\354\270\224z8\356Z\214\047\222\315Z|\257Fk\3634\010\374\200\017V\013\246c\363\371z\373\000\\\331\324!MW\030\246\031P\273iQ\3234\354&5\204\017\367x\217E\300Z\214\270`\265\230\307\204i\212=z\016\0167H@\r\313\3659\265\321B\353\276\353\032\376\316[@\216P\317,\234\355z\304ui\360\251Z\260\332\047*X\372M\221D)\014bx\315\332\016\r^i\343\n\206\260\362f}mmecC\317?m\277\321\363\317\257\365\264\276\275\265\202\000\3640\177\032\220\325\026{\276g\232\251\232S\301\005\021\237\033\210m\047\202\206\222\210\016s\251\347\047r\315\267\231\323N\344\200\326\374\326`\317>ab\325\256\004\001i\017\246\341\253\317\014C\227\247&}k\272\260\003\302\274t1H6O\327\t\225\351J\220wt\335|\265\266\276\362\307\312\253uscy\375\365\332\237\033\324%m=\014cI\325CH\022\203\306\261\231f\353T\030\366s\3364\344\353\314\370\251\277\001\370-L\273\036\206\375\246\352!\237\211A\373K\304$;\211\014\273M\323|\323>\200\177\231Y\302|M\017\304\006uL\223xPJ\350\007>\033-\360\001\2414\320\302\001\323\n\247\351Y8\357\246\227\302W\203\034\350\331\267\233\256\326x\244\246gx9\246E\352,\225\007GPl\t|vhh4\211\233\036H\237\326P\260\247\nz\200\013\214\"=\303\317A\031\342\002\036\"\345\210\234q\323\362\003x3\314\243P\301\004k\202\360\266g1\177\376\324\300-\027F\023\302\021\001\261\350\016\261\336i\032-\337\206\037\2708\020\226\337\364\222\301\364\035\363\264\277\020\033O\332>\374X\222\324\2639\255;v\322M\322\302\3243wl\020\223\2248,\340\302\361\203w&\337#\001\363vM\324\363\335\300\337\367\030\363l`\035Z\034\023\264\226v\244y\354HxU\362\3120e{p\316\257\2037^gv\335g\2302^""\367\353\301N\362\372\002\332h\002\007\034\303\000X\330;\221&*\006\035-\2514\3567\003\213\362:\265x\335e\310b \370>\023{\310\047\263j\024\370\264\361\r\201A\047?\351@\302\177G\275\026q\341\006|\337\203H\037k\202\276\003(\306\034\014\337f2\251\370\310\340\"hB\323\323\0350\341\317x\360\310\320&\030\236-\231\260]\357n\371\314\326\"\352\214\2717\355\365\244]>8\247\324\316\035\302\\\023\241f \311\003\004\231\304?\207N_\327\0332i\216 m\031\214\303\324\030\017\263\375\321+\235\207\262z\230=\031\273\332\251\366\276\230\rK\341\263h&.\365s\371\316O\262\322\317_\353\010\371\275\"\252\321\237\270)\271*\251%\325\n7\302F4\032U\360\364}Y\220s\252t\230\375X\314\\,\3122\350zW\356\206`\033\357\300\342\362\241\350<\351\220~\356+U\351\347\256u\032\375\321\031UH\364\213\235j?W\200\363%\275\371\0206\214w\226\340\276EY\355\347\257\313\207\252\252\010\036\022\362\324\330\222\033\262\361\177\306\266\032U\253\341\235pS\203\313\337\006\330\",c(\277\302\241\301\371M\225\355\347\047eY.\203\000\246\237!\374\312 \\i\206\313\321\205\250\374\251\"\027gQ1%m\245y\371\021\242\004gO:\226,$\256*h\237\206\333+\003\217h\177*/\300\306\324~\002\232\037dCeUQAt\0232\247\262\250\375\354\232\023\210\350\275*\250\273H9.\357\205[Q\341\\\010\317\345\222l\251\315\360B\270\0246\222\030a\337\307K\231\261<\204\367AU\200\027;,\365\363W\221\234}I\244\200\2245\302\361h1\332\214sG\243Gk\307:\356U\240=\2079\312\337\220UI\022\037\327:\244\323\220\227\244\245n\206\003v\376\202|W\023\361\3570\007(G\342o\216\306\272\327\273\232\204\027\272\"\366C;\272\023U#\047^=\232=\252`x\020\313\307+\t\250}\271\223r^9\227\272qm\262\220\217\223|qPk\275\311;\341\"\33471\255.\353B\023\321\263\370z\274\030o\304<q}m\220C(\307\006N\005\274\355\242\334\326@\240J1\032\n\"d>\324H\306\220\316\336\355r\\\214\221\370\336\304\035\250\t\320_\306B\302<`\321\314\206/\303\235H\207\274,\263\262\010a7p\361\213f\346\213\314\330m\365{\250\323\265\"o\000\251p\264 g\340\316\047\312\215f#\215\213\313Y\210\002\000\025\247U\366\2448\243\246\224\336\226\354\307\342""\007W\327\023N>\257c\244w[\273\263\302B\370\r I(\231\320\311(\2509\320\215D\245\376\304\024:S\2710\033NG\223p/\020\225US\275\257\313qa \253\177\243\255\263\305?\321\203\270\022\377~T9\252\236\331O\305\017\247\036\316\304\031\350\001\317\2432.\361\251b\336\020\350=\031\300j\242\330+\336\013\253\220\357\007:\327\253\335R\367\371q\371\0306O\302\273\305\240\2127u\201^\n\255h*\342\320J\246g4#\332;8@\216\246\240$F\3405\025o\365n\001\362\370n\374\266;\322\235\355\276\352\356\037;\275\255\355\336\350\227\252\214\005Y\202\302\005(\047\372u\375\210\217y\014I\031WeH\332\\t\037\002\005\346\0039\211^o\002D\340<\034\t\357\205\255\350\267\270\034\277\214\331\221\350>=\276x\\=&\377\001nXe7";
-    PyObject *data = __Pyx_DecompressString(cstring, 1609, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1858 bytes) */
+static const char cstring[] = "x\332uUKS\333\310\026\266\tIL\360L08\004\352NreH&\204\314@\2310T\352\316\255\232rx\314#T\210y\334y\334\205\252\221Z\320\023Y\262\325\262\215\347\326L\261\364\262\227\275\324RK-\275d\311\322K/\371\t\371\tsNK2$\256\353\262\245\323\347t\237\376\276\363\262\346Z\332\222\357Q\252Y\0369\251Q\307\177\276\262j\322\326\352\037\324sW\353\236k\254rj[\253\226\311\034\313]\375\216h-j\370\256\367\214k&\345\206\307\352\260\320\030\327\034W\243-8n\2317\364&\343\344\330\246\264vLAmjN\323\266\265\343\216O\251\203\372\023\203\361X2Y\213\237\326hm\205z\236\353\361d\265\252[&_\251w\316\300\271I-\322\264}M\327=j6\r\252\353\232\331\244\232\357\302\315\316\327\276\307Z\214\330`5\230\303|]\367O\351\r\200\\#\036\325\014\333\345\324D\013\255\273\000\304=\376\035\270 \370k\013g\047\016\261m\352}\254\366Y\355#\025,\335\246\037\363\3665\002\304\200\242\267\251\214\333Ha\373\335\336\356\356\366\376\276z\377p\364N\275\177|\253^{G\207\333\010@=V\206\204\214\216\177\352:\272\236\2529\365\271O\374O\r\3044cAA\211E\213\331\324qc\271\346\232\314\352\304\262Gkn+\331\323&\314\3371+\236G:\311k\364\352k\303\310\345\251I\335\232.L\2170\047]$\351\347\351\032\022h\231\351\302\255\323\341\3068\306\351\312\047\357\351\236\276\271\273\267\375\313\366\346\236\276\277\265\367v\367\327}j\223\216z\214\202L\325#\020c\203\002x\220\246q(\214\372\271i\032\361um\374\330_\002\376\020\353A=F\375\246\352\021\237\261A\371\213\3058m\261\014\273u]\177\3279\203\337\0263|\375-=\363\367\251\245\353\304\201\032C?\3601\321\002\037\2104\365\224p\306\224\302j:\006\276O\322K\341S\203\344\250\267k6m\245qHM\275\241\245t\203\324Y*\047GPl\371\330\217hh4\211\235\036H{n\204\354PA\317p\201,\3223\374\006\224\221X@\207R\216\310\031\327\r\327\203fb\016\205\322&X\023\204w\034\203\271+C\00370\370\246a\203\254\003)\337#\006=&\306{\025L\3035\341\007\0219\363\r\267\351\304\017\335\265\364\341@\"&\2364\231\007\003\005\236j\202uL\027TX\300\32419\255[f<{\3222Von\231 \306y\262\230\307}\313&\047\334r\275\367:?%\036sNt4r\013\346\030\3028\361\334\266\303""\230cB^`^2\237\326\322a\266\202\303\014a\250\276\200\234\320\270S\035\214\227C\333\360\325\221\002$\373\024\374\272\266\t_\245\301\336qy\235\370\247uf\326]\206\271\347u\267\356\035\307\375\355Q\025rzf\330M\270\r\326\215&\004\227{\224\303\304\304\370\000A\234\342\230\005\352\047\2234.d\3566=\203\362:5x\335f\230$\317\347m\346\237b\272\230Q\243\220.\223\303\037\004\306\006[\0256@\215\305O\216\350\222Y\350\273\357\251\323\"6\334\214\223\246}\n0\222P~\255\022\362/\300\255-\301\343y&\223\212_i\340\272\t3X\r\3448_\332\362W\2322\301cc]\207\355jw\313e\246\022Q\247-\275\353\354\305\323{\371\206R9\267\010\263ud\220\201\322J\020db\377\034\376\212\352jC&\255\t(\223\014\322\322\025\306\363\354`\374^\367\205\250\236g\257&>\353V\373\237/\004\245`#\234\217J\203\\\276\373\203\250\014\362\367\273\276\370V\022\331\030L=\024\\\226\344\272l\005\373A#\034\017+x\372\231(\210%Y:\317~\310gn\317\212}\321\t\262Aa0\376\340Z\324\202\254z\\M\334\033\344\n\375\302\363\260\020\276\210~\3535\006\343w\317\333\335c\221\305\333*\340\242\230\271]\024ep\333\277\367$\000\367\223\3352\356\361\273/\273d\220\373BV\006\271\373]86/\013\261~\255[\005\227\000\241\2446\237\303\206\311\356:@^\023\325A~Z\274\220UI\360\220/\206\306\026 k\374?cG\216\313\235`18P\374\362\217\201\271\037\224\021\337\0338\224\234?\220\331A~F\224\305\226T\320\177\204\010V\222\210\t=\330\no\205\345\217\025\271(\213\212YaJ\025\332\357\201%8{\3315D!vUA\373\034\334^I<\242\375\033q\0136\246\366+\320\374[4dV\026%\260\233\0229\231E\355\047\327\\\001\243?dA>\301\254\341\362ip\030\026nPx%\326EK\036\004\267\202\365\240\021s\204}\037\356d&\362@\357OY\201\270\230Ai\220\377\014\203\323\026D\370\220\365F0\031\256\205\007Q\2567\336\333\275T\274w \3549\314Q\376\201\250\n\022\373\270\337%\335\206\270#\014\3710H\242\363\033\224L5\026\377\033\344\000\345X\364eo\342b\372B\005\341;UT\355\300\014\027\303jhE;\275\205^\005\351\001\227\017\367bPmq\234\306\274r#u\223\312d`<\256\362\305\244\\\3733\213\301\032\33475\047\357\252Z\365\303\215h:Z\213\366#\036\273\276""\237\344\020*\272\201\257\002\336v[\034) P\350\310\206\202\010\231\017\024\222\t\014g\377q9*F\030\370\376\324\"\324\004\350\357b!a\036\260h\026\202\327\301q\250(o\211\254(\002\355\006.~R\221\311g&\036\311\327\222A\347d\261\020l\350\264W\nXR\t\330\006H\032\217l\253\212\306Z\207\223\237g&\036\313\237\003\225\350m\361\000\322\001\227\026\304<\240})\355p!T\214\270X\000\376@\2458\047\263W\305y9+\325\266x\177\342j:\216\346\247\035\200\2119R\356\214\240\020|\t\000\343`N\2514\026\344\022\350\306\302\322`j\026\235\311\034\264\365\\8\003\367B\210\263r\266\377\317rTHd\371Wxx\275\370_\270\034U\242\237{\225^\365\332>\024\377\034z\270\026\347UX\312\270\304&\307\214#\320\247\302\203\325T\261_|\032T\241R\226U\225\354\\\224.^]\226/a\363\014t<\222*>T\245}\0470\302\331\220\303\034\233\233W\021Q\336\301\001\306h\026\212i\014\372\260\370\250\377\010\220GO\242\337/\306.\026.6/\332\227V\377\360\250?\376\017Y\306R.A\311\003\224+\325\227\337\343\030\230\300\240L\3122\244{)|\006D!\362\236\230A\257\017\001\"\304<\030\013\236\006\255\360?Q9z\035\261\236\177\361\315\345\355\313\352%\351\217o\3647\336\\\226?Le&\276\220k\362\327\200@\363\345p,B\3727\224\017 \272\214\335\207\367\024\246\261\016\177\201\004\235\006V\270\023-Dozj\0067\342l/\302\204\000:\333\220\236\322P\335\024\233 \000\301\0238gA=\262\260\021\335\215\342&\377\033\244W\010c";
+    PyObject *data = __Pyx_DecompressString(cstring, 1858, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2086 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\275n\002\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376H\000default\377 __reduc\377e__ due \373toe\000n-tri\357vial\033\000cin\177it__the\204\010\377s are cl\357osed\026\001epo?ll obj\267\000\247\001\376\020\007signall;er\t\013tim\006\n\014\000\367out\340\003t a \177numberC\\\002\375E\277\001EPOLLE\273RR\003\002HUP\013\002I=N\022\002OUTE}\001\000\002\375.\310\006cython\373__\017\005setst\357ate_\013\013add\3703\003\312\002>\003filen\375oJ\003modify~V\003removeb\003\377waitFdAr\007ray\000\004i\017\017\007l\016,\005|\300\"9\005drainF\005\342\346DsV\005\305#d\005tak\377eO_CLOEX\377ECO_RDON\177LYRelay\000\002 \365\017\017\005\366\016*\003\310BS\246E\000\006\240\275/\017\t\302..\007B\013.\202cT\000\363A\000\002\225O\017\005\226N*\003\350b5\003\370\230CA\003\322@___Py\375x\001\000Dict_N\377extRef__Oanno\352B\035\000d\026\001\276%\000enter-\000_\373ex\321\204\001__fun%c\014\001g\224eJ\000m\201@ \001\356\366@ule*\001namz\003\002pd\000capi>\0014\010\001\311c_\023\001vt\203\206\001W\001\017qual)\005\323\205\005\203\204\016\355\205\006#ex\213\001\302\001]\005s\200\010\242\204\016\277__test\357\000i\377s_corout\177ineadda\203\204\001\377asyncio.\356\020\006scl\034\000_in\377_traceba\373ck\257\206\002codec\375o\211 xtcoun\276\000\002t_of_\327\207\006a\275d6\001done\216\204\002e\177ndsepfd\310\207\003\374\221\204\005\211\210\002sfdfds\376\253\205\003firstfo\377rk_shari\367ng_\305\205\001sgro\277wniind\363 n\277foitem\212\210\005.\320\216\210\001\241\001\340\205\003\257Ah5\000op\377enospidp\373oi\257Aspopr\275b\370\205\003requ\201 s\265s\277\001d\004\000lf\326\206\001e\371t\313\210\004\354\207\003sourc\377especspl\375i\365\206\001rtswit\375h\377\206\001icmeth;od\300\205\001tar\370B\374\207\003\377tokenval\250_\000\334\206\001\351\211\004-\241\":\210\000 \335(\215\000)\000\000\003\005, \177struct \375\210\002\236\272# *,"" \263\000\000\0026\3574_t)(\003voi\371d\006\002\020\001 (PyO\362\251\211\003*\n\010X\002fail\245_\247\001\000\342@\353\212\004\000Z\003s\337leep\000\035\001\000d\251e\236C\264@\000\210\207\001_\305B\200\377\001\330\004\n\210+\220Q\377\200\001\340\t\r\210Q\320\377\016\"\240!\2406\250\031\377\260!\330\010\014\210H\220\377A\330\014\017\210t\220;\377\230a\230q\330\020\027\220\377s\230!\2304\230v\240\177R\240q\250\004\250A:\001\377\047\220\021\220(\230!\200\377\001\360\024\000\005\024\2201\336O\000\320\n$\240\031\000\013\210\376\n\000\007\200t\2103\210a\377\330\010\034\230A\330\010\017\377\210q\330\004\031\230\021\330\375\004\024\0012\210Q\330\010\021\256=\000!\330\004*\000\200\036\000\013\373\2104m\0002\220Q\330\014?\022\220+\230Q\2307\000~\001}1\025\005v\220R\220q\005\025\377y\230\004\230F\240#\240\355S\230\002\014\036\264\000t\2401\352\307\001K2\000\010Y\001v\220S\377\230\001\330\014\023\2201\220\251D\006\000\343\000I\374\000A\350\004\220?_\240D\250\003\250i\002\373\002\356\014\002\010\260\001\230\001\026\220d\345\230\223\"G\343\000J\0003\210c+\220\021E\003A\270\001\030{\000D\002:O\000\330j\0005\220\003\214 f\002\372\035\000\340|\000<\220q\230\001\367\230\024\230\333\000\020\220\010\230\326S\000\340\010X\014\340\241 z\230\367\021\230$\357!\200A\340\010\337%\240T\250\021\270\0108\220\3774\220v\230S\240\003\240\3534\240\206 \036\"\003\360\006\000\273\t\014\271 }\230A\262 d\337\240!\330\014\r\353!w\220\367a\220t\260@q\240\013\250\3772\250S\260\010\270\004\2707L\310\001\332AF\220\342@\240A\377\014\025\220Q\220a\200A\376@\001\017\210a\210q\220\006\337\220c\230\027\240!\002I\220\371Z\355@\245@\014\210I\220[\377\240\010\250\010\260\002\260&\337\270\t\300\022\300\326 \013\210\375?\215bw\240d\250#\250\377Q\250f\260F\270\"\270\266\263`\020\220\260 \360\n\217\003wK\220b\354%A\315H\350Awg\000\356\215 \340\014\024\345d\320\023#\377\2402\240Q\330\020\030\230\375\007\344bt\2506\260\022\260\3372\260R\260sU\003\017\210\266\276C\020\027\312!\330\020\200@\020\357\220\005\220U\226\204""\002q\330\020^\312\001e\2304\230\367@\240\205\002\375\t\313!\320\0361\260\024\260\356\365!\320\020#\221`\014\020\220\361\007\305a\204A\261a\"\240B\240\373b\250\224\"D\220\001\220\024\352\364\000q\200\205\001J\225\"\016\000\t\357\036\230W\240\214@\014\210E\373\220\025\322 q\330\014\021\220\377\031\230!\2303\230l\250\373\"\250\244\205\002s\220\"\220A\376\215\001\024\030\230\001\340\024\031\207\230\026\230\"\002*\003\371\204\001\342 \022\360\243C\270\204\r\333!\277\0013\230c\240\247\021\240&\207\000\215#\020\210B\021\373\230(\021\000\002\250!\330\020\375\026y\001\230\010\240\001\240\030\347\250\023\250l\000i\000\230\026\320\257\0371\260\021\261!\001r\000~\373\250T\003\007{\250*\260A?\260W\270A\270Q\026\007\002\006\365}9\006\230\002\006\031\240!\240\2078\2501X\001\247\206\001\250\205\001\212\206\001%\367\220r\230`\000\024\320\024%\353\240Q\355@*\347BF\300!\337\3008\3101\310\365\000\023\220\3552\230\206\002\024\027\234\204\002\006\240c\377\250\026\250s\260!\330\0303\031\330\216!\232\002\330\020\346A\303\000\377b\230\002\230!\330\024\035\373\320\035\267\000\260$\260j\300\377\002\300\"\300C\300w\310\377f\320TU\320\004\033\230\3351\321\204\001!\240\013\207\001\340\010\332\332\205\001G\311\206\001\t\330\271@\013\230\1771\230F\240(\250\047\363\000\277\014\017\210r\220\023\366!\027\374\240\000\361 \240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\003\310a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2086, 2908);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2434 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\360l\016,\005\300\"9\005drai\311nF\005\370DsV\005\314@fd\216c\005ope \006\336#}\005t\377akeO_CLO\377EXECO_RD\377ONLYRela\201y\000\002\216/\017\005\217.*\003\341BS\200\277E\000\006\326/\017\t\333..\007B\013.\002\233cT\214a\000\002\256O\017\005\257N*\003\340\201\204\0025\003\261CA\003\353@___\367Pyx\001\000Dict\377_NextRef?__anno\203b\035\000\371d\026\001%\000enter\356-\000_ex\352\204\001__f\227unc\014\001g\255eJ\000m\270\232@ \001\217`ule*\001n\353am\003\002pd\000cap\321i>\001\010\001\342c_\023\001vt<\256\206\001W\001qual)\005\354\205\005\214\234\204\016\206\206\006ex\213\001\302\001]\005s\374\200\010\273\204\016__test\376\357\000is_coro\377utineadd\375a\234\204\001asynci\333o.\020\006sc\220\206\001dc\375l\"\000_in_tr\177aceback\316\206\002\277codeco\217 x\337tcoun\000\002t_\267of_\210\210\006ad6\001d\237ir_fd\003\000\275\210\002y\357done\274\204\002end\037sepfd\366\207\003\277\204\005\311\210\002\277sfdfds\331\205\003f\377irstflag\377sfork_sh\277aring_\370\205\001s\357fsen\203\001gro\277wniind\225@n\277foitem\305\210\005.H\311\210\001\275\001\223\205\002m\261\000\244\206\003n\221Agnew\000\000\221 xt\352@\035hU\000old\000\000\r\002\270\205\001\377ospathpi\357dpoi\370Aspo\267prb\332\206\003re\323Be\377xclusive\357requ\332 sre\337sults\230!ds\314\302\212""\001\316\207\001et\303\211\004\344\210\003so\377urcespec\357spli\355\207\001rts\357with\367\207\001icm\377ethodstr\234\223\212\002\247\206\001tar\341`\000\003s\337textt\206\211\003to?kenvalw\000\346\207\001Swh\204\000\212\213\004-\221B:\265\000\273 (\272\000)\000\000\003\005,= X\000uct \214\212\002\252C\317 *, \340\000\000\00264\367_t)(\003void|\006\002\020\001 (PyO\270\212\003\371*\n\010X\002fail_\322\276\001\000\330`\214\214\004\000Z\003sl\357eep\000\035\001\000de\324\216c\244`\000\376\207\001_\265b\200\001\377\330\004\n\210+\220Q\200\377\001\340\t\r\210Q\320\016\377\"\240!\2406\250\031\260\377!\330\010\014\210H\220A\377\330\014\017\210t\220;\230\377a\230q\330\020\027\220s\377\230!\2304\230v\240R\277\240q\250\004\250A:\001\047\377\220\021\220(\230!\200\001\377\360\014\000\005\026\220R\220\377y\240\001\240\021\330\004\025\346\001\007 \240e\000\002\000\340\t\n\377\330\010\021\320\021)\250\021\377\250+\260Z\270q\330\004\177\007\200w\210b\220\001j\001\375A@\000\024\000\005\024\2201\336\222\000\320\n$\240\\\000\013\210\376\n\000\007\200t\2103\210a\377\330\010\034\230A\330\010\017\315\2104\000\031\230_\000\024\0012\210\271QP\000\200\000!\330\004*\000\200\356\036\000\013\2104\260\0002\220Q\377\330\014\022\220+\230Q\230T7\000\301\0011\025\005v\242\000q\005\025\377y\230\004\230F\240#\240\355S\333\002\014\036\367\000t\2401\276\212!K\220q\330\010Y\001v\377\220S\230\001\330\014\023\220\2571\220D\230\266\002I\277 A\376\253$\220_\240D\250\003\250\270i\002\276\"\014\002\010\260\001\230\001\026\227\220d\230\326\"G\343\000J\0003\257\210c\220\021E\003A\270\001\030p{\000D\002O\000i\0015\220\003\214 \364f\002\035\000\340|\000<\220q\230\357\001\230\024\230\333\000\020\220\010\255\230S\000\340\010X\014\340\241 z\357\230\021\230$\262A\200A\340\277\010%\240T\250\021\270\0108\377\2204\220v\230S\240\003\327\2404\240\206 \036\"\003\360\006w\000\t\014\271 }\230A\262 \277d\240!\330\014\r\353!w\357\220a\220t\363@q\240\013\377\2502\250S\260\010\270\0047\270L\310\256BF\220\245`\240A\377\014\025""\220Q\220a\200A\376@\001\017\210a\210q\220\006_\220c\230\027\240\227$Z\260`\376\245@\014\210I\220[\240\010\377\250\010\260\002\260&\270\tw\300\022\300\326 \013\210?\320b\377w\240d\250#\250Q\250\277f\260F\270\"\270\366`\020\355\220\260 \360\n\217\003w\220b\222\354%A\315H\350Awg\000\215 \340\373\014\024\250\204\004\320\023#\2402\177\240Q\330\020\030\230\007\247\204\002\377t\2506\260\022\2602\260\267R\260sU\003\017\210\276C\020\355\027\312!\330\020\200@\020\220\005\273\220U\331\204\002q\330\020\312\001eW\2304\230\367@\240\205\002\t\313!\277\320\0361\260\024\260\365!\320{\020#\221`\014\020\220\007\221`\372\004\000\010\260b\"\240B\240b\375\250\307\204\002D\220\001\220\024\220\273Z\230\257`\014\210J\225\"\014\377\000\t\035\230B\230i\240\375q\037\001\026\220l\240!\240\2118\224\002\200\"3\202\205\002P\000\207\205\002E\370\315\204\002\350\204\001\321 \016\000\t\036\230\373W\240\306@\014\210E\220\025\376\214@q\330\014\021\220\031\230\377!\2303\230l\250\"\250\276\241\206\002s\220\"\220A\307\001\024\377\030\230\001\340\024\031\230\026\021\230\"\002*\003D\004\022\335C\362\204\r\225A\376\371\0013\230c\240\021\240&t\301\000\307#\020\302B\021\230(\021\000\277\002\250!\330\020\026y\001\230\377\010\240\001\240\030\250\023\250\374l\000i\000\230\026\320\0371\260u\021\353!\001r\000~\250T\003\007\377{\250*\260A\260W\270\247A\270Q\026\007\002\006}9\006\230\n\002\006\031\222\"1X\001\341\206\001\342\205\001\304\206\001\357%\220r\230`\000\024\320\024\327%\240Q\247`*\241bF\300\277!\3008\3101\310\365\000\023\333\2202\322\206\002\024\027\326\204\002\006\240\377c\250\026\250s\260!\330g\030\031\330\216!\232\002\330\020\240a\376\303\000b\230\002\230!\330\024\367\035\320\035\267\000\260$\260j\377\300\002\300\"\300C\300w\377\310f\320TU\320\004\033{\2301\213\205\001!\240\013\250\210\000k\340\010\224\206\001G\203\207\001\t\330\363@\377\013\2301\230F\240(\250\375\047\363\000\014\017\210r\220\023\362\366!\027\240\000\361 \240\002\240%\377\240v\250V\2601\260B\377\260i\270t\3005\310\005\377\310Q\310a\320""\0046\320\3776K\3101\360\020\000\t\377\034\2302\230Y\240a\240\367q\330\010\223\211\001\010\013\2106\336?\002\014\022\220*\372\205\001\330\010\357\t\330\021\022\204\204\001X\230Q\377\230h\240f\250F\260\"\327\260K\270\377\211\002q\220\212\001s\220\367#\220Q\313\001E\230\021\230\372\226@\027\205\204\001\017\210u\220C\373\220q\243Ag\230Q\230f\377\240B\240i\250q\260\007\001\260\337\206\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2434, 3324);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2908 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.drainFdArray.eventfdsFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinescline_in_tracebackclosecodecontextcountcount_of_eventfddeadlinedonedrainendsepfderrorseventfdseventsfdfdsfilenofirstfork_sharing_filesgrowniindexinfoitemsivshmem._fdslinemodifynnothingopenospidpointerspoprbremoverequestssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodtaketargetstimeouttokenvalueswaiteventfd-count:int (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000take_count\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t""\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230""\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\022\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!\330\030\031\330\024\030\230\001\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a";
+    #else /* compression: none (3324 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinescalledcline_in_tracebackclosecodecontextcountcount_of_eventfddeadlinedir_fddirectorydonedrainendsepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnothingoldold_textopenospathpidpointerspoprbremoverename_exclusiverequestsresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitwhereeventfd-count:int (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000take_count\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!""\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330""\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\022\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!\330\030\031\330\024\030\230\001\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\320\004\033""\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 138; i++) {
+    for (int i = 0; i < 160; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 20) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14979,8 +16190,8 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 138; i < 160; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-138].length;
+    for (int i = 160; i < 185; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-160].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14990,15 +16201,15 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 160; i++) {
+    for (Py_ssize_t i = 0; i < 185; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 138;
-      for (Py_ssize_t i=0; i<22; ++i) {
+      PyObject **table = stringtab + 160;
+      for (Py_ssize_t i=0; i<25; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15022,15 +16233,16 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
     int8_t const cint_constants_1[] = {0,16};
-    for (int i = 0; i < 2; i++) {
-      numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
+    int16_t const cint_constants_2[] = {511};
+    for (int i = 0; i < 3; i++) {
+      numbertab[i] = PyLong_FromLong((i < 2 ? cint_constants_1[i - 0] : cint_constants_2[i - 2]));
       if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<2; ++i) {
+    for (Py_ssize_t i=0; i<3; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15064,7 +16276,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 9;
+    unsigned int first_line : 10;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -15084,149 +16296,164 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 84};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__3};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 110};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 129};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 153};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 138};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 201};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 210};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_requests, __pyx_mstate->__pyx_n_u_pointers, __pyx_mstate->__pyx_n_u_ends, __pyx_mstate->__pyx_n_u_nothing, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 245};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 361};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 386};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 400};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 341};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 404};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 407};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 347};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 358};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 421};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 469};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 411};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 474};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 420};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 483};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 431};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 494};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 516};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 543};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -17006,6 +18233,77 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
     return __Pyx_GetBuiltinName(name);
 }
 
+/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
+/* BytesContains */
+static CYTHON_INLINE int __Pyx_BytesContains(char character, PyObject* bytes, int eq) {
+    const Py_ssize_t length = __Pyx_PyBytes_GET_SIZE(bytes);
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(length == -1)) return -1;
+#endif
+    const char* char_start = __Pyx_PyBytes_AsString(bytes);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!char_start)) return -1;
+#endif
+    int result = memchr(char_start, (unsigned char)character, (size_t)length) != NULL;
+    return (result == (eq == Py_EQ));
+}
+
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {
     "00010203040506070809"
@@ -17495,45 +18793,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
     return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
-/* FormatTypeName (used by RaiseErrorWithObjectTypes) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
-    }
-    goto done;
-}
-#endif
-
 /* RaiseErrorWithObjectTypes (used by PyNumberBinop) */
 static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
     __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
@@ -17785,24 +19044,6 @@ static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
     } else {
         return PyUnicode_Decode(cstring, length, encoding, errors);
     }
-}
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
 }
 
 /* CIntToPyUnicode */
@@ -18542,7 +19783,7 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) 
 static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
   int ret;
   PyObject *name_attr;
-  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
+  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name_2);
   if (likely(name_attr)) {
       ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
   } else {
@@ -18912,7 +20153,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__2);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }
@@ -21209,307 +22450,6 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
 }
 
 /* CIntFromPy */
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
-static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (uint64_t) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(uint64_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    uint64_t val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint64_t) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (uint64_t) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint64_t");
-        return (uint64_t) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (uint64_t) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (uint64_t) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((uint64_t) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((uint64_t) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (uint64_t) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-#endif
-}
-static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    uint64_t val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint64_t) -1;
-    val = __Pyx_PyLong_As_uint64_t(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
-    }
-}
-
-/* CIntFromPy */
 static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
 static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
     const char* type_name = "unsigned int";
@@ -21807,6 +22747,307 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
+    }
+}
+
+/* CIntFromPy */
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
+static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint64_t) -1;
+}
+static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint64_t) -1;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint64_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint64_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint64_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint64_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint64_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint64_t");
+        return (uint64_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint64_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint64_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint64_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint64_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint64_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+#endif
+}
+static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    uint64_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint64_t) -1;
+    val = __Pyx_PyLong_As_uint64_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
     }
 }
 

@@ -41,6 +41,32 @@ import os
 
 from .errors import ClosedError
 
+cdef extern from "<fcntl.h>" nogil:
+    int c_openat "openat"(int directory, const char *path, int flags, unsigned int mode)
+    enum: AT_FDCWD, O_CLOEXEC
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* Not by the C library: glibc has it since 2.28 only, and musl since 1.2.6. */
+    static inline long ivshmem_rename_exclusive(int directory, const char *from, const char *to)
+    {
+    #ifdef SYS_renameat2
+        return syscall(SYS_renameat2, directory, from, directory, to, 1); /* RENAME_NOREPLACE */
+    #else
+        errno = ENOSYS;
+        return -1;
+    #endif
+    }
+    """
+    long ivshmem_rename_exclusive(int directory, const char *source, const char *target) nogil
+    int memfd_create(const char *name, unsigned int flags) nogil
+    enum: MFD_CLOEXEC
+
 EPOLLIN = _EPOLLIN
 EPOLLOUT = _EPOLLOUT
 EPOLLERR = _EPOLLERR
@@ -99,6 +125,43 @@ cdef class FdArray:
                     array.close()
             array.take(fd)
         return array
+
+    def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):
+        """open(2), and own what it gives at once: no signal's exception can come between the two.
+
+        Descriptors are close-on-exec. Returns the new one, which is still owned by the array.
+
+        Raises:
+            OSError: as of open(2), with the path.
+        """
+        cdef bytes where = os.fsencode(path)
+        cdef const char *text = where
+        cdef int fd, code
+        if b"\0" in where:
+            raise ValueError("embedded null byte")
+        while True:
+            with nogil:
+                fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
+                code = errno
+            if fd >= 0:
+                self.take(fd)
+                return fd
+            if code != EINTR:
+                raise OSError(code, os.strerror(code), path)
+            PyErr_CheckSignals()
+
+    def memfd(self, name, unsigned int flags):
+        """memfd_create(2), owned at once like what `open` gives.
+
+        Raises:
+            OSError: as of memfd_create(2).
+        """
+        cdef bytes called = os.fsencode(name)
+        cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
+        if fd < 0:
+            fail()
+        self.take(fd)
+        return fd
 
     @cython.critical_section
     def take(self, int fd):
@@ -448,6 +511,23 @@ def fork_sharing_files():
     if pid < 0:
         fail_with(code)
     return pid
+
+
+def rename_exclusive(int directory, source, target):
+    """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
+
+    Raises:
+        OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
+    """
+    cdef bytes old = os.fsencode(source)
+    cdef bytes new = os.fsencode(target)
+    cdef const char *old_text = old
+    cdef const char *new_text = new
+    cdef long result
+    with nogil:
+        result = ivshmem_rename_exclusive(directory, old_text, new_text)
+    if result < 0:
+        fail()
 
 
 cdef int64_t take_count(int fd) except -1:

@@ -1,0 +1,559 @@
+"""Files in directories that others can write: found, opened, made, replaced and removed safely.
+
+Knows: whose links and files can be trusted, and that a path may lead elsewhere a moment later.
+Does not know: what the files are for.
+
+Trusted are root, the user of this process, and the users that a caller accepts. Nothing here rests
+on fs.protected_symlinks and its like: some distributions switch them off.
+
+Invariants:
+1. A path is walked once, by descriptors of its directories. What was checked is what is used.
+2. A symbolic link is followed only if a trusted user made it.
+3. Opening a file creates nothing, truncates nothing and waits for nobody. The caller gets the file
+   only when its type, its owner and its hard links are right.
+4. A new file has no name until it is whole. Where the file system cannot do that, it has a name
+   that the next `Draft` for the same path removes if the process was killed.
+5. Each descriptor has an owner from the system call on that makes it: an `FdArray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pwd
+import stat
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, SupportsIndex
+
+from . import _fds
+from .accounts import user_id
+
+# Users whose files are accepted, by name or number.
+Users = Iterable[SupportsIndex | str]
+
+_MOST_LINKS = 40  # on the way to one file, as in the kernel
+_OVERFLOW = 65534  # what a user namespace shows for every user that it does not map
+_DRAFTS = 3  # names that the drafts of a path try before they take one by chance
+
+# Errors that say "not on this file system", not "not here" or "not you".
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EISDIR})
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def user_word(uid: int) -> str:
+    """A user for a message: "alice (uid 1000)", or "uid 1000" if the system has no name for it."""
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def kind_word(mode: int) -> str:
+    """What a mode from stat(2) says, for a message: "a FIFO"."""
+    return _KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two results of stat(2) are of one file: names and times say nothing about that."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+# -- places ---------------------------------------------------------------------------------------
+
+
+class Place:
+    """A name in an open directory: what a path led to when `find` walked it. A context manager.
+
+    Attributes:
+        path: as it was given; for messages only.
+        name: in the directory `fd`. Nothing need have that name.
+        shared: whether users who are not trusted can make or replace names in the directory.
+        inherited: the path is /proc/self/fd/N, which /dev/stdout leads to: the descriptor was
+            given to us, so nobody's ownership is asked for.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        directory: _fds.FdArray,
+        name: str,
+        trusted: frozenset[int],
+        *,
+        shared: bool,
+        inherited: bool = False,
+    ) -> None:
+        self._directory = directory
+        self._trusted = trusted
+        self.path = path
+        self.name = name
+        self.shared = shared
+        self.inherited = inherited
+
+    @property
+    def fd(self) -> int:
+        """The directory's descriptor, still owned by this object."""
+        return self._directory[0]
+
+    def status(self) -> os.stat_result | None:
+        """What has the name now, by lstat(2); None: nothing has it."""
+        try:
+            return os.stat(self.name, dir_fd=self.fd, follow_symlinks=self.inherited)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
+
+    def leads_to(self, fd: int) -> bool:
+        """Whether the name is that of the open file `fd`, by device and inode."""
+        found = self.status()
+        return found is not None and same_file(found, os.fstat(fd))
+
+    def open(
+        self, flags: int, *, lone: bool = False, strict: bool = True, streams: bool = False
+    ) -> _fds.FdArray:
+        """Open the file that has the name, if it can be trusted; its only descriptor is returned.
+
+        It is never created or truncated, and a FIFO is not waited for.
+
+        Args:
+            flags: O_RDONLY, O_WRONLY or O_RDWR, and O_APPEND.
+            lone: refuse a file with several hard links anywhere; else only in a shared directory,
+                where another user may have made the link.
+            strict: refuse a file of another user anywhere; else only in a shared directory.
+            streams: take a device, FIFO or socket, too.
+
+        Raises:
+            PermissionError: the owner is not trusted, or there are several hard links.
+            OSError: EINVAL, it is not a regular file; or as of open(2), with the path.
+        """
+        flags |= os.O_NONBLOCK | os.O_NOCTTY
+        if not self.inherited:
+            flags |= os.O_NOFOLLOW
+        file = _fds.FdArray()
+        try:
+            file.open(self.name, flags, dir_fd=self.fd)
+        except OSError as error:
+            self._explain(error)
+            raise OSError(error.errno, error.strerror, self.path) from None
+        self.check(os.fstat(file[0]), lone=lone, strict=strict, streams=streams)
+        return file
+
+    def check(
+        self,
+        found: os.stat_result,
+        *,
+        lone: bool = False,
+        strict: bool = True,
+        streams: bool = False,
+    ) -> None:
+        """Judge a file that has the name, as `open` does.
+
+        Raises:
+            OSError: as of `open`.
+        """
+        if not stat.S_ISREG(found.st_mode) and not streams:
+            raise self.wrong_kind(found.st_mode)
+        if self.inherited:
+            return
+        if found.st_uid not in self._trusted and (strict or self.shared):
+            raise _not_trusted(self.path, found.st_uid, "it")
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1 and (lone or self.shared):
+            raise PermissionError(
+                errno.EPERM,
+                f"it has {found.st_nlink} hard links, so another user may have put another file"
+                " here: remove this name, or choose another path",
+                self.path,
+            )
+
+    def _explain(self, error: OSError) -> None:
+        """Raise something better than what open(2) said, if its cause is the kind of file."""
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            found = self.status()
+            if found is not None and not stat.S_ISREG(found.st_mode):
+                raise self.wrong_kind(found.st_mode) from None
+
+    def wrong_kind(self, mode: int) -> OSError:
+        """The error for what is no regular file."""
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        what = f"it is {kind_word(mode)}, not a regular file: choose another path"
+        return OSError(code, what, self.path)
+
+    def create(self, flags: int, mode: int) -> _fds.FdArray:
+        """Make an empty file that has the name, and open it.
+
+        Raises:
+            FileExistsError: something has the name; a link that leads nowhere, too.
+            OSError: as of open(2), with the path.
+        """
+        file = _fds.FdArray()
+        try:
+            file.open(self.name, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
+        return file
+
+    def remove(self, fd: int) -> bool:
+        """Remove the name if it is that of the open file `fd`; else return False."""
+        if self.inherited or not self.leads_to(fd):
+            return False
+        try:
+            os.unlink(self.name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def sync(self) -> None:
+        """Have the directory on the disk; some file systems cannot be asked that."""
+        with contextlib.suppress(OSError):
+            directory = _fds.FdArray()
+            directory.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
+            os.fsync(directory[0])
+
+    def close(self) -> None:
+        """Close the directory; may be called twice."""
+        self._directory.close()
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def find(path: str | os.PathLike[str], *, accept: Users = (), links: bool = True) -> Place:
+    """Walk a path to the directory that its last name is in; that name need not exist.
+
+    A symbolic link is followed if root, this process's user or an accepted user made it. So a link
+    that another user put somewhere on the way leads nobody to another file.
+
+    Args:
+        accept: users who are trusted like ourselves.
+        links: whether the last name may be a link.
+
+    Raises:
+        PermissionError: a link is another user's.
+        ValueError: `accept` names a user who does not exist.
+        OSError: ELOOP, the last name is a link and must not be; or as of open(2).
+    """
+    given = os.fsdecode(path)
+    trusted = frozenset({0, os.geteuid(), *map(user_id, accept)})
+    try:
+        return _walk(given, trusted, links)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, given) from None
+
+
+def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    here = _directory("/" if path.startswith("/") else ".", None)
+    todo = _parts(path)
+    followed = 0
+    while todo:
+        name = todo.pop()
+        above = os.fstat(here[0])
+        shared = bool(above.st_mode & 0o022) or not _is_trusted(above.st_uid, trusted)
+        child = _fds.FdArray()
+        try:
+            child.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here[0])
+        except FileNotFoundError:
+            if todo:
+                raise
+            return Place(path, here, name, trusted, shared=shared)
+        found = os.fstat(child[0])
+        if stat.S_ISLNK(found.st_mode):
+            followed += 1
+            if followed > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if not todo and not links:
+                raise OSError(
+                    errno.ELOOP,
+                    "it is a symbolic link, which a POSIX name must not be: remove it, or name"
+                    " the file that it leads to",
+                )
+            _check_link(found, trusted, shared)
+            if name.isdigit() and found.st_dev == os.stat("/proc").st_dev:
+                # Its text is no path, so the kernel has to follow it.
+                return Place(path, here, name, trusted, shared=shared, inherited=True)
+            text = os.readlink("", dir_fd=child[0])
+            if text.startswith("/"):
+                here = _directory("/", None)
+            todo += _parts(text)
+        elif todo:
+            here = _directory(name, here[0])
+        else:
+            return Place(path, here, name, trusted, shared=shared)
+    return Place(path, here, ".", trusted, shared=True)  # "/", "." or a link to one of them
+
+
+def _parts(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def _directory(name: str, inside: int | None) -> _fds.FdArray:
+    """Open a directory that is not a link."""
+    directory = _fds.FdArray()
+    where = {} if inside is None else {"dir_fd": inside}
+    try:
+        # O_RDONLY, since O_PATH does not mount what autofs has there.
+        directory.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, **where)
+    except PermissionError:
+        directory.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, **where)
+    return directory
+
+
+def _check_link(link: os.stat_result, trusted: frozenset[int], shared: bool) -> None:
+    """Refuse a link that somebody may have put there who is not trusted."""
+    if not (link.st_uid in trusted or (not shared and _is_trusted(link.st_uid, trusted))):
+        raise _not_trusted(None, link.st_uid, "a symbolic link on the way")
+    if shared and link.st_nlink > 1:  # a second name of root's link, which anybody may have made
+        raise PermissionError(
+            errno.EPERM,
+            "a symbolic link on the way has several hard links, so another user may have put it"
+            " there: give the path that it leads to",
+        )
+
+
+def _is_trusted(uid: int, trusted: frozenset[int]) -> bool:
+    """Whether a user is trusted with a directory: also the root of the namespaces above ours."""
+    return uid in trusted or (uid == _OVERFLOW and _is_unmapped(uid))
+
+
+def _is_unmapped(uid: int) -> bool:
+    """Whether a uid stands for users outside of this user namespace; user_namespaces(7)."""
+    try:
+        with open("/proc/self/uid_map") as lines:
+            spans = [[int(number) for number in line.split()] for line in lines]
+    except OSError:
+        return False
+    return not any(first <= uid < first + count for first, _, count in spans)
+
+
+def _not_trusted(path: str | None, uid: int, what: str) -> PermissionError:
+    user = user_word(uid)
+    name = user.partition(" (")[0].removeprefix("uid ")
+    return PermissionError(
+        errno.EPERM,
+        f"{what} belongs to {user}, neither root nor this process's user: choose another path, or"
+        f" where you trust that user, --accept-owner {name} (accept_owner in Python and TOML)",
+        path,
+    )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], *, accept: Users = ()) -> Iterator[BinaryIO]:
+    """A regular file, open for reading while the block runs.
+
+    In a directory that only trusted users can write, it may be anybody's.
+
+    Raises:
+        OSError: as of `find` and `Place.open`.
+    """
+    with find(path, accept=accept) as place:
+        file = place.open(os.O_RDONLY, strict=False)
+    try:
+        with open(file[0], "rb", closefd=False) as stream:
+            yield stream
+    finally:
+        file.close()
+
+
+# -- making ---------------------------------------------------------------------------------------
+
+
+class Draft:
+    """A new, empty file that gets its name when it is whole. A context manager.
+
+    The block's end, and an exception at any moment, remove what has not been published. If the
+    process is killed, the kernel does, since the file has no name (O_TMPFILE). On a file system
+    that lacks that, the file has a name beside the target and a lock (flock), and the next draft
+    for the same target removes it.
+
+    Attributes:
+        place: where it is to be.
+        file: its descriptor, which the caller may keep after the block if it was published.
+    """
+
+    _name: str | None = None  # what it is called, if it must have a name
+    _claiming = False  # whether an interrupted `publish` may have given it the target's name
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        flags: int = os.O_RDWR,
+        mode: int = 0o600,
+        *,
+        accept: Users = (),
+        links: bool = True,
+    ) -> None:
+        self.published = False
+        self.file = _fds.FdArray()
+        self.place = find(path, accept=accept, links=links)
+        if self.place.inherited or self.place.name in (".", ".."):
+            raise IsADirectoryError(errno.EISDIR, "it is not the path of a file", self.place.path)
+        try:
+            self._open(flags, mode)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.place.path) from None
+
+    def _open(self, flags: int, mode: int) -> None:
+        try:
+            self.file.open(".", flags | os.O_TMPFILE, mode, dir_fd=self.place.fd)
+            # Before the file has a name: what has one and no lock was left behind.
+            self._lock()
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        for name in self._names():
+            self._name = name
+            self.file = _fds.FdArray()
+            try:
+                self.file.open(name, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.place.fd)
+            except FileExistsError:
+                continue
+            self._lock()
+            if self._has(name, self.file[0]):
+                return
+            # Another draft took ours for one that was left behind, in the moment before the lock.
+
+    def _lock(self) -> None:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+            fcntl.flock(self.file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _names(self) -> Iterator[str]:
+        """Names for it, beside the target; first those that the drafts before us may have left."""
+        stem = os.fsdecode(os.fsencode(self.place.name)[:200])
+        for number in range(_DRAFTS):
+            name = f".{stem}.ivshmem-{number}"
+            self._sweep(name)
+            yield name
+        while True:
+            yield f".{stem}.ivshmem-{os.urandom(8).hex()}"
+
+    def _sweep(self, name: str) -> None:
+        """Remove a draft whose maker was killed: one of ours that nobody has locked."""
+        left = _fds.FdArray()
+        with contextlib.suppress(OSError):
+            left.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.place.fd)
+            found = os.fstat(left[0])
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                fcntl.flock(left[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._has(name, left[0]):
+                    os.unlink(name, dir_fd=self.place.fd)
+        left.close()
+
+    def _has(self, name: str, fd: int) -> bool:
+        """Whether `name`, beside the target, is that of the open file `fd`."""
+        try:
+            found = os.stat(name, dir_fd=self.place.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return same_file(found, os.fstat(fd))
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give the file its name, in one step: nobody ever finds half of it, or nothing.
+
+        Args:
+            replace: take the name from the file that has it; else that is an error.
+
+        Raises:
+            FileExistsError: something has the name and `replace` is false; the draft stays.
+            OSError: as of linkat(2) or rename(2), with the path.
+        """
+        self._claiming = not replace
+        try:
+            self._publish(replace)
+        except OSError as error:
+            self._claiming = False
+            raise OSError(error.errno, error.strerror, self.place.path) from None
+        self.published = True
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.file[0], fcntl.LOCK_UN)
+
+    def _publish(self, replace: bool) -> None:
+        place = self.place
+        if self._name is None:
+            try:
+                self._link(place.name)
+                return
+            except FileExistsError:
+                if not replace:
+                    raise
+        name = self._name or self._linked()
+        if replace:
+            os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+        else:
+            self._rename_exclusive(name)
+        self._name = None
+
+    def _linked(self) -> str:
+        """Give a file without a name one beside the target, from which it can replace that."""
+        for name in self._names():
+            self._name = name
+            with contextlib.suppress(FileExistsError):
+                self._link(name)
+                return name
+        raise AssertionError
+
+    def _link(self, name: str) -> None:
+        # With `dst_dir_fd` Python follows the link in /proc, without it does not.
+        os.link(f"/proc/self/fd/{self.file[0]}", name, dst_dir_fd=self.place.fd)
+
+    def _rename_exclusive(self, name: str) -> None:
+        """Rename the draft unless something has the target's name; not all file systems can."""
+        place = self.place
+        try:
+            _fds.rename_exclusive(place.fd, name, place.name)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        try:
+            os.link(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+            os.unlink(name, dir_fd=place.fd)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        # An empty file of ours first. To those who meet it, 0 bytes mean "not made yet".
+        place.create(os.O_WRONLY, 0o600).close()
+        os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+
+    def close(self) -> None:
+        """Remove it, unless it was published; may be called twice."""
+        try:
+            if not self.published and len(self.file):
+                if self._name is not None and self._has(self._name, self.file[0]):
+                    os.unlink(self._name, dir_fd=self.place.fd)
+                if self._claiming:
+                    self.place.remove(self.file[0])
+            self._name = None
+        finally:
+            if not self.published:
+                self.file.close()
+            self.place.close()
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # __init__ did not come so far
+            self.close()
