@@ -2,7 +2,7 @@
 
 Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
 
-    Server    what guests connect to: `with ivshmem.Server("/tmp/ivshmem_socket").start(): ...`
+    Server    what guests connect to: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
     connect   makes this process a peer, with an id, a region, doorbells and vectors
     Region    the shared memory itself: `memoryview(region)`, `numpy.frombuffer(region)`
     Directory names in the region, by which peers find one another: `publish`, `lookup`

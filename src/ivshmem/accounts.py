@@ -41,6 +41,14 @@ def group_id(group: SupportsIndex | str) -> int:
     return _checked(group, "gid")
 
 
+def user_name(uid: int) -> str:
+    """Return a user for a message: "nobody (uid 65534)"; "uid 4711" if it has no name."""
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
 def _is_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and text.isascii()
 

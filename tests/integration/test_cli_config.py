@@ -315,7 +315,7 @@ def test_what_would_be_served(file: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["-S", "/tmp/ivshmem_socket"], "--socket"),  # also if it is the default
+        (["-S", "/run/ivshmem.sock"], "--socket"),  # also if it is the default
         (["-n", "1", "--keep"], "--vectors, --keep"),
         (["--allow", "root", "--readonly-for", "all"], "--allow, --readonly-for"),
         (["-M", "x", "--names", "--mode", "0600"], "--name, --names, --mode"),

@@ -295,7 +295,7 @@ def test_the_example_of_the_readme(server: Callable[..., Server]) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = (e for e in re.findall(r"```python\n(.*?)```", readme, re.S) if "lookup(" in e)
     serving = server()
-    example = "import ivshmem\n" + example.replace("/tmp/ivshmem_socket", serving.path)
+    example = "import ivshmem\n" + example.replace("/run/ivshmem.sock", serving.path)
     with ivshmem.connect(serving.path) as client, Directory.create(client) as table:
         table.publish("sensor")
         with python(example) as child:

@@ -27,7 +27,7 @@ FLOORS: list[list[str]] = [
     ["protocol"],
     ["region"],
     ["endpoint", "sockets"],
-    ["directory", "access", "replay", "answering", "image"],
+    ["directory", "access", "replay", "answering", "image", "runtime"],
     ["engine", "config"],
     ["server", "client", "configfile", "opening", "changes"],
     ["service", "control"],

@@ -360,7 +360,7 @@ class TestMendedByQemu:
         a.call("path", "/none")
         status, answer = a.call("doctor")
         assert (status, answer["side"]) == (1, "guest")
-        args = shlex.split(check.mend.replace("/tmp/ivshmem_socket", server.path))
+        args = shlex.split(check.mend.replace("/run/ivshmem.sock", server.path))
         b = Patient(guest(PROGRAM, args=args, iommu=True))
         assert b.doctor()["self-interrupt"].found == "1 of 1 vectors"
         status, answer = b.call("doctor", "0000:00:1e.7")

@@ -9,13 +9,14 @@ import argparse
 import os
 from typing import Any
 
+from .. import runtime
 from ..config import DEFAULT_SIZE, EXISTING, RegionConfig
 from ..directory import MAX_SLOTS
 from ..protocol import MAX_VECTORS
 from ..sockets import check_path
 
-# The example server's, so that what is written for it finds this one.
-DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
+# What the help says of a command that needs a server. Where that is: runtime.py.
+OF_THE_SERVER = "default: the server that runs here, see the README"
 DEFAULT_PID_FILE = "/var/run/ivshmem-server.pid"
 
 
@@ -29,7 +30,8 @@ def add_region(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"the socket to listen on (default: {DEFAULT_SOCKET})",
+        help=f"the socket to listen on (default: {runtime.OF_ROOT} for root, for others"
+        f" {runtime.NAME} in XDG_RUNTIME_DIR)",
     )
     general.add_argument(
         "-l", "--size", metavar="SIZE", help=f"of the memory (default: {DEFAULT_SIZE})"
@@ -140,14 +142,23 @@ def region_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:
     """The region that the options describe; `socket`: where it is if they do not say."""
-    settings: dict[str, Any] = {"socket": socket or DEFAULT_SOCKET, **region_settings(options)}
-    settings["socket"] = os.path.abspath(check_path(settings["socket"]))
+    settings: dict[str, Any] = {"socket": socket, **region_settings(options)}
+    settings["socket"] = os.path.abspath(check_path(settings["socket"] or runtime.default_socket()))
     if "file" in settings:
         settings["file"] = os.path.abspath(settings["file"])
     if is_name(settings.get("directory")):
         settings["name"] = settings.pop("directory")
     lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
     return RegionConfig(**settings | lists)
+
+
+def server_of(options: argparse.Namespace) -> str:
+    """The path of the server that the options name, or of the one that runs here.
+
+    Raises:
+        FileNotFoundError: none was named, and none was found; the message says where it looked.
+    """
+    return options.socket if options.socket is not None else runtime.find_socket()
 
 
 def check_no_region(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 
 from .. import control, sockets
-from .arguments import DEFAULT_SOCKET
+from .arguments import OF_THE_SERVER, server_of
 
 SECONDS = 10.0  # for an answer
 
@@ -23,8 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="of the server; its control socket is PATH.control (default: %(default)s)",
+        help=f"of the server; its control socket is PATH.control ({OF_THE_SERVER})",
     )
     place.add_argument(
         "--control", metavar="PATH", help="the control socket, if the server has it elsewhere"
@@ -35,11 +34,12 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control.Cl
     """Connect to the control socket that the options mean; errors say what to do."""
     if options.control is not None:
         return _connect(options.control, timeout)
-    path = control.default_path(options.socket)
+    server = os.path.abspath(server_of(options))
+    path = control.default_path(server)
     try:
         return _connect(path, timeout)
     except (FileNotFoundError, ConnectionRefusedError):
-        error = _without_control(os.path.abspath(options.socket))
+        error = _without_control(server)
     raise error
 
 

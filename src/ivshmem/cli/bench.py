@@ -24,7 +24,7 @@ from ..endpoint import Endpoint
 from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuchPeer
 from ..protocol import MAX_VECTORS
 from . import daemon
-from .arguments import DEFAULT_SOCKET
+from .arguments import server_of
 from .progress import Progress
 from .shell import Shell
 
@@ -72,7 +72,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "-S",
         "--socket",
         metavar="PATH",
-        help=f"of the server (default: {DEFAULT_SOCKET}; in a guest: its device, and no server)",
+        help="of the server (default: the one that runs here; in a guest: its device, no server)",
     )
     where.add_argument(
         "-a",
@@ -166,9 +166,8 @@ def _open(options: argparse.Namespace) -> Endpoint:
     """The device of this machine, if it has one, or a client of a server, as is asked for."""
     if options.address is not None or (options.socket is None and guest.devices()):
         return guest.open(options.address)
-    path = options.socket or DEFAULT_SOCKET
     # Who only answers writes nothing, so let that be impossible.
-    return connect(path, timeout=_SET_UP, readonly=options.echo is not None)
+    return connect(server_of(options), timeout=_SET_UP, readonly=options.echo is not None)
 
 
 def _peer(endpoint: Endpoint, word: str) -> int:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from .. import pages
+from .. import pages, runtime
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..sizes import parse_size, round_up
 from ..sockets import check_path
 from . import Parser, daemon, guarded, open_standard_streams
-from .arguments import DEFAULT_PID_FILE, DEFAULT_SOCKET, is_name, vectors
+from .arguments import DEFAULT_PID_FILE, is_name, vectors
 from .serve import Plan, serve
 
 DEFAULT_NAME = "ivshmem"
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-S",
         metavar="SOCKET",
-        default=DEFAULT_SOCKET,
+        default=runtime.OF_THE_EXAMPLE,
         dest="socket",
         help="the socket to listen on (default: %(default)s)",
     )

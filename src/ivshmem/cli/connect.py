@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from ..client import connect
-from .arguments import DEFAULT_SOCKET, vectors
+from .arguments import OF_THE_SERVER, server_of, vectors
 from .shell import ClientShell
 
 
@@ -20,13 +20,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " exit status 1 at the first that fails.",
         epilog='Example: ivshmem connect -c "int 0 0" -c "wait any 5" -c "hexdump 0 64"',
     )
-    parser.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="of the server (default: %(default)s)",
-    )
+    parser.add_argument("-S", "--socket", metavar="PATH", help=f"of the server ({OF_THE_SERVER})")
     parser.add_argument(
         "-c",
         "--command",
@@ -53,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Connect and run commands."""
     with (
         connect(
-            options.socket,
+            server_of(options),
             timeout=options.timeout,
             vectors=options.vectors,
             readonly=options.readonly,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-from .. import doctor
-from .arguments import DEFAULT_SOCKET, is_name
+from .. import doctor, runtime
+from .arguments import OF_THE_SERVER, is_name
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
@@ -40,9 +40,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     side.add_argument("--host", action="store_true", help="check as a host")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     host = parser.add_argument_group("on a host")
-    host.add_argument(
-        "-S", "--socket", metavar="PATH", help=f"of the server (default: {DEFAULT_SOCKET})"
-    )
+    host.add_argument("-S", "--socket", metavar="PATH", help=f"of the server ({OF_THE_SERVER})")
     place = host.add_mutually_exclusive_group()
     place.add_argument("-M", "--name", help="the memory's POSIX name")
     place.add_argument("-f", "--file", metavar="PATH", help="the memory's file")
@@ -90,7 +88,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("the options for a host do not go with --guest")
     guest = options.guest or options.address is not None
     if not (guest or options.host or of_host):
-        guest = doctor.is_guest(DEFAULT_SOCKET, doctor.default_qemu())
+        guest = doctor.is_guest(runtime.expected_socket(), doctor.default_qemu())
     checks = doctor.examine_guest(options.address) if guest else doctor.examine_host(wishes)
     return (_print_json if options.json else _print)("guest" if guest else "host", checks)
 

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-from .. import guest, sockets
+from .. import guest, runtime, sockets
 from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..guest.device import RESOURCE
 from ..protocol import MAX_ID
 from ..sizes import format_size, parse_size
 from . import daemon
-from .arguments import DEFAULT_SOCKET
 from .banner import count
 from .news import News, tell_peer
 from .shell import Shell
@@ -99,8 +98,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="to listen on; clients connect as on the host (default: %(default)s)",
+        help="to listen on; clients connect as on the host (default: as of `ivshmem serve`)",
     )
     parser.add_argument(
         "--peers",
@@ -275,7 +273,7 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
         daemon.signals_held(),
         daemon.pid_file(options.pid_file),
         News(sys.stderr, logging.INFO) as news,
-        sockets.Listener(options.socket) as listener,
+        sockets.Listener(options.socket or runtime.default_socket()) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,

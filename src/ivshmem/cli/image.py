@@ -14,7 +14,7 @@ from ..image import ImageInfo
 from ..region import Region
 from ..sizes import format_size
 from . import daemon
-from .arguments import DEFAULT_SOCKET
+from .arguments import OF_THE_SERVER, server_of
 from .peers import plain
 from .progress import Progress
 
@@ -48,8 +48,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="of the server that has the region (default: %(default)s)",
+        help=f"of the server that has the region ({OF_THE_SERVER})",
     )
     place.add_argument("-M", "--name", help="the region's POSIX name, without a server")
     place.add_argument("-f", "--file", metavar="PATH", help="the region's file, likewise")
@@ -75,7 +74,7 @@ def _file(text: str) -> str:
 def _region(options: argparse.Namespace, *, readonly: bool) -> Iterator[Region]:
     """The region that the options name."""
     if options.name is None and options.file is None:
-        with connect(options.socket, timeout=options.timeout, readonly=readonly) as client:
+        with connect(server_of(options), timeout=options.timeout, readonly=readonly) as client:
             yield client.region
     else:
         with Region.attach(name=options.name, path=options.file, readonly=readonly) as region:

@@ -12,7 +12,7 @@ from ..config import DEFAULT_SIZE
 from ..errors import RegionError, ServerGone
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size
-from .arguments import DEFAULT_SOCKET, vectors
+from .arguments import OF_THE_SERVER, server_of, vectors
 
 _SECONDS = 10.0  # for a server to answer
 
@@ -31,8 +31,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "-S",
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="of the server, for ivshmem-doorbell (default: %(default)s)",
+        help=f"of the server, for ivshmem-doorbell ({OF_THE_SERVER})",
     )
     source.add_argument(
         "--config",
@@ -88,15 +87,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
     number = options.vectors
+    path = os.path.abspath(server_of(options))
     if number is None:
         try:
-            number = sockets.ask(options.socket, _SECONDS)["vectors"]
+            number = sockets.ask(path, _SECONDS)["vectors"]
         except (ServerGone, KeyError):
             raise ServerGone(
-                f"{options.socket}: this server does not say how many vectors it has:"
-                " give --vectors"
+                f"{path}: this server does not say how many vectors it has: give --vectors"
             ) from None
-    path = os.path.abspath(options.socket)
     return (
         qemu.doorbell(path, number, master=options.master),
         qemu.libvirt_doorbell(path, number, master=options.master),

@@ -20,14 +20,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import qemu
+from .. import qemu, runtime
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
 from ..guest.device import Access, GuestDevice, open_device
 from ..sizes import format_size
 from . import holders
 from .check import Check, Finding, Step, as_root, failed, ok, ours, run, skipped, warning
-from .wishes import DEFAULT_SOCKET
 
 SECONDS = 2.0  # for all interrupts to come back
 
@@ -68,7 +67,7 @@ def _missing(devices: list[pci.Device], address: str | None) -> Finding:
         there = ", ".join(device.address for device in devices)
         mend = ours("doctor", "--guest", devices[0].address)
         return failed(f"no ivshmem device at {address}; there is {there}", mend)
-    options = qemu.shell(qemu.doorbell(DEFAULT_SOCKET, 1))
+    options = qemu.shell(qemu.doorbell(runtime.OF_ROOT, 1))
     return failed("no ivshmem device in this machine (on the host, `ivshmem serve` first)", options)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import runtime
 from .check import ours
 
 # As of `ivshmem serve`.
-DEFAULT_SOCKET = "/tmp/ivshmem_socket"  # noqa: S108
 DEFAULT_SIZE = "4M"
 
 
@@ -43,11 +43,12 @@ class Wishes:
     @property
     def server(self) -> str | None:
         """The socket to look at; None where plain memory is shared, which needs none."""
-        return self.socket or (None if self.place else DEFAULT_SOCKET)
+        return self.socket or (None if self.place else runtime.expected_socket())
 
     def serve(self) -> str:
         """The command that serves what is wished for, and returns."""
-        words = ["serve", "--daemon", "--socket", self.socket or DEFAULT_SOCKET]
+        words = ["serve", "--daemon"]
+        words += ["--socket", self.socket] if self.socket else []
         for option, value in (
             ("--size", self.size),
             ("--name", self.name),
