@@ -3,17 +3,27 @@
 # in one line what.
 
 PYTHON ?= python3
+# The tests run in a user's environment: PYTHONUNBUFFERED, for one, hides what hangs without it.
+unexport $(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES)))
+# The QEMU that the guests run on: a path or a name. Empty: qemu-system-x86_64.
+QEMU ?=
+export QEMU
+# How many tests run at once.
+JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 CYTHON := _fds _wire _memory _spin _bell _core
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.py systemd/*/*)
 
-.PHONY: help serve test check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
+.PHONY: help serve test test-newest-qemu nightly check lint sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
-	@echo "make test    lint and run all tests, real guests included"
+	@echo "make test    lint and run the tests, real guests included (QEMU=PATH: on that QEMU;"
+	@echo "             ARGS='tests/unit -k roster': what is given to pytest, instead of all tests)"
 	@echo "make check   the same as CI: what cannot run is a failure"
+	@echo "make test-newest-qemu   run what depends on QEMU on the newest one, which it unpacks first"
+	@echo "make nightly   run all tests, also those that take long, with guests on both QEMUs"
 	@echo "make sanitize   run the tests of the C code with it built for AddressSanitizer and UBSan"
 	@echo "make fuzz    a million hostile inputs (COUNT=1000000 SEED=1 TARGET=all); the one input of a"
 	@echo "             finding: TARGET=client REPLAY=build/fuzz/client-1. make fuzz-sanitized: the same"
@@ -27,11 +37,30 @@ help:
 serve: $(VENV)/installed
 	@$(BIN)/python -m ivshmem serve $(ARGS)
 
+# What measures time, or changes what the whole machine shares, runs by itself.
 test: lint
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not nightly and not serial'
+	$(BIN)/python -m pytest -m 'serial and not nightly'
+endif
 
 check:
 	CI=true $(MAKE) test
+
+NEWEST_QEMU = $$(tests/vm/newest_qemu build/newest-qemu)
+
+test-newest-qemu: $(VENV)/tested
+	qemu=$(NEWEST_QEMU) && \
+	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly')
+
+nightly: lint
+	$(MAKE) sanitize NIGHTLY=true
+	CI=true $(BIN)/python -m pytest -n $(JOBS) -m 'not serial'
+	CI=true $(BIN)/python -m pytest -m serial
+	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
+	$(MAKE) fuzz
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check
@@ -53,13 +82,15 @@ bench: $(VENV)/measured
 bench-roundtrips: $(VENV)/measured
 	$(BIN)/python -m bench.roundtrips $(or $(ARGS),--json build/roundtrips.json --picture build/latency.svg)
 
-# The C code under AddressSanitizer and UndefinedBehaviorSanitizer. Left out are tests that hardly touch it,
-# and take long then: command lines, the doctor, packaging, benchmarks, what is Python alone; and those that
-# do the same as others with thousands of peers or for seconds. Leaks are not looked for by the
-# sanitizer, to which CPython's own look the same; the tests look for descriptors and mappings themselves.
-SANITIZED := fuzz/test_fuzz $(addprefix unit/test_,core_* directory events guest_pci guest_uio guest_vfio) \
-    $(addprefix integration/test_,access aio broker directory each_call_fails embedding foreign_servers \
-    hostile lifecycle memory region region_shortage server_client service shortages sockets succession threads)
+# The C code under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that bring it into states that
+# the others do not. Left out are tests that hardly touch it, and take long then: command lines, the
+# doctor, packaging, benchmarks, what is Python alone. The sanitizer does not look for leaks, because
+# CPython's own look the same to it; the tests look for descriptors and mappings themselves.
+SANITIZED := fuzz/test_fuzz $(addprefix unit/test_,core_* directory guest_uio guest_vfio) \
+    $(addprefix integration/test_,aio foreign_servers memory region server_client threads)
+SANITIZED_NIGHTLY := $(addprefix unit/test_,events guest_pci) \
+    $(addprefix integration/test_,access broker directory each_call_fails embedding hostile image \
+    lifecycle region_shortage service shortages sockets succession)
 SANITIZE := -fsanitize=address,undefined
 RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
 
@@ -74,7 +105,7 @@ REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
 sanitize: $(VENV)-sanitize/installed
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
-	    $(or $(ARGS),$(wildcard $(SANITIZED:%=tests/%.py))) || \
+	    $(or $(ARGS),-n $(JOBS) $(wildcard $(patsubst %,tests/%.py,$(SANITIZED) $(if $(NIGHTLY),$(SANITIZED_NIGHTLY))))) || \
 	    { $(REPORTED); exit 1; }
 	@! $(REPORTED)
 
@@ -93,6 +124,7 @@ fuzz-sanitized: $(VENV)-sanitize/installed
 
 $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 	$(PYTHON) -m venv $(VENV)-sanitize
+	@$(CAN_BUILD)
 	@echo "building with $(SANITIZE) ..."
 	@rm -rf build/sanitize && mkdir -p build/sanitize  # a copy: objects of both kinds must not mix
 	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/sanitize
@@ -104,8 +136,20 @@ $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 cython: $(VENV)/tested
 	cd src && for name in $(CYTHON); do ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ivshmem/$$name.c; done
 
+# The compiler is the one that setuptools will take.
+define CAN_BUILD
+cc=$${CC:-$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("CC") or "cc")')}; \
+include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+if ! echo '#include <stdio.h>' | $$cc -E -x c - >/dev/null 2>&1; then \
+    echo "no C compiler works here ($$cc); on Debian: apt-get install gcc libc6-dev"; exit 1; \
+elif ! echo '#include <Python.h>' | $$cc "-I$$include" -E -x c - >/dev/null 2>&1; then \
+    echo "Python.h is missing in $$include; on Debian: apt-get install python3-dev"; exit 1; \
+fi
+endef
+
 # What is run and tested is the wheel, installed, never the checkout.
 $(VENV)/installed: $(SOURCES) | $(VENV)
+	@$(CAN_BUILD)
 	@echo "building and installing into $(VENV) ..."
 	@rm -rf build/wheel
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .

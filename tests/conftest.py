@@ -28,6 +28,12 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ivshmem")
 
+# Tests run in a user's environment: with PYTHONUNBUFFERED, for one, an output that nobody reads
+# hangs nowhere. PYTHONMALLOC is for the sanitizers, PYTHONPATH for pytest-xdist.
+for _name in [name for name in os.environ if name.startswith("PYTHON")]:
+    if _name not in ("PYTHONMALLOC", "PYTHONPATH"):
+        del os.environ[_name]
+
 _FAILED = pytest.StashKey[bool]()
 _numbers = itertools.count()
 

@@ -292,12 +292,13 @@ def test_flags_that_were_cleared_do_not_matter_to_the_server(scene: Scene) -> No
 @pytest.fixture
 def qemu(scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
     """One that is a peer, with id 3, and has not started its guest."""
-    if shutil.which("qemu-system-x86_64") is None:
+    program = os.environ.get("QEMU") or "qemu-system-x86_64"
+    if shutil.which(program) is None:
         reason = "needs QEMU: apt-get install qemu-system-x86"
         if os.environ.get("CI"):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    command = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-nodefaults"]
+    command = [program, "-accel", "tcg", "-machine", "q35", "-nodefaults"]
     command += ["-display", "none", "-S", "-qmp", "stdio"]
     command += ["-chardev", f"socket,id=bells,path={scene.path}"]
     command += ["-device", f"ivshmem-doorbell,chardev=bells,vectors={VECTORS}"]

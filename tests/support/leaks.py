@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,9 @@ def shared_mappings() -> Counter[str]:
 
 
 def _names() -> Counter[str]:
-    return Counter(name for name in os.listdir(SHM) if str(os.getpid()) in name)
+    """What this process has made in /dev/shm: such a name has the process's number in it."""
+    ours = re.compile(rf"ivshmem\b.*(?<!\d){os.getpid()}(?!\d)")
+    return Counter(name for name in os.listdir(SHM) if ours.search(name))
 
 
 def resources() -> Resources:

@@ -15,14 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from . import image
 from .host import TIMEOUT
+from .machine import main_memory
 from .process import spawn
 from .qmp import Qmp
 from .wire import Deadline, Wire
 
 _ARGS = (
-    "qemu-system-x86_64",
-    *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", "32M"),
+    image.QEMU,
+    *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"),
+    *main_memory("32M"),
     *("-machine", "q35"),
     *("-device", "pcie-root-port,id=port0,chassis=1,slot=1"),
 )

@@ -25,7 +25,8 @@ from pathlib import Path
 from . import newc
 from .newc import Newc
 
-QEMU = "qemu-system-x86_64"
+# `make test QEMU=PATH` runs the tests on another one than Debian's.
+QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 INIT = Path(__file__).parent / "inside" / "init"
 
 # What a guest needs for its program's channel; what it needs to reach the host's files; what vfio
