@@ -37,6 +37,7 @@ from .errors import (
     NoSuchVector,
     ProtocolError,
     RegionError,
+    ServerFailed,
     ServerGone,
 )
 from .image import ImageInfo, load, save
@@ -80,6 +81,7 @@ __all__ = [
     "RegionInfo",
     "Rules",
     "Server",
+    "ServerFailed",
     "ServerGone",
     "ServerLost",
     "Verdict",

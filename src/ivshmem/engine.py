@@ -4,7 +4,7 @@ Knows: sockets, eventfds, readiness, shortages. Does not know: what the messages
 does), threads, signals (the server does).
 
 Invariants:
-1. Nothing here blocks, but for the wait in `step`; a peer that does not read delays nobody else.
+1. Nothing here blocks, except the wait in `step`; a peer that does not read delays no other peer.
 2. A connection is accepted only when all that its set-up needs is at hand, for QEMU spins for ever
    on one that ends early; until then newcomers wait in the listening socket's queue.
 3. What a peer sends is never read, and after its set-up cannot be sent (SHUT_RD); the server
@@ -12,6 +12,8 @@ Invariants:
 4. Whatever is to be done later makes `fileno()` readable when its time has come.
 5. What a successor must know is in the journal before anything rests on it: who joined before it is
    sent anything, who left before its descriptors are closed.
+6. `work` is held during each change, and never while code of others runs: the gate, the callbacks,
+   handlers of the log. What is to be said or called waits in `_later` until the change is complete.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import _fds, logs, sockets
@@ -107,7 +112,8 @@ class PeerReport:
     leaves_held: int = 0
 
 
-# Who may join: is asked with how many of the same user are connected, None for who only asks.
+# Says who may join. It is given the credentials, and the number of peers that the same user has, or
+# None if the other end only asks a question. If it raises, the newcomer is refused.
 Gate = Callable[[sockets.Credentials, int | None], Verdict]
 
 
@@ -147,9 +153,12 @@ class Engine:
         readonly_memory: gives the same for peers that can only read; borrowed, too.
         answer: what is told to those who only ask (`sockets.ask`), beside the number of peers.
         on_join, on_leave: called at the end of a step. What they raise is logged, and harms nobody.
-        gate: asked about each newcomer before it is sent anything.
+        gate: asked about each newcomer before it is sent anything. If it raises, that is logged,
+            and the newcomer is refused.
         journal: where a successor finds what was done.
         shared_id: all who connect have this id, and are told only of peers that `admit` announces.
+        work: held during each change; see turns. `step` takes it; for everything else here that
+            changes something, the caller does.
     """
 
     def __init__(
@@ -164,7 +173,9 @@ class Engine:
         gate: Gate | None = None,
         journal: Chapter | None = None,
         shared_id: int | None = None,
+        work: AbstractContextManager[object] | None = None,
     ) -> None:
+        self._work = work or threading.RLock()
         self._listener = listener
         self._vectors = vectors
         self._readonly_memory = readonly_memory
@@ -179,7 +190,8 @@ class Engine:
         self._dirty: set[int] = set()  # those outside the crowd who may have to be sent something
         self._starved: set[int] = set()  # those for whom sending failed for a shortage
         self._unwatched: set[int] = set()  # those for whom there was no room in the epoll object
-        self._reports: list[tuple[Callable[[Peer], object], Peer]] = []
+        # Calls of code of others, to be made when nothing is being changed.
+        self._later: deque[Callable[[], object]] = deque()
         self._spare: _fds.FdArray | None = None  # eventfds for the next newcomer
         self.paused = ""  # why newcomers wait in the queue at the moment
         self._again = False  # whether to look at that queue in any case
@@ -259,12 +271,31 @@ class Engine:
 
     def step(self, timeout: float | None) -> None:
         """Wait at most `timeout` seconds and do what there is to do."""
-        for token, events in self._epoll.wait(timeout):
+        ready = self._epoll.wait(timeout)
+        try:
+            with self._work:
+                newcomers = self._act(ready)
+            if newcomers:
+                self._accept()
+            with self._work:
+                self._tell_all()
+                newcomers, self._again = self._again, False
+            if newcomers:
+                self._accept()
+                with self._work:
+                    self._tell_all()
+        finally:
+            self._call_others()
+
+    def _act(self, ready: Iterable[tuple[int, int]]) -> bool:
+        """Do what these events ask for; whether newcomers are among it."""
+        newcomers = False
+        for token, events in ready:
             serial = token - _FIRST_PEER
             if token == _LISTENER:
-                self._accept()
+                newcomers = True
             elif token == _WAKE:
-                os.eventfd_read(self._wake[0])
+                self._wake.drain(0)
             elif token == _RETRY:
                 self._retry()
             elif token in self._watched:
@@ -274,35 +305,50 @@ class Engine:
                     self._leave(serial)
                 else:
                     self._dirty.add(serial)
-        self._tell_all()
-        if self._again:
-            self._again = False
-            self._accept()
-            self._tell_all()
-        while self._reports:
-            callback, peer = self._reports.pop(0)
-            try:
-                callback(peer)
-            except Exception:
-                _log.exception("the callback for peer %d failed", peer.id)
+        return newcomers
+
+    def say(self, call: Callable[[], object]) -> None:
+        """Log something when nothing is being changed: handlers of the log are code of others."""
+        self._later.append(call)
+
+    def _call_others(self) -> None:
+        while self._later:
+            self._later.popleft()()
+
+    @staticmethod
+    def _call_back(call: Callable[[Peer], object], peer: Peer) -> None:
+        try:
+            call(peer)
+        except Exception:
+            _log.exception("the callback for peer %d failed", peer.id)
 
     # -- joining and leaving ----------------------------------------------------------------------
 
     def _accept(self) -> None:
         for _ in range(_NEWCOMERS):
-            if self._roster.full:
-                self._pause("every id is taken, or known to a connected peer")
+            with self._work:
+                newcomer = self._next()
+            if newcomer is None:
                 return
-            if self._starved:
-                self._pause("others are still waiting for what cannot be sent")
-                return
+            newcomer[0].setblocking(False)
+            self._meet(*newcomer)
+
+    def _next(self) -> tuple[socket.socket, object] | None:
+        """The next in the listening socket's queue; None: nobody is there, or has to wait."""
+        if self._roster.full:
+            self._pause("every id is taken, or known to a connected peer")
+            return None
+        if self._starved:
+            self._pause("others are still waiting for what cannot be sent")
+            return None
+        while True:
             try:
                 if self._spare is None:
                     self._spare = _fds.FdArray.eventfds(self._vectors)
-                sock, address = self._listener.accept()
+                return self._listener.accept()
             except BlockingIOError:
                 self.paused = ""
-                return
+                return None
             except ConnectionAbortedError:
                 continue
             except OSError as error:
@@ -310,9 +356,7 @@ class Engine:
                     raise
                 self._pause(os.strerror(error.errno or 0))
                 self._timer.set(_RETRY_SECONDS)
-                return
-            sock.setblocking(False)
-            self._meet(sock, address)
+                return None
 
     def _meet(self, sock: socket.socket, address: object) -> None:
         """Answer a newcomer, refuse it, or let it join."""
@@ -320,12 +364,42 @@ class Engine:
             sock.close()
             return
         asks = sockets.only_asks(address)
-        if self.gate is None and not asks:
-            self._keep(sock)  # early: nobody else has it
+        gate = self.gate
+        if gate is None and not asks:
+            with self._work:
+                self._keep(sock)  # early: nobody else has it
         who = sockets.credentials(sock)
-        verdict = Verdict(True)
-        if self.gate is not None:
-            verdict = self.gate(who, None if asks else self._of_user[who.uid])
+        verdict = Verdict(True) if gate is None else self._judged(gate, sock, who, asks)
+        with self._work:
+            self._treat(sock, who, asks, verdict, kept=gate is None)
+
+    def _judged(
+        self, gate: Gate, sock: socket.socket, who: sockets.Credentials, asks: bool
+    ) -> Verdict:
+        try:
+            verdict = gate(who, None if asks else self._of_user[who.uid])
+            if not isinstance(verdict, Verdict):
+                raise TypeError(f"a gate returns an access.Verdict, not {verdict!r}")
+        except Exception as error:
+            # A gate that cannot judge lets nobody in: that is its purpose.
+            reason = f"the gate failed: {type(error).__name__}"
+            self._complain("the gate failed", f"gate {type(error)}", error=error)
+            return Verdict(False, reason=reason)
+        except BaseException:
+            sock.close()
+            raise
+        return verdict
+
+    def _treat(
+        self,
+        sock: socket.socket,
+        who: sockets.Credentials,
+        asks: bool,
+        verdict: Verdict,
+        *,
+        kept: bool,
+    ) -> None:
+        """Do with a newcomer what was decided."""
         if not verdict.allowed:
             self.counts["refused"] += 1
             self._complain(
@@ -345,7 +419,7 @@ class Engine:
         if asks:
             self._tell(sock)
             return
-        if self.gate is not None:
+        if not kept:
             self._keep(sock)
         try:
             memory = self._readonly_memory() if verdict.readonly else None
@@ -386,7 +460,7 @@ class Engine:
         connection = self._connect(sock, who, member, since, readonly)
         self.counts["joins"] += 1
         if self._on_join is not None:
-            self._reports.append((self._on_join, connection.peer))
+            self._later.append(partial(self._call_back, self._on_join, connection.peer))
         self._dirty_others()
         if self._roster.ids_left < _FEW_IDS:
             self._complain(
@@ -445,8 +519,19 @@ class Engine:
         self._journal.drop(serial)
         _close(connection)
         if self._on_leave is not None:
-            self._reports.append((self._on_leave, connection.peer))
+            self._later.append(partial(self._call_back, self._on_leave, connection.peer))
         self._listen_again()
+
+    def find(self, peer_id: int) -> int:
+        """The serial number of a peer, which no other has later.
+
+        Raises:
+            NoSuchPeer: there is none with this id.
+        """
+        for serial, connection in list(self._connections.items()):
+            if connection.peer.id == peer_id:
+                return serial
+        raise NoSuchPeer(f"peer {peer_id} is not connected")
 
     def evict(self, peer_id: int) -> None:
         """Hang up on a peer.
@@ -454,12 +539,13 @@ class Engine:
         Raises:
             NoSuchPeer: there is none with this id.
         """
-        for serial, connection in self._connections.items():
-            if connection.peer.id == peer_id:
-                self._leave(serial)
-                self.wake()  # the others are told by the next step
-                return
-        raise NoSuchPeer(f"peer {peer_id} is not connected")
+        self.hang_up(self.find(peer_id))
+
+    def hang_up(self, serial: int) -> None:
+        """The same by serial number; nothing if that one has left."""
+        if serial in self._connections:
+            self._leave(serial)
+            self.wake()  # the others are told by the next step
 
     @property
     def holds_leaves(self) -> bool:
@@ -473,7 +559,7 @@ class Engine:
         held back costs it the eventfds of the peer that is gone.
         """
         self._holds = holds
-        for serial, connection in self._connections.items() if holds else ():
+        for serial, connection in list(self._connections.items()) if holds else ():
             peer, member = connection.peer, connection.member
             if not member.holds and sockets.is_qemu(peer.process, peer.pid):
                 self._roster.hold(member)
@@ -615,7 +701,11 @@ class Engine:
         self._listen_again()
 
     def _complain(
-        self, text: str, kind: str = "", extra: Mapping[str, object] | None = None
+        self,
+        text: str,
+        kind: str = "",
+        extra: Mapping[str, object] | None = None,
+        error: Exception | None = None,
     ) -> None:
         """Log what may come ten times a second once a minute for each kind."""
         now = time.monotonic()
@@ -624,7 +714,8 @@ class Engine:
             if len(self._complaints) > _COMPLAINTS:
                 self._complaints.clear()
             self._complaints[kind or text] = now
-            _log.warning(text, extra=extra)
+            level = logging.WARNING if error is None else logging.ERROR
+            self.say(partial(_log.log, level, text, extra=extra, exc_info=error))
 
     # -- a successor ------------------------------------------------------------------------------
 
@@ -716,6 +807,7 @@ class Engine:
         self._connections.clear()
         self._dirty.clear()
         self._starved.clear()
+        self._later.clear()
         if self._spare is not None:
             self._spare.close()
         self._undo.close()

@@ -16,6 +16,7 @@
      +-- NoInterrupts                 the way a device was opened, or its variant, has none
      +-- DeviceGone (ConnectionError) the device was unplugged while it was in use
      +-- ClosedError (ValueError)     the object was closed before, or while, it was used
+          +-- ServerFailed            the thread of Server.start ended by an error: its __cause__
 
 What the operating system refuses stays a plain OSError, with its path in `filename`; a time limit
 that ran out before an object existed is the built-in TimeoutError.
@@ -37,6 +38,7 @@ __all__ = [
     "NoSuchVector",
     "ProtocolError",
     "RegionError",
+    "ServerFailed",
     "ServerGone",
 ]
 
@@ -103,3 +105,10 @@ class DeviceGone(IvshmemError, ConnectionError):
 
 class ClosedError(IvshmemError, ValueError):
     """The object is closed."""
+
+
+class ServerFailed(ClosedError):
+    """The thread that `Server.start` made ended by an error, and closed the server.
+
+    `__cause__` is that error; `Server.error` has it, too.
+    """

@@ -92,23 +92,34 @@ def woken_by_signals(watch: _Watch, unwatch: Callable[[int], object]) -> Iterato
     """Let Python's signal handlers run also if the signal comes just before epoll_wait.
 
     The kernel has nothing to interrupt then, and Python runs handlers only between system calls;
-    only the main thread does. A wake-up descriptor that somebody else has set stays.
+    only the main thread does. A wake-up descriptor that somebody else has set stays. Python cannot
+    tell which one is set without setting another, and never tells its `warn_on_full_buffer`. It is
+    put back as False: a warning that is not printed harms less than one that nobody asked for.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         yield
         return
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
         far.setblocking(False)
-        before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-        if before != -1:
-            signal.set_wakeup_fd(before)
-            yield
-            return
-        watch(near.fileno(), lambda: near.recv(4096))
+        before = -1
         try:
+            before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+            if before == -1:
+                watch(near.fileno(), lambda: near.recv(4096))
+            else:
+                _wake_by(before)
             yield
         finally:
-            signal.set_wakeup_fd(-1)
-            unwatch(near.fileno())
+            if before == -1:
+                now = signal.set_wakeup_fd(-1)
+                if now not in (-1, far.fileno()):
+                    _wake_by(now)
+                unwatch(near.fileno())
+
+
+def _wake_by(fd: int) -> None:
+    """Put back what somebody else had set, unless that has been closed."""
+    with contextlib.suppress(OSError, ValueError):
+        signal.set_wakeup_fd(fd, warn_on_full_buffer=False)

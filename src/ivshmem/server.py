@@ -1,12 +1,13 @@
 """The server that guests and clients connect to, as an object with a life of its own.
 
-Knows: running (in the foreground, in a thread, a step at a time), stopping, closing, forking.
-Does not know: peers and messages; the engine does.
+Knows: running (in the foreground, in a thread, a step at a time), stopping, closing, forking, what
+may be called when. Does not know: peers and messages; the engine does.
 
 Invariants:
-1. The engine is used by one thread at a time; closing waits for the step that is under way.
-2. A server that cannot go on closes itself: nobody waits for one that is dead.
-3. A forked child closes its copies, and does nothing else.
+1. The engine is changed by one frame at a time, and closed when no step is under way; see turns.
+2. No call waits for a frame that it interrupts, or holds anything that a callback could wait for.
+3. A server that cannot go on closes itself, and says so: nobody waits for one that is dead.
+4. A forked child closes its copies, and does nothing else.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import os
 import socket
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, SupportsIndex, TypeVar
 
 from . import _fds, sockets
+from .directory import Directory
 from .engine import Engine, Gate, Peer, PeerReport
-from .errors import ClosedError
+from .errors import ClosedError, ServerFailed
 from .journal import Chapter
 from .loop import woken_by_signals
 from .pages import PAGE
@@ -34,13 +36,16 @@ from .protocol import MAX_VECTORS, VERSION
 from .region import Region
 from .replay import Unfinished
 from .sizes import check_size
+from .turns import Turns
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.server")
 
 _S = TypeVar("_S", bound="Server")  # typing.Self comes with Python 3.11
+_T = TypeVar("_T")
 
 
-class Server:
+class Server(Uncopied):
     """An ivshmem server on a Unix socket.
 
     Args:
@@ -49,17 +54,46 @@ class Server:
         memory: a Region, which stays the caller's; or the size of an anonymous one that the server
             makes and closes ("4M").
         vectors: of each peer, 0..2048.
-        on_join, on_leave: called with a Peer, by the thread that runs the server.
-        gate: called with the credentials of each who connects, and how many of its user are peers,
-            before it is sent anything; returns an access.Verdict (see access.Rules). Who is refused
-            is disconnected, which QEMU does not take well: it spins until it is stopped.
+        names: make a directory of names at the end of the memory, as `ivshmem serve --names` does:
+            True, with the usual number of slots; or that number. One that is there is used.
+        on_join, on_leave: called with a Peer, by the thread that runs the server. `on_leave` is not
+            called for peers that `close()` disconnects. What they raise is logged.
+        gate: called with the credentials of each process that connects, and the number of peers
+            that its user has, before the process is sent anything. It returns an access.Verdict
+            (see access.Rules). If it raises an Exception, that is logged, and the newcomer is
+            refused. A newcomer that is refused is disconnected; QEMU then spins until it is
+            stopped.
         journal: where a successor of this process finds what it needs to go on (`resume`).
         listen: False: nobody can connect yet; the caller lets them by `Listener.listen`.
 
     It listens from the start; peers are served while one of these runs: `serve_forever()` in the
     calling thread until `stop()`, `start()` in a thread of its own, or `step()` from another loop,
-    which watches `fileno()`. `close()` ends all and removes the socket; peers keep their memory and
-    doorbells.
+    which watches `fileno()` (asyncio: `loop.add_reader(server.fileno(), server.step, 0)`).
+    `close()` ends all and removes the socket; peers keep their memory and doorbells.
+
+    Each call may be made in any thread, in a callback (`on_join`, `on_leave`, `gate`) and in a
+    signal handler, whatever that interrupts; none can deadlock. It acts at once, except:
+
+    - A signal handler can interrupt a change, which is some microseconds of each step. Then `evict`
+      and `hold_leaves` return, and the interrupted step does what they ask when its change is
+      complete. `report` tells what it finds, with or without a peer that is joining or leaving.
+    - `close` in a callback, or in a signal handler that interrupts a step, takes effect when that
+      step ends. Elsewhere it waits for the step that is under way.
+    - `step` and `serve_forever` raise RuntimeError in a callback, and in a signal handler that
+      interrupts a call of this server.
+    - `start` is not for signal handlers, because Python's Thread.start is not.
+    - In a forked child `close` closes the child's copies. `stop` does nothing there, and what is
+      not a property raises RuntimeError.
+
+    A callback must not wait for a thread that calls `close`, which waits for the callback. With
+    asyncio, make all calls except `serve_forever` in the loop's thread.
+
+    Attributes:
+        path: of the socket, absolute.
+        region: the memory.
+        vectors: of each peer.
+        directory: of names, if `names` asked for one; else None.
+        error: what ended the thread of `start()`; None: nothing did.
 
     Raises:
         ValueError: a number of vectors that is not allowed; RegionError for a size.
@@ -68,12 +102,21 @@ class Server:
 
     _shared_id: int | None = None  # see Engine
 
+    # What __del__, __repr__ and close() find where __init__ did not come to its end.
+    _closed = True
+    _pid = 0
+    _thread = 0
+    path = "?"
+    error: BaseException | None = None
+    directory: Directory | None = None
+
     def __init__(
         self,
         path: str | os.PathLike[str] | sockets.Listener,
         memory: Region | SupportsIndex | str = "4M",
         vectors: int = 1,
         *,
+        names: bool | int = False,
         on_join: Callable[[Peer], object] | None = None,
         on_leave: Callable[[Peer], object] | None = None,
         gate: Gate | None = None,
@@ -85,13 +128,15 @@ class Server:
         self.vectors = operator.index(vectors)
         if not 0 <= self.vectors <= MAX_VECTORS:
             raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
-        self._thread: threading.Thread | None = None
+        slots = None if names is True or names is False else operator.index(names)
+        self._starts = [None]  # one: `start` takes it
+        self._thread = 0  # its number, from its first moment on
+        self._ended = False  # it serves no more
+        self._awaiting: deque[Any] = deque()  # locks, one for each frame that waits for that
         self._stopping = False
-        self._turn = threading.RLock()  # held during a step
-        self._door = threading.Lock()  # held by who waits for its turn: no step begins meanwhile
-        self._in_step = False
-        self._stepper = 0  # the thread that makes it
-        self._close_wanted = False
+        self._closing = False  # no step may begin
+        self._close_wanted = False  # by a callback or signal handler
+        self._turns = Turns()
         with contextlib.ExitStack() as undo:
             if isinstance(memory, Region):
                 self.region = memory
@@ -99,6 +144,9 @@ class Server:
                 self.region = undo.enter_context(Region.create(memory))
             # QEMU aborts on what is no power of two.
             check_size(self.region.size, PAGE, what="memory that guests share")
+            if names is not False:
+                self.directory = Directory.create(self.region, slots)
+                undo.callback(self.directory.close)
             shared = _fds.FdArray()
             undo.callback(shared.close)
             shared.take(os.dup(self.region.fileno()))
@@ -126,7 +174,9 @@ class Server:
                 gate,
                 journal,
                 self._shared_id,
+                self._turns.work,
             )
+            self._turns.wake = self._engine.wake
             if listen:
                 listener.listen()
             self._resources = undo.pop_all()
@@ -137,63 +187,107 @@ class Server:
     # -- running ----------------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        """A descriptor, for any event loop, that is readable when `step(0)` has something to do."""
+        """A descriptor, for any event loop, that is readable when `step(0)` has something to do.
+
+        It stays the server's, and is closed by `close()`. Never waits; may be called anywhere.
+        """
         self._check()
         return self._engine.fileno()
 
     def step(self, timeout: float | None = None) -> None:
         """Wait at most `timeout` seconds (None: as long as it takes) and do what there is to do.
 
+        A second thread that calls it waits until the first one's step has ended.
+
         Raises:
             ClosedError: the server is closed.
-            RuntimeError: called by a callback, or in a forked child.
+            RuntimeError: called by a callback or signal handler of a step, or in a forked child.
         """
         self._check()
-        with self._door:
-            pass
-        with self._turn:
-            if self._in_step:
-                raise RuntimeError("a callback of a step cannot begin another")
-            self._in_step = True
-            self._stepper = threading.get_ident()
-            try:
-                if not self._closed:
-                    self._engine.step(timeout)
-            finally:
-                self._in_step = False
-                self._stepper = 0
-                if self._close_wanted:
-                    self._close()
+        self._check_frame()
+        self._step(timeout)
+
+    def _step(self, timeout: float | None) -> None:
+        turns = self._turns
+        try:
+            with turns.step, turns.under_way:
+                try:
+                    if not (self._closed or self._closing):
+                        self._engine.step(timeout)
+                finally:
+                    turns.attend()
+                    if self._close_wanted:
+                        with turns.work:
+                            self._close()
+        finally:
+            self._settle()
 
     def serve_forever(self) -> None:
-        """Serve in this thread until `stop()` or `close()`, also by a signal handler."""
+        """Serve in this thread until `stop()` or `close()`, also by a signal handler.
+
+        Raises:
+            ClosedError, RuntimeError: as of `step`.
+        """
         self._check()
+        self._check_frame()
         try:
             with woken_by_signals(self._engine.watch, self._unwatch):
-                while not (self._stopping or self._closed):
-                    self.step()
+                self._turns.runner = threading.get_ident()
+                while not (self._stopping or self._closed or self._closing):
+                    self._step(None)
         finally:
+            self._turns.runner = 0
             self._stopping = False
+            self._turns.attend()  # what was left to this thread
+
+    def _check_frame(self) -> None:
+        if self._turns.in_step or self._turns.in_work:
+            raise RuntimeError(
+                "a callback or signal handler cannot begin a step while it interrupts another call"
+                " of the same server"
+            )
 
     def start(self: _S) -> _S:
-        """Serve in a thread of its own, until `close()`; returns self."""
+        """Serve in a thread of its own, until `close()`; returns self.
+
+        If that thread ends by an error, the log says so, the server closes, `error` has the error,
+        and from then on all calls, and the end of a `with` block, raise ServerFailed.
+
+        Raises:
+            RuntimeError: it was started already; or no thread can be started.
+        """
         self._check()
-        if self._thread is not None:
-            raise RuntimeError("the server runs in a thread already")
+        try:
+            self._starts.pop()  # in one step, so that only one caller gets it
+        except IndexError:
+            raise RuntimeError("the server runs in a thread already") from None
+        thread = threading.Thread(target=self._run, name="ivshmem-server", daemon=True)
         atexit.register(self._forgotten)
-        self._thread = threading.Thread(target=self._run, name="ivshmem-server", daemon=True)
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            atexit.unregister(self._forgotten)
+            self._starts.append(None)
+            raise
         return self
 
     def _run(self) -> None:
+        self._thread = threading.get_ident()
         try:
             self.serve_forever()
-        except BaseException:
-            _log.exception("the server at %s failed, and closes", self.path)
-            self.close()
+        except BaseException as error:
+            if not self._closed and not self._closing:
+                self.error = error
+                _log.exception("the server at %s failed, and closes", self.path)
+                with contextlib.suppress(BufferError):  # `close` says when it raises that
+                    self.close()
+        finally:
+            self._ended = True
+            while self._awaiting:
+                self._awaiting.popleft().release()
 
     def stop(self) -> None:
-        """Make `serve_forever` return; may be called from a signal handler or any thread."""
+        """Make `serve_forever` return. Never waits; may be called anywhere."""
         if not self._closed and os.getpid() == self._pid:
             self._stopping = True
             self._engine.wake()
@@ -202,10 +296,23 @@ class Server:
         if not self._closed:
             self._engine.unwatch(fd)
 
+    # -- the state --------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, by `close()` or because its thread has failed."""
+        return self._closed
+
+    @property
+    def serving(self) -> bool:
+        """Whether a thread serves now: that of `start()`, or one that is in `serve_forever()`."""
+        started = not self._starts and not self._ended
+        return not self._closed and (started or self._turns.runner != 0)
+
     @property
     def peers(self) -> list[Peer]:
-        """Who is connected, by id."""
-        return self._engine.peers
+        """The peers that are connected, by id."""
+        return [] if self._closed else self._engine.peers
 
     @property
     def paused(self) -> str:
@@ -214,43 +321,47 @@ class Server:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many joins, leaves and messages there were, how many were refused, and so on."""
+        """How often something happened since the start, a copy.
+
+        The keys: "joins" and "leaves" of peers; "messages" of the protocol that were sent;
+        "refused" connections, by the gate; "starved", how often sending had to wait for memory or
+        descriptors. What has not happened yet counts 0.
+        """
         return Counter(self._engine.counts)
 
     def report(self, *, interrupts: bool = True) -> list[PeerReport]:
-        """How each peer stands, by id; also from another thread.
+        """How each peer stands, by id.
 
         Args:
             interrupts: count also the rings that peers have not taken, which takes a look at each
                 of their eventfds.
+
+        Raises:
+            ClosedError: the server is closed.
         """
         self._check()
-        with self._between_steps():
+        if self._turns.in_work:  # a signal handler, which cannot wait for what it interrupts
             return self._engine.report(interrupts=interrupts)
+        return self._ask(partial(self._engine.report, interrupts=interrupts))
+
+    # -- peers ------------------------------------------------------------------------------------
 
     def evict(self, peer_id: int) -> None:
-        """Hang up on a peer; the others are told that it left. Also from another thread.
+        """Hang up on a peer; the others are told that it left.
 
-        It keeps its memory and its doorbells, and can ring those that it knows, as anybody can who
-        was ever a peer.
+        It keeps its memory and its doorbells, and can ring those that it knows, like anybody who
+        was ever a peer. In a signal handler it may happen a moment later, see Server.
 
         Raises:
             NoSuchPeer: there is none with this id.
+            ClosedError: the server is closed.
         """
         self._check()
-        with self._between_steps():
-            self._engine.evict(peer_id)
-
-    @contextlib.contextmanager
-    def _between_steps(self) -> Iterator[None]:
-        """No step is made meanwhile, but for one whose callback this is."""
-        if self._stepper == threading.get_ident():
-            yield
-            return
-        with self._door:
-            self._engine.wake()
-            with self._turn:
-                yield
+        if self._turns.in_work:
+            # By serial number: in a moment the id can be another peer's.
+            self._later(partial(self._engine.hang_up, self._engine.find(peer_id)))
+        else:
+            self._ask(partial(self._engine.evict, peer_id))
 
     @property
     def holds_leaves(self) -> bool:
@@ -258,20 +369,48 @@ class Server:
         return self._engine.holds_leaves
 
     def hold_leaves(self, holds: bool) -> None:
-        """Never tell QEMU that a peer left, so that its device can be unplugged. From any thread.
+        """Never tell QEMU that a peer left, so that its device can be unplugged.
 
         It holds for QEMUs that are connected, too, but cannot undo what they were told before:
-        `report` says how often that was. False: it ends for those who connect from now on.
+        `report` says how often that was. False: it ends for those who connect from now on. In a
+        signal handler it may happen a moment later, see Server.
+
+        Raises:
+            ClosedError: the server is closed.
         """
         self._check()
-        with self._between_steps():
-            self._engine.hold_leaves(holds)
+        act = partial(self._engine.hold_leaves, holds)
+        if self._turns.in_work:
+            self._later(act)
+        else:
+            self._ask(act)
 
     def admit_by(self, gate: Gate | None) -> None:
-        """Have another gate from now on; who is connected stays."""
+        """Have another gate for all who connect from now on; peers stay. Never waits."""
         self._engine.gate = gate
 
-    # -- a successor ------------------------------------------------------------------------------
+    def _ask(self, act: Callable[[], _T]) -> _T:
+        """Have the engine do something when it is not being changed."""
+        try:
+            return self._turns.call(partial(self._unless_closed, act))
+        finally:
+            self._settle()
+
+    def _later(self, act: Callable[[], object]) -> None:
+        self._turns.later(lambda: None if self._closed else act())
+
+    def _unless_closed(self, act: Callable[[], _T]) -> _T:
+        self._check()
+        return act()
+
+    def _settle(self) -> None:
+        """Do what a signal handler has left to the call that it interrupted."""
+        if not self._turns.in_work:
+            self._turns.attend()
+            if self._close_wanted and not self._closed and not self._turns.in_step:
+                self.close()
+
+    # -- a successor: for Service, by the thread that makes the steps, between two of them ---------
 
     def snapshot(self) -> dict[str, Any]:
         """What `resume` takes instead of what the journal has said up to now."""
@@ -308,24 +447,30 @@ class Server:
         self._close(abandoned=True)
 
     def close(self) -> None:
-        """Stop, disconnect all peers, remove the socket; may be called twice, from any thread.
+        """Stop, disconnect all peers, remove the socket; may be called twice, and anywhere.
 
-        Called by a callback or signal handler during a step, it takes effect when the step ends.
+        It waits until the step has ended that is under way, and the thread of `start()`. Called by
+        a callback or signal handler of a step, it takes effect when the step ends. `on_leave` is
+        not called for the peers that it disconnects.
 
         Raises:
             BufferError: the server made the region, and a view of it is alive; all else is closed.
         """
         if os.getpid() != self._pid:
-            self._close()  # without the lock, which a thread of the parent may have held
+            self._close()  # without the locks, which a thread of the parent may have held
             return
-        self.stop()
-        with self._turn:
-            if self._in_step:
+        if not self._closed:
+            self._closing = True
+            self.stop()
+            if self._turns.in_step or self._turns.in_work:
                 self._close_wanted = True
                 return
-            self._close()
-        if self._thread not in (None, threading.current_thread()):
-            self._thread.join()
+            try:
+                with self._turns.step, self._turns.work:
+                    self._close()
+            finally:
+                self._turns.attend()  # those who wait are told that it is closed
+        self._await_thread()
 
     def _close(self, *, abandoned: bool = False) -> None:
         if self._closed:
@@ -335,25 +480,47 @@ class Server:
         self._engine.close(forked=abandoned or os.getpid() != self._pid)
         self._resources.close()
 
+    def _await_thread(self) -> None:
+        """Wait until the thread serves no more.
+
+        Thread.join takes locks of Python's that a signal handler can find taken by the frame that
+        it interrupts. So each waiting frame has a lock of its own, which the thread lets go.
+        """
+        if self._thread in (0, threading.get_ident()):
+            return
+        done = threading.Lock()
+        done.acquire()
+        self._awaiting.append(done)
+        if not self._ended:
+            done.acquire()
+
     def _forgotten(self) -> None:
         """At the end of the program: the thread has the server, so it was never collected."""
-        if os.getpid() == self._pid:
+        if not self._closed and os.getpid() == self._pid:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
             self.close()
 
     def _check(self) -> None:
-        if self._closed:
+        if self._closed or self._closing:
+            if self.error is not None:
+                raise self._failed() from self.error
             raise ClosedError("the server is closed")
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "a forked child shares this server's epoll object: it may only close"
             )
 
+    def _failed(self) -> ServerFailed:
+        error = self.error
+        return ServerFailed(f"the server at {self.path} failed: {type(error).__name__}: {error}")
+
     def __enter__(self: _S) -> _S:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self.close()
+        if self.error is not None and kind is None:
+            raise self._failed() from self.error
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.peers)} peers"

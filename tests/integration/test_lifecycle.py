@@ -89,12 +89,13 @@ class TestServer:
         def fail(_peer: ivshmem.Peer) -> None:
             raise error
 
-        with Server(path, on_join=fail).start() as server:
-            # Its set-up came first, but the end may come before it has looked.
-            with contextlib.suppress(ivshmem.ServerGone):
-                with ivshmem.connect(path, timeout=PATIENCE) as client:
-                    assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
-            server.close()
+        server = Server(path, on_join=fail).start()
+        # Its set-up came first, but the end may come before it has looked.
+        with contextlib.suppress(ivshmem.ServerGone):
+            with ivshmem.connect(path, timeout=PATIENCE) as client:
+                assert isinstance(client.next_event(PATIENCE), ivshmem.ServerLost)
+        server.close()
+        assert isinstance(server.error, error)
         assert not os.path.exists(path)
         assert "failed, and closes" in caplog.text
 

@@ -19,7 +19,7 @@ HOME = Path(ivshmem.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["sizes", "locks", "accounts", "logs", "notify", "_fds"],
-    ["keeper", "safe_files"],
+    ["keeper", "safe_files", "turns", "uncopied"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
     ["_core"],

@@ -132,7 +132,8 @@ class Broker(Server):
 
     def _become(self, peer: int) -> None:
         before, self._shared_id = self._shared_id, peer
-        _log.warning("the device has id %d now, not %d: clients must connect again", peer, before)
+        text = f"the device has id {peer} now, not {before}: clients must connect again"
+        self._engine.say(partial(_log.warning, text))
         self._dismiss(list(self._remote))  # one of them may have this id; the others come back
         self._engine.become(peer)
 
@@ -140,7 +141,7 @@ class Broker(Server):
         """Log what may come every second only when it is new."""
         if text != self._complaint:
             self._complaint = text
-            _log.warning(text)
+            self._engine.say(partial(_log.warning, text))
 
     def _published(self) -> list[int]:
         """Ids in the directory, those first that are seen at work."""
