@@ -17,7 +17,7 @@ HOME = Path(ivshmem.__file__).parent
 
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
-    ["errors"],
+    ["errors", "plain"],
     ["sizes", "locks", "accounts", "logs", "notify", "_fds"],
     ["keeper", "safe_files", "turns", "uncopied"],
     ["_wire", "_memory", "_spin"],
