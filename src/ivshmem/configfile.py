@@ -45,6 +45,7 @@ from .config import (
 )
 from .directory import MAX_SLOTS
 from .pages import PAGE, huge_page_size
+from .plain import NAME, plain
 from .protocol import MAX_VECTORS
 from .region import posix_path
 from .sizes import LARGEST, check_size, format_size, parse_size
@@ -116,14 +117,14 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
     try:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # ValueError also of numbers without end
-        raise ConfigError(f"{source}: no TOML: {_printable(str(error), 200)}") from None
+        raise ConfigError(f"{source}: no TOML: {plain(str(error), 200)}") from None
     return tables
 
 
 def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceConfig:
     known = ("service", "region")
     errors += [
-        f"{_printable(key)}: unknown{_nearest(key, known)}" for key in tables if key not in known
+        f"{plain(key, NAME)}: unknown{_nearest(key, known)}" for key in tables if key not in known
     ]
     service = _table("service", tables.get("service", {}), _SERVICE, errors)
     named = tables.get("region", {})
@@ -157,7 +158,7 @@ def _table(
     found = {}
     for key, value in table.items():
         if key not in known:
-            errors.append(f"{where}.{_printable(key)}: unknown{_nearest(key, known)}")
+            errors.append(f"{where}.{plain(key, NAME)}: unknown{_nearest(key, known)}")
             continue
         try:
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:
@@ -165,7 +166,7 @@ def _table(
             found[key] = known[key](value)
         except (ValueError, OverflowError, OSError) as error:
             text = error.strerror if isinstance(error, OSError) else error
-            errors.append(f"{where}.{key} = {_shown(value)}: {_printable(str(text), 300)}")
+            errors.append(f"{where}.{key} = {_shown(value)}: {plain(str(text), 300)}")
     return found
 
 
@@ -177,12 +178,7 @@ def _shown(value: object) -> str:
         text = f'"{value}"' if isinstance(value, str) else str(value)
     except (ValueError, RecursionError):  # too many digits, too deep
         return "..."
-    return _printable(text)
-
-
-def _printable(text: str, most: int = 60) -> str:
-    text = text if len(text) <= most else f"{text[: most - 3]}..."
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return plain(text, NAME)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

@@ -59,6 +59,7 @@ from .answering import LONGEST, Answering, Caller
 from .directory import Directory
 from .engine import PeerReport
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
+from .plain import plain
 from .region import Region
 
 _log = logging.getLogger("ivshmem.control")
@@ -400,7 +401,7 @@ def _one_line(error: BaseException) -> str:
         text = f"{where}{error.strerror}"
     else:
         text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return plain(text)
 
 
 def _who(caller: Caller) -> dict[str, Any]:
@@ -512,7 +513,7 @@ class Client:
         if reply.pop("ok"):
             return reply
         error = str(reply.get("error", "it could not be done"))
-        raise ControlError("".join(c if c.isprintable() else "?" for c in error))
+        raise ControlError(plain(error))
 
     def _send(self, data: bytes, deadline: float) -> None:
         # Who refuses us says so and closes; so there may be something to read nonetheless.

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from . import _fds
 from .errors import IvshmemError
+from .plain import paragraph
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -46,7 +47,7 @@ def say(text: str) -> None:
     poll.register(2, select.POLLOUT)
     with contextlib.suppress(OSError):
         if any(events == select.POLLOUT for _, events in poll.poll(0)):
-            os.write(2, text.encode(errors="replace")[: select.PIPE_BUF - 1] + b"\n")
+            os.write(2, paragraph(text).encode()[: select.PIPE_BUF - 1] + b"\n")
 
 
 def keep(

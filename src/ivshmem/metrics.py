@@ -53,6 +53,7 @@ from .answering import Answering, Caller
 from .control import Inspectable, Regions, package_version
 from .engine import PeerReport
 from .errors import IvshmemError
+from .plain import NAME, plain
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -152,18 +153,18 @@ class Figures:
         for metric, (text, figure) in _GAUGES.items():
             gauge = GaugeMetricFamily(metric, text, labels=["region"])
             for name, server, peers in found:
-                gauge.add_metric([name], figure(server, peers, now))
+                gauge.add_metric([plain(name, NAME)], figure(server, peers, now))
             yield gauge
         for key, text in _COUNTERS.items():
             counter = CounterMetricFamily(f"ivshmem_{key}", text, labels=["region"])
             for name, server, _ in found:
-                counter.add_metric([name], server.counts.get(key, 0))
+                counter.add_metric([plain(name, NAME)], server.counts.get(key, 0))
             yield counter
         for metric, (text, of_peer) in _PEER_GAUGES.items() if self._peers else ():
             gauge = GaugeMetricFamily(metric, text, labels=["region", "peer"])
             for name, _, peers in found:
                 for report in peers:
-                    gauge.add_metric([name, str(report.peer.id)], of_peer(report, now))
+                    gauge.add_metric([plain(name, NAME), str(report.peer.id)], of_peer(report, now))
             yield gauge
 
 

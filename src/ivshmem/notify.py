@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from .plain import plain
+
 _log = logging.getLogger("ivshmem.server")
 
 _FIRST = 3  # the first descriptor passed, SD_LISTEN_FDS_START
@@ -293,8 +295,7 @@ def _status(text: str | None) -> dict[str, object]:
     """A line that cannot be taken for several: a newline begins the next field."""
     if text is None:
         return {}
-    line = "".join(c if c.isprintable() else " " for c in text)
-    data = line.encode(errors="replace")[:_MAX_STATUS]
+    data = plain(text).encode(errors="replace")[:_MAX_STATUS]
     return {"STATUS": data.decode(errors="ignore")}
 
 

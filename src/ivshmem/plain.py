@@ -6,17 +6,18 @@ written out. Does not know: whose words they are, where they are shown.
     plain(text)        one line of visible characters
     quoted(word)       the same for a word of a command line that a person pastes into a shell
     command(words)     several of those
+    paragraph(text)    a text of several lines, as a traceback is
 
-Another process chooses its command line, another user a file's name, a guest what lies in memory, a
-QMP peer its error texts. Printed as they are, such words move the cursor, set the title, reverse the
-line (U+202E), or forge whole lines of our own output.
+Another process chooses its command line, another user a file's name, a guest what lies in memory,
+a QMP peer its error texts. Printed as they are, such words move the cursor, set the title, reverse
+the line (U+202E), or forge whole lines of our own output.
 
 Invariants:
 1. The result is one line, and `str.isprintable()`. What is invisible, but printable to Python
    (a variation selector, a Hangul filler) is written out, too.
 2. Whatever is written out can be read: \\n, \\x1b, \\u202e, and \\xff for a byte that is not UTF-8.
-   It is not reversible in all cases: a backslash stays as it is. That makes `plain(plain(text))` the
-   same as `plain(text)`, and so each layer may make sure for itself.
+   It is not reversible in all cases: a backslash stays as it is. That makes `plain(plain(text))`
+   the same as `plain(text)`, and so each layer may make sure for itself.
 3. The result has a length limit, and a mark where something was cut off.
 """
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# A path has 4095 bytes at most (PATH_MAX). Whatever is longer than that and some words is an attack.
+# A path has 4095 bytes at most (PATH_MAX); what is longer than that and some words is an attack.
 MOST = 5000
 NAME = 64  # for a name in a table
 MARK = "..."
@@ -89,6 +90,12 @@ def quoted(word: str) -> str:
 def command(words: Iterable[str]) -> str:
     """Return words as one line that is pasted into a shell."""
     return " ".join(map(quoted, words))
+
+
+def paragraph(text: str) -> str:
+    """Return a text of several lines so that only the first can be taken for a line of ours."""
+    first, *others = text.split("\n")
+    return "\n".join([plain(first), *(f"    {plain(line)}" for line in others)])
 
 
 def _visible(character: str) -> str:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from . import locks
 from .accounts import group_id, user_id
 from .errors import ServerGone
+from .plain import NAME, plain
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 
@@ -497,8 +498,7 @@ def credentials(sock: socket.socket) -> Credentials:
         raw = Path(f"/proc/{pid}/comm").read_bytes()
     except OSError:
         raw = b""
-    name = raw.decode(errors="replace").rstrip("\n")
-    process = "".join(c if c.isprintable() else "?" for c in name) or "?"
+    process = plain(raw.removesuffix(b"\n"), NAME) or "?"
     return Credentials(pid, uid, gid, process, _groups(sock, pid))
 
 

@@ -318,7 +318,7 @@ BAD = {
     "a directory that is missing": (["-m", "/no/such/dir"], "/no/such/dir: no such file"),
     "a mount point that is missing": (["-m", "/no-such-mount"], "/no-such-mount: no such file"),
     "a size of 400 digits": (["-l", "9" * 400], "is no size"),
-    "a path of several lines": (["-S", "/no/such\n\33[2J/s"], "/no/such??[2J: no such file"),
+    "a path of several lines": (["-S", "/no/such\n\33[2J/s"], r"/no/such\n\x1b[2J: no such file"),
     "a socket's directory that is missing": (["-S", "/no/such/dir/s"], "no such file"),
     "no name": (["-M", "a/b"], "no POSIX shared memory name"),
     "no huge pages of that size": (["--hugepages", "3M"], "no huge pages of 3M; it offers"),

@@ -146,7 +146,7 @@ class TestStatus:
         with subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE) as guest:
             path = control.default_path(socket_path)
             until(lambda: control.request(path, {"do": "status"})["regions"][0]["peers"])
-            assert " web?[2J1 " in run("status", "-S", socket_path)
+            assert r" web\x1b[2J1 " in run("status", "-S", socket_path)
             guest.communicate()
 
     def test_evict(self, served: Child, socket_path: str) -> None:

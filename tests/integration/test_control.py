@@ -260,7 +260,7 @@ class TestWhatItDoes:
         error = "ivshmem.toml: region.db.size is 3M: no power of two"
         assert controlled.refused("reload") == error
         controlled.config = FileNotFoundError(errno.ENOENT, "No such file", "/etc/a\nb")
-        assert controlled.refused("reload") == "/etc/a?b: No such file"
+        assert controlled.refused("reload") == r"/etc/a\nb: No such file"
         controlled.config = ServiceConfig(before)
         assert controlled.ask("reload") == {"changes": ["region db: removed"]}
 

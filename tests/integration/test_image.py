@@ -399,7 +399,9 @@ def test_commands_and_a_file(file: Path, tmp_path: Path) -> None:
 
 def test_what_a_file_says_of_itself_is_no_command_to_a_terminal(file: Path) -> None:
     file.write_bytes(forged(4096, (4096, 0, b""), source="\x1b[2J", name="\n", saved=200_000))
-    assert run("load", file, "--check").stdout.startswith(f"{file}: 4K (?[2J ?), saved 1970-01-0")
+    assert run("load", file, "--check").stdout.startswith(
+        f"{file}: 4K (\\x1b[2J \\n), saved 1970-01-0"
+    )
 
 
 def test_ctrl_c(file: Path, tmp_path: Path) -> None:

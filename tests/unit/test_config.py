@@ -148,7 +148,10 @@ WRONG = {
     "64 bits": (f"{A}vectors = {1 << 63}", f"region.a.vectors = {1 << 63}: TOML's numbers"),
     "large": ("#" * (1 << 20) + "\n", "more than 1M: no configuration is that"),
     "table": (f"regions = 1\n{A}", "regions: unknown (is region meant?)"),
-    "control character": (f'"\\u001b[2J" = 1\n{A}', "?[2J: unknown (known are service, region)"),
+    "control character": (
+        f'"\\u001b[2J" = 1\n{A}',
+        r"\x1b[2J: unknown (known are service, region)",
+    ),
     "region": ("region = 5", "no region"),
     "region.a": ("[region]\na = 5", "region.a: a table is wanted"),
     "service": (f"service = 1\n{A}", "service: a table is wanted"),
@@ -163,7 +166,7 @@ WRONG = {
     "no socket": ("[region.a]", "region.a: no socket: its path is wanted"),
     "relative": ('[region.a]\nsocket = "a"', 'region.a.socket = "a": a path from the root on'),
     "long": (f'[region.a]\nsocket = "/{"x" * 200}"', "at most 107 bytes, this one 201"),
-    "line": ('[region.a]\nsocket = "/a\\nb"', 'socket = "/a?b": a text of printable characters'),
+    "line": ('[region.a]\nsocket = "/a\\nb"', r'socket = "/a\nb": a text of printable characters'),
     "size": (
         f'{A}size = "3M"',
         'region.a.size = "3M": a region cannot have 3M: it must be a power of two and at least one'

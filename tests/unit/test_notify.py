@@ -53,7 +53,7 @@ def fill(notifier: Notifier) -> int:
 def test_what_is_told(notifier: Notifier, manager: socket.socket) -> None:
     assert notifier.active
     assert notifier.ready("one\nREADY=0")
-    assert manager.recv(100) == b"READY=1\nSTATUS=one READY=0"
+    assert manager.recv(100) == b"READY=1\nSTATUS=one\\nREADY=0"
     assert notifier.status("two")
     assert manager.recv(100) == b"STATUS=two"
     assert notifier.reloading()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import unicodedata
 
 import pytest
 
-from ivshmem.plain import MARK, MOST, command, plain, quoted
+from ivshmem.plain import MARK, MOST, command, paragraph, plain, quoted
 
-WRITTEN_OUT = {
+WRITTEN_OUT: dict[str, tuple[str | bytes, str]] = {
     "escape sequence": ("a\x1b[31mred", r"a\x1b[31mred"),
     "newline": ("a\nmend: rm -rf /", r"a\nmend: rm -rf /"),
     "carriage return": ("a\rok", r"a\rok"),
@@ -63,7 +64,7 @@ def test_it_is_written_out(case: str) -> None:
 @pytest.mark.parametrize("text", LEFT_ALONE)
 def test_it_is_left_alone(text: str) -> None:
     assert plain(text) == text
-    assert quoted(text) == __import__("shlex").quote(text)
+    assert quoted(text) == shlex.quote(text)
 
 
 def test_of_all_characters_only_visible_ones_are_left() -> None:
@@ -107,3 +108,13 @@ def test_a_shell_reads_it_back(word: str) -> None:
     assert plain(line) == line
     done = subprocess.run(["bash", "-c", line], check=True, stdout=subprocess.PIPE)
     assert done.stdout == word.encode(errors="surrogateescape")
+
+
+def test_only_the_first_line_of_a_paragraph_can_be_taken_for_ours() -> None:
+    text = "failed\nTraceback\n  File\x1b\nivshmem: peer 3 joined"
+    assert paragraph(text).split("\n") == [
+        "failed",
+        "    Traceback",
+        r"      File\x1b",
+        "    ivshmem: peer 3 joined",
+    ]

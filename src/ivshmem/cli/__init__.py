@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ..errors import IvshmemError
+from ..plain import plain
 from . import bench, connect, doctor, evict, guest, image, migrate, qemu, reload, serve, status, top
 
 SUBCOMMANDS = (
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not after a screen of usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def fail(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """An error as a person reads it: the path first, no errno, and what to do."""
-    return "".join(c if c.isprintable() else "?" for c in _sentence(error))
+    return plain(_sentence(error))
 
 
 def _sentence(error: BaseException) -> str:

@@ -5,13 +5,13 @@ Knows: words and columns. Does not know: how anything is served.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 
 from .. import qemu
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..directory import SLOT_BYTES, Directory
+from ..plain import command
 from ..service import Served, Service
 from ..sizes import format_size, parse_size
 
@@ -32,7 +32,7 @@ def banner(service: Service, pid: int) -> str:
         ]
         for name, served in regions.items()
     }
-    arguments = shlex.join([*_IVSHMEM, "qemu", "--config", service.config.source])
+    arguments = command([*_IVSHMEM, "qemu", "--config", service.config.source])
     return (
         f"serving {len(regions)} regions, pid {pid}\n{_table(rows)}\n"
         f"  QEMU:    {arguments} --region NAME\n"

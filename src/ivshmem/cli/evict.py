@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..plain import plain
 from ..protocol import MAX_ID
 from . import asking
-from .peers import plain
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

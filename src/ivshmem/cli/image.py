@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from .. import image
 from ..client import connect
 from ..image import ImageInfo
+from ..plain import plain
 from ..region import Region
 from ..sizes import format_size
 from . import daemon
 from .arguments import OF_THE_SERVER, server_of
-from .peers import plain
 from .progress import Progress
 
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 from .. import migration
 from ..migration import Member, Options, Plan, Refused, Step, Vm, groupfile
 from ..migration.discovery import Controls
+from ..plain import plain
 from ..sizes import format_size
 from . import daemon
-from .peers import duration, plain
+from .peers import duration
 from .progress import Progress
 
 _T = TypeVar("_T")

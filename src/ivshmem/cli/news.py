@@ -18,6 +18,7 @@ from typing import TextIO
 
 from .. import logs
 from ..engine import Peer
+from ..plain import paragraph, plain
 
 _LINES = 1000  # kept for a reader that does not read
 _SECONDS = 1.0  # that the end waits for one
@@ -44,17 +45,25 @@ class News(logging.Handler):
 
     def tell(self, line: str, event: str = logs.DEFAULT_EVENT, **fields: object) -> None:
         """Write a line some time soon: this one for people, the event and its fields as JSON."""
+        line = plain(line)
         if self._json:
             found = logs.fields_in(logs.fields(event, **fields))
             line = json_line(time.time(), logging.INFO, line, found)
         self._put(line)
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = self._text(record)
         if self._json:
             self._put(json_line(record.created, record.levelno, text, logs.fields_of(record)))
         else:
             self._put(f"ivshmem: {text}")
+
+    def _text(self, record: logging.LogRecord) -> str:
+        """The message on one line, and a traceback below it, which cannot be taken for messages."""
+        text = plain(record.getMessage())
+        if not record.exc_info:
+            return text
+        return paragraph(f"{text}\n{logging.Formatter().formatException(record.exc_info)}")
 
     def _put(self, line: str) -> None:
         try:
@@ -112,12 +121,18 @@ def tell_peer(news: News, verb: str, peer: Peer, region: str = "") -> None:
 
 
 def json_line(when: float, level: int, text: str, fields: Mapping[str, object]) -> str:
-    """A line for programs; its text may have several lines, a traceback for instance."""
+    """A line for programs; its text may have several lines, a traceback for instance.
+
+    JSON itself writes out whatever is not ASCII, but a program that reads it prints the text.
+    """
     moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds")
     head = {
         "time": moment.replace("+00:00", "Z"),
         "level": logging.getLevelName(level).lower(),
-        **fields,
+        **{
+            name: plain(value) if isinstance(value, str) else value
+            for name, value in fields.items()
+        },
         "text": text,
     }
     return json.dumps(head, separators=(",", ":"), default=str)

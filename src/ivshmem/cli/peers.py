@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import control
+from ..plain import NAME, plain
 from ..qemu.processes import guest_of
 from ..sizes import format_size
 
 HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STATE", "INTERRUPTS")
 _RIGHT = {0, 1, 2, 6}  # columns of numbers
 _MOST_NAMES = 3
+_MOST_CALLED = 4 * NAME  # characters of a guest and its names
 _MOST_INTERRUPTS = 8
 
 Status = Mapping[str, Any]
@@ -86,7 +88,7 @@ def peer_row(peer: Status, now: float) -> list[str]:
         str(peer["id"]),
         str(peer["pid"]),
         str(peer["uid"]),
-        peer["process"],
+        plain(peer["process"], NAME),
         _called(peer),
         duration(now - peer["since"]),
         str(peer["vectors"]),
@@ -108,11 +110,6 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def plain(line: str) -> str:
-    """A line without what a terminal would take for a command: not every server can be trusted."""
-    return "".join(c if c.isprintable() else "?" for c in line)
-
-
 def duration(seconds: float) -> str:
     """So long, in the two units that matter."""
     whole = max(int(seconds), 0)
@@ -132,7 +129,7 @@ def _called(peer: Status) -> str:
     names = peer["names"][:_MOST_NAMES]
     more = [".."] if len(peer["names"]) > _MOST_NAMES else []
     guest = [peer["guest"]] if peer.get("guest") else []
-    return ", ".join(guest + names + more) or "-"
+    return plain(", ".join(guest + names + more), _MOST_CALLED) or "-"
 
 
 def _state(peer: Status, now: float) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..plain import plain
 from . import asking
-from .peers import plain
 
 _SECONDS = 60.0  # memory may have to be taken
 

@@ -22,8 +22,8 @@ import tty
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..plain import plain
 from . import daemon
-from .peers import plain
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"

@@ -19,6 +19,7 @@ from .. import _fds, config, configfile, keeper, logs
 from ..config import ServiceConfig
 from ..engine import Peer
 from ..journal import Journal
+from ..plain import paragraph
 from ..service import Service, former
 from . import daemon
 from .arguments import add_region, check_no_region, region_of
@@ -251,10 +252,10 @@ def _pid_file(plan: Plan, *, going_on: bool) -> Iterator[None]:
 
 def _tell(plan: Plan, text: str) -> None:
     """Say something where there is no News."""
-    line = f"ivshmem: {text}"
+    line = paragraph(f"ivshmem: {text}")
     if plan.config.log_format == "json":
         fields = logs.fields_in({})
-        line = json_line(time.time(), logging.ERROR, text[-2000:], fields)
+        line = json_line(time.time(), logging.ERROR, paragraph(text[-2000:]), fields)
     keeper.say(line)
 
 

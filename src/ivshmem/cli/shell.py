@@ -19,6 +19,7 @@ from ..client import Client
 from ..directory import Directory
 from ..endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
 from ..errors import ClosedError, IvshmemError, NoDirectory
+from ..plain import plain
 from ..sizes import format_size, parse_size
 from .banner import count
 
@@ -77,7 +78,7 @@ class Shell(cmd.Cmd):
             except ClosedError:
                 raise
             except (IvshmemError, OSError, ValueError, OverflowError) as error:
-                print(error, file=sys.stderr)
+                print(plain(" ".join(str(error).split())), file=sys.stderr)
 
     def _ask(self) -> bool:
         try:
@@ -118,8 +119,8 @@ class Shell(cmd.Cmd):
         elif isinstance(event, PeerLeft):
             self._tell(f"peer {event.peer} left", event="left", peer=event.peer)
         elif isinstance(event, ServerLost):
-            text = f"{event.reason}; memory and doorbells go on working"
-            self._tell(text, event="server lost", reason=event.reason)
+            text = f"{plain(event.reason)}; memory and doorbells continue to work"
+            self._tell(text, event="server lost", reason=plain(event.reason))
         elif isinstance(event, IdChanged):
             self._tell(
                 f"id {event.id}, which was {event.before}: the virtual machine was migrated",
@@ -146,14 +147,14 @@ class Shell(cmd.Cmd):
         _words(rest, 0, "names")
         entries = self._directory().entries()
         lines = [
-            f"{entry.name}: peer {entry.id}, {_listed(entry.vectors)}"
-            + (f", {entry.role}" if entry.role else "")
+            f"{plain(entry.name)}: peer {entry.id}, {_listed(entry.vectors)}"
+            + (f", {plain(entry.role)}" if entry.role else "")
             for entry in entries
         ]
         values = [
             {
-                "name": entry.name,
-                "role": entry.role,
+                "name": plain(entry.name),
+                "role": plain(entry.role),
                 "peer": entry.id,
                 "vectors": list(entry.vectors),
                 "alive": entry.alive,
@@ -166,7 +167,7 @@ class Shell(cmd.Cmd):
         """publish NAME [ROLE]: enter this peer into the directory, until the shell ends."""
         words = [*_words(rest, 2, "publish NAME [ROLE]", least=1), ""]
         entry = self._directory().publish(words[0], words[1])
-        self._tell(f"published {entry.name}", published=entry.name)
+        self._tell(f"published {plain(entry.name)}", published=entry.name)
 
     def _directory(self) -> Directory:
         if self._names is None:
@@ -273,7 +274,7 @@ class Shell(cmd.Cmd):
         """info: what the region is made of."""
         _words(rest, 0, "info")
         values = self.endpoint.region.info().__dict__
-        self._tell("\n".join(f"{key} {value}" for key, value in values.items()), **values)
+        self._tell("\n".join(plain(f"{key} {value}") for key, value in values.items()), **values)
 
     def _range(self, address: str, length: int) -> int:
         start = parse_size(address)
@@ -327,7 +328,7 @@ class ClientShell(Shell):
             f"region {format_size(info.size)}, {format_size(info.resident)} in memory"
             + (", sealed" if info.sealed else "")
             + (", read-only" if info.readonly else ""),
-            f"server {client.path}" + ("" if client.connected else " (lost)"),
+            f"server {plain(client.path)}" + ("" if client.connected else " (lost)"),
         ]
         lines += [f"peer {peer}, {count(client.vectors)}" for peer in peers]
         self._tell(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..plain import plain
 from . import asking, peers
 
 
@@ -45,4 +46,4 @@ def text(status: peers.Status) -> str:
         if region["peers"]:
             rows = [peers.peer_row(peer, server["time"]) for peer in region["peers"]]
             lines += [f"  {line}" for line in peers.table(rows)]
-    return "\n".join(map(peers.plain, lines))
+    return "\n".join(map(plain, lines))

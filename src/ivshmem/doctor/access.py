@@ -10,12 +10,12 @@ import contextlib
 import grp
 import os
 import pwd
-import shlex
 import shutil
 import stat
 import subprocess
 from pathlib import Path
 
+from ..plain import quoted
 from .check import Finding, as_root, failed, ok, warning
 
 # The users that libvirt's QEMU runs as: Debian's, Fedora's.
@@ -104,8 +104,8 @@ def _grant(path: str, rights: str, user: str) -> str:
     # The first class that fits a user is the one that counts.
     who = "u" if status.st_uid == uid else "g" if status.st_gid in groups else "o"
     if who != "u" and shutil.which("setfacl"):
-        return f"setfacl -m u:{user}:{rights} {shlex.quote(path)}"
-    return f"chmod {who}+{rights} {shlex.quote(path)}"
+        return f"setfacl -m u:{user}:{rights} {quoted(path)}"
+    return f"chmod {who}+{rights} {quoted(path)}"
 
 
 def _described(path: str) -> str:

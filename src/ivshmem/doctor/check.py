@@ -7,17 +7,19 @@ Invariants:
 1. `mend` is one line that a shell runs as it stands, or, where it begins with a dash, what QEMU's
    command line needs.
 2. What rests on a failed check is skipped, and says on which.
+3. No word of another process or of another user's file leaves here as it was: see plain.py.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
+
+from ..plain import command, plain, quoted
 
 State: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
 
@@ -82,7 +84,7 @@ def run(subject: str, steps: Iterable[Step]) -> Iterator[Check]:
         finding = step.look() if cause is None else skipped(f"rests on what failed: {cause}")
         if finding.state == "failed" or cause is not None:
             causes[step.name] = cause or step.name
-        yield Check(subject, step.name, *finding)
+        yield Check(subject, step.name, finding.state, plain(finding.found), plain(finding.mend))
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -90,11 +92,11 @@ def run(subject: str, steps: Iterable[Step]) -> Iterator[Check]:
 
 def ours(*arguments: str) -> str:
     """A command line of this package."""
-    return shlex.join([sys.executable, "-m", "ivshmem", *arguments])
+    return command([sys.executable, "-m", "ivshmem", *arguments])
 
 
-def as_root(command: str) -> str:
-    """A command that only root may run, for whoever we are."""
+def as_root(line: str) -> str:
+    """Return a line for a shell so that root runs it, also if another user types it."""
     if os.geteuid() == 0:
-        return command
-    return f"{'sudo sh' if shutil.which('sudo') else 'su'} -c {shlex.quote(command)}"
+        return line
+    return f"{'sudo sh' if shutil.which('sudo') else 'su'} -c {quoted(line)}"

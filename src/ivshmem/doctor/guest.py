@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import time
@@ -24,6 +23,7 @@ from .. import qemu, runtime
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
 from ..guest.device import Access, GuestDevice, open_device
+from ..plain import quoted
 from ..sizes import format_size
 from . import holders
 from .check import Check, Finding, Step, as_root, failed, ok, ours, run, skipped, warning
@@ -365,10 +365,10 @@ def _kernel_mend(parameter: str) -> str:
         line = f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {parameter}"'
         folder = "/etc/default/grub.d"
         return as_root(
-            f"mkdir -p {folder} && echo {shlex.quote(line)} > {folder}/iommu.cfg && update-grub"
+            f"mkdir -p {folder} && echo {quoted(line)} > {folder}/iommu.cfg && update-grub"
         )
     words = [w for w in _text(_COMMAND_LINE).split() if w.partition("=")[0] != name]
-    return f"-append {shlex.quote(' '.join([*words, parameter]))}"
+    return f"-append {quoted(' '.join([*words, parameter]))}"
 
 
 def _is_broker(holder: holders.Holder) -> bool:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from ..plain import command, plain
+
 PROC = Path("/proc")
+_MOST_BYTES = 4096  # of a command line
+_MOST_CHARACTERS = 60  # of them are shown
 
 
 class Holder(NamedTuple):
@@ -22,7 +25,7 @@ class Holder(NamedTuple):
     arguments: list[str]
 
     def __str__(self) -> str:
-        return f"pid {self.pid} ({shlex.join(self.arguments)[:60]})"
+        return f"pid {self.pid} ({plain(command(self.arguments), _MOST_CHARACTERS)})"
 
 
 def of_file(path: Path) -> list[Holder]:
@@ -48,8 +51,9 @@ def _with_link(link: str) -> list[Holder]:
     for place in sorted(PROC.glob("[0-9]*"), key=lambda place: int(place.name)):
         with contextlib.suppress(OSError):  # not ours to see, or gone meanwhile
             if any(_leads_to(fd, link) for fd in (place / "fd").iterdir()):
-                words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                found.append(Holder(int(place.name), words[:-1]))
+                with open(place / "cmdline", "rb") as file:
+                    words = os.fsdecode(file.read(_MOST_BYTES)).removesuffix("\0").split("\0")
+                found.append(Holder(int(place.name), words))
     return found
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import stat
 from dataclasses import replace
 from pathlib import Path
 
 from .. import pages, qemu
 from ..errors import RegionError
+from ..plain import command, quoted
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size, roughly, round_up
 from . import access
@@ -82,7 +82,7 @@ class MemorySteps:
         if self.target is None:
             return ok(_SERVED if self.answer else f"anonymous, {format_size(self._size)}")
         if not os.path.isdir(self._folder) and _is_visible(self._folder):
-            return failed(f"no directory {self._folder}", f"mkdir -p {shlex.quote(self._folder)}")
+            return failed(f"no directory {self._folder}", f"mkdir -p {quoted(self._folder)}")
         if self.wishes.directory:
             return ok(f"a file without a name in {self.target}, {format_size(self._size)}")
         return self._file(self.target)
@@ -95,7 +95,7 @@ class MemorySteps:
         except PermissionError:
             return ok(path)  # the next check says why no more is known
         if not stat.S_ISREG(self._status.st_mode):
-            return failed(f"{path} is no regular file", shlex.join(["mv", path, f"{path}.old"]))
+            return failed(f"{path} is no regular file", command(["mv", path, f"{path}.old"]))
         size, wanted = self._status.st_size, self.wishes.size
         try:
             check_size(size, self._page, what=path)
@@ -172,7 +172,7 @@ class MemorySteps:
             return ok(what)
         if kind == "tmpfs":
             room = -(-(total - free + size) // 2**20)
-            return failed(what, as_root(f"mount -o remount,size={room}M {shlex.quote(mount)}"))
+            return failed(what, as_root(f"mount -o remount,size={room}M {quoted(mount)}"))
         named = replace(self.wishes, name=os.path.basename(self.target), path=None, directory=None)
         return failed(f"{what}; there may be room in /dev/shm", named.serve())
 
@@ -194,8 +194,8 @@ def _fits(size: int) -> bool:
 
 def _grow(path: str, size: int) -> str:
     """The command that makes a file larger, and reserves its space."""
-    command = f"fallocate -l {size} {shlex.quote(path)}"
-    return command if os.access(path, os.W_OK, effective_ids=True) else as_root(command)
+    line = f"fallocate -l {size} {quoted(path)}"
+    return line if os.access(path, os.W_OK, effective_ids=True) else as_root(line)
 
 
 def _mount(path: str) -> tuple[str, str]:

@@ -10,12 +10,12 @@ Invariants:
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 
 from .. import sockets
 from ..errors import ServerGone
 from ..pages import PAGE
+from ..plain import command, quoted
 from ..sizes import format_size, parse_size
 from . import access, holders
 from .check import Finding, Step, failed, ok, ours, skipped, warning
@@ -55,7 +55,7 @@ class ServerSteps:
         try:
             sockets.check_path(path)
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                return failed(f"{path} is no socket", shlex.join(["mv", path, f"{path}.old"]))
+                return failed(f"{path} is no socket", command(["mv", path, f"{path}.old"]))
             if not sockets.is_live(path):
                 return failed(f"{path} is stale: nobody listens", self.wishes.serve())
         except PermissionError:
@@ -63,7 +63,7 @@ class ServerSteps:
         except FileNotFoundError:
             folder = os.path.dirname(path)
             if not os.path.isdir(folder):
-                return failed(f"no directory {folder}", f"mkdir -p {shlex.quote(folder)}")
+                return failed(f"no directory {folder}", f"mkdir -p {quoted(folder)}")
             return failed(f"no {path}: no server listens there", self.wishes.serve())
         except OSError as error:
             return failed(f"{path}: {error.strerror}", ours("serve", "--daemon"))

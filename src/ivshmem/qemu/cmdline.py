@@ -6,10 +6,10 @@ Sources: qemu(1); libvirt's "Domain XML format", section on shared memory device
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from xml.sax.saxutils import quoteattr
 
+from ..plain import command
 from ..sizes import format_size
 
 
@@ -76,7 +76,7 @@ def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
 
 def shell(arguments: Iterable[str]) -> str:
     """Arguments as they are pasted into a shell."""
-    return shlex.join(arguments)
+    return command(arguments)
 
 
 def _escaped(value: str) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from ..plain import NAME, plain
 from ..sockets import QEMU_NAMES
 
 _PROC = Path("/proc")
 _MOST_BYTES = 1 << 20  # of a command line
-_MOST_CHARACTERS = 64  # of a name
 _SLACK = 2.0  # seconds by which the clocks of two files in /proc may differ
 
 
@@ -36,7 +36,7 @@ def guest_of(pid: int, since: float) -> str:
             line = file.read(_MOST_BYTES)
     except (OSError, ValueError, IndexError):
         return ""
-    return guest_name(line.decode(errors="replace").split("\0"))
+    return guest_name(os.fsdecode(line).split("\0"))
 
 
 def is_qemu(pid: int) -> bool:
@@ -55,8 +55,7 @@ def guest_name(arguments: Sequence[str]) -> str:
     for option, value in pairwise(arguments):
         if option in ("-name", "--name"):
             name = _guest(value) or name
-    plain = "".join(c if c.isprintable() else "?" for c in name)
-    return plain if len(plain) <= _MOST_CHARACTERS else f"{plain[: _MOST_CHARACTERS - 2]}.."
+    return plain(name, NAME)
 
 
 def _guest(value: str) -> str:
