@@ -38,7 +38,7 @@ def file_system(place: str | int) -> str:
     """
     status = os.fstat(place) if isinstance(place, int) else os.stat(place)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields = line.split()
         if fields[2] == device:
             return fields[fields.index("-") + 1]

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..plain import NAME, plain
+
 # A measurement is spoilt if others took more than this share of a core that it ran on.
 LIMIT = 0.05
 
@@ -129,7 +131,7 @@ def _texts(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
     """The number of the directory and the content of each file that is still there."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            yield int(path.parent.name), path.read_text()
+            yield int(path.parent.name), path.read_text(errors="surrogateescape")
 
 
 def look(ends: Sequence[int], known: Sequence[int] = (), *, ended: bool = False) -> Look:
@@ -234,4 +236,4 @@ def _culprits(before: Look, after: Look, used: set[int], wall: int) -> Iterator[
         exact = after.main.get(pid, 0) - before.main.get(pid, 0) if pid in after.main else 0
         share = max(ticks, exact, 0) / wall
         if share > LIMIT / 5:
-            yield Culprit(f"{process.name} (pid {pid})", min(share, 1.0), process.core)
+            yield Culprit(f"{plain(process.name, NAME)} (pid {pid})", min(share, 1.0), process.core)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from .. import qemu
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..directory import SLOT_BYTES, Directory
-from ..plain import command
+from ..plain import command, plain
 from ..service import Served, Service
 from ..sizes import format_size, parse_size
 
@@ -42,12 +42,12 @@ def banner(service: Service, pid: int) -> str:
 
 def _whole(served: Served, several: bool, pid: int) -> str:
     region, server = served.region, served.server
-    where = region.source + (f" {region.name}" if region.name else "")
+    where = plain(region.source + (f" {region.name}" if region.name else ""))
     connect = [*_IVSHMEM, "connect", "-S", server.path]
     return (
         f"{f'{served.name}: ' if several else ''}serving {format_size(region.size)}"
         f" ({where}, in pages of {format_size(region.page_size)}) with {count(server.vectors)}"
-        f" on {server.path}, pid {pid}\n"
+        f" on {plain(server.path)}, pid {pid}\n"
         f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
         f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
         f"  host:    {qemu.shell(connect)}"
@@ -70,15 +70,15 @@ def planned(config: ServiceConfig) -> str:
     about = {"control socket": config.control, "metrics": config.metrics}
     return "\n".join(
         [
-            f"{config.source}: {counted(len(rows), 'region')}",
+            f"{plain(config.source or '')}: {counted(len(rows), 'region')}",
             _table(rows),
-            *(f"  {what}: {where}" for what, where in about.items() if where is not None),
+            *(f"  {what}: {plain(where)}" for what, where in about.items() if where is not None),
         ]
     )
 
 
 def _table(rows: Mapping[str, Iterable[str]]) -> str:
-    lines = [[name, *cells] for name, cells in rows.items()]
+    lines = [[plain(cell) for cell in (name, *cells)] for name, cells in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [map(str.ljust, line, widths) for line in lines]
     return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in padded)

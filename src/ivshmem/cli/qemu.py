@@ -154,7 +154,7 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
 def _hugetlbfs_mount(wanted: bool | str) -> str:
     """Where a hugetlbfs with pages of the wanted size is mounted."""
     size = pages.huge_page_size(wanted)
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
         _, place, kind, *_ = line.split()
         if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
             return place

@@ -201,7 +201,7 @@ def _grow(path: str, size: int) -> str:
 def _mount(path: str) -> tuple[str, str]:
     """The mount that a directory is on, and the type of its file system (proc(5), mountinfo)."""
     found = ("/", "")
-    for line in _MOUNTS.read_text().splitlines():
+    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
         fields = line.split()
         place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
         inside = os.path.commonpath([place, os.path.realpath(path)]) == place

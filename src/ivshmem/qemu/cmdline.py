@@ -7,9 +7,10 @@ Sources: qemu(1); libvirt's "Domain XML format", section on shared memory device
 from __future__ import annotations
 
 from collections.abc import Iterable
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape
 
 from ..plain import command
+from ..plain import plain as visible
 from ..sizes import format_size
 
 
@@ -60,8 +61,8 @@ def libvirt_doorbell(
 ) -> str:
     """libvirt's XML for the same as `doorbell`."""
     return (
-        f"<shmem name={quoteattr(name)}{_role(master)}><model type='ivshmem-doorbell'/>"
-        f"<server path={quoteattr(socket)}/>"
+        f"<shmem name={_attribute(name)}{_role(master)}><model type='ivshmem-doorbell'/>"
+        f"<server path={_attribute(socket)}/>"
         f"<msi vectors='{max(vectors, 1)}' ioeventfd='on'/></shmem>"
     )
 
@@ -69,7 +70,7 @@ def libvirt_doorbell(
 def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
     """libvirt's XML for the same as `plain`; libvirt takes only a POSIX name, of at least 1 MiB."""
     return (
-        f"<shmem name={quoteattr(name)}{_role(master)}><model type='ivshmem-plain'/>"
+        f"<shmem name={_attribute(name)}{_role(master)}><model type='ivshmem-plain'/>"
         f"<size unit='KiB'>{size // 1024}</size></shmem>"
     )
 
@@ -82,6 +83,22 @@ def shell(arguments: Iterable[str]) -> str:
 def _escaped(value: str) -> str:
     """QEMU's option parser wants a comma twice."""
     return value.replace(",", ",,")
+
+
+def _attribute(value: str) -> str:
+    """A value as XML has it, which a person can read, too."""
+    parts = []
+    for character in value:
+        if visible(character) == character:
+            parts.append(escape(character, {'"': "&quot;"}))
+        elif character in "\t\n\r" or "\x7f" <= character < "\ud800" or character > "\udfff":
+            parts.append(f"&#x{ord(character):x};")
+        else:
+            raise ValueError(
+                f"{visible(value)}: XML, and so libvirt, cannot have all characters of this name:"
+                " choose a name of printable ones"
+            )
+    return f'"{"".join(parts)}"'
 
 
 def _qemu_size(size: int) -> str:
