@@ -392,14 +392,17 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
         ServerGone: this server does not answer questions. (It may have taken us for a peer.)
         TimeoutError, OSError: as of `connect`.
     """
+    deadline = time.monotonic() + timeout
     with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
-        sock.settimeout(timeout)
         data = b""
-        try:
-            while len(data) < 4096 and (more := sock.recv(4096)):
+        # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
+        # ever, or something now and then: neither is waited for.
+        with contextlib.suppress(TimeoutError):
+            while len(data) < 4096 and data[:1] in (b"", b"{"):
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                if not (more := sock.recv(4096)):
+                    break
                 data += more
-        except TimeoutError:
-            pass
     with contextlib.suppress(ValueError):
         answer = json.loads(data)
         if isinstance(answer, dict) and all(isinstance(v, int) for v in answer.values()):
@@ -452,13 +455,21 @@ def connect(
         raise accepts_nobody(text, timeout or 0) from None
     except OSError as error:
         sock.close()
-        raise OSError(
-            error.errno, _CONNECT_HINTS.get(error.errno or 0, error.strerror), text
-        ) from None
+        hint = _CONNECT_HINTS.get(error.errno or 0, error.strerror)
+        if error.errno == errno.ECONNREFUSED and not _is_socket(text):
+            hint = "not a socket: no server listens here, choose another path"
+        raise OSError(error.errno, hint, text) from None
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True  # it was one a moment ago, or nobody can know
 
 
 def accepts_nobody(path: str, timeout: float) -> TimeoutError:

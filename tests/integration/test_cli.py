@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import ivshmem
-from ivshmem import sockets
+from ivshmem import qemu, sockets
 
 TIMEOUT = 30.0
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -102,11 +102,15 @@ class TestServe:
         server = serve("--size", "1M", "--vectors", "3")
         assert server.first.startswith("serving 1M (anonymous, in pages of 4K) with 3 vectors on ")
         assert server.process.stdout is not None
-        lines = [server.process.stdout.readline() for _ in range(3)]
-        assert f"-chardev socket,path={path},id=ivshmem" in lines[0]
-        assert "-device ivshmem-doorbell,vectors=3,chardev=ivshmem" in lines[0]
-        assert "<model type='ivshmem-doorbell'/>" in lines[1]
-        assert f"ivshmem connect -S {path}" in lines[2]
+        lines = [server.process.stdout.readline()]
+        while not lines[-1].startswith("  host:"):
+            lines.append(server.process.stdout.readline())
+        ident = qemu.ident_of(path)
+        assert lines[0] == f"  QEMU:    -chardev socket,path={path},id={ident} \\\n"
+        assert lines[1].strip() == f"-device ivshmem-doorbell,vectors=3,chardev={ident}"
+        assert lines[2].startswith("  libvirt: <shmem name=")
+        assert lines[3].strip() == "<model type='ivshmem-doorbell'/>"
+        assert f"ivshmem connect -S {path}" in lines[-1]
         with ivshmem.connect(path, timeout=TIMEOUT) as client:
             assert client.vectors == 3
             process = Path("/proc/self/comm").read_text().strip()
@@ -626,8 +630,8 @@ class TestQemu:
     def test_from_a_server(self, serve: Serve, path: str) -> None:
         serve("--vectors", "5")
         expected = (
-            f"-chardev socket,path={path},id=ivshmem"
-            " -device ivshmem-doorbell,vectors=5,chardev=ivshmem"
+            f"-chardev socket,path={path},id={qemu.ident_of(path)}"
+            f" -device ivshmem-doorbell,vectors=5,chardev={qemu.ident_of(path)}"
         )
         assert run("qemu", "-S", path).stdout == expected + "\n"
         assert run("qemu", "-S", path, "--master").stdout == expected + ",master=on\n"
@@ -669,11 +673,12 @@ class TestQemu:
         file = tmp_path / "a,b c"
         with ivshmem.Region.create("64K", path=file):
             arguments = json.loads(run("qemu", "--file", str(file), "--json", "--master").stdout)
+        ident = qemu.ident_of(str(file))
         assert arguments == [
             "-object",
-            f"memory-backend-file,size=64K,share=on,mem-path={tmp_path}/a,,b c,id=hostmem",
+            f"memory-backend-file,size=64K,share=on,mem-path={tmp_path}/a,,b c,id={ident}",
             "-device",
-            "ivshmem-plain,memdev=hostmem,master=on",
+            f"ivshmem-plain,memdev={ident},master=on",
         ]
         wrong = run("qemu", "--file", str(file), "--size", "4M", status=1)
         assert "leave --size away" in one_error_line(wrong)

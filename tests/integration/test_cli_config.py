@@ -21,6 +21,7 @@ from support.peer import RawPeer
 from support.waiting import PATIENCE, until
 
 import ivshmem
+from ivshmem import qemu
 
 IVSHMEM = [sys.executable, "-W", "error", "-m", "ivshmem"]
 
@@ -134,7 +135,7 @@ def test_one_region_is_told_as_without_a_file(serve: Serve, file: Path) -> None:
     serving = serve("--quiet")
     assert serving.first.startswith("serving 4M (anonymous, in pages of 4K) with 1 vector on ")
     assert serving.process.stdout is not None
-    assert f"socket,path={file.parent}/only,id=ivshmem" in serving.process.stdout.readline()
+    assert f"socket,path={file.parent}/only,id=" in serving.process.stdout.readline()
     assert serving.end() == (0, "")
 
 
@@ -366,8 +367,8 @@ def test_few_descriptors_are_told(file: Path) -> None:
 def test_arguments_of_one_region(file: Path) -> None:
     a = f"{file.parent}/a"
     assert run("qemu", "--config", str(file), "--region", "a").stdout == (
-        f"-chardev socket,path={a},id=ivshmem-a -device"
-        " ivshmem-doorbell,vectors=2,chardev=ivshmem-a\n"
+        f"-chardev socket,path={a},id={qemu.ident_of(a)} -device"
+        f" ivshmem-doorbell,vectors=2,chardev={qemu.ident_of(a)}\n"
     )
     assert run("qemu", "--config", str(file), "--region", "a", "--libvirt", "--master").stdout == (
         f"<shmem name=\"a\" role='master'><model type='ivshmem-doorbell'/><server path=\"{a}\"/>"
@@ -377,10 +378,11 @@ def test_arguments_of_one_region(file: Path) -> None:
 
 def test_arguments_of_all_regions(file: Path) -> None:
     arguments = json.loads(run("qemu", "--config", str(file), "--json").stdout)
-    assert arguments[1::4] == [f"socket,path={file.parent}/{n},id=ivshmem-{n}" for n in "ab"]
+    paths = [f"{file.parent}/{name}" for name in "ab"]
+    assert arguments[1::4] == [f"socket,path={path},id={qemu.ident_of(path)}" for path in paths]
     assert arguments[3::4] == [
-        "ivshmem-doorbell,vectors=2,chardev=ivshmem-a",
-        "ivshmem-doorbell,vectors=1,chardev=ivshmem-b",
+        f"ivshmem-doorbell,vectors=2,chardev={qemu.ident_of(paths[0])}",
+        f"ivshmem-doorbell,vectors=1,chardev={qemu.ident_of(paths[1])}",
     ]
     lines = run("qemu", "--config", str(file), "--libvirt").stdout.splitlines()
     assert [line.partition(">")[0] for line in lines] == ['<shmem name="a"', '<shmem name="b"']

@@ -42,7 +42,7 @@ WRITTEN_OUT: dict[str, tuple[str | bytes, str]] = {
     "unassigned": ("\U000fffff\u0378", r"\U000fffff\u0378"),
     "byte that is not UTF-8": ("a\udcff", r"a\xff"),
     "lone surrogate": ("\ud800", r"\ud800"),
-    "bytes": (b"caf\xc3\xa9\xff\x1b", "caf\xe9\\xff\\x1b"),
+    "bytes": (b"x\xc3\xa9\xff\x1b", "x\xe9\\xff\\x1b"),
 }
 
 LEFT_ALONE = [

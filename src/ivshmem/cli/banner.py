@@ -5,6 +5,8 @@ Knows: words and columns. Does not know: how anything is served.
 
 from __future__ import annotations
 
+import os
+import pwd
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -15,6 +17,9 @@ from ..plain import command, plain
 from ..service import Served, Service
 from ..sizes import format_size, parse_size
 
+_INDENT = " " * len("  libvirt: ")
+# The users that libvirt's QEMU runs as: Debian's, Fedora's.
+QEMU_USERS = ("libvirt-qemu", "qemu")
 _IVSHMEM = [sys.executable, "-m", "ivshmem"]
 
 
@@ -44,15 +49,40 @@ def _whole(served: Served, several: bool, pid: int) -> str:
     region, server = served.region, served.server
     where = plain(region.source + (f" {region.name}" if region.name else ""))
     connect = [*_IVSHMEM, "connect", "-S", server.path]
+    xml = qemu.libvirt_doorbell(server.path, server.vectors)
     return (
         f"{f'{served.name}: ' if several else ''}serving {format_size(region.size)}"
         f" ({where}, in pages of {format_size(region.page_size)}) with {count(server.vectors)}"
         f" on {plain(server.path)}, pid {pid}\n"
-        f"  QEMU:    {qemu.shell(qemu.doorbell(server.path, server.vectors))}\n"
-        f"  libvirt: {qemu.libvirt_doorbell(server.path, server.vectors)}\n"
+        f"  QEMU:    {qemu.shell_lines(qemu.doorbell(server.path, server.vectors), _INDENT)}\n"
+        f"  libvirt: {xml.replace('><', f'>{chr(10)}{_INDENT}<')}\n"
+        f"{_for_libvirt(served)}"
         f"  host:    {qemu.shell(connect)}"
         + ("" if served.directory is None else f"\n  names:   {room(served.directory)}")
     )
+
+
+def _for_libvirt(served: Served) -> str:
+    """How libvirt's QEMU gets in, which is not our user's, as long as it cannot."""
+    try:
+        status = os.stat(served.server.path)
+    except OSError:
+        return ""
+    for user in QEMU_USERS:
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            continue
+        groups = os.getgrouplist(user, entry.pw_gid)
+        who = (
+            0o200 if status.st_uid == entry.pw_uid else 0o020 if status.st_gid in groups else 0o002
+        )
+        if not status.st_mode & who:
+            return (
+                f"{_INDENT}(libvirt runs QEMU as {user}, who may not connect:"
+                " serve with --group kvm --mode 0660)\n"
+            )
+    return ""
 
 
 def planned(config: ServiceConfig) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 from .. import configfile, pages, qemu, sockets
 from ..config import DEFAULT_SIZE
 from ..errors import RegionError, ServerGone
+from ..plain import plain
+from ..qemu import old
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size
 from .arguments import OF_THE_SERVER, server_of, vectors
@@ -23,8 +27,10 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="print the arguments for a guest",
         description="Print the arguments that give a QEMU guest the device: ivshmem-doorbell,"
         " connected to a server (the default), or ivshmem-plain over a file.",
-        epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  The number of vectors is asked"
-        " of the server; one of another kind cannot be asked: give --vectors then.",
+        epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  If a path has a space, the shell"
+        " splits it there: `ivshmem qemu | xargs qemu-system-x86_64 ...` keeps it whole. The number"
+        " of vectors is asked of the server; one of another kind cannot be asked: give --vectors"
+        " then.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -62,17 +68,43 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--master", action="store_true", help="the memory migrates with this guest (master=on)"
     )
+    parser.add_argument(
+        "--id",
+        metavar="ID",
+        type=ident,
+        help="of the chardev or memory in QEMU (default: one made of the path, so that devices of"
+        " several regions fit into one command); needed for two devices of one region",
+    )
+    old = parser.add_argument_group("an old line, of QEMU before 4.0: what is it called today?")
+    old.add_argument(
+        "-device", metavar="ivshmem,...", help="as it stood there: shm=NAME, size=1, and so on"
+    )
+    old.add_argument(
+        "-chardev", metavar="socket,...", action="append", default=[], help="if the device had one"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--libvirt", action="store_true", help="print XML for libvirt instead")
     form.add_argument("--json", action="store_true", help="print the arguments as a JSON list")
     parser.set_defaults(run=run)
 
 
+def ident(text: str) -> str:
+    """An id from the command line."""
+    try:
+        return qemu.check_ident(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run(options: argparse.Namespace) -> int:
     """Print what the options ask for."""
     if options.region and not options.config:
         raise ValueError("--region is one of a file: give --config FILE, too")
-    if options.config:
+    if options.chardev and options.device is None:
+        raise ValueError("-chardev goes with an old -device ivshmem,...: give that, too")
+    if options.device is not None:
+        arguments, xml = _old(options)
+    elif options.config:
         arguments, xml = _configured(options)
     elif options.file or options.name or options.hugepages:
         arguments, xml = _plain(options)
@@ -80,9 +112,42 @@ def run(options: argparse.Namespace) -> int:
         arguments, xml = _doorbell(options)
     if options.libvirt:
         print(xml)
+    elif options.json:
+        print(json.dumps(arguments))
     else:
-        print(json.dumps(arguments) if options.json else qemu.shell(arguments))
+        print(line := qemu.shell(arguments))
+        if line.split() != arguments and not sys.stdout.isatty():
+            # No quoting survives an unquoted $(..).
+            note = "ivshmem: these words are quoted: paste them, or use `| xargs qemu-system-..`;"
+            print(f"{note} an unquoted $(..) would split them", file=sys.stderr)
     return 0
+
+
+def _old(options: argparse.Namespace) -> tuple[list[str], str]:
+    """What an old line is called today; on stderr, what it meant."""
+    meant = old.read(options.device, options.chardev)
+    what = f"memory of {format_size(meant.size)} in /dev/shm/{meant.name}, without doorbells"
+    today = "ivshmem-plain"
+    if meant.socket:
+        what = f"the memory and doorbells of the server at {meant.socket}"
+        today = "ivshmem-doorbell"
+    print(
+        plain(f"ivshmem: QEMU 4.0 removed the device ivshmem. This one had {what}: {today} today"),
+        *(plain(f"ivshmem: {note}") for note in meant.notes),
+        sep="\n",
+        file=sys.stderr,
+    )
+    if meant.socket:
+        return (
+            qemu.doorbell(meant.socket, meant.vectors, ident=options.id, master=meant.master),
+            qemu.libvirt_doorbell(meant.socket, meant.vectors, master=meant.master),
+        )
+    path = posix_path(meant.name)
+    check_size(meant.size, pages.PAGE, what=path)
+    return (
+        qemu.plain(path, meant.size, ident=options.id, master=meant.master),
+        qemu.libvirt_plain(os.path.basename(path), meant.size, master=meant.master),
+    )
 
 
 def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
@@ -96,7 +161,7 @@ def _doorbell(options: argparse.Namespace) -> tuple[list[str], str]:
                 f"{path}: this server does not say how many vectors it has: give --vectors"
             ) from None
     return (
-        qemu.doorbell(path, number, master=options.master),
+        qemu.doorbell(path, number, ident=options.id, master=options.master),
         qemu.libvirt_doorbell(path, number, master=options.master),
     )
 
@@ -107,6 +172,8 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
         raise ValueError("--vectors and --size: with --config, the file says that")
     config = configfile.load(options.config)
     names = options.region or list(config.regions)
+    if options.id and len(names) > 1:
+        raise ValueError("an id is for one device: give --region NAME, too")
     if options.master and len(names) > 1:
         raise ValueError("a guest can be master of one region: give --region NAME, too")
     arguments, xml = [], []
@@ -114,9 +181,8 @@ def _configured(options: argparse.Namespace) -> tuple[list[str], str]:
         if name not in config.regions:
             raise config.error(f"no region {name}: there are {', '.join(config.regions)}")
         region = config.regions[name]
-        ident = f"ivshmem-{name}"  # QEMU's must begin with a letter
         arguments += qemu.doorbell(
-            region.socket, region.vectors, ident=ident, master=options.master
+            region.socket, region.vectors, ident=options.id, master=options.master
         )
         xml.append(
             qemu.libvirt_doorbell(region.socket, region.vectors, name=name, master=options.master)
@@ -131,7 +197,10 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
         path = os.path.abspath(options.file)
     else:
         path = f"{_hugetlbfs_mount(options.hugepages)}/ivshmem"
-    exists = os.path.isfile(path)
+    # A file of 0 bytes was made to be filled: its name and owner are there, its size is not.
+    exists = os.path.isfile(path) and os.stat(path).st_size > 0
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RegionError(f"{path} is not a regular file: QEMU needs one, choose another path")
     page = pages.page_size_of(path if exists else os.path.dirname(path))
     if exists:
         size = os.stat(path).st_size
@@ -143,7 +212,9 @@ def _plain(options: argparse.Namespace) -> tuple[list[str], str]:
     else:
         size = parse_size(options.size or max(parse_size(DEFAULT_SIZE), page))
     check_size(size, page, what=path)
-    arguments = qemu.plain(path, size, master=options.master, prealloc=options.prealloc)
+    arguments = qemu.plain(
+        path, size, ident=options.id, master=options.master, prealloc=options.prealloc
+    )
     if options.libvirt and os.path.dirname(path) != "/dev/shm":  # noqa: S108
         raise RegionError(
             f"libvirt takes only a POSIX name for plain memory, not {path}: use --name"
@@ -155,7 +226,8 @@ def _hugetlbfs_mount(wanted: bool | str) -> str:
     """Where a hugetlbfs with pages of the wanted size is mounted."""
     size = pages.huge_page_size(wanted)
     for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
-        _, place, kind, *_ = line.split()
+        _, written, kind, *_ = line.split()
+        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), written)
         if kind == "hugetlbfs" and os.statvfs(place).f_bsize == size:
             return place
     raise RegionError(

@@ -1,5 +1,23 @@
 """What QEMU and libvirt have to be told."""
 
-from .cmdline import doorbell, libvirt_doorbell, libvirt_plain, plain, shell
+from .cmdline import (
+    check_ident,
+    doorbell,
+    ident_of,
+    libvirt_doorbell,
+    libvirt_plain,
+    plain,
+    shell,
+    shell_lines,
+)
 
-__all__ = ["doorbell", "libvirt_doorbell", "libvirt_plain", "plain", "shell"]
+__all__ = [
+    "check_ident",
+    "doorbell",
+    "ident_of",
+    "libvirt_doorbell",
+    "libvirt_plain",
+    "plain",
+    "shell",
+    "shell_lines",
+]

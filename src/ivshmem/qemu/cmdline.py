@@ -6,6 +6,9 @@ Sources: qemu(1); libvirt's "Domain XML format", section on shared memory device
 
 from __future__ import annotations
 
+import os
+import re
+import zlib
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
@@ -13,18 +16,22 @@ from ..plain import command
 from ..plain import plain as visible
 from ..sizes import format_size
 
+_LONGEST_IDENT = 40
+
 
 def doorbell(
-    socket: str, vectors: int, *, ident: str = "ivshmem", master: bool = False
+    socket: str, vectors: int, *, ident: str | None = None, master: bool = False
 ) -> list[str]:
     """QEMU's arguments for a device that is connected to a server.
 
     Args:
         socket: path of the server's socket.
         vectors: the server's, 1..2048; the device needs one at least.
-        ident: of the chardev; choose another for a second device in the same guest.
+        ident: of the chardev; None: ident_of(socket). A second device for the same region in one
+            guest needs another.
         master: the shared memory migrates with this guest, which must have id 0.
     """
+    ident = ident or ident_of(socket)
     device = f"ivshmem-doorbell,vectors={max(vectors, 1)},chardev={ident}"
     return [
         "-chardev",
@@ -35,17 +42,23 @@ def doorbell(
 
 
 def plain(
-    path: str, size: int, *, ident: str = "hostmem", master: bool = False, prealloc: bool = False
+    path: str,
+    size: int,
+    *,
+    ident: str | None = None,
+    master: bool = False,
+    prealloc: bool = False,
 ) -> list[str]:
     """QEMU's arguments for a device over a file, without doorbells.
 
     Args:
         path: `mem-path`: a file in /dev/shm, on a hugetlbfs mount, or anywhere.
         size: of the file, bytes.
-        ident: of the memory backend.
+        ident: of the memory backend; None: ident_of(path).
         master: the shared memory migrates with this guest.
         prealloc: take all pages when QEMU starts.
     """
+    ident = ident or ident_of(path)
     # share=on, or the guest silently gets memory of its own.
     backend = f"memory-backend-file,size={_qemu_size(size)},share=on,mem-path={_escaped(path)}"
     return [
@@ -57,11 +70,12 @@ def plain(
 
 
 def libvirt_doorbell(
-    socket: str, vectors: int, *, name: str = "ivshmem", master: bool = False
+    socket: str, vectors: int, *, name: str | None = None, master: bool = False
 ) -> str:
     """libvirt's XML for the same as `doorbell`."""
     return (
-        f"<shmem name={_attribute(name)}{_role(master)}><model type='ivshmem-doorbell'/>"
+        f"<shmem name={_attribute(name or ident_of(socket))}{_role(master)}>"
+        "<model type='ivshmem-doorbell'/>"
         f"<server path={_attribute(socket)}/>"
         f"<msi vectors='{max(vectors, 1)}' ioeventfd='on'/></shmem>"
     )
@@ -75,9 +89,50 @@ def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
     )
 
 
+def ident_of(path: str) -> str:
+    """Return an id for a chardev or an object, of its own for each path.
+
+    QEMU ends with "Duplicate ID" if two printed lines in one command have the same, and allows
+    letters, digits, "-", "." and "_", a letter first.
+    """
+    plain_path = re.fullmatch(r"/[A-Za-z][A-Za-z0-9_./]*", path)
+    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", path).strip("-")
+    if plain_path and len(readable) <= _LONGEST_IDENT:
+        return readable
+    # What looks the same by now, or is too long, is told apart by the whole path.
+    return f"{_letter_first(readable[-_LONGEST_IDENT:])}-{zlib.crc32(os.fsencode(path)):08x}"
+
+
+def check_ident(text: str) -> str:
+    """Return an id as QEMU allows it.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", text):
+        raise ValueError(
+            f"the id {visible(text)!r}: QEMU allows letters, digits, -, . and _, a letter first"
+        )
+    return text
+
+
+def _letter_first(text: str) -> str:
+    return text if text[:1].isalpha() else f"ivshmem{'' if text[:1] == '-' else '-'}{text}"
+
+
 def shell(arguments: Iterable[str]) -> str:
     """Arguments as they are pasted into a shell."""
     return command(arguments)
+
+
+def shell_lines(arguments: Iterable[str], indent: str = "") -> str:
+    """Return the same, with each option and its value on a line, the next ones indented."""
+    lines: list[list[str]] = []
+    for argument in arguments:
+        if argument.startswith("-") or not lines:
+            lines.append([])
+        lines[-1].append(argument)
+    return f" \\\n{indent}".join(map(command, lines))
 
 
 def _escaped(value: str) -> str:
