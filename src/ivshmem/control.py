@@ -33,9 +33,13 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
              (how often it was told that somebody left), leaves_held (how often not), interrupts
              (rings it has not taken, for each vector, looked at without taking them)
 
+Both sides ask the kernel who the other is, by SO_PEERCRED: the server hears root and its own user;
+a client takes answers from root and its own user, and root takes them from anybody.
+
 Invariants:
 1. A request is checked whole before anything is done.
 2. Whatever a caller sends, and whatever fails on its behalf: the server goes on.
+3. What `Client.ask` returns has the fields and types above: REPLIES says so once for all callers.
 """
 
 from __future__ import annotations
@@ -49,17 +53,19 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import logs, pages, sockets
+from . import logs, pages, shapes, sockets
+from .accounts import user_name
 from .answering import LONGEST, Answering, Caller
 from .directory import Directory
 from .engine import PeerReport
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
 from .plain import plain
+from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
 
 _log = logging.getLogger("ivshmem.control")
@@ -69,7 +75,8 @@ SUFFIX = ".control"
 MODE = 0o600
 
 _MOST_ERROR = 500  # characters of an error
-_MOST_REPLY = 1 << 28  # bytes that a client takes
+_MOST_PID, _MOST_UID = (1 << 31) - 1, (1 << 32) - 1
+_MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
 
 
 # -- what is asked: a service, which serves regions -----------------------------------------------
@@ -370,8 +377,8 @@ def _cut_line(buffer: bytearray) -> bytes | None:
 
 def _parse(request: bytes) -> dict[str, Any]:
     try:
-        message = json.loads(request)
-    except (ValueError, RecursionError) as error:
+        message = shapes.loads(request)
+    except shapes.Misshapen as error:
         raise ControlError(f'no JSON ({_one_line(error)}): send {{"do": "status"}}') from None
     if not isinstance(message, dict):
         raise ControlError(f'{_shown(message)} is no JSON object: send {{"do": "status"}}')
@@ -475,18 +482,92 @@ def _fd_limit() -> int | None:
 
 # -- the other side -------------------------------------------------------------------------------
 
+_COUNT = shapes.integer(0)
+_PEER = shapes.record(
+    # Servers of older versions do not say these.
+    {"leaves_told": _COUNT, "leaves_held": _COUNT},
+    id=shapes.integer(0, MAX_ID),
+    pid=shapes.integer(0, _MOST_PID),
+    uid=shapes.integer(0, _MOST_UID),
+    gid=shapes.integer(0, _MOST_UID),
+    process=shapes.text(),
+    names=shapes.array(shapes.text()),
+    vectors=shapes.integer(0, MAX_VECTORS),
+    since=shapes.moment(),
+    readonly=shapes.flag(),
+    set_up=shapes.flag(),
+    pending=_COUNT,
+    stalled_since=shapes.optional(shapes.moment()),
+    interrupts=shapes.array(_COUNT, MAX_VECTORS),
+)
+_REGION = shapes.record(
+    {"file_system": shapes.text(), "holds_leaves": shapes.flag()},
+    name=shapes.text(),
+    socket=shapes.text(),
+    vectors=shapes.integer(0, MAX_VECTORS),
+    size=_COUNT,
+    page_size=_COUNT,
+    source=shapes.text(),
+    memory=shapes.text(),
+    paused=shapes.text(),
+    counts=shapes.table(_COUNT),
+)
+_SERVER = shapes.record(
+    pid=shapes.integer(0, _MOST_PID),
+    uid=shapes.integer(0, _MOST_UID),
+    version=shapes.text(),
+    protocol=_COUNT,
+    since=shapes.moment(),
+    time=shapes.moment(),
+    cpu=shapes.number(),
+    resident=_COUNT,
+    fds=shapes.record(open=_COUNT, limit=shapes.optional(_COUNT)),
+    pid_namespace=_COUNT,
+)
+
+# What a reply to each request has, for whoever reads it; more fields may come.
+REPLIES: Mapping[str, shapes.Shape] = {
+    "version": shapes.record(version=shapes.text(), protocol=_COUNT, pid=_COUNT),
+    "status": shapes.record(server=_SERVER, regions=shapes.array(_REGION)),
+    "evict": shapes.record(region=shapes.text()),
+    "hold-leaves": shapes.record(region=shapes.text()),
+    "reload": shapes.record(changes=shapes.array(shapes.text())),
+}
+_PEERS = shapes.record(regions=shapes.array(shapes.record(peers=shapes.array(_PEER))))
+_ANY_REPLY = shapes.record({"error": shapes.text()}, ok=shapes.flag())
+
+
+def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
+    """Raise shapes.Misshapen if a reply to this message is not what it should be."""
+    kind = message.get("do")
+    if isinstance(kind, str) and kind in REPLIES:
+        REPLIES[kind](reply, kind)
+        if kind == "status" and message.get("peers", True):
+            _PEERS(reply, kind)
+
 
 class Client:
     """A connection to a control socket; a context manager.
 
     Args:
         timeout: seconds for connecting, and for each reply.
+        users: uids whose servers are asked; None: root's and this process's, and root asks anybody.
+
+    Attributes:
+        server: who answers, as the kernel says.
 
     Raises:
+        ControlError: another user answers at this path.
         TimeoutError, OSError: as of sockets.connect.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        timeout: float = 10.0,
+        *,
+        users: Collection[int] | None = None,
+    ) -> None:
         self.path = os.fspath(path)
         self._timeout = timeout
         # From this address a server would take us for somebody with a question, not for a peer, if
@@ -494,12 +575,23 @@ class Client:
         address = sockets.ASK + os.urandom(8).hex().encode()
         self._socket = sockets.connect(path, timeout, address=address)
         self._rest = b""
+        self.server = sockets.credentials(self._socket)
+        mine = os.geteuid()
+        heard = {0, mine} if users is None else users
+        if self.server.uid not in heard and not (users is None and mine == 0):
+            self._socket.close()
+            whose = user_name(self.server.uid)
+            raise ControlError(
+                f"{self.path}: {whose} answers here, not your server: give the path of yours by -S"
+                f" or --control, or ask as {whose} or as root"
+            )
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to a request, but for "ok".
 
         Raises:
-            ControlError: the server could not do it; or this is no control socket.
+            ControlError: the server could not do it; or this is no control socket; or the reply
+                makes no sense.
             TimeoutError: no reply within the time limit. The connection is of no use any more.
             ConnectionError: the server has closed the connection.
         """
@@ -511,9 +603,14 @@ class Client:
             reason = f"no reply within {self._timeout:g} seconds: is the server stopped?"
             raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
         if reply.pop("ok"):
+            try:
+                _check(message, reply)
+            except shapes.Misshapen as error:
+                raise ControlError(
+                    f"the server's reply makes no sense ({error}): is it of another version?"
+                ) from None
             return reply
-        error = str(reply.get("error", "it could not be done"))
-        raise ControlError(plain(error))
+        raise ControlError(plain(reply.get("error", "it could not be done")))
 
     def _send(self, data: bytes, deadline: float) -> None:
         # Who refuses us says so and closes; so there may be something to read nonetheless.
@@ -541,10 +638,10 @@ class Client:
                 reason = "the server closed the connection: ask again"
                 raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
         line, _, self._rest = b"".join(chunks).partition(b"\n")
-        with contextlib.suppress(ValueError, RecursionError):
-            reply = json.loads(line)
-            if isinstance(reply, dict) and isinstance(reply.get("ok"), bool):
-                return reply
+        with contextlib.suppress(shapes.Misshapen):
+            reply = shapes.loads(line)
+            _ANY_REPLY(reply, "reply")
+            return dict(reply)
         raise self._stranger()
 
     def _stranger(self) -> ControlError:

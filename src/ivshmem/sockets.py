@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import stat
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from . import locks
+from . import locks, shapes
 from .accounts import group_id, user_id
 from .errors import ServerGone
 from .plain import NAME, plain
@@ -389,7 +388,8 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
         protocol, vectors, size, page_size (bytes) and peers.
 
     Raises:
-        ServerGone: this server does not answer questions. (It may have taken us for a peer.)
+        ServerGone: this server does not answer questions, or its answer makes no sense. (It may
+            have taken us for a peer.)
         TimeoutError, OSError: as of `connect`.
     """
     deadline = time.monotonic() + timeout
@@ -397,17 +397,28 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
         data = b""
         # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
         # ever, or something now and then: neither is waited for.
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
             while len(data) < 4096 and data[:1] in (b"", b"{"):
                 sock.settimeout(max(deadline - time.monotonic(), 0.001))
                 if not (more := sock.recv(4096)):
                     break
                 data += more
-    with contextlib.suppress(ValueError):
-        answer = json.loads(data)
-        if isinstance(answer, dict) and all(isinstance(v, int) for v in answer.values()):
-            return answer
-    raise ServerGone(f"{os.fspath(path)}: this server does not answer questions")
+    try:
+        answer = shapes.loads(data)
+        _ANSWER(answer, "answer")
+    except shapes.Misshapen as error:
+        why = f": its answer makes no sense ({error})" if data[:1] == b"{" else ""
+        raise ServerGone(f"{os.fspath(path)}: this server does not answer questions{why}") from None
+    return {key: value for key, value in answer.items() if type(value) is int}
+
+
+_ANSWER = shapes.record(
+    protocol=shapes.integer(0),
+    vectors=shapes.integer(0, 2048),
+    size=shapes.integer(1, 1 << 62),
+    page_size=shapes.integer(1, 1 << 62),
+    peers=shapes.integer(0, 1 << 16),
+)
 
 
 def only_asks(address: object) -> bool:

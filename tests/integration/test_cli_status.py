@@ -514,12 +514,15 @@ class TestServe:
 
     def test_a_path_without_room_for_more(self, directory: Path) -> None:
         path = f"{directory}/".ljust(105, "x")
-        with self.server("-S", path) as process:
-            assert process.stderr is not None
-            warning = process.stderr.readline()
-            assert warning.startswith(f"ivshmem: no control socket: {path}.control: a socket path")
-            assert warning.endswith("give --control PATH\n")
-        assert process.returncode == 0
+        line = run("serve", "-S", path, status=1)
+        assert line.startswith(f"ivshmem: {path}.control: no control socket: a socket path has")
+        assert line.endswith("; give --control PATH, or --no-control")
+        assert os.listdir(directory) == []
+        # Both remedies, as they are printed.
+        for remedy in (["--control", f"{directory}/control"], ["--no-control"]):
+            with self.server("-S", path, *remedy) as process:
+                pass
+            assert process.returncode == 0
 
     def test_metrics_and_a_log_as_json(self, socket_path: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:

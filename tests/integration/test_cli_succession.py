@@ -481,7 +481,7 @@ def test_what_cannot_be_understood_is_not_taken(
     peers.append(RawPeer(path).set_up(VECTORS))
     line = handover._line
 
-    def changed(*arguments: Any) -> dict[str, Any]:
+    def changed(*arguments: Any) -> Any:
         offer = line(*arguments)
         ((record, server),) = offer["state"]["regions"]
         if change == "version":

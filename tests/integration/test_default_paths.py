@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.isolated import NOBODY, OTHER, environment, isolated, needs_root, run, start
+from support.isolated import NOBODY, OTHER, environment, isolated, needs_root, run, squatting, start
 from support.waiting import until
 
 from ivshmem import sockets
@@ -44,31 +44,6 @@ def serving(*options: str, user: int = 0, at: Path, **more: str) -> Iterator[Non
         process.send_signal(signal.SIGTERM)
         _out, err = process.communicate(timeout=30)
         assert process.returncode == 0, err
-
-
-@contextlib.contextmanager
-def squatting(path: Path, user: int) -> Iterator[None]:
-    """A socket that another user bound first, and that never answers."""
-    script = (
-        "import socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(9)\n"
-        "import os; os.chmod(sys.argv[1], 0o777); print('bound', flush=True); sys.stdin.read()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        user=user,
-        group=user,
-        extra_groups=[],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "bound\n"
-        yield
-        process.stdin.close()
 
 
 def directory(path: Path, user: int, mode: int = 0o700) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,11 +82,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(
-    *words: str, user: int = 0, module: str = "ivshmem", **more: str
+    *words: str, user: int = 0, program: str = "from ivshmem.cli import main", **more: str
 ) -> subprocess.Popen[str]:
     """Start `ivshmem WORDS` as a user; `more`: of its environment."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-c", f"{program}; raise SystemExit(main())", *words],
         user=user,
         group=user,
         extra_groups=[],
@@ -95,6 +96,41 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+_SQUATTER = """
+import os, socket, sys, threading
+s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(9)
+os.chmod(sys.argv[1], 0o777)
+def answer():
+    while True:
+        c, _ = s.accept()
+        c.recv(1000) and c.sendall(sys.argv[2].encode() + b"\\n")
+if sys.argv[2]:
+    threading.Thread(target=answer, daemon=True).start()
+print("bound", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def squatting(path: Path, user: int, answer: str = "") -> Iterator[None]:
+    """A socket that another user bound first; it gives all the same answer, or none."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _SQUATTER, str(path), answer],
+        user=user,
+        group=user,
+        extra_groups=[],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "bound\n"
+        yield
+        process.stdin.close()
 
 
 def run(*words: str, user: int = 0, **more: str) -> tuple[int, str, str]:

@@ -18,7 +18,7 @@ HOME = Path(ivshmem.__file__).parent
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["errors", "plain"],
-    ["sizes", "locks", "accounts", "logs", "notify", "_fds"],
+    ["sizes", "locks", "accounts", "logs", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns", "uncopied"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
@@ -29,7 +29,7 @@ FLOORS: list[list[str]] = [
     ["endpoint", "sockets"],
     ["directory", "access", "replay", "answering", "image", "runtime"],
     ["engine", "config"],
-    ["server", "client", "configfile", "opening", "changes"],
+    ["server", "client", "configfile", "opening", "changes", "snapshots"],
     ["service", "control"],
     ["handover", "metrics", "stalls", "store"],
     ["guest"],

@@ -6,12 +6,11 @@ Knows: what can be wrong there, and how to say it. Does not know: what is asked.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 
 from .. import control, sockets
+from ..accounts import user_name
 from .arguments import OF_THE_SERVER, server_of
 
 SECONDS = 10.0  # for an answer
@@ -43,16 +42,10 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control.Cl
     raise error
 
 
-@contextlib.contextmanager
-def understood() -> Iterator[None]:
-    """While a reply is looked at: what is not in it, or is nonsense, is worth one line."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {error}"[:100]
-        raise control.ControlError(
-            f"the server's reply makes no sense ({what}): is it of another version?"
-        ) from None
+def says_who(client: control.Client) -> str:
+    """Return whose server it is that answered, if that is neither root's nor the asker's."""
+    uid = client.server.uid
+    return "" if uid in {0, os.geteuid()} else f" (says {user_name(uid)})"
 
 
 def _connect(path: str, timeout: float) -> control.Client:

@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     plan = Plan(
         ServiceConfig({"ivshmem": _region(options)}),
+        # The example server has none: so its path, in /tmp, is not worth an error.
+        control_needed=False,
         # The example server writes its pid only as a daemon.
         pid_file=None if options.foreground else options.pid_file,
         quiet=not options.verbose,

@@ -38,5 +38,6 @@ def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     with asking.connect(options) as client:
         done = client.ask({"do": "evict", "id": options.id, "region": options.region})
-    print(plain(f"peer {options.id} of region {done.get('region')} was evicted"))
+    whose = asking.says_who(client)
+    print(plain(f"peer {options.id} of region {done['region']} was evicted{whose}"))
     return 0

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     with asking.connect(options, _SECONDS) as client:
         reply = client.ask({"do": "reload"})
-    with asking.understood():
-        lines = [plain(line) for line in reply["changes"]]
-    print("\n".join(lines or ["nothing has changed"]))
+    lines = [plain(line) for line in reply["changes"]]
+    whose = asking.says_who(client)
+    print("\n".join(f"{line}{whose}" for line in lines or ["nothing has changed"]))
     return 0

@@ -2,6 +2,9 @@
 
 Knows: where these are if nobody says so, and which of them a server can do without. Does not know:
 what they say.
+
+A control socket that cannot be made is an error: somebody else can have bound its path to be taken
+for this server (`status`, `--takeover`). Only a successor, which has peers, serves without one.
 """
 
 from __future__ import annotations
@@ -25,15 +28,16 @@ def seen(
     *,
     needed: bool = True,
     controlled: bool = True,
+    control_needed: bool = True,
     peers: bool = False,
     handlers: Mapping[str, control.Handler] | None = None,
 ) -> Iterator[None]:
     """While the block runs, what the service's configuration names listens in its loop.
 
     Args:
-        needed: or else what cannot be had is no more than an error in the log.
-        controlled: have a control socket; by default it is beside the first region's socket, where
-            it is no more than a warning if it cannot be had.
+        needed: if False, a part that cannot be started is logged as an error and skipped.
+        controlled: have a control socket; by default it is beside the first region's socket.
+        control_needed: if False, a control socket that cannot be made is logged as a warning.
         peers: metrics of each peer, too.
         handlers: as of Control.
 
@@ -44,7 +48,7 @@ def seen(
     with contextlib.ExitStack() as stack:
         for make in (
             lambda: Stalls(service),
-            lambda: _control(service, handlers) if controlled else None,
+            lambda: _control(service, handlers, needed=control_needed) if controlled else None,
             lambda: None if metrics is None else Metrics(metrics, service, peers=peers),
         ):
             try:
@@ -66,7 +70,7 @@ def seen(
 
 
 def _control(
-    service: Service, handlers: Mapping[str, control.Handler] | None
+    service: Service, handlers: Mapping[str, control.Handler] | None, *, needed: bool
 ) -> control.Control | None:
     path = service.config.control
     if path is not None:
@@ -77,7 +81,10 @@ def _control(
     try:
         listener = control.listen(control.default_path(first.listener.path))
     except OSError as error:
+        if needed:
+            reason = f"no control socket: {error.strerror}; give --control PATH, or --no-control"
+            raise OSError(error.errno, reason, error.filename) from None
         where = f"{error.filename}: " if error.filename else ""
-        _log.warning("no control socket: %s%s; give --control PATH", where, error.strerror)
+        _log.warning("no control socket: %s%s", where, error.strerror)
         return None
     return control.Control(listener, service, handlers=handlers)

@@ -183,6 +183,7 @@ class Plan:
     config: ServiceConfig
     load: Callable[[], ServiceConfig] | None = None
     controlled: bool = True
+    control_needed: bool = True
     metrics_peers: bool = False
     pid_file: str | None = None
     quiet: bool = False
@@ -303,6 +304,7 @@ def _serve(
                 service,
                 needed=past is None,
                 controlled=plan.controlled,
+                control_needed=plan.control_needed,
                 peers=plan.metrics_peers,
                 handlers={"takeover": handing_over(service, given)},
             ):

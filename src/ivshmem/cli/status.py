@@ -28,17 +28,15 @@ def run(options: argparse.Namespace) -> int:
     """Ask, and print."""
     with asking.connect(options) as client:
         status = client.ask({"do": "status"})
-    with asking.understood():
-        peers.Guests().name(status)
-        shown = json.dumps(status) if options.json else text(status)
-    print(shown)
+    peers.Guests().name(status)
+    print(json.dumps(status) if options.json else text(status, asking.says_who(client)))
     return 0
 
 
-def text(status: peers.Status) -> str:
-    """A status as a person reads it."""
+def text(status: peers.Status, whose: str = "") -> str:
+    """A status as a person reads it; `whose`: what stands behind the line about the server."""
     server = status["server"]
-    lines = [peers.server_line(server)]
+    lines = [peers.server_line(server) + whose]
     for region in status["regions"]:
         lines += ["", peers.region_line(region), f"  {peers.counts_line(region)}"]
         if region["paused"]:

@@ -89,9 +89,8 @@ class _Looks:
         if self._client is None:
             self._client = asking.connect(self._options, _SECONDS)
         status = self._client.ask({"do": "status"})
-        with asking.understood():
-            self._guests.name(status)
-            self._lines = list(lines_of(status, self._before))
+        self._guests.name(status)
+        self._lines = list(lines_of(status, self._before))
         self._before = status
         return self._lines
 
