@@ -43,7 +43,8 @@ from .errors import ClosedError
 
 cdef extern from "<fcntl.h>" nogil:
     int c_openat "openat"(int directory, const char *path, int flags, unsigned int mode)
-    enum: AT_FDCWD, O_CLOEXEC
+    int fcntl(int fd, int command, int argument)
+    enum: AT_FDCWD, O_CLOEXEC, F_DUPFD_CLOEXEC
 
 cdef extern from *:
     """
@@ -124,6 +125,20 @@ cdef class FdArray:
                 finally:
                     array.close()
             array.take(fd)
+        return array
+
+    @staticmethod
+    def copy(int fd):
+        """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
+
+        Raises:
+            OSError: EBADF or EMFILE.
+        """
+        cdef FdArray array = FdArray()
+        cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+        if other < 0:
+            fail()
+        array.take(other)
         return array
 
     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):

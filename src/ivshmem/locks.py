@@ -1,4 +1,4 @@
-"""A lock on a directory, which leaves no file behind.
+"""A lock on a directory or file, which leaves no file behind.
 
 Knows: flock(2), and that it is not waited for without end. Does not know: what is locked, and why.
 """
@@ -23,15 +23,31 @@ def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        give_up = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    break
-                time.sleep(0.005)
+        _wait_for(fd, seconds)
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def held(fd: int, seconds: float) -> Iterator[None]:
+    """The same lock, on an open file or a copy of its descriptor."""
+    _wait_for(fd, seconds)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _wait_for(fd: int, seconds: float) -> None:
+    """Lock an open file, unless somebody else keeps it locked so long."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                return
+            time.sleep(0.005)

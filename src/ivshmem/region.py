@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
 
-from . import _fds, _memory, pages
+from . import _fds, _memory, locks, pages, safe_files
 from .errors import ClosedError, RegionError
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
@@ -35,7 +35,12 @@ MFD_HUGE_SHIFT = 26  # the flags from this bit on are the base-2 logarithm of th
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
+_PATIENCE = 2.0  # seconds that another process may take to make a region in an empty file
+
 Source = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
+
+# Size, page size, source, name or path.
+_Parts = tuple[int, int, Source, str]
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,21 @@ class Region(_memory.Mapping):
     Attributes:
         source, name, page_size: as in RegionInfo.
         offset: of the region in the file behind it, bytes; not 0 only for a device's memory.
+        adopted: whether `create` made it in an empty file that was there.
     """
 
     # What __del__ and __repr__ find where __init__ was interrupted.
     source: Source = "descriptor"
     name: str | None = None
+    _fd: _fds.FdArray | None = None  # the one owner of the descriptor, made before it was opened
+    adopted = False
 
     def __init__(
         self,
-        fd: int,
-        size: int,
+        _fd: int,
+        _size: int,
         *,
+        owner: _fds.FdArray,
         readonly: bool = False,
         offset: int = 0,
         source: Source,
@@ -94,8 +103,7 @@ class Region(_memory.Mapping):
         path: str | None = None,
         page_size: int,
     ) -> None:
-        self._fd = _fds.FdArray()  # closes what it has when it goes, whatever happens
-        self._fd.take(fd)
+        self._fd = owner
         self.source = source
         self.name = name
         self.page_size = page_size
@@ -116,6 +124,7 @@ class Region(_memory.Mapping):
         prealloc: bool = False,
         replace: bool = False,
         mode: int = 0o600,
+        accept_owner: safe_files.Users = (),
     ) -> Region:
         """Make a new region of `size` bytes (or "4M", "1.5G", "0x100000"), zeroed.
 
@@ -131,10 +140,16 @@ class Region(_memory.Mapping):
             replace: make a new one even where a file of that name exists, which goes only when the
                 new one is ready. Who has the old one keeps it.
             mode: permissions of a new name or path, less the umask.
+            accept_owner: other users, by name or uid, whose symbolic links are followed on the way
+                to a path, and whose empty file is taken.
+
+        A file that is there and empty, as systemd-tmpfiles makes one, is a region that is not made
+        yet: it is used, and keeps its owner and its mode.
 
         Raises:
             RegionError: a size that is no power of two of at least one (huge) page.
             FileExistsError: the name or path exists and `replace` is false.
+            PermissionError: a link or an empty file there is of a user who is not accepted.
             OSError: the file system, the memory or the huge pages do not suffice (ENOSPC, ENOMEM,
                 with the numbers and what mends it), or as of open(2). Nothing is left behind.
         """
@@ -150,41 +165,84 @@ class Region(_memory.Mapping):
             source, target = "file", os.path.abspath(path)
         else:
             source, target = "directory", os.path.abspath(os.fspath(directory or ""))
-        page = pages.page_size_of(target if source == "directory" else os.path.dirname(target))
-        if hugepages and pages.huge_page_size(hugepages) != page:
-            raise RegionError(
-                f"{target} has pages of {format_size(page)}, not huge pages of"
-                f" {format_size(pages.huge_page_size(hugepages))}: name a hugetlbfs mount of that"
-                " page size, or no place at all for a memfd"
-            )
-        check_size(size, page)
-        if source == "posix":
-            pages.check_memory(size, now=True)  # reserving a tmpfs's pages takes them
-        if source == "directory":
-            fd = _open_unlinked(target, mode)
-            return cls._furnish(fd, size, page, source, target, None, prealloc)
-        if os.path.lexists(target) and not (replace and os.path.isfile(target)):
-            raise _exists(target, replace)
-        # Made under another name, and published when it is whole: nobody finds it half made, and
-        # what is there is replaced only by what works.
-        draft, fd = _open_draft(target, mode)
+        inside = f"{target}/ivshmem" if source == "directory" else target
+        with safe_files.find(inside, accept=accept_owner, links=source != "posix") as place:
+            page = pages.page_size_of(place.fd)
+            if hugepages and pages.huge_page_size(hugepages) != page:
+                raise RegionError(
+                    f"{target} has pages of {format_size(page)}, not huge pages of"
+                    f" {format_size(pages.huge_page_size(hugepages))}: name a hugetlbfs mount of"
+                    " that page size, or no place at all for a memfd"
+                )
+            check_size(size, page)
+            if source == "posix":
+                pages.check_memory(size, now=True)  # reserving a tmpfs's pages takes them
+            parts = (size, page, source, name or target)
+            if source == "directory":
+                return cls._nameless(place, mode, parts, prealloc)
+            found = place.status()
+            if found is not None and stat.S_ISREG(found.st_mode) and not found.st_size:
+                return cls._adopt(place, parts, target, prealloc)
+            if replace:
+                if place.by_link and found is None:
+                    raise _exists(target, replace)
+                if found is not None and not stat.S_ISREG(found.st_mode):
+                    raise _exists(target, replace)
+            elif found is not None or place.by_link:
+                raise _exists(target, replace)
+            return cls._publish(place, mode, parts, target, prealloc, replace)
+
+    @classmethod
+    def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
+        """A region in a file of a directory that never has a name."""
         try:
-            region = cls._furnish(fd, size, page, source, name or target, target, prealloc)
-            region._publish(draft, target, replace)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
+            with safe_files.Draft(place, mode=mode) as draft:
+                draft.keep_nameless()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, parts[3]) from None
+        return cls._furnish(draft.file, *parts, None, prealloc)
+
+    @classmethod
+    def _adopt(cls, place: safe_files.Place, parts: _Parts, target: str, prealloc: bool) -> Region:
+        """A region in an empty file that is there: so somebody has given it owner and mode."""
+        file = place.open(os.O_RDWR)
+        spare = _fds.FdArray.copy(file[0])  # for when the region has closed its own
+        with locks.held(spare[0], _PATIENCE):
+            if os.fstat(spare[0]).st_size:  # another process was quicker
+                raise _exists(target, replace=False)
+            try:
+                region = cls._furnish(file, *parts, target, prealloc, fresh=False)
+            except BaseException:
+                # As it was: a file without its space is a trap for those who have it open.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(spare[0], 0)
+                raise
+        region.adopted = True
         return region
 
-    def _publish(self, draft: str, target: str, replace: bool) -> None:
-        """Give the file the name it is meant to have; closes the region if that fails."""
+    @classmethod
+    def _publish(
+        cls,
+        place: safe_files.Place,
+        mode: int,
+        parts: _Parts,
+        target: str,
+        prealloc: bool,
+        replace: bool,
+    ) -> Region:
+        """A region in a new file, which gets its name when it is whole."""
+        region = None
+        draft = safe_files.Draft(place, mode=mode)
         try:
-            if replace:
-                os.rename(draft, target)
-            else:
-                os.link(draft, target)
+            with draft:
+                region = cls._furnish(draft.file, *parts, target, prealloc)
+                draft.publish(replace=replace)
+            return region
         except BaseException as error:
-            self.close()
+            if region is not None:
+                if draft.published and not replace:  # what was replaced is gone: the new one stays
+                    region.unlink()
+                region.close()
             if isinstance(error, FileExistsError):
                 raise _exists(target, replace) from None
             raise
@@ -198,6 +256,7 @@ class Region(_memory.Mapping):
         size: SupportsIndex | str | None = None,
         readonly: bool = False,
         prealloc: bool = False,
+        accept_owner: safe_files.Users = (),
     ) -> Region:
         """Map what exists under a POSIX name or path; its contents stay as they are.
 
@@ -205,36 +264,43 @@ class Region(_memory.Mapping):
             size: what it must be; None: whatever it is. Space that the file lacks, if it is
                 sparse, is not reserved: `prealloc` does that.
             readonly: open and map for reading only.
+            accept_owner: other users, by name or uid, whose files and symbolic links are accepted.
+                Anybody can be the first to make a name in /dev/shm, so a file must belong to root,
+                to this process's user or to one of these.
 
         Raises:
-            RegionError: it has another size, or one that no guest could use.
-            OSError: as of open(2).
+            RegionError: it has another size, or one that no guest could use, or is not a file.
+            FileNotFoundError: there is none, or it is empty, so not made yet.
+            PermissionError: it is of another user, or has several hard links where others can
+                make one; or as of open(2).
+            OSError: as of open(2); ELOOP for a name that is a link.
         """
         if (name is None) == (path is None):
             raise RegionError("give either a name or a path to attach to")
         target = posix_path(name) if name is not None else os.path.abspath(path or "")
-        # O_NONBLOCK: a FIFO is refused below, and not waited for here.
-        access = os.O_RDONLY if readonly else os.O_RDWR
-        fd = os.open(target, access | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise RegionError(f"{target} is not a regular file, so it cannot be shared memory")
+        with safe_files.find(target, accept=accept_owner, links=name is None) as place:
+            file = _opened(place, readonly)
+        with safe_files.closed_on_error(file):
+            status = os.fstat(file[0])
+            if not status.st_size:
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    "it is empty, so its memory is not made yet: Region.create makes it, or ivshmem"
+                    " serve with --existing attach, and either keeps its owner and its mode",
+                    target,
+                )
             if size is not None and status.st_size != parse_size(size):
                 raise RegionError(
                     f"{target} has {format_size(status.st_size)}, not the"
                     f" {format_size(parse_size(size))} asked for: ask for its size, or replace it"
                 )
-            page = pages.page_size_of(fd)
+            page = pages.page_size_of(file[0])
             check_size(status.st_size, page, what=target)
             source: Source = "posix" if name is not None else "file"
             with pages.explained(status.st_size, page, target):
                 region = cls._map(
-                    fd, status.st_size, page, source, name or target, target, readonly
+                    file, status.st_size, page, source, name or target, target, readonly=readonly
                 )
-        except BaseException:
-            os.close(fd)
-            raise
         if prealloc:
             region._populate_or_close()
         return region
@@ -248,19 +314,26 @@ class Region(_memory.Mapping):
         path: str | os.PathLike[str] | None = None,
         prealloc: bool = False,
         mode: int = 0o600,
+        accept_owner: safe_files.Users = (),
     ) -> tuple[Region, bool]:
         """Attach to what exists under a name or path, else create it: (region, created).
 
         Raises:
             RegionError, OSError: as of `attach` and `create`.
         """
+        users = tuple(accept_owner)
         for last in (False, False, True):
             with contextlib.suppress(FileNotFoundError):
-                return cls.attach(name=name, path=path, size=size, prealloc=prealloc), False
+                region = cls.attach(
+                    name=name, path=path, size=size, prealloc=prealloc, accept_owner=users
+                )
+                return region, False
             try:
-                region = cls.create(size, name=name, path=path, prealloc=prealloc, mode=mode)
+                region = cls.create(
+                    size, name=name, path=path, prealloc=prealloc, mode=mode, accept_owner=users
+                )
                 return region, True
-            except FileExistsError:  # somebody else was quicker; or a link leads nowhere
+            except FileExistsError:  # another process was quicker; or a link leads nowhere
                 if last:
                     raise
         raise AssertionError
@@ -285,7 +358,9 @@ class Region(_memory.Mapping):
             RegionError: the file is empty or no memory.
             OSError: as of mmap(2).
         """
-        try:
+        file = _fds.FdArray()
+        file.take(fd)
+        with safe_files.closed_on_error(file):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 raise RegionError(
@@ -295,32 +370,31 @@ class Region(_memory.Mapping):
             page = pages.page_size_of(fd)
             path = posix_path(name) if source == "posix" and name else name
             path = path if source in ("posix", "file") else None
-            return cls._map(fd, status.st_size, page, source, name, path, readonly)
-        except BaseException:
-            os.close(fd)
-            raise
+            with pages.explained(status.st_size, page, path):
+                return cls._map(file, status.st_size, page, source, name, path, readonly=readonly)
 
     @classmethod
     def _anonymous(cls, size: int, huge: int, prealloc: bool) -> Region:
         page = huge or PAGE
         check_size(size, page)
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        flags = os.MFD_ALLOW_SEALING
         if huge:
             flags |= os.MFD_HUGETLB | (huge.bit_length() - 1) << MFD_HUGE_SHIFT
         else:
             pages.check_memory(size, now=prealloc)
+        file = _fds.FdArray()
         try:
-            fd = os.memfd_create("ivshmem", flags | MFD_NOEXEC_SEAL)
+            file.memfd("ivshmem", flags | MFD_NOEXEC_SEAL)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            fd = os.memfd_create("ivshmem", flags)  # before Linux 6.3
-        return cls._furnish(fd, size, page, "anonymous", None, None, prealloc, seal=True)
+            file.memfd("ivshmem", flags)  # before Linux 6.3
+        return cls._furnish(file, size, page, "anonymous", None, None, prealloc, seal=True)
 
     @classmethod
     def _furnish(
         cls,
-        fd: int,
+        file: _fds.FdArray,
         size: int,
         page: int,
         source: Source,
@@ -329,24 +403,27 @@ class Region(_memory.Mapping):
         prealloc: bool,
         *,
         seal: bool = False,
+        fresh: bool = True,
     ) -> Region:
-        """Give a new, empty file its size, its space and its seals; takes `fd`."""
-        try:
-            with pages.explained(size, page, path or name):
-                os.ftruncate(fd, size)
-                if seal:
-                    # A memfd begins with 0o777 or 0o666, by which who has a descriptor for reading
-                    # could open it again, by /proc/self/fd, for writing.
-                    os.fchmod(fd, 0o600)
-                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-                elif page == PAGE:
-                    # tmpfs and file systems hand out pages and blocks one by one, and a mapping
-                    # that finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.)
-                    os.posix_fallocate(fd, 0, size)
-                region = cls._map(fd, size, page, source, name, path, False)
-        except BaseException:
-            os.close(fd)
-            raise
+        """Give an empty file its size, its space and its seals, and map it.
+
+        Args:
+            fresh: nobody else can have it open.
+        """
+        with safe_files.closed_on_error(file), pages.explained(size, page, path or name):
+            if fresh or page > PAGE:
+                os.ftruncate(file[0], size)
+            if seal:
+                # A memfd begins with 0o777 or 0o666, by which who has a descriptor for reading
+                # could open it again, by /proc/self/fd, for writing.
+                os.fchmod(file[0], 0o600)
+                fcntl.fcntl(file[0], fcntl.F_ADD_SEALS, _SEALS)
+            elif page == PAGE:
+                # tmpfs and file systems hand out pages and blocks one by one, and a mapping that
+                # finds none left gets SIGBUS. (hugetlbfs reserves all of them in mmap.) On tmpfs
+                # this gives the size when the space is there, at once.
+                os.posix_fallocate(file[0], 0, size)
+            region = cls._map(file, size, page, source, name, path)
         if prealloc:
             region._populate_or_close()
         return region
@@ -354,16 +431,26 @@ class Region(_memory.Mapping):
     @classmethod
     def _map(
         cls,
-        fd: int,
+        file: _fds.FdArray,
         size: int,
         page: int,
         source: Source,
         name: str | None,
         path: str | None,
-        readonly: bool,
+        *,
+        readonly: bool = False,
     ) -> Region:
-        """The region over an open file; takes `fd` unless it raises."""
-        return cls(fd, size, readonly=readonly, source=source, name=name, path=path, page_size=page)
+        """The region over an open file, whose descriptor it has from now on."""
+        return cls(
+            file[0],
+            size,
+            owner=file,
+            readonly=readonly,
+            source=source,
+            name=name,
+            path=path,
+            page_size=page,
+        )
 
     def _populate_or_close(self) -> None:
         try:
@@ -379,6 +466,7 @@ class Region(_memory.Mapping):
         """The descriptor of the file behind the region, still owned by it."""
         if self.closed:
             raise ClosedError("the region is closed")
+        assert self._fd is not None
         return self._fd[0]
 
     def readonly_fd(self) -> int:
@@ -462,15 +550,13 @@ class Region(_memory.Mapping):
         """
         if self._path is None:
             return False
-        mine = os.fstat(self.fileno())
+        fd = self.fileno()
         try:
-            found = os.stat(self._path)
-            if (mine.st_dev, mine.st_ino) != (found.st_dev, found.st_ino):
-                return False
-            os.unlink(self._path)
-        except FileNotFoundError:
+            place = safe_files.find(self._path, links=self.source != "posix")
+        except OSError:  # it is not there, or nobody we trust has put it there
             return False
-        return True
+        with place:
+            return place.remove(fd)
 
     def close(self) -> None:
         """Unmap and close; may be called twice.
@@ -479,7 +565,8 @@ class Region(_memory.Mapping):
             BufferError: a view of the memory is alive; nothing has changed.
         """
         super().close()
-        self._fd.close()
+        if self._fd is not None:
+            self._fd.close()
 
     def __enter__(self) -> Region:
         return self
@@ -493,7 +580,7 @@ class Region(_memory.Mapping):
         return f"<ivshmem.Region {self.source}{where}, {state}>"
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
-        if not self.closed:
+        if self._fd is not None and not self.closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
 
 
@@ -528,23 +615,20 @@ def _exists(target: str, replace: bool) -> FileExistsError:
     return FileExistsError(errno.EEXIST, what, target)
 
 
-def _open_draft(target: str, mode: int) -> tuple[str, int]:
-    """A new file beside `target`, under a name that nobody uses."""
-    draft = f"{os.path.dirname(target)}/.ivshmem-{os.getpid()}-{os.urandom(8).hex()}"
+def _opened(place: safe_files.Place, readonly: bool) -> _fds.FdArray:
+    """Open what exists, and say what would let us."""
     try:
-        return draft, os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        return place.open(os.O_RDONLY if readonly else os.O_RDWR)
+    except safe_files.WrongKind as error:
+        raise RegionError(f"{place.path}: {error.strerror}") from None
     except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from None
-
-
-def _open_unlinked(directory: str, mode: int) -> int:
-    """A file in `directory` that has no name."""
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+        if readonly or error.errno not in (errno.EACCES, errno.EROFS, errno.ETXTBSY):
             raise
-    # hugetlbfs knows O_TMPFILE since Linux 5.2, some network file systems never
-    draft, fd = _open_draft(f"{directory}/", mode)
-    os.unlink(draft)
-    return fd
+        if not os.access(place.name, os.R_OK, dir_fd=place.fd, effective_ids=True):
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}, for writing; reading is allowed: readonly=True, or"
+            " serve --readonly",
+            place.path,
+        ) from None

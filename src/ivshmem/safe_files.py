@@ -68,6 +68,20 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
+@contextlib.contextmanager
+def closed_on_error(file: _fds.FdArray) -> Iterator[_fds.FdArray]:
+    """Close a descriptor if the block fails. (If not, the exception's traceback keeps it open.)"""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
+class WrongKind(OSError):
+    """A path leads to something else than a regular file."""
+
+
 # -- places ---------------------------------------------------------------------------------------
 
 
@@ -78,6 +92,7 @@ class Place:
         path: as it was given; for messages only.
         name: in the directory `fd`. Nothing need have that name.
         shared: whether users who are not trusted can make or replace names in the directory.
+        by_link: whether the path's own last name was a link, and `name` is what it leads to.
         inherited: the path is /proc/self/fd/N, which /dev/stdout leads to: the descriptor was
             given to us, so nobody's ownership is asked for.
     """
@@ -90,6 +105,7 @@ class Place:
         trusted: frozenset[int],
         *,
         shared: bool,
+        by_link: bool = False,
         inherited: bool = False,
     ) -> None:
         self._directory = directory
@@ -97,6 +113,7 @@ class Place:
         self.path = path
         self.name = name
         self.shared = shared
+        self.by_link = by_link
         self.inherited = inherited
 
     @property
@@ -134,7 +151,8 @@ class Place:
 
         Raises:
             PermissionError: the owner is not trusted, or there are several hard links.
-            OSError: EINVAL, it is not a regular file; or as of open(2), with the path.
+            WrongKind: it is not a regular file (EISDIR or EINVAL).
+            OSError: as of open(2), with the path.
         """
         flags |= os.O_NONBLOCK | os.O_NOCTTY
         if not self.inherited:
@@ -145,7 +163,8 @@ class Place:
         except OSError as error:
             self._explain(error)
             raise OSError(error.errno, error.strerror, self.path) from None
-        self.check(os.fstat(file[0]), lone=lone, strict=strict, streams=streams)
+        with closed_on_error(file):
+            self.check(os.fstat(file[0]), lone=lone, strict=strict, streams=streams)
         return file
 
     def check(
@@ -182,11 +201,11 @@ class Place:
             if found is not None and not stat.S_ISREG(found.st_mode):
                 raise self.wrong_kind(found.st_mode) from None
 
-    def wrong_kind(self, mode: int) -> OSError:
-        """The error for what is no regular file."""
+    def wrong_kind(self, mode: int) -> WrongKind:
+        """The error for what is not a regular file."""
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         what = f"it is {kind_word(mode)}, not a regular file: choose another path"
-        return OSError(code, what, self.path)
+        return WrongKind(code, what, self.path)
 
     def create(self, flags: int, mode: int) -> _fds.FdArray:
         """Make an empty file that has the name, and open it.
@@ -259,6 +278,7 @@ def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
     here = _directory("/" if path.startswith("/") else ".", None)
     todo = _parts(path)
     followed = 0
+    by_link = False
     while todo:
         name = todo.pop()
         above = os.fstat(here[0])
@@ -269,12 +289,13 @@ def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
         except FileNotFoundError:
             if todo:
                 raise
-            return Place(path, here, name, trusted, shared=shared)
+            return Place(path, here, name, trusted, shared=shared, by_link=by_link)
         found = os.fstat(child[0])
         if stat.S_ISLNK(found.st_mode):
             followed += 1
             if followed > _MOST_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            by_link = by_link or not todo
             if not todo and not links:
                 raise OSError(
                     errno.ELOOP,
@@ -292,7 +313,7 @@ def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
         elif todo:
             here = _directory(name, here[0])
         else:
-            return Place(path, here, name, trusted, shared=shared)
+            return Place(path, here, name, trusted, shared=shared, by_link=by_link)
     return Place(path, here, ".", trusted, shared=True)  # "/", "." or a link to one of them
 
 
@@ -383,6 +404,10 @@ class Draft:
     that lacks that, the file has a name beside the target and a lock (flock), and the next draft
     for the same target removes it.
 
+    Args:
+        where: its path, or a place, which the draft closes.
+        flags, mode: as for open(2); the mode less the umask.
+
     Attributes:
         place: where it is to be.
         file: its descriptor, which the caller may keep after the block if it was published.
@@ -393,16 +418,13 @@ class Draft:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        where: str | os.PathLike[str] | Place,
         flags: int = os.O_RDWR,
         mode: int = 0o600,
-        *,
-        accept: Users = (),
-        links: bool = True,
     ) -> None:
         self.published = False
         self.file = _fds.FdArray()
-        self.place = find(path, accept=accept, links=links)
+        self.place = where if isinstance(where, Place) else find(where)
         if self.place.inherited or self.place.name in (".", ".."):
             raise IsADirectoryError(errno.EISDIR, "it is not the path of a file", self.place.path)
         try:
@@ -533,6 +555,13 @@ class Draft:
         # An empty file of ours first. To those who meet it, 0 bytes mean "not made yet".
         place.create(os.O_WRONLY, 0o600).close()
         os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+
+    def keep_nameless(self) -> None:
+        """Let the caller keep the file, which will never have a name."""
+        if self._name is not None:
+            os.unlink(self._name, dir_fd=self.place.fd)
+            self._name = None
+        self.published = True
 
     def close(self) -> None:
         """Remove it, unless it was published; may be called twice."""

@@ -17,6 +17,7 @@ from support.children import NOBODY, Child, python
 from support.waiting import PATIENCE, until
 
 import ivshmem
+from ivshmem._fds import FdArray
 from ivshmem.guest import Broker
 
 VECTORS = 2
@@ -179,10 +180,13 @@ def test_memory_that_cannot_be_handed_on(directory: Path) -> None:
     class Device(ivshmem.Endpoint):
         id = 1
 
-    fd = os.memfd_create("test")
-    os.truncate(fd, 8192)
+    file = FdArray()
+    file.memfd("test", 0)
+    os.truncate(file[0], 8192)
     with Device() as device:
-        device.region = ivshmem.Region(fd, 4096, offset=4096, source="device", page_size=4096)
+        device.region = ivshmem.Region(
+            file[0], 4096, owner=file, offset=4096, source="device", page_size=4096
+        )
         with pytest.raises(ValueError, match="cannot be handed on: open the device with memory="):
             Broker(device, directory / "guest")
     assert not (directory / "guest").exists()

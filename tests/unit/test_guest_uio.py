@@ -24,6 +24,7 @@ from support.waiting import PATIENCE, Background, once_asleep
 
 from ivshmem import ClosedError, Directory, IdChanged, Interrupt, NoSuchVector, guest
 from ivshmem._core import Doorbells
+from ivshmem._fds import FdArray
 from ivshmem.aio import open_async
 from ivshmem.guest import device as ways
 from ivshmem.guest import pci, uio
@@ -234,9 +235,9 @@ def memory(machine: FakePci, counter: Counter, monkeypatch: pytest.MonkeyPatch) 
     def map_registers(self: ways.UioDevice, fd: int, offset: int) -> None:
         ways.GuestDevice._map_registers(self, file, offset)
 
-    def map_memory(self: ways.UioDevice, fd: int, *rest: str) -> None:
-        os.close(fd)
-        ways.GuestDevice._map_memory(self, os.dup(file), *rest)  # type: ignore[arg-type]
+    def map_memory(self: ways.UioDevice, socket: FdArray, *rest: str) -> None:
+        socket.close()
+        ways.GuestDevice._map_memory(self, FdArray.copy(file), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(uio, "open_device", lambda _: counter.open())
     monkeypatch.setattr(ways.UioDevice, "_map_registers", map_registers)

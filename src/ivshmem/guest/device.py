@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
-from .. import _fds, _memory
+from .. import _fds, _memory, safe_files
 from ..endpoint import Endpoint, Event, IdChanged
 from ..errors import DeviceGone, NoInterrupts, NoSuchDevice, NoSuchPeer, NoSuchVector
 from ..pages import PAGE
@@ -201,20 +201,18 @@ class GuestDevice(Endpoint):
         self._registers = _memory.Registers(fd, offset, REGISTER_BYTES, mapped=mapped)
         self._resources.callback(self._registers.close)
 
-    def _map_memory(self, fd: int, offset: int, memory: Memory, name: str) -> None:
-        """The region; takes `fd`."""
-        try:
+    def _map_memory(self, file: _fds.FdArray, offset: int, memory: Memory, name: str) -> None:
+        """The region over an open file, whose descriptor it has from now on."""
+        with safe_files.closed_on_error(file):
             self.region = Region(
-                fd,
+                file[0],
                 self.device.size,
+                owner=file,
                 offset=offset,
                 source="device",
                 name=name,
                 page_size=PAGE,
             )
-        except BaseException:
-            os.close(fd)
-            raise
         self.memory = memory
 
     def _map_resource(self, memory: Memory) -> None:
@@ -222,7 +220,9 @@ class GuestDevice(Endpoint):
         if memory not in ("resource2", "resource2_wc"):
             raise ValueError(f"{self.access} cannot map the memory by {memory!r}: {_MEMORIES}")
         with _explained(self.device, str(path)):
-            self._map_memory(os.open(path, os.O_RDWR | os.O_CLOEXEC), 0, memory, str(path))
+            file = _fds.FdArray()
+            file.open(str(path), os.O_RDWR)
+            self._map_memory(file, 0, memory, str(path))
 
     # -- Endpoint's hooks -------------------------------------------------------------------------
 
@@ -291,7 +291,9 @@ class VfioDevice(GuestDevice):
         memory = memory or ("vfio" if _UNALIGNED_IS_FINE else RESOURCE)
         if memory == "vfio":
             offset = self._vfio.region(pci.MEMORY).offset
-            self._map_memory(os.dup(self._vfio.device), offset, "vfio", self.device.address)
+            self._map_memory(
+                _fds.FdArray.copy(self._vfio.device), offset, "vfio", self.device.address
+            )
         else:
             self._map_resource(memory)
         self._listen()
@@ -389,7 +391,7 @@ class UioDevice(GuestDevice):
         self._map_registers(fd, registers)
         if memory in (None, "uio"):
             offset = uio.find_map(self.device, name, pci.bar_start(self.device, pci.MEMORY))
-            self._map_memory(os.dup(fd), offset, "uio", str(uio.DEV / name))
+            self._map_memory(_fds.FdArray.copy(fd), offset, "uio", str(uio.DEV / name))
         else:
             self._map_resource(memory)
 
