@@ -40,6 +40,7 @@ class RegionConfig:
         prealloc: take all pages at start.
         existing: what becomes of a name or file that exists: one of EXISTING.
         readonly: attach for reading only.
+        accept_owner: other users whose name or file is accepted; see Region.attach.
         keep: leave a name that was made here.
         names: slots in a directory of names; 0: the usual number; None: no directory.
         mode, owner, group: of the socket; see sockets.Listener.
@@ -57,6 +58,7 @@ class RegionConfig:
     prealloc: bool = False
     existing: str = "attach"
     readonly: bool = False
+    accept_owner: tuple[str, ...] = ()
     keep: bool = False
     names: int | None = None
     mode: int | None = None
@@ -88,7 +90,7 @@ class RegionConfig:
 RULES = frozenset({"allow", "deny", "readonly_for", "peers_per_uid", "joins_per_minute"})
 
 # What a region that is served can have changed without its peers noticing.
-CHANGEABLE = RULES | {"mode", "owner", "group", "keep", "hold_leaves"}
+CHANGEABLE = RULES | {"mode", "owner", "group", "accept_owner", "keep", "hold_leaves"}
 
 
 @dataclass(frozen=True)

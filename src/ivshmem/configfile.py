@@ -25,13 +25,14 @@ Invariants:
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from . import safe_files
 from .access import Rules
 from .accounts import group_id, user_id
 from .config import (
@@ -69,15 +70,14 @@ def load(path: str | os.PathLike[str]) -> ServiceConfig:
         OSError: it cannot be read.
     """
     where = os.fspath(path)
-    with open(where, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError(f"{where}: no regular file, and it is to be read more than once")
-        return parse(file.read(_MOST_BYTES + 1), where)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a FIFO without a wait for who writes to it: a server reads its file while it serves."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    try:
+        with safe_files.reading(where) as file:
+            data = file.read(_MOST_BYTES + 1)
+    except safe_files.WrongKind as error:
+        if error.errno == errno.EISDIR:
+            raise
+        raise ConfigError(f"{where}: {error.strerror}") from None
+    return parse(data, where)
 
 
 def parse(data: bytes, source: str) -> ServiceConfig:
@@ -273,6 +273,12 @@ def _account(find: Callable[[int | str], int]) -> Callable[[object], int | str]:
     return check
 
 
+def _users(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError('a list of users is wanted, such as ["libvirt-qemu"]')
+    return tuple(str(_account(user_id)(user)) for user in value)
+
+
 def _names(value: object) -> int | None:
     if isinstance(value, bool):
         return 0 if value else None
@@ -305,6 +311,7 @@ _REGION: dict[str, Callable[[object], Any]] = {
     "prealloc": _flag,
     "existing": _existing,
     "readonly": _flag,
+    "accept_owner": _users,
     "keep": _flag,
     "names": _names,
     "mode": _mode,

@@ -39,9 +39,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from . import safe_files
 from .errors import ImageError
 from .pages import PAGE
+from .plain import plain
 from .region import Region
+from .safe_files import Users
 from .sizes import format_size
 
 _MAGIC = b"IVSHSAVE"
@@ -51,6 +54,7 @@ _RECORD = struct.Struct("<QII")
 _BLOCK = 1 << 20  # bytes of a region in a record, at most
 _MOST_HEADER = 1 << 16
 _YEAR_9999 = 253370764800  # its beginning, in seconds since the epoch: later has no date
+_MOST_REASON = 100  # characters of what is wrong in a header
 _LEVEL = 1  # of zlib: higher ones gain little and take long
 
 # Called with how many bytes of the region, or of the file, are done, and of how many.
@@ -86,13 +90,18 @@ def save(
     *,
     compress: bool = False,
     progress: Progress | None = None,
+    accept_owner: Users = (),
 ) -> ImageInfo:
     """Write a region's bytes to a file, which only its owner can read.
 
     Pages of zeros take no space. A file that is there is replaced when the new one is whole and on
     the disk; whatever happens before, it stays as it was.
 
+    Args:
+        accept_owner: other users, by name or uid, whose symbolic links are followed to the file.
+
     Raises:
+        PermissionError: a link on the way is of a user who is not accepted.
         OSError: as of open(2), write(2), fsync(2) or rename(2), with the path; or somebody has
             truncated the region's memory (ENODATA).
         ClosedError: the region is closed.
@@ -102,7 +111,7 @@ def save(
         uuid.uuid4().hex, region.size, compress, region.source, region.name, time.time()
     )
     try:
-        with _replacing(target, os.fstat(region.fileno())) as file:
+        with _replacing(target, os.fstat(region.fileno()), accept_owner) as file:
             _write(file, region, info, progress or _nobody)
     except OSError as error:
         raise OSError(error.errno, error.strerror, target) from error
@@ -205,49 +214,25 @@ def _runs(block: memoryview, zeros: bytes) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _replacing(target: str, region: os.stat_result) -> Iterator[BinaryIO]:
+def _replacing(target: str, region: os.stat_result, accept: Users) -> Iterator[BinaryIO]:
     """A file that takes the place of `target`, not of `region`, when the block has succeeded."""
-    target = os.path.realpath(target)
-    with contextlib.suppress(FileNotFoundError):
-        there = os.lstat(target)
-        if not stat.S_ISREG(there.st_mode):
-            raise FileExistsError(errno.EEXIST, "is no regular file: choose another path")
-        if (there.st_dev, there.st_ino) == (region.st_dev, region.st_ino):
-            raise FileExistsError(errno.EEXIST, "is the region itself: choose another path")
-    directory, name = os.path.split(target)
-    draft = f".{name[:200]}.{os.urandom(8).hex()}"
-    with contextlib.ExitStack() as undo:
-        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        undo.callback(os.close, place)
-        fd, named = _open_draft(draft, place)
-        if named:
-            undo.callback(_remove, draft, place)
-        with open(fd, "wb") as file:
+    with (
+        safe_files.find(target, accept=accept) as place,
+        safe_files.Draft(place, os.O_WRONLY) as draft,
+    ):
+        if (there := place.status()) is not None:
+            if not stat.S_ISREG(there.st_mode):
+                what = place.wrong_kind(there.st_mode).strerror
+                raise FileExistsError(errno.EEXIST, what)
+            if safe_files.same_file(there, region):
+                raise FileExistsError(errno.EEXIST, "it is the region itself: choose another path")
+        with open(draft.file[0], "wb", closefd=False) as file:
             yield file
             file.flush()
-            os.fsync(fd)
-            if not named:
-                os.link(f"/proc/self/fd/{fd}", draft, dst_dir_fd=place)
-                undo.callback(_remove, draft, place)
-        os.replace(draft, target, src_dir_fd=place)
-        with contextlib.suppress(OSError):  # some file systems cannot be asked that
-            os.fsync(place)
-
-
-def _open_draft(name: str, place: int) -> tuple[int, bool]:
-    """A new file, and whether it has the name already: without, it goes when the process dies."""
-    try:
-        return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=place), False
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
-            raise
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    return os.open(name, flags, 0o600, dir_fd=place), True
-
-
-def _remove(name: str, place: int) -> None:
-    with contextlib.suppress(FileNotFoundError):  # it has the target's name now
-        os.unlink(name, dir_fd=place)
+            os.fsync(draft.file[0])
+        draft.publish(replace=True)
+        place.sync()
+        draft.file.close()
 
 
 def _nobody(_done: int, _total: int) -> None:
@@ -257,36 +242,55 @@ def _nobody(_done: int, _total: int) -> None:
 # -- loading --------------------------------------------------------------------------------------
 
 
-def read_info(path: str | os.PathLike[str]) -> ImageInfo:
+def read_info(path: str | os.PathLike[str], *, accept_owner: Users = ()) -> ImageInfo:
     """What is saved in a file, by its header alone.
+
+    Args:
+        accept_owner: as of `load`.
 
     Raises:
         ImageError: it is no saved region, or one of a version that is not known here.
         OSError: as of open(2) and read(2).
     """
-    with _Reader(os.fspath(path)) as reader:
+    with _Reader(os.fspath(path), accept_owner) as reader:
         return reader.info
 
 
-def check(path: str | os.PathLike[str], *, progress: Progress | None = None) -> ImageInfo:
+def check(
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    accept_owner: Users = (),
+) -> ImageInfo:
     """Read a whole file, and see whether it is as it was written.
+
+    Args:
+        accept_owner: as of `load`.
 
     Raises:
         ImageError: it is not: with the offset of the damage.
         OSError: as of open(2) and read(2).
     """
-    with _Reader(os.fspath(path)) as reader:
+    with _Reader(os.fspath(path), accept_owner) as reader:
         for _ in reader.pieces(progress or _nobody):
             pass
         return reader.info
 
 
 def load(
-    path: str | os.PathLike[str], region: Region, *, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    region: Region,
+    *,
+    progress: Progress | None = None,
+    accept_owner: Users = (),
 ) -> ImageInfo:
     """Make a region what was saved.
 
     The file is read twice: it is checked to its end before the region changes.
+
+    Args:
+        accept_owner: other users, by name or uid, whose symbolic links are followed, and whose
+            files are read in directories that they can write.
 
     Raises:
         ImageError: it is damaged (with the offset), or of another size than the region; the region
@@ -296,7 +300,7 @@ def load(
         ClosedError: the region is closed.
     """
     note = progress or _nobody
-    with _Reader(os.fspath(path)) as reader:
+    with _Reader(os.fspath(path), accept_owner) as reader:
         info = reader.info
         if info.size != region.size:
             raise ImageError(
@@ -331,10 +335,6 @@ def _clear(region: Region, start: int, end: int) -> None:
                 _write_to(region, offset, zeros[:length])
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _check_values(info: ImageInfo) -> None:
     """Refuse what `save` never wrote, though anybody can make a checksum.
 
@@ -353,22 +353,19 @@ def _check_values(info: ImageInfo) -> None:
 class _Reader:
     """A file with a saved region; a context manager."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, accept: Users) -> None:
         self.path = path
         self.effect = "nothing was loaded"  # of what goes wrong from now on
-        # What is no file must not make us wait for its other end.
-        self._file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
-        try:
-            status = os.fstat(self._file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path} is no regular file, and a saved region is read twice")
-            self._size = status.st_size
+        with contextlib.ExitStack() as undo:
+            try:
+                self._file = undo.enter_context(safe_files.reading(path, accept=accept))
+            except safe_files.WrongKind as error:
+                raise ImageError(f"{path}: {error.strerror}") from None
+            self._size = os.fstat(self._file.fileno()).st_size
             self.info, self._crc = self._read_header()
             self._start = self._file.tell()
             self._seed = self._crc
-        except BaseException:
-            self._file.close()
-            raise
+            self._undo = undo.pop_all()
 
     def _read_header(self) -> tuple[ImageInfo, int]:
         head = self._file.read(len(_MAGIC) + _LENGTH.size)
@@ -392,16 +389,20 @@ class _Reader:
         try:
             values = json.loads(header)
             version = values.pop("version")
-            if version != _VERSION:
-                raise ImageError(
-                    f"{self.path} is a saved region of version {version}, and this is for"
-                    f" {_VERSION}: use a newer ivshmem"
-                )
-            info = ImageInfo(**values)
-            _check_values(info)
-            return info
+            if type(version) is not int or version < 1:
+                raise ValueError("it has no version")
+            # What a newer version says beyond that, this one cannot judge.
+            if version == _VERSION:
+                info = ImageInfo(**values)
+                _check_values(info)
+                return info
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise self._damaged(0, f"no header: {error}") from None
+            reason = plain(str(error), most=_MOST_REASON)
+            raise self._damaged(0, f"no header: {reason}") from None
+        raise ImageError(
+            f"{self.path} was saved in version {version} of the format, which is newer than this"
+            f" ivshmem knows ({_VERSION}): load it with a newer one; {self.effect}"
+        )
 
     def rewind(self) -> None:
         """Go back to the first record."""
@@ -462,4 +463,4 @@ class _Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self._undo.close()

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 
-from . import pages
+from . import pages, safe_files
 from .config import DEFAULT_SIZE, RegionConfig
 from .directory import Directory
 from .errors import RegionError
@@ -82,13 +82,13 @@ def open_region(config: RegionConfig, inherited: Listener | None = None) -> Open
 
 
 def open_memory(config: RegionConfig) -> tuple[Region, bool]:
-    """The region that a configuration means, and whether it was made now.
+    """The region that a configuration means, and whether its name or file was made now.
 
     Raises:
         RegionError, OSError: as of Region.create and Region.attach.
     """
     if config.existing == "grow" and config.name is not None:
-        size = _at_least(posix_path(config.name), parse_size(config.size or DEFAULT_SIZE))
+        size = _at_least(config, parse_size(config.size or DEFAULT_SIZE))
         config = dataclasses.replace(config, size=size, existing="attach")
     named = config.name is not None or config.file is not None
     if config.readonly or config.existing == "require":
@@ -106,8 +106,9 @@ def open_memory(config: RegionConfig) -> tuple[Region, bool]:
         hugepages=config.hugepages,
         prealloc=config.prealloc,
         replace=config.existing == "replace",
+        accept_owner=config.accept_owner,
     )
-    return region, True
+    return region, not region.adopted
 
 
 def _attach(config: RegionConfig) -> Region:
@@ -117,6 +118,7 @@ def _attach(config: RegionConfig) -> Region:
         size=config.size,
         readonly=config.readonly,
         prealloc=config.prealloc,
+        accept_owner=config.accept_owner,
     )
     if config.hugepages and region.page_size == pages.PAGE:
         region.close()
@@ -124,15 +126,23 @@ def _attach(config: RegionConfig) -> Region:
     return region
 
 
-def _at_least(path: str, size: int) -> int:
-    """Grow what exists under a name to `size`, and return the size it then has."""
+def _at_least(config: RegionConfig, size: int) -> int:
+    """Grow what exists under a name to `size`, and return the size it then has.
+
+    What is empty is left alone, since it is not made yet.
+    """
+    assert config.name is not None
+    path = posix_path(config.name)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with safe_files.find(path, accept=config.accept_owner, links=False) as place:
+            file = place.open(os.O_RDWR)
     except FileNotFoundError:
         return size
-    try:
-        if os.fstat(fd).st_size < size:
-            os.posix_fallocate(fd, 0, size)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+    with safe_files.closed_on_error(file):
+        found = os.fstat(file[0]).st_size
+        if 0 < found < size:
+            with pages.explained(size, pages.PAGE, path):
+                os.posix_fallocate(file[0], 0, size)
+            found = size
+    file.close()
+    return found or size

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import SupportsIndex
@@ -62,8 +63,14 @@ def huge_page_size(wanted: bool | SupportsIndex | str | None) -> int:
     """
     if wanted is not True and not wanted:
         return 0
-    size = _meminfo()["Hugepagesize"] if wanted is True else parse_size(wanted)
     offered = huge_page_sizes()
+    # A kernel without hugetlbfs does not name a default size.
+    size = _meminfo().get("Hugepagesize", 0) if wanted is True else parse_size(wanted)
+    if not size:
+        raise RegionError(
+            "this kernel has no huge pages (it was built without CONFIG_HUGETLBFS): leave"
+            " hugepages=True, or --hugepages, away"
+        )
     if size not in offered:
         raise RegionError(
             f"this machine has no huge pages of {format_size(size)}; it offers "
@@ -98,8 +105,8 @@ def check_memory(size: int, *, now: bool) -> None:
         OSError: ENOMEM.
     """
     fields = _meminfo()
-    total = fields["MemTotal"] + fields["SwapTotal"]
-    free = fields["MemAvailable"] + fields["SwapFree"]
+    total = fields["MemTotal"] + fields.get("SwapTotal", 0)  # a kernel without swap has none
+    free = fields["MemAvailable"] + fields.get("SwapFree", 0)
     if size > total or (now and size > free):
         raise OSError(
             errno.ENOMEM,
@@ -114,6 +121,8 @@ def explained(size: int, page: int, place: str | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOMEM and (limit := _address_space_short(size)):
+            raise OSError(errno.ENOMEM, limit, place) from error
         if page > PAGE and error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
             raise _huge_pages_short(size, page) from error
         if error.errno == errno.ENOSPC and place is not None:
@@ -140,6 +149,19 @@ def huge_pages_for(size: int, page: int) -> tuple[str, str]:
     return (
         f"{needed} huge pages of {format_size(page)} are needed, {available} of {total} are free",
         mend,
+    )
+
+
+def _address_space_short(size: int) -> str:
+    """What to do if a limit keeps this process from mapping `size` bytes more; "" if none does."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    if limit == resource.RLIM_INFINITY or mapped + size <= limit:
+        return ""
+    return (
+        f"{format_size(size)} cannot be mapped: this process may map {roughly(limit)} in all"
+        f" (RLIMIT_AS), and has mapped {roughly(mapped)}: raise that with ulimit -v unlimited, or"
+        " for a service LimitAS=infinity"
     )
 
 

@@ -39,6 +39,8 @@ _PATIENCE = 2.0  # seconds that another process may take to make a region in an 
 
 Source = Literal["anonymous", "posix", "file", "directory", "descriptor", "device"]
 
+LeadsTo = Literal["this", "nothing", "another"]
+
 # Size, page size, source, name or path.
 _Parts = tuple[int, int, Source, str]
 
@@ -56,6 +58,9 @@ class RegionInfo:
             device's memory: there it is all of it.)
         huge: of these, bytes in huge pages; transparent ones as far as this process mapped them.
         readonly: this process may only read.
+        name_leads_to: "this" memory; "nothing", the name is gone, as systemd's RemoveIPC= does at a
+            logout; or "another" file, so that a process that opens it now shares nothing with this
+            one. As this process sees the place; None: there is no name.
         sealed: nobody can shrink or grow the file. (A peer that can write can still punch holes:
             they read as zeros, as if it had written them. Of hugetlbfs a hole gives the huge page
             back, and when somebody else takes it the next access is a SIGBUS: no seal forbids it.)
@@ -69,6 +74,7 @@ class RegionInfo:
     huge: int
     readonly: bool
     sealed: bool
+    name_leads_to: LeadsTo | None = None
 
 
 class Region(_memory.Mapping):
@@ -166,7 +172,12 @@ class Region(_memory.Mapping):
         else:
             source, target = "directory", os.path.abspath(os.fspath(directory or ""))
         inside = f"{target}/ivshmem" if source == "directory" else target
-        with safe_files.find(inside, accept=accept_owner, links=source != "posix") as place:
+        try:
+            place = safe_files.find(inside, accept=accept_owner, links=source != "posix")
+        except FileNotFoundError as error:
+            missing = target if source == "directory" else os.path.dirname(target)
+            raise FileNotFoundError(error.errno, error.strerror, missing) from None
+        with place:
             page = pages.page_size_of(place.fd)
             if hugepages and pages.huge_page_size(hugepages) != page:
                 raise RegionError(
@@ -515,7 +526,23 @@ class Region(_memory.Mapping):
             huge=huge,
             readonly=self.readonly,
             sealed=seals & fcntl.F_SEAL_SHRINK != 0,
+            name_leads_to=self.name_leads_to(),
         )
+
+    def name_leads_to(self) -> LeadsTo | None:
+        """What a process gets that opens the region's name now: as in RegionInfo.
+
+        Raises:
+            ClosedError: the region is closed.
+        """
+        fd = self.fileno()
+        if self._path is None:
+            return None
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return "nothing"
+        return "this" if safe_files.same_file(found, os.fstat(fd)) else "another"
 
     def extents(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """Where the memory has something: (start, end) in bytes; the rest is holes, and zero.

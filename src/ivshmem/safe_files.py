@@ -33,6 +33,9 @@ from .accounts import user_id
 # Users whose files are accepted, by name or number.
 Users = Iterable[SupportsIndex | str]
 
+# What a caller says who has no option to accept users with, so that no message names one.
+NOBODY = None
+
 _MOST_LINKS = 40  # on the way to one file, as in the kernel
 _OVERFLOW = 65534  # what a user namespace shows for every user that it does not map
 _DRAFTS = 3  # names that the drafts of a path try before they take one by chance
@@ -82,6 +85,10 @@ class WrongKind(OSError):
     """A path leads to something else than a regular file."""
 
 
+class _WrongDirectory(WrongKind, IsADirectoryError):
+    """It leads to a directory."""
+
+
 # -- places ---------------------------------------------------------------------------------------
 
 
@@ -102,7 +109,7 @@ class Place:
         path: str,
         directory: _fds.FdArray,
         name: str,
-        trusted: frozenset[int],
+        trusted: _Trusted,
         *,
         shared: bool,
         by_link: bool = False,
@@ -184,8 +191,8 @@ class Place:
             raise self.wrong_kind(found.st_mode)
         if self.inherited:
             return
-        if found.st_uid not in self._trusted and (strict or self.shared):
-            raise _not_trusted(self.path, found.st_uid, "it")
+        if found.st_uid not in self._trusted.users and (strict or self.shared):
+            raise self._trusted.refusal(self.path, found.st_uid, "it")
         if stat.S_ISREG(found.st_mode) and found.st_nlink > 1 and (lone or self.shared):
             raise PermissionError(
                 errno.EPERM,
@@ -203,9 +210,10 @@ class Place:
 
     def wrong_kind(self, mode: int) -> WrongKind:
         """The error for what is not a regular file."""
-        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         what = f"it is {kind_word(mode)}, not a regular file: choose another path"
-        return WrongKind(code, what, self.path)
+        if stat.S_ISDIR(mode):
+            return _WrongDirectory(errno.EISDIR, what, self.path)
+        return WrongKind(errno.EINVAL, what, self.path)
 
     def create(self, flags: int, mode: int) -> _fds.FdArray:
         """Make an empty file that has the name, and open it.
@@ -249,14 +257,16 @@ class Place:
         self.close()
 
 
-def find(path: str | os.PathLike[str], *, accept: Users = (), links: bool = True) -> Place:
+def find(
+    path: str | os.PathLike[str], *, accept: Users | None = NOBODY, links: bool = True
+) -> Place:
     """Walk a path to the directory that its last name is in; that name need not exist.
 
     A symbolic link is followed if root, this process's user or an accepted user made it. So a link
     that another user put somewhere on the way leads nobody to another file.
 
     Args:
-        accept: users who are trusted like ourselves.
+        accept: users who are trusted like ourselves; NOBODY: the caller cannot be told any.
         links: whether the last name may be a link.
 
     Raises:
@@ -265,14 +275,53 @@ def find(path: str | os.PathLike[str], *, accept: Users = (), links: bool = True
         OSError: ELOOP, the last name is a link and must not be; or as of open(2).
     """
     given = os.fsdecode(path)
-    trusted = frozenset({0, os.geteuid(), *map(user_id, accept)})
+    trusted = _Trusted(accept)
     try:
         return _walk(given, trusted, links)
     except OSError as error:
         raise OSError(error.errno, error.strerror, given) from None
 
 
-def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
+class _Trusted:
+    """The users whose files and links are trusted."""
+
+    def __init__(self, accept: Users | None) -> None:
+        self.users = frozenset({0, os.geteuid(), *map(user_id, accept or ())})
+        self._optional = accept is not NOBODY
+
+    def with_directory(self, uid: int) -> bool:
+        """Whether a user is trusted with a directory: also the root of the namespaces above."""
+        return uid in self.users or (uid == _OVERFLOW and _is_unmapped(uid))
+
+    def check_link(self, link: os.stat_result, shared: bool) -> None:
+        """Refuse a link that somebody may have put there who is not trusted."""
+        if not (link.st_uid in self.users or (not shared and self.with_directory(link.st_uid))):
+            raise self.refusal(None, link.st_uid, "a symbolic link on the way")
+        if shared and link.st_nlink > 1:  # a second name of root's link, made by anybody
+            raise PermissionError(
+                errno.EPERM,
+                "a symbolic link on the way has several hard links, so another user may have put"
+                " it there: give the path that it leads to",
+            )
+
+    def refusal(self, path: str | None, uid: int, what: str) -> PermissionError:
+        """The error for what is another user's."""
+        user = user_word(uid)
+        name = user.partition(" (")[0].removeprefix("uid ")
+        way = (
+            f", or if you trust that user, --accept-owner {name} (accept_owner in Python and TOML)"
+            if self._optional
+            else ""
+        )
+        return PermissionError(
+            errno.EPERM,
+            f"{what} belongs to {user}, neither root nor this process's user: choose another"
+            f" path{way}",
+            path,
+        )
+
+
+def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
     if not path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     here = _directory("/" if path.startswith("/") else ".", None)
@@ -282,7 +331,7 @@ def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
     while todo:
         name = todo.pop()
         above = os.fstat(here[0])
-        shared = bool(above.st_mode & 0o022) or not _is_trusted(above.st_uid, trusted)
+        shared = bool(above.st_mode & 0o022) or not trusted.with_directory(above.st_uid)
         child = _fds.FdArray()
         try:
             child.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here[0])
@@ -302,7 +351,7 @@ def _walk(path: str, trusted: frozenset[int], links: bool) -> Place:
                     "it is a symbolic link, which a POSIX name must not be: remove it, or name"
                     " the file that it leads to",
                 )
-            _check_link(found, trusted, shared)
+            trusted.check_link(found, shared)
             if name.isdigit() and found.st_dev == os.stat("/proc").st_dev:
                 # Its text is no path, so the kernel has to follow it.
                 return Place(path, here, name, trusted, shared=shared, inherited=True)
@@ -334,23 +383,6 @@ def _directory(name: str, inside: int | None) -> _fds.FdArray:
     return directory
 
 
-def _check_link(link: os.stat_result, trusted: frozenset[int], shared: bool) -> None:
-    """Refuse a link that somebody may have put there who is not trusted."""
-    if not (link.st_uid in trusted or (not shared and _is_trusted(link.st_uid, trusted))):
-        raise _not_trusted(None, link.st_uid, "a symbolic link on the way")
-    if shared and link.st_nlink > 1:  # a second name of root's link, which anybody may have made
-        raise PermissionError(
-            errno.EPERM,
-            "a symbolic link on the way has several hard links, so another user may have put it"
-            " there: give the path that it leads to",
-        )
-
-
-def _is_trusted(uid: int, trusted: frozenset[int]) -> bool:
-    """Whether a user is trusted with a directory: also the root of the namespaces above ours."""
-    return uid in trusted or (uid == _OVERFLOW and _is_unmapped(uid))
-
-
 def _is_unmapped(uid: int) -> bool:
     """Whether a uid stands for users outside of this user namespace; user_namespaces(7)."""
     try:
@@ -361,22 +393,11 @@ def _is_unmapped(uid: int) -> bool:
     return not any(first <= uid < first + count for first, _, count in spans)
 
 
-def _not_trusted(path: str | None, uid: int, what: str) -> PermissionError:
-    user = user_word(uid)
-    name = user.partition(" (")[0].removeprefix("uid ")
-    return PermissionError(
-        errno.EPERM,
-        f"{what} belongs to {user}, neither root nor this process's user: choose another path, or"
-        f" where you trust that user, --accept-owner {name} (accept_owner in Python and TOML)",
-        path,
-    )
-
-
 # -- reading --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str], *, accept: Users = ()) -> Iterator[BinaryIO]:
+def reading(path: str | os.PathLike[str], *, accept: Users | None = NOBODY) -> Iterator[BinaryIO]:
     """A regular file, open for reading while the block runs.
 
     In a directory that only trusted users can write, it may be anybody's.
@@ -425,8 +446,11 @@ class Draft:
         self.published = False
         self.file = _fds.FdArray()
         self.place = where if isinstance(where, Place) else find(where)
-        if self.place.inherited or self.place.name in (".", ".."):
-            raise IsADirectoryError(errno.EISDIR, "it is not the path of a file", self.place.path)
+        if self.place.inherited:
+            reason = "it is a descriptor of this process, which cannot be replaced: name a file"
+            raise FileExistsError(errno.EEXIST, reason, self.place.path)
+        if self.place.name in (".", ".."):
+            raise self.place.wrong_kind(stat.S_IFDIR)
         try:
             self._open(flags, mode)
         except OSError as error:
@@ -487,11 +511,12 @@ class Draft:
             return False
         return same_file(found, os.fstat(fd))
 
-    def publish(self, *, replace: bool = False) -> None:
+    def publish(self, *, replace: bool = False, keep_lock: bool = False) -> None:
         """Give the file its name, in one step: nobody ever finds half of it, or nothing.
 
         Args:
             replace: take the name from the file that has it; else that is an error.
+            keep_lock: leave the file locked by flock(2), as a draft is.
 
         Raises:
             FileExistsError: something has the name and `replace` is false; the draft stays.
@@ -504,8 +529,9 @@ class Draft:
             self._claiming = False
             raise OSError(error.errno, error.strerror, self.place.path) from None
         self.published = True
-        with contextlib.suppress(OSError):
-            fcntl.flock(self.file[0], fcntl.LOCK_UN)
+        if not keep_lock:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.file[0], fcntl.LOCK_UN)
 
     def _publish(self, replace: bool) -> None:
         place = self.place

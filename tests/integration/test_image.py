@@ -218,7 +218,10 @@ BOMB = zlib.compress(bytes(1 << 30), 9)
         (forged(4096, (0, 9, b"x" * 9), (100, 0, b"")), "goes on after its end"),
         (forged(4096, (0, 1 << 31, b"x" * (2 << 20)), (4096, 0, b"")), "a record of 2097152"),
         (forged(4096), "ends too early"),
-        (forged(4096, version=2), "version 2, and this is for 1"),
+        (
+            forged(4096, version=2),
+            r"saved in version 2 of the format, .* newer than this .*\(1\): load it with a newer",
+        ),
         (forged(True, (1, 0, b"")), "no header: a size of True"),
         (forged(1 << 64), "no header: a size of"),
         (forged(4096, (4096, 0, b""), saved="now"), "no header: saved at 'now'"),
@@ -258,9 +261,9 @@ def test_what_is_no_place(region: Region, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "pipe"):
         if place.name == "pipe":
             os.mkfifo(place)
-        with pytest.raises(FileExistsError, match="no regular file"):
+        with pytest.raises(FileExistsError, match="not a regular file"):
             ivshmem.save(region, place)
-    with pytest.raises(ImageError, match="no regular file"):
+    with pytest.raises(ImageError, match="not a regular file"):
         ivshmem.load(tmp_path / "pipe", region)  # nor does it wait for somebody to open it
     with pytest.raises(FileNotFoundError):
         ivshmem.save(region, tmp_path / "no" / "such")

@@ -48,7 +48,7 @@ def test_anonymous() -> None:
         use(region)
         info = region.info()
         assert dataclasses.astuple(info) == (
-            MIB, PAGE, "anonymous", None, MIB, 0, False, True,
+            MIB, PAGE, "anonymous", None, MIB, 0, False, True, None,
         )  # fmt: skip
         assert repr(region) == "<ivshmem.Region anonymous, 1M>"
         assert "memfd:" in os.readlink(f"/proc/self/fd/{region.fileno()}")

@@ -283,7 +283,7 @@ def test_what_cannot_be_read_is_an_oserror(file: Path) -> None:
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(ConfigError, match="fifo: no regular file"):
+    with pytest.raises(ConfigError, match="fifo: it is a FIFO, not a regular file"):
         load(fifo)
 
 

@@ -41,7 +41,7 @@ def private(tmp_path: Path) -> Path:
 
 def read(path: Path, **how: object) -> bytes:
     """A file's bytes, if it is opened."""
-    with safe_files.find(path, **how) as place:  # type: ignore[arg-type]
+    with safe_files.find(path, **{"accept": (), **how}) as place:  # type: ignore[arg-type]
         file = place.open(os.O_RDONLY)
     data = os.pread(file[0], 100, 0)
     file.close()
@@ -144,6 +144,10 @@ def test_another_users_file(shared: Path, private: Path) -> None:
     with safe_files.reading(private / "file") as file:
         assert file.read() == b"hers"
     refused(lambda: safe_files.reading(shared / "file").__enter__(), "uid 65534")
+    # Where there is no option, none is named.
+    with pytest.raises(PermissionError) as caught:
+        safe_files.reading(shared / "file").__enter__()
+    assert str(caught.value.strerror).endswith(": choose another path")
 
 
 def test_a_file_with_several_names(shared: Path, private: Path) -> None:

@@ -86,6 +86,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="attach for reading only: nobody can write (QEMU refuses such memory, clients do not)",
     )
+    add_accept_owner(memory)
     memory.add_argument(
         "--keep", action="store_const", const=True, help="leave a name that was made here"
     )
@@ -97,6 +98,17 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=slots,
         help="make a directory of names at its end, in which peers publish who they are; with room"
         " for SLOTS of them, 63 if there is space",
+    )
+
+
+def add_accept_owner(parser: argparse._ActionsContainer) -> None:
+    """The option that accepts another user's memory."""
+    parser.add_argument(
+        "--accept-owner",
+        metavar="USER",
+        action="append",
+        help="accept a name, a file or a symbolic link of USER, too: whoever comes first can make a"
+        " name in /dev/shm, so they must be root's or this user's (may be repeated)",
     )
 
 

@@ -16,7 +16,7 @@ from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..sizes import parse_size, round_up
 from ..sockets import check_path
 from . import Parser, daemon, guarded, open_standard_streams
-from .arguments import DEFAULT_PID_FILE, is_name, vectors
+from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
 from .serve import Plan, serve
 
 DEFAULT_NAME = "ivshmem"
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dest="vectors",
         help="interrupts of each peer (default: %(default)s)",
     )
+    add_accept_owner(parser)
     open_standard_streams()
     return guarded(_run, parser.parse_args(arguments))
 
@@ -102,4 +103,7 @@ def _region(options: argparse.Namespace) -> RegionConfig:
     page = pages.page_size_of(where) if kind == "directory" else pages.PAGE
     size = max(round_up(parse_size(options.size or DEFAULT_SIZE)), page)
     path = os.path.abspath(check_path(options.socket))
-    return RegionConfig(path, size, options.vectors, existing="grow", **{kind: where})
+    accept = tuple(options.accept_owner or ())
+    return RegionConfig(
+        path, size, options.vectors, existing="grow", accept_owner=accept, **{kind: where}
+    )

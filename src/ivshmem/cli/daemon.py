@@ -10,10 +10,13 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+from .. import _fds, safe_files
 
 # What `in_background` hands over, to be called when all is set up.
 Ready = Callable[[], None]
@@ -26,54 +29,68 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def pid_file(path: str | None, patience: float = 0.0) -> Iterator[None]:
     """Hold a locked file with this process's id while the block runs; None: hold none.
 
+    A file that is there is used only if it is root's or ours and has no second name: another user
+    could have put a file here that is precious, or any number into it. To a device or a pipe, such
+    as /dev/null or /dev/stdout, the id is written, and that is all.
+
     Args:
         patience: seconds in which another process that holds it may end.
 
     Raises:
-        OSError: EEXIST when another process holds it; it is left alone then.
+        OSError: EEXIST when another process holds it; it is left alone then. PermissionError, it is
+            another user's or has several hard links.
     """
     if path is None:
         yield
         return
-    give_up = time.monotonic() + patience
+    line = f"{os.getpid()}\n".encode()
+    with contextlib.ExitStack() as undo:
+        place = undo.enter_context(safe_files.find(path))
+        file = _held(place, time.monotonic() + patience)
+        undo.callback(file.close)
+        if stat.S_ISREG(os.fstat(file[0]).st_mode):
+            undo.callback(_removed, place, file)
+            os.ftruncate(file[0], 0)
+            os.pwrite(file[0], line, 0)
+        else:
+            os.write(file[0], line)
+        yield
+
+
+def _held(place: safe_files.Place, give_up: float) -> _fds.FdArray:
+    """The file at a place, locked; made if it is not there."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < give_up:
-                os.close(fd)
+            file = place.open(os.O_RDWR, lone=True, streams=True)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                place.create(os.O_RDWR, 0o644).close()
+            continue
+        with safe_files.closed_on_error(file):
+            if not stat.S_ISREG(os.fstat(file[0]).st_mode):
+                return file
+            try:
+                fcntl.flock(file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= give_up:
+                    holder = os.pread(file[0], 20, 0).decode(errors="replace").strip()
+                    raise FileExistsError(
+                        errno.EEXIST,
+                        f"a server with this pid file runs already (pid {holder}): stop it, or"
+                        " choose another pid file",
+                        place.path,
+                    ) from None
+                file.close()
                 time.sleep(0.01)
                 continue
-            holder = os.pread(fd, 20, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise FileExistsError(
-                errno.EEXIST,
-                f"a server with this pid file runs already (pid {holder}): stop it, or choose"
-                " another pid file",
-                path,
-            ) from None
-        if _leads_to(path, fd):
-            break
-        os.close(fd)  # removed by its last holder between our open and our lock
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if _leads_to(path, fd):
-                os.unlink(path)
-        os.close(fd)
+            if place.leads_to(file[0]):
+                return file
+        file.close()  # removed by its last holder between our open and our lock
 
 
-def _leads_to(path: str, fd: int) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+def _removed(place: safe_files.Place, file: _fds.FdArray) -> None:
+    with contextlib.suppress(OSError):
+        place.remove(file[0])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ..plain import plain
 from ..region import Region
 from ..sizes import format_size
 from . import daemon
-from .arguments import OF_THE_SERVER, server_of
+from .arguments import OF_THE_SERVER, add_accept_owner, server_of
 from .progress import Progress
 
 
@@ -59,6 +59,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for the server to answer (default: %(default)s)",
     )
+    add_accept_owner(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
 
@@ -77,7 +78,12 @@ def _region(options: argparse.Namespace, *, readonly: bool) -> Iterator[Region]:
         with connect(server_of(options), timeout=options.timeout, readonly=readonly) as client:
             yield client.region
     else:
-        with Region.attach(name=options.name, path=options.file, readonly=readonly) as region:
+        with Region.attach(
+            name=options.name,
+            path=options.file,
+            readonly=readonly,
+            accept_owner=options.accept_owner or (),
+        ) as region:
             yield region
 
 
@@ -101,24 +107,32 @@ def _shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, in
 def run_save(options: argparse.Namespace) -> int:
     """Save a region."""
     with _region(options, readonly=True) as region, _shown(options, "saving") as show:
-        info = image.save(region, options.path, compress=options.compress, progress=show)
+        info = image.save(
+            region,
+            options.path,
+            compress=options.compress,
+            progress=show,
+            accept_owner=options.accept_owner or (),
+        )
     _print(options.path, info)
     return 0
 
 
 def run_load(options: argparse.Namespace) -> int:
     """Load a region, or only check what would be loaded."""
+    accept = options.accept_owner or ()
     if options.check:
         with _shown(options, "checking") as show:
-            info = image.check(options.path, progress=show)
+            info = image.check(options.path, progress=show, accept_owner=accept)
+        _print(options.path, info, "; the file is whole, and nothing was loaded")
     else:
         with _region(options, readonly=False) as region, _shown(options, "loading") as show:
-            info = image.load(options.path, region, progress=show)
-    _print(options.path, info)
+            info = image.load(options.path, region, progress=show, accept_owner=accept)
+        _print(options.path, info)
     return 0
 
 
-def _print(path: str, info: ImageInfo) -> None:
+def _print(path: str, info: ImageInfo, more: str = "") -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.saved))
     where = f"{info.source} {info.name}" if info.name else info.source
-    print(plain(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}"))
+    print(plain(f"{path}: {format_size(info.size)} ({where}), saved {when}, id {info.id}{more}"))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .. import safe_files
 from ..config import ConfigError
 from ..configfile import read_toml
 from .discovery import Controls
@@ -33,7 +34,7 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Vm], Controls]:
         ConfigError: what is wrong in it.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with safe_files.reading(path) as file:
         return parse(file.read(_MOST_BYTES + 1), os.fspath(path))
 
 

@@ -21,6 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from .. import _fds, safe_files
 from .model import MigrationError, Plan, Vm
 
 _VERSION = 1
@@ -35,11 +36,11 @@ class State:
     Made by `create` and `load`; a context manager that closes the file, and lets others have it.
     """
 
-    def __init__(self, path: str, fd: int, plan: Plan) -> None:
+    def __init__(self, path: str, file: _fds.FdArray, plan: Plan) -> None:
         self.path = path
         self.plan = plan
         self.words: list[Word] = ["undone"] * len(plan.steps)
-        self._fd = fd
+        self._file = file
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], plan: Plan) -> State:
@@ -51,25 +52,17 @@ class State:
         """
         path = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        first = f"{path}.{os.urandom(8).hex()}"
-        fd = os.open(first, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            _append(fd, {"version": _VERSION, "plan": plan.to_json()})
-            os.link(first, path)  # which fails if there is one
-            _sync_directory(path)
-        except FileExistsError:
-            os.close(fd)
-            raise MigrationError(
-                f"{path}: a migration of these VMs was begun before: finish it with --resume, or"
-                " undo it with --put-back; if those VMs are gone, remove the file"
-            ) from None
-        except BaseException:
-            os.close(fd)
-            raise
-        finally:
-            os.unlink(first)
-        return cls(path, fd, plan)
+        with safe_files.Draft(path, os.O_RDWR | os.O_APPEND) as draft:
+            _append(draft.file[0], {"version": _VERSION, "plan": plan.to_json()})
+            try:
+                draft.publish(keep_lock=True)
+            except FileExistsError:
+                raise MigrationError(
+                    f"{path}: a migration of these VMs was begun before: finish it with --resume,"
+                    " or undo it with --put-back; if those VMs are gone, remove the file"
+                ) from None
+            draft.place.sync()
+            return cls(path, draft.file, plan)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -81,24 +74,22 @@ class State:
         """
         path = os.path.abspath(path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            with safe_files.find(path) as place:
+                file = place.open(os.O_RDWR | os.O_APPEND, lone=True)
         except FileNotFoundError:
             raise _nothing(path) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(fd).st_nlink:
-                raise _nothing(path)  # somebody has just finished it
-            state = cls._parse(path, fd)
-        except BlockingIOError:
-            os.close(fd)
-            raise MigrationError(f"{path}: another process is at this migration") from None
-        except BaseException:
-            os.close(fd)
-            raise
-        return state
+        with safe_files.closed_on_error(file):
+            try:
+                fcntl.flock(file[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MigrationError(f"{path}: another process is at this migration") from None
+            if not os.fstat(file[0]).st_nlink:
+                raise _nothing(path)  # another process has just finished it
+            return cls._parse(path, file)
 
     @classmethod
-    def _parse(cls, path: str, fd: int) -> State:
+    def _parse(cls, path: str, file: _fds.FdArray) -> State:
+        fd = file[0]
         data = os.pread(fd, _MOST_BYTES + 1, 0)
         if len(data) > _MOST_BYTES:
             raise MigrationError(f"{path}: this is no state of a migration: it is too long")
@@ -107,7 +98,7 @@ class State:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
             if first["version"] != _VERSION:
                 raise ValueError(f"version {first['version']}")
-            state = cls(path, fd, Plan.from_json(first["plan"]))
+            state = cls(path, file, Plan.from_json(first["plan"]))
             for line in lines:
                 ((word, index),) = line.items()
                 state._take(word, index)
@@ -128,7 +119,7 @@ class State:
     def note(self, word: Word, index: int) -> None:
         """Write down that a step begins, is done or was undone; known here even if that fails."""
         self._take(word, index)
-        _append(self._fd, {word: index})
+        _append(self._file[0], {word: index})
 
     @property
     def next(self) -> int:
@@ -145,13 +136,14 @@ class State:
 
     def remove(self) -> None:
         """Nothing is left to be done."""
-        os.unlink(self.path)
+        with safe_files.find(self.path) as place:
+            place.remove(self._file[0])
 
     def __enter__(self) -> State:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 def default_path(vms: Sequence[Vm]) -> str:
@@ -178,11 +170,3 @@ def _append(fd: int, line: object) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, before)
         raise
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
