@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem.qemu.qmp import Monitor, QemuGone, QmpError
+from ivshmem.qemu.answers import QmpError
+from ivshmem.qemu.qmp import Monitor, QemuGone
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}}, "capabilities": []}}\n'

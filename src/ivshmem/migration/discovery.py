@@ -16,12 +16,12 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import control, pages
 from ..errors import IvshmemError
+from ..qemu.answers import Answer, QmpError
 from ..qemu.processes import is_qemu
-from ..qemu.qmp import Monitor, QmpError
+from ..qemu.qmp import Monitor
 from ..region import posix_path
 from .model import PLACES, Device, Found, Kind, Peer, Place, Qemu, Server, Vm
 
@@ -30,7 +30,7 @@ _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KINDS: Mapping[str, Kind] = {"ivshmem-plain": "plain", "ivshmem-doorbell": "doorbell"}
 
 # How QEMU calls an ivshmem device that is no master, among the reasons why it cannot migrate.
-_PEER_MODE = "'peer mode' in device 'ivshmem'"
+_PEER_MODE = ("peer mode", "ivshmem")
 
 # Of a memory backend, but for its size, its file, and that it is shared.
 _PROPERTIES = (
@@ -78,18 +78,17 @@ async def look_at(name: str, monitor: Monitor, servers: _Servers, buses: Iterabl
         await _device(name, monitor, servers, local, path, kind)
         for path, kind in await devices_of(monitor)
     ]
+    blockers = [each.text() for each in migration.parts("blocked-reasons")]
     return Qemu(
         pid=monitor.pid if local else None,
-        status=(await monitor.execute("query-status"))["status"],
-        migration=migration.get("status", ""),
-        listens=_address(migration.get("socket-address", [])),
+        status=(await monitor.execute("query-status")).text("status"),
+        migration=migration.text("status", ""),
+        listens=_address(migration.parts("socket-address")),
         devices=tuple(devices),
         buses=frozenset([bus for bus in buses if await _hotplug(monitor, bus)]),
         taken=frozenset([*await names(monitor, "/chardevs"), *await names(monitor, "/objects")]),
-        blockers=tuple(
-            reason for reason in migration.get("blocked-reasons", ()) if _PEER_MODE not in reason
-        ),
-        capabilities=frozenset(each["capability"] for each in capabilities if each["state"]),
+        blockers=tuple(r for r in blockers if not all(word in r for word in _PEER_MODE)),
+        capabilities=frozenset(c.text("capability") for c in capabilities if c.flag("state")),
         forgetful=await _forgetful(monitor),
     )
 
@@ -101,10 +100,10 @@ async def _forgetful(monitor: Monitor) -> bool:
     to them are not noticed. Measured with 7.2.22: of guests whose memory was gone over more than
     twice, none lived on; upstream 03bfc2188f061aa8381403f9280555f4e22c35a2 mends it.
     """
-    if (await monitor.execute("query-version"))["qemu"]["major"] >= 9:
+    if (await monitor.execute("query-version")).part("qemu").number("major") >= 9:
         return False
     try:
-        return not (await monitor.execute("query-kvm"))["enabled"]
+        return not (await monitor.execute("query-kvm")).flag("enabled")
     except QmpError as error:
         if error.kind != "CommandNotFound":
             raise
@@ -114,10 +113,10 @@ async def _forgetful(monitor: Monitor) -> bool:
 async def devices_of(monitor: Monitor) -> list[tuple[str, Kind]]:
     """The QOM paths of a QEMU's ivshmem devices, and of which kind each is."""
     return [
-        (f"{folder}/{entry['name']}", _KINDS[kind])
+        (f"{folder}/{entry.text('name')}", _KINDS[kind])
         for folder in _FOLDERS
         for entry in await monitor.execute("qom-list", path=folder)
-        if (kind := entry["type"].removeprefix("child<").removesuffix(">")) in _KINDS
+        if (kind := entry.text("type").removeprefix("child<").removesuffix(">")) in _KINDS
     ]
 
 
@@ -141,36 +140,36 @@ async def names(monitor: Monitor, folder: str) -> list[str]:
         if error.kind != "DeviceNotFound":
             raise
         return []  # it appears with the first of its kind
-    return [entry["name"] for entry in entries if entry["type"].startswith("child<")]
+    return [each.text("name") for each in entries if each.text("type").startswith("child<")]
 
 
 async def _device(
     vm: str, monitor: Monitor, servers: _Servers, local: bool, path: str, kind: Kind
 ) -> Device:
-    async def get(what: str, of: str = path) -> Any:
-        return await monitor.execute("qom-get", path=of, property=what)
+    async def get(what: str, of: str = path) -> Answer:
+        return await _property(monitor, of, what)
 
-    backend, bus = await _backend(monitor, path, kind), await get("parent_bus")
+    backend, bus = await _backend(monitor, path, kind), (await get("parent_bus")).text()
     page_size, file_system, where, properties = 0, "", "", {}
     if kind == "plain":
-        size = await get("size", f"/objects/{backend}")
-        with contextlib.suppress(QmpError):  # a memfd has none
-            where = await get("mem-path", f"/objects/{backend}")
-        shared = await get("share", f"/objects/{backend}")
+        size = (await get("size", f"/objects/{backend}")).number()
+        if (found := await _if_there(monitor, f"/objects/{backend}", "mem-path")) is not None:
+            where = found.text()  # a memfd has none
+        shared = (await get("share", f"/objects/{backend}")).flag()
         # In a directory QEMU makes a file, and unlinks it: nobody else has it.
-        shared = shared and where and not (local and os.path.isdir(where))
+        shared = shared and bool(where) and not (local and _is_folder(where))
         memory = _file(where, local) if shared else f"private {vm} {backend}"
-        for each in _PROPERTIES:
-            with contextlib.suppress(QmpError):  # not all of QEMU's versions have all
-                properties[each] = await get(each, f"/objects/{backend}")
-        with contextlib.suppress(OSError):
+        for each in _PROPERTIES:  # not all of QEMU's versions have all
+            if (found := await _if_there(monitor, f"/objects/{backend}", each)) is not None:
+                properties[each] = found.simple()
+        with contextlib.suppress(OSError, ValueError):
             if local and where:
                 page_size, file_system = pages.page_size_of(where), pages.file_system(where)
     else:
-        size = await get("size", f"{path}/ivshmem.bar2[0]")
+        size = (await get("size", f"{path}/ivshmem.bar2[0]")).number()
         address = await get("addr", f"/chardevs/{backend}")
-        where = address.get("path", "")
-        if address.get("abstract"):
+        where = address.text("path", "")
+        if address.flag("abstract", False):
             where = ""  # it has no file by which anybody else could know it
         memory = await servers.memory(where, local) if where else f"private {vm} {backend}"
         if (server := servers.found.get(where)) is not None:
@@ -179,9 +178,9 @@ async def _device(
         path=path,
         id=path.rpartition("/")[2] if path.startswith(f"{_FOLDERS[0]}/") else "",
         kind=kind,
-        master=await get("master") == "on",
-        vectors=await get("vectors") if kind == "doorbell" else 0,
-        ioeventfd=await get("ioeventfd") if kind == "doorbell" else True,
+        master=(await get("master")).text() == "on",
+        vectors=(await get("vectors")).number() if kind == "doorbell" else 0,
+        ioeventfd=(await get("ioeventfd")).flag() if kind == "doorbell" else True,
         size=size,
         page_size=page_size,
         file_system=file_system,
@@ -189,7 +188,7 @@ async def _device(
         backend=backend,
         where=where,
         bus=bus,
-        slot=await get("legacy-addr"),
+        slot=_slot((await get("addr")).number()),
         pluggable=await _hotplug(monitor, bus),
         properties=properties,
     )
@@ -197,17 +196,39 @@ async def _device(
 
 async def _backend(monitor: Monitor, path: str, kind: Kind) -> str:
     what = "memdev" if kind == "plain" else "chardev"
-    backend: str = await monitor.execute("qom-get", path=path, property=what)
-    return backend.rpartition("/")[2]
+    return (await _property(monitor, path, what)).text().rpartition("/")[2]
+
+
+def _slot(address: int) -> str:
+    """A place on a bus, as device_add takes it. QEMU 11 no longer tells it (legacy-addr)."""
+    return f"{address >> 3:02x}.{address & 7}"
+
+
+async def _property(monitor: Monitor, path: str, name: str) -> Answer:
+    return await monitor.execute("qom-get", path=path, property=name)
+
+
+async def _if_there(monitor: Monitor, path: str, name: str) -> Answer | None:
+    """A property that this object, or this version of QEMU, may not have."""
+    try:
+        return await _property(monitor, path, name)
+    except QmpError as error:
+        if not error.kind:  # it did not refuse
+            raise
+        return None
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return os.path.isdir(path)
+    except ValueError:  # a NUL in it
+        return False
 
 
 async def _hotplug(monitor: Monitor, bus: str) -> bool:
     """Whether a bus takes and gives up devices; the device's own property says no in any case."""
-    try:
-        handler = await monitor.execute("qom-get", path=bus, property="hotplug-handler")
-    except QmpError:
-        return False
-    return bool(handler)
+    handler = await _if_there(monitor, bus, "hotplug-handler")
+    return handler is not None and bool(handler.text("", ""))
 
 
 class _Servers:
@@ -216,14 +237,14 @@ class _Servers:
     def __init__(self, controls: Sequence[str], local: bool) -> None:
         self._controls = controls
         self._local = local
-        self._replies: dict[str, Mapping[str, Any] | None] = {}
+        self._replies: dict[str, Answer | None] = {}
         self.found: dict[str, Server] = {}
 
     async def memory(self, socket: str, local: bool) -> str:
         """What names a server's memory."""
         if socket not in self.found:
             # One of another version, whose reply lacks something, is one that does not answer.
-            with contextlib.suppress(LookupError, TypeError):
+            with contextlib.suppress(IvshmemError):
                 await self._ask(socket, local)
         server = self.found.get(socket)
         memory = _file(server.memory, local) if server is not None and server.memory else ""
@@ -233,43 +254,47 @@ class _Servers:
         candidates = [*self._controls, *([control.default_path(socket)] if local else [])]
         for path in candidates:
             reply = await self._reply(path)
-            for region in reply.get("regions", ()) if reply else ():
-                if _same(region["socket"], socket, local):
+            for region in reply.parts("regions") if reply is not None else ():
+                if _same(region.text("socket"), socket, local):
                     self.found[socket] = _server(path, region)
                     return
 
-    async def _reply(self, path: str) -> Mapping[str, Any] | None:
+    async def _reply(self, path: str) -> Answer | None:
         if path not in self._replies:
             self._replies[path] = None
-            with contextlib.suppress(OSError, IvshmemError):
-                self._replies[path] = await asyncio.to_thread(
-                    control.request, path, {"do": "status"}, _SECONDS
-                )
+            with contextlib.suppress(OSError, ValueError, IvshmemError):
+                reply = await asyncio.to_thread(control.request, path, {"do": "status"}, _SECONDS)
+                self._replies[path] = Answer(reply, path)
         return self._replies[path]
 
 
-def _server(path: str, region: Mapping[str, Any]) -> Server:
-    memory = region["memory"]
-    if region["source"] == "posix":
+def _server(path: str, region: Answer) -> Server:
+    memory = region.text("memory")
+    if region.text("source") == "posix":
         memory = posix_path(memory)
-    elif region["source"] != "file":
+    elif region.text("source") != "file":
         memory = ""
     return Server(
         control=path,
-        region=region["name"],
+        region=region.text("name"),
         memory=memory,
-        page_size=region["page_size"],
-        file_system=region.get("file_system", ""),
-        holds=bool(region.get("holds_leaves")),
+        page_size=region.number("page_size"),
+        file_system=region.text("file_system", ""),
+        holds=region.flag("holds_leaves", False),
         peers=tuple(
-            Peer(each["id"], each["pid"], each["process"], each.get("leaves_told", 0))
-            for each in region["peers"]
+            Peer(
+                each.number("id"),
+                each.number("pid"),
+                each.text("process"),
+                each.number("leaves_told", 0),
+            )
+            for each in region.parts("peers")
         ),
     )
 
 
 def _same(one: str, other: str, local: bool) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return one == other or (local and os.path.samefile(one, other))
     return False
 
@@ -277,15 +302,15 @@ def _same(one: str, other: str, local: bool) -> bool:
 def _file(path: str, local: bool) -> str:
     """What names a file however its path is written."""
     if local:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             status = Path(path).stat()
             return f"file {status.st_dev}:{status.st_ino}"
     return f"path {path}"
 
 
-def _address(addresses: Sequence[Mapping[str, Any]]) -> str:
+def _address(addresses: Sequence[Answer]) -> str:
     for each in addresses:
-        if each.get("type") == "unix":
-            return f"unix:{each.get('path')}"
-        return f"tcp:{each.get('host')}:{each.get('port')}"
+        if each.text("type", "") == "unix":
+            return f"unix:{each.text('path', '')}"
+        return f"tcp:{each.text('host', '')}:{each.text('port', '')}"
     return ""

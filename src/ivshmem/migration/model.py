@@ -36,6 +36,17 @@ class StepFailed(MigrationError):
     """A step that could not be done."""
 
 
+# What a migration's status says when nothing is under way, in all of QEMU's versions. Each version
+# has had new words for what lies between ("postcopy-device", "failing"): so any other one means
+# that QEMU is at work, and is asked again.
+_AT_REST = ("", "none", "completed", "failed", "cancelled")
+
+
+def is_under_way(status: str) -> bool:
+    """Whether a migration goes on, by its status as query-migrate has it ("" if it has none)."""
+    return status not in _AT_REST
+
+
 # -- what is wanted -------------------------------------------------------------------------------
 
 

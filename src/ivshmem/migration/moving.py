@@ -8,6 +8,8 @@ QEMU 7.2 itself does not know: both do it by a shell).
 Invariants:
 1. `move` may be called again however it was left: it goes on with what is under way.
 2. The source runs again only if the destination certainly does not.
+3. A status that no version of QEMU had so far is taken for work under way, and is asked for again.
+   Where a guest runs is decided by the run states of the two QEMUs, not by such a word.
 """
 
 from __future__ import annotations
@@ -17,16 +19,12 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ..qemu.qmp import Monitor, QemuGone, QmpError
+from ..qemu.answers import Answer, QmpError
+from ..qemu.qmp import Monitor, QemuGone
 from .crew import Crew
-from .model import MigrationError, Options, Step, StepFailed, Vm
+from .model import MigrationError, Options, Step, StepFailed, Vm, is_under_way
 
-_BUSY = (
-    *("setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling"),
-    *("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"),
-)
 _LOOK = 0.1  # seconds between two looks at how far QEMU is
 _SETTLE = 10.0  # seconds for what QEMU does at once, unless the machine is very busy
 
@@ -86,8 +84,8 @@ class Mover:
         """
         source = await self._crew.monitor(self._vm.name, "source")
         # In this order: it may complete in between.
-        busy = (await _migration(source)).get("status") in _BUSY
-        left = (await source.execute("query-status"))["status"] in ("finish-migrate", "postmigrate")
+        busy = is_under_way(await _status(source))
+        left = await _run_state(source) in ("finish-migrate", "postmigrate")
         if not busy and not left:
             await self._start(source)
         await self._follow(source)
@@ -103,7 +101,7 @@ class Mover:
         source = await self._crew.monitor(self._vm.name, "source")
         await self._cancel(source)
         end = time.monotonic() + _SETTLE
-        while (state := (await source.execute("query-status"))["status"]) != "running":
+        while (state := await _run_state(source)) != "running":
             if state == "postmigrate":
                 if not await self._never_came():
                     raise Arrived(f"{self._vm.name}: it has arrived at the destination")
@@ -120,7 +118,7 @@ class Mover:
 
     async def _start(self, source: Monitor) -> None:
         destination = await self._crew.monitor(self._vm.name, "destination")
-        state = (await destination.execute("query-status"))["status"]
+        state = await _run_state(destination)
         if state != "inmigrate":
             raise StepFailed(
                 f"{self._vm.name}: its destination is not waiting (it is in state {state}): start"
@@ -136,7 +134,7 @@ class Mover:
         settings = [{"capability": name, "state": on} for name, on in wanted.items()]
         await source.execute("migrate-set-capabilities", capabilities=settings)
         # It listens already if an interrupted run has told it.
-        if not (await _migration(destination)).get("socket-address"):
+        if not (await _migration(destination)).parts("socket-address"):
             await destination.execute("migrate-set-capabilities", capabilities=settings)
             if self._file is None:
                 await destination.execute("migrate-incoming", uri=self._vm.uri)
@@ -147,8 +145,8 @@ class Mover:
         postcopied = False
         while True:
             migration = await _migration(source)
-            status, ram = migration.get("status", ""), migration.get("ram", {})
-            if ram:
+            status, ram = migration.text("status", ""), migration.part("ram")
+            if "ram" in migration:
                 self._watch(_progress(ram, self._step.size))
             if status == "completed":
                 return
@@ -159,13 +157,13 @@ class Mover:
                     " migrate-recover, here migrate with resume); if the destination has ended, the"
                     " guest is lost"
                 )
-            if status not in _BUSY:
+            if not is_under_way(status):
                 where = "it could not write" if self._file else "the log of the destination's QEMU"
-                reason = migration.get("error-desc") or f"see {where}"
+                reason = migration.text("error-desc", "") or f"see {where}"
                 raise StepFailed(
                     f"{self._vm.name}: its migration {status or 'never began'}: {reason}"
                 )
-            passed = status == "active" and ram.get("dirty-sync-count", 0) > 1
+            passed = status == "active" and ram.number("dirty-sync-count", 0) > 1
             if self._options.postcopy and passed and not postcopied:
                 await source.execute("migrate-start-postcopy")
                 postcopied = True
@@ -179,9 +177,9 @@ class Mover:
         end = time.monotonic() + _SETTLE
         # No event tells of the one, nor of the other.
         while not (
-            (await _migration(destination)).get("status") == "completed"
-            and (await destination.execute("query-status"))["status"] != "inmigrate"
-            and (await source.execute("query-status"))["status"] != "finish-migrate"
+            await _status(destination) == "completed"
+            and await _run_state(destination) != "inmigrate"
+            and await _run_state(source) != "finish-migrate"
         ):
             if time.monotonic() > end:
                 raise StepFailed(f"{self._vm.name}: its destination has all and does not go on")
@@ -204,10 +202,10 @@ class Mover:
 
     async def _read(self, destination: Monitor) -> None:
         try:
-            if "status" not in await _migration(destination):
+            if await _status(destination) in ("", "none"):
                 await destination.execute("migrate-incoming", uri=self._reader)
-            while (status := (await _migration(destination)).get("status")) != "completed":
-                if status == "failed":
+            while (status := await _status(destination)) != "completed":
+                if not is_under_way(status):
                     raise QemuGone("")  # in a moment
                 await asyncio.sleep(_LOOK)
         except QemuGone:
@@ -219,17 +217,37 @@ class Mover:
     # -- and back ---------------------------------------------------------------------------------
 
     async def _cancel(self, source: Monitor) -> None:
+        """Until no migration is under way.
+
+        In postcopy it cannot be cancelled once the destination runs. Before that (QEMU 10.2 says
+        "postcopy-device": it still loads the devices' state) the source goes on by itself if the
+        destination fails; which of the two it will be is not known yet.
+        """
         end = time.monotonic() + _SETTLE
-        while (status := (await _migration(source)).get("status")) in _BUSY:
-            if status.startswith("postcopy"):
+        while is_under_way(status := await _status(source)):
+            postcopy = status.startswith("postcopy")
+            if postcopy and await self._runs_there(status):
                 raise Arrived(
                     f"{self._vm.name}: it runs at the destination already (postcopy)", wholly=False
                 )
-            if status != "cancelling":
-                await source.execute("migrate_cancel")
+            if not postcopy and status != "cancelling":
+                await _try_to_cancel(source)
             if time.monotonic() > end:
-                raise StepFailed(f"{self._vm.name}: QEMU does not end its migration")
+                where = ", and it is not known where its guest will run" if postcopy else ""
+                raise StepFailed(
+                    f"{self._vm.name}: QEMU does not end its migration (status {status}){where}:"
+                    " look at it"
+                )
             await asyncio.sleep(_LOOK)
+
+    async def _runs_there(self, status: str) -> bool:
+        """Whether the guest has begun to run at the destination, as far as this can be known."""
+        try:
+            destination = await self._crew.monitor(self._vm.name, "destination")
+            return await _run_state(destination) != "inmigrate"
+        except (QmpError, OSError):
+            # It cannot be asked. These say that its guest ran there, before whatever happened.
+            return status in ("postcopy-active", "postcopy-paused") or "recover" in status
 
     async def _never_came(self) -> bool:
         """Whether a guest that has left the source is certainly not at the destination.
@@ -246,9 +264,9 @@ class Mover:
         while time.monotonic() < end:
             try:
                 async with Monitor(self._vm.destination, self._vm.name) as destination:
-                    status = (await _migration(destination)).get("status")
-                    if status in (None, "completed"):
-                        return status is None
+                    status = await _status(destination)
+                    if status in ("", "none", "completed"):
+                        return status != "completed"
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._step.local:
                     return True
@@ -261,17 +279,36 @@ class Mover:
         )
 
 
-async def _migration(monitor: Monitor) -> dict[str, Any]:
-    found: dict[str, Any] = await monitor.execute("query-migrate")
-    return found
+async def _migration(monitor: Monitor) -> Answer:
+    return await monitor.execute("query-migrate")
 
 
-def _progress(ram: dict[str, Any], shared: int) -> Progress:
+async def _status(monitor: Monitor) -> str:
+    """How far its migration is, in one word; "" if there was none."""
+    return (await _migration(monitor)).text("status", "")
+
+
+async def _run_state(monitor: Monitor) -> str:
+    return (await monitor.execute("query-status")).text("status")
+
+
+async def _try_to_cancel(source: Monitor) -> None:
+    """Ask QEMU to end its migration; it may refuse if that has just ended, or goes another way."""
+    try:
+        await source.execute("migrate_cancel")
+    except QemuGone:
+        raise
+    except QmpError as error:
+        if not error.kind:
+            raise
+
+
+def _progress(ram: Answer, shared: int) -> Progress:
     return Progress(
-        transferred=ram.get("transferred", 0),
-        remaining=ram.get("remaining", 0),
-        total=ram.get("total", 0),
+        transferred=ram.number("transferred", 0),
+        remaining=ram.number("remaining", 0),
+        total=ram.number("total", 0),
         shared=shared,
-        rate=ram.get("mbps", 0.0) * 1e6 / 8,
-        passes=ram.get("dirty-sync-count", 0),
+        rate=ram.real("mbps", 0.0) * 1e6 / 8,
+        passes=ram.number("dirty-sync-count", 0),
     )

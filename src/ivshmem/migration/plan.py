@@ -31,6 +31,7 @@ from .model import (
     Server,
     Step,
     Vm,
+    is_under_way,
 )
 
 # Of migration. x-ignore-shared fails with a mapped BAR; of a background snapshot both ends run;
@@ -113,8 +114,11 @@ class _Planner:
             yield f"{vm.name}: it has been migrated already: its guest is at a destination"
         elif qemu.status not in _READY:
             yield f"{vm.name}: its source is in state {qemu.status}: let it run first"
-        if qemu.migration in ("active", "setup", "pre-switchover", "device", "cancelling"):
-            yield f"{vm.name}: a migration of it is under way: let it end, or cancel it"
+        if is_under_way(qemu.migration):
+            yield (
+                f"{vm.name}: a migration of it is under way (its status is {qemu.migration}): let"
+                " it end, or cancel it (migrate_cancel)"
+            )
         for blocker in qemu.blockers:
             yield f"{vm.name}: QEMU will not migrate it: {blocker}"
         if self._options.postcopy and not self._options.force and self._forgets(vm):

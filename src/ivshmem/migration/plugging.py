@@ -13,7 +13,8 @@ import contextlib
 import time
 from typing import Any
 
-from ..qemu.qmp import Monitor, QemuGone, QmpError
+from ..qemu.answers import QmpError
+from ..qemu.qmp import Monitor, QemuGone
 from .discovery import find, names
 from .model import Device, StepFailed
 
@@ -105,7 +106,8 @@ async def _ask_to_unplug(monitor: Monitor, ident: str) -> None:
     except QemuGone:
         raise
     except QmpError as error:
-        if "in the process of unplug" not in str(error) and error.kind != "DeviceNotFound":
+        asked = "already" in str(error) and "unplug" in str(error)  # by an interrupted run
+        if not asked and error.kind != "DeviceNotFound":
             raise NotAsked(str(error)) from None
 
 
@@ -134,9 +136,9 @@ async def _remove_backend(monitor: Monitor, device: Device) -> None:
         except QemuGone:
             raise
         except QmpError as error:
-            # The device may be gone from the tree a moment before it lets go of it.
-            busy = "busy" in str(error) or "in use" in str(error)
-            if not busy or time.monotonic() > end:
+            # The device may be gone from the tree a moment before it lets go of it; each version
+            # has its own words for that.
+            if not error.kind or time.monotonic() > end:
                 raise
             await asyncio.sleep(_LOOK)
 

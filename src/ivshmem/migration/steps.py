@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from .. import control
+from ..qemu.answers import Answer
 from .crew import Crew
 from .model import Options, Step, Vm
 from .moving import Mover, Watch
@@ -85,6 +86,8 @@ def _evict(step: Step) -> None:
     """Hang up on a peer, if it is still the same one."""
     assert step.peer is not None
     with control.Client(step.control) as client:
-        (region,) = client.ask({"do": "status", "region": step.region})["regions"]
-        if any((p["id"], p["pid"]) == (step.peer.id, step.peer.pid) for p in region["peers"]):
+        reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
+        peers = [peer for region in reply.parts("regions") for peer in region.parts("peers")]
+        wanted = (step.peer.id, step.peer.pid)
+        if any((peer.number("id"), peer.number("pid")) == wanted for peer in peers):
             client.ask({"do": "evict", "id": step.peer.id, "region": step.region})

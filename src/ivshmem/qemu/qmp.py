@@ -7,7 +7,8 @@ A monitor socket serves one client at a time: a second one is accepted and gets 
 
 Invariants:
 1. Nothing waits without a limit.
-2. Whatever goes wrong is a QmpError or an OSError with one line that says what to do.
+2. Whatever goes wrong, and whatever the other side sends, is a QmpError or an OSError with one line
+   that says what to do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import IvshmemError
+from .answers import Answer, QmpError
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
@@ -31,24 +32,15 @@ SECONDS = 20.0  # for an answer: a QEMU at work on something else takes its time
 
 _HANG_UP = 2.0  # seconds that QEMU may take to notice that a client is gone
 
+_NO_MONITOR = ": is this a monitor of QEMU (-qmp)?"
+
 _T = TypeVar("_T")
 
 _UCRED = struct.Struct("3i")
 
 
-class QmpError(IvshmemError):
-    """QEMU refused a command, does not answer, or is gone; the message says which, and why.
-
-    `kind` is QEMU's error class ("GenericError", ..), "" if it did not refuse.
-    """
-
-    def __init__(self, message: str, kind: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 class QemuGone(QmpError):
-    """The connection to QEMU has ended: most likely its process has, too."""
+    """The connection to QEMU has ended: its process has, too, or what it sent was not QMP."""
 
 
 class Monitor:
@@ -70,6 +62,7 @@ class Monitor:
         self.pid: int | None = None
         self._seconds = seconds
         self._client: QMPClient | None = None
+        self._ended = ""  # why there is no connection any more
         self._events: EventListener | None = None
 
     @property
@@ -133,6 +126,7 @@ class Monitor:
         client, self._client = self._client, None
         if client is None:
             return
+        self._ended = self._ended or f"the monitor at {self.address} was closed"
         # Left in the middle of it, the library would leave tasks behind; and why the connection
         # ended, whoever used it was told.
         with contextlib.suppress(Exception):
@@ -140,48 +134,62 @@ class Monitor:
 
     async def execute(
         self, command: str, /, arguments: Mapping[str, Any] | None = None, **more: Any
-    ) -> Any:
+    ) -> Answer:
         """A command's result. What is in `more` is an argument, too.
 
         Raises:
             QmpError: refused, or no answer in time; whether it was done is not known then.
-            QemuGone: the same of a QEMU that has ended.
+            QemuGone: the same of a QEMU that has ended, or that sent what is not QMP.
         """
         qmp = library()
         if self._client is None:
-            raise QemuGone(f"{self.name}: the monitor at {self.address} was closed")
+            raise QemuGone(f"{self.name}: {self._ended} (it was asked for {command})")
         words = {**(arguments or {}), **more}
         try:
-            return await _within(self._seconds, self._client.execute(command, words))
+            value = await _within(self._seconds, self._client.execute(command, words))
         except qmp.ExecuteError as error:
             text = " ".join(str(error).split())
             raise QmpError(f"{self.name}: {command}: {text}", error.error_class) from None
         except (qmp.ExecInterruptedError, qmp.StateError):
-            raise QemuGone(f"{self.name}: QEMU has ended (it was asked for {command})") from None
+            await self._ask_why()
+            raise QemuGone(f"{self.name}: {self._ended} (it was asked for {command})") from None
         except TimeoutError:
             raise QmpError(
                 f"{self.name}: no answer to {command} within {self._seconds:g} s: is QEMU stopped?"
             ) from None
+        except qmp.QMPError as error:  # neither a result nor an error
+            raise QmpError(f"{self.name}: {command}: {_reason(error)}{_NO_MONITOR}") from None
+        return Answer(value, f"{self.name}: {command}")
 
-    async def event(self, name: str, seconds: float, **data: Any) -> dict[str, Any] | None:
-        """Take events up to the first such one with these data; None: it did not come in time."""
+    async def _ask_why(self) -> None:
+        """Find out why the connection has ended, and let go of it."""
+        client, self._client = self._client, None
+        self._ended = "QEMU has ended"
+        if client is None:
+            return
+        try:
+            await to_the_end(client.disconnect())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # the library's reader died of what it read
+            self._ended = f"it sent what is not QMP ({_reason(error)}){_NO_MONITOR}"
+
+    async def event(self, name: str, seconds: float, **data: Any) -> bool:
+        """Take events up to the first such one with these data; whether it came in time."""
         assert self._events is not None
         with contextlib.suppress(TimeoutError):
-            return await _within(seconds, self._event(self._events, name, data))
-        return None
+            await _within(seconds, self._event(self._events, name, data))
+            return True
+        return False
 
-    async def _event(
-        self, events: EventListener, name: str, data: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    async def _event(self, events: EventListener, name: str, data: Mapping[str, Any]) -> None:
         while True:
             message = await events.get()
             found = message.get("data", {})
-            if (
-                message["event"] == name
-                and isinstance(found, dict)
-                and data.items() <= found.items()
-            ):
-                return found
+            if message["event"] != name or not isinstance(found, dict):
+                continue
+            if all(found.get(key) == value for key, value in data.items()):
+                return
 
     async def _connected(self) -> socket.socket:
         """A socket, connected; asyncio's own ways do not let its peer's pid be asked for."""
@@ -289,5 +297,10 @@ def _bottom(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
+    """The library's messages have many lines, and all that was received."""
     cause = _bottom(error)
-    return " ".join(str(cause).split()) or type(cause).__name__
+    try:
+        lines = str(cause).strip().splitlines()
+    except (ValueError, RecursionError):  # it shows what it has received
+        lines = []
+    return lines[0][:100] if lines else type(cause).__name__
