@@ -41,14 +41,16 @@ class Caller:
     Attributes:
         socket: non-blocking; of the answering side as long as it was not `detach`ed.
         closing: set it to have the connection closed after the reply.
+        at_end: set it to be told when the connection has ended; it may not raise.
     """
 
-    __slots__ = ("_buffer", "_eof", "_let_go", "_reply", "_request", "closing", "socket")
+    __slots__ = ("_buffer", "_eof", "_let_go", "_reply", "_request", "at_end", "closing", "socket")
 
     def __init__(self, sock: socket.socket, let_go: Callable[[], object]) -> None:
         self.socket = sock
         self._let_go = let_go
         self.closing = False
+        self.at_end: Callable[[], object] | None = None
         self._buffer = bytearray()  # received, and not cut off yet
         self._request: bytes | None = None  # whole, and waiting for its turn
         self._reply = memoryview(b"")  # what is left of it
@@ -193,10 +195,12 @@ class Answering:
         self._epoll.remove(caller.socket.fileno())
 
     def _close(self, token: int) -> None:
-        sock = self._callers[token].socket
+        caller = self._callers[token]
         self._let_go(token)
-        sock.close()
+        caller.socket.close()
         self._seat.have()
+        if caller.at_end is not None:
+            caller.at_end()
 
     # -- one of them ------------------------------------------------------------------------------
 

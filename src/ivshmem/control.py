@@ -14,10 +14,15 @@ most 64 connections are kept: one more ends the one that was idle for longest.
     {"do": "status", "peers": false}    the same without the peers, and without a look at each
     {"do": "evict", "id": 3, "region": "db"}    {"ok": true, "region": "db"}
     {"do": "hold-leaves", "on": true, "region": "db"}    {"ok": true, "region": "db"}
+    {"do": "hold", "id": 3, "linger": 60}       {"ok": true, "region": "db", "read": true}
+    {"do": "release", "id": 3}          {"ok": true, "region": "db", "held": true}
     {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
 
-evict, hold-leaves and status may name a region; a server of one region needs no name for it.
-hold-leaves is Server.hold_leaves. What could not be
+evict, hold-leaves, hold, release and status may name a region; a server of one region needs no name
+for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no news until
+release, or until "linger" seconds (usually 60) after the connection has ended that asked for it.
+"read" says whether the peer has read all that it was sent: ask again until it has. "held" says
+whether there was something to release. What could not be
 done is {"ok": false, "error": "one line: what, why, what to do"}, and has changed nothing.
 Whoever reads replies must take fields that it does not know; "protocol" is raised when a known one
 changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
@@ -30,7 +35,8 @@ changes its meaning. Times are seconds since the epoch, sizes are bytes. In a st
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
              it), stalled_since (null; or when it last read, if its socket is full), leaves_told
-             (how often it was told that somebody left), leaves_held (how often not), interrupts
+             (how often it was told that somebody left), leaves_held (how often not), held (it is
+             sent no news for now), held_until (null; or when that ends by itself), interrupts
              (rings it has not taken, for each vector, looked at without taking them)
 
 Both sides ask the kernel who the other is, by SO_PEERCRED: the server hears root and its own user;
@@ -53,7 +59,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +68,7 @@ from . import logs, pages, shapes, sockets
 from .accounts import user_name
 from .answering import LONGEST, Answering, Caller
 from .directory import Directory
-from .engine import PeerReport
+from .engine import LINGER, PeerReport
 from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
 from .plain import plain
 from .protocol import MAX_ID, MAX_VECTORS
@@ -74,6 +80,9 @@ PROTOCOL = 1
 SUFFIX = ".control"
 MODE = 0o600
 
+LONGEST_LINGER = 1e6  # seconds that a hold may be asked for
+
+_LOOK = 0.01  # seconds between two questions whether a peer has read all
 _MOST_ERROR = 500  # characters of an error
 _MOST_PID, _MOST_UID = (1 << 31) - 1, (1 << 32) - 1
 _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
@@ -98,6 +107,11 @@ class Inspectable(Protocol):
     @property
     def holds_leaves(self) -> bool: ...
     def hold_leaves(self, holds: bool) -> None: ...
+    def hold(
+        self, peer_id: int, *, linger: float | None = ..., asker: object | None = ...
+    ) -> bool: ...
+    def release(self, peer_id: int) -> bool: ...
+    def asker_is_gone(self, asker: object) -> None: ...
 
 
 class Served(Protocol):
@@ -156,11 +170,15 @@ class Control:
         self._since = time.time()
         package_version()  # reads files, for which there may be no descriptor later
         self._directories: dict[int, tuple[Region, Directory | None]] = {}
+        # Who has asked to hold which peers' news, and is still connected.
+        self._askers: dict[Caller, set[tuple[str, int]]] = {}
         self._handlers: dict[str, Handler] = {
             "version": self._version,
             "status": self._status,
             "evict": self._evict,
             "hold-leaves": self._hold_leaves,
+            "hold": self._hold,
+            "release": self._release,
             "reload": self._reload,
             **(handlers or {}),
         }
@@ -239,14 +257,10 @@ class Control:
         return {"server": self._process(), "regions": shown}
 
     def _evict(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        peer = message.get("id")
-        if not isinstance(peer, int) or isinstance(peer, bool):
-            raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
+        peer = _id(message)
         name, served = self._named(message)
-        try:
+        with _known(name):
             served.server.evict(peer)
-        except NoSuchPeer as error:
-            raise ControlError(f"region {name}: {error} (`ivshmem status` lists who is)") from None
         by = _who(caller)
         told = logs.fields("evicted", peer=peer, region=name, **by)
         _log.info(
@@ -265,6 +279,49 @@ class Control:
         what = "is told of no leaves" if on else "is told of leaves if it connects later"
         _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
+
+    def _hold(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        peer, linger = _id(message), message.get("linger", LINGER)
+        number = isinstance(linger, int | float) and not isinstance(linger, bool)
+        if not number or not 0 < linger <= LONGEST_LINGER:
+            raise ControlError(
+                f'"linger" is {_shown(linger)}: allowed are more than 0 and at most'
+                f" {LONGEST_LINGER:g} seconds"
+            )
+        name, served = self._named(message)
+        with _known(name):
+            read = served.server.hold(peer, linger=float(linger), asker=caller)
+        caller.at_end = functools.partial(self._asker_is_gone, caller)
+        asked = self._askers.setdefault(caller, set())
+        if (name, peer) not in asked:  # it does not ask again whether all was read
+            asked.add((name, peer))
+            by = _who(caller)
+            told = logs.fields("holding", peer=peer, region=name, linger=linger, **by)
+            by_uid = by["by_uid"]
+            _log.info(
+                "peer %d of %s is sent no news, as uid %d asked", peer, name, by_uid, extra=told
+            )
+        return {"region": name, "read": read}
+
+    def _release(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        peer = _id(message)
+        name, served = self._named(message)
+        with _known(name):
+            held = served.server.release(peer)
+        if held:
+            by = _who(caller)
+            told = logs.fields("released", peer=peer, region=name, **by)
+            by_uid = by["by_uid"]
+            _log.info(
+                "peer %d of %s is sent news again, as uid %d asked", peer, name, by_uid, extra=told
+            )
+        return {"region": name, "held": held}
+
+    def _asker_is_gone(self, caller: Caller) -> None:
+        self._askers.pop(caller, None)
+        for served in list(self._service.regions.values()):
+            with contextlib.suppress(ClosedError):
+                served.server.asker_is_gone(caller)
 
     def _reload(self, caller: Caller, _: Mapping[str, Any]) -> Mapping[str, Any]:
         by = _who(caller)
@@ -385,6 +442,22 @@ def _parse(request: bytes) -> dict[str, Any]:
     return message
 
 
+def _id(message: Mapping[str, Any]) -> int:
+    peer = message.get("id")
+    if not isinstance(peer, int) or isinstance(peer, bool):
+        raise ControlError(f'"id" is {_shown(peer)}: the number of a peer is wanted')
+    return peer
+
+
+@contextlib.contextmanager
+def _known(name: str) -> Iterator[None]:
+    """Say of a peer that is not there of which region it is not."""
+    try:
+        yield
+    except NoSuchPeer as error:
+        raise ControlError(f"region {name}: {error} (`ivshmem status` lists who is)") from None
+
+
 def _line(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
@@ -433,6 +506,8 @@ def _peer(report: PeerReport, names: Mapping[int, list[str]]) -> dict[str, Any]:
         "stalled_since": report.stalled_since,
         "leaves_told": report.leaves_told,
         "leaves_held": report.leaves_held,
+        "held": report.held,
+        "held_until": report.held_until,
         "interrupts": list(report.interrupts),
     }
 
@@ -485,7 +560,10 @@ def _fd_limit() -> int | None:
 _COUNT = shapes.integer(0)
 _PEER = shapes.record(
     # Servers of older versions do not say these.
-    {"leaves_told": _COUNT, "leaves_held": _COUNT},
+    {
+        **{"leaves_told": _COUNT, "leaves_held": _COUNT, "held": shapes.flag()},
+        "held_until": shapes.optional(shapes.moment()),
+    },
     id=shapes.integer(0, MAX_ID),
     pid=shapes.integer(0, _MOST_PID),
     uid=shapes.integer(0, _MOST_UID),
@@ -531,6 +609,8 @@ REPLIES: Mapping[str, shapes.Shape] = {
     "status": shapes.record(server=_SERVER, regions=shapes.array(_REGION)),
     "evict": shapes.record(region=shapes.text()),
     "hold-leaves": shapes.record(region=shapes.text()),
+    "hold": shapes.record(region=shapes.text(), read=shapes.flag()),
+    "release": shapes.record(region=shapes.text(), held=shapes.flag()),
     "reload": shapes.record(changes=shapes.array(shapes.text())),
 }
 _PEERS = shapes.record(regions=shapes.array(shapes.record(peers=shapes.array(_PEER))))
@@ -611,6 +691,38 @@ class Client:
                 ) from None
             return reply
         raise ControlError(plain(reply.get("error", "it could not be done")))
+
+    def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
+        """Have a peer sent no news, and wait until it has read what it was sent.
+
+        It ends by `release`, when the peer disconnects, and `linger` seconds after this connection
+        has ended. See Server.hold for why.
+
+        Raises:
+            ControlError: there is no such peer; or the server is of a version that cannot do it.
+            TimeoutError: the peer did not read all within the time limit; it is held all the same.
+            ConnectionError: the server has closed the connection.
+        """
+        deadline = time.monotonic() + self._timeout
+        message = {"do": "hold", "id": peer, "linger": linger, "region": region}
+        while not self.ask(message)["read"]:
+            if time.monotonic() > deadline:
+                reason = (
+                    f"peer {peer} has not read all that it was sent within {self._timeout:g}"
+                    " seconds: is it stopped? (It is sent nothing more until `ivshmem release"
+                    f" {peer}`)"
+                )
+                raise TimeoutError(errno.ETIMEDOUT, reason, self.path)
+            time.sleep(_LOOK)
+
+    def release(self, peer: int, *, region: str | None = None) -> bool:
+        """Have a peer sent news again; whether it was held.
+
+        Raises:
+            ControlError: there is no such peer; or the server is of a version that cannot do it.
+        """
+        reply = self.ask({"do": "release", "id": peer, "region": region})
+        return bool(reply["held"])
 
     def _send(self, data: bytes, deadline: float) -> None:
         # Who refuses us says so and closes; so there may be something to read nonetheless.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -36,21 +37,23 @@ from typing import Any
 
 from . import _fds, logs, sockets
 from .access import Verdict
+from .emulators import is_qemu
 from .errors import NoSuchPeer
 from .journal import Chapter
 from .protocol import Member, Roster
-from .replay import BATCH, Held, Unfinished, replay, snapshot
+from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
 
 _log = logging.getLogger("ivshmem.server")
 
 # Tokens of the epoll object: a peer's is its serial number after these; those of other descriptors
 # that somebody wants watched are beyond all peers'.
-_LISTENER, _WAKE, _RETRY, _FIRST_PEER = range(4)
+_LISTENER, _WAKE, _RETRY, _EXPIRY, _FIRST_PEER = range(5)
 _FIRST_WATCHED = 1 << 62
 
 _NEWCOMERS = 64  # accepted in one step, so that a flood of them does not keep peers waiting
 _RETRY_SECONDS = 0.1  # until what failed for want of memory or descriptors is tried again
 _COMPLAIN_SECONDS = 60.0
+LINGER = 60.0  # seconds that a peer's news are held after the one who asked for that is gone
 _FEW_IDS = 4096  # of 65,536: worth a word
 _COMPLAINTS = 1000  # kinds of which is known when they were last logged
 
@@ -63,6 +66,7 @@ _SHORTAGES = frozenset(
 # these an unprivileged server can have RLIMIT_NOFILE, over all of its user's sockets. Four peers
 # that do not read would stop it from sending anything to anybody.
 _SMALLEST_BUFFER = 4608
+_SIOCOUTQ = 0x5411  # sockios.h; of a Unix socket: the memory that unread messages take
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # capabilities(7): either lifts that limit
 
 
@@ -100,6 +104,8 @@ class PeerReport:
         interrupts: rings that it has not taken yet, for each vector; () if that was not asked for.
         leaves_told: how often it was told that somebody left.
         leaves_held: how often it was not, and never will be: see Engine.hold_leaves.
+        held: whether it is sent nothing for now: see Engine.hold.
+        held_until: seconds since the epoch, if that ends by itself.
     """
 
     peer: Peer
@@ -110,6 +116,8 @@ class PeerReport:
     interrupts: tuple[int, ...]
     leaves_told: int = 0
     leaves_held: int = 0
+    held: bool = False
+    held_until: float | None = None
 
 
 # Says who may join. It is given the credentials, and the number of peers that the same user has, or
@@ -142,6 +150,22 @@ class _Connection:
     def stalled(self) -> bool:
         """It does not read; when it does, an event will say so."""
         return bool(self.events & _fds.EPOLLOUT)
+
+
+class _Hold:
+    """Why a peer is sent nothing, and for how long."""
+
+    __slots__ = ("askers", "deadline", "linger")
+
+    def __init__(self) -> None:
+        self.linger: float | None = None  # seconds after the last asker is gone; None: for ever
+        self.askers: set[object] = set()  # those who are there
+        self.deadline: float | None = None  # by time.monotonic(), when there are none
+
+    def count_down(self) -> None:
+        """Begin, if nobody is there any more who asked for it."""
+        if not self.askers and self.linger is not None:
+            self.deadline = time.monotonic() + self.linger
 
 
 class Engine:
@@ -184,7 +208,8 @@ class Engine:
         self.gate = gate
         self._holds = False
         self._journal = journal or Chapter()
-        self._roster = Roster(vectors, memory, shared_id=shared_id)
+        self._nobody = _fds.FdArray()  # an eventfd that nobody reads
+        self._roster = Roster(vectors, memory, self._nobody, shared_id=shared_id)
         self._connections: dict[int, _Connection] = {}  # by serial number
         self._of_user: Counter[int] = Counter()  # how many are connected
         self._dirty: set[int] = set()  # those outside the crowd who may have to be sent something
@@ -199,6 +224,7 @@ class Engine:
         self._complaints: dict[str, float] = {}  # when each was last logged
         self._watched: dict[int, Callable[[], object]] = {}  # by token
         self._tokens: dict[int, int] = {}  # of what is watched, by descriptor
+        self._held: dict[int, _Hold] = {}  # peers whose news are held, by serial number
         self._next_token = _FIRST_WATCHED
         self._small_buffers = not _is_privileged()
         with contextlib.ExitStack() as undo:
@@ -208,6 +234,11 @@ class Engine:
             undo.callback(self._wake.close)
             self._timer = _fds.Timer()
             undo.callback(self._timer.close)
+            self._clock = _fds.Timer()
+            undo.callback(self._clock.close)
+            undo.callback(self._nobody.close)
+            self._nobody.take(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._epoll.add(self._clock.fileno(), _EXPIRY, _fds.EPOLLIN)
             self._epoll.add(self._wake[0], _WAKE, _fds.EPOLLIN)
             self._epoll.add(self._timer.fileno(), _RETRY, _fds.EPOLLIN)
             self._epoll.add(listener.fileno(), _LISTENER, _fds.EPOLLIN)
@@ -258,6 +289,10 @@ class Engine:
     ) -> PeerReport:
         fds = connection.vectors
         vectors = [fds[i] for i in range(len(fds))] if interrupts else []
+        hold = self._held.get(connection.member.serial)
+        until = None
+        if hold is not None and hold.deadline is not None:
+            until = time.time() + hold.deadline - time.monotonic()
         return PeerReport(
             connection.peer,
             connection.readonly,
@@ -267,6 +302,8 @@ class Engine:
             tuple(_fds.count_of_eventfd(fd) if fd in rung else 0 for fd in vectors),
             self._roster.leaves_told(connection.member),
             connection.member.standing.held,
+            hold is not None,
+            until,
         )
 
     def step(self, timeout: float | None) -> None:
@@ -298,6 +335,8 @@ class Engine:
                 self._wake.drain(0)
             elif token == _RETRY:
                 self._retry()
+            elif token == _EXPIRY:
+                self._expire()
             elif token in self._watched:
                 self._watched[token]()
             elif serial in self._connections:  # not gone by an event before this one
@@ -450,7 +489,8 @@ class Engine:
         readonly = memory is not None
         fds = [vectors[i] for i in range(len(vectors))]
         since = time.time()
-        holds = self._holds and sockets.is_qemu(who.process, who.pid)
+        # One of which that cannot be known is taken for a QEMU.
+        holds = self._holds and is_qemu(who.pid, who.process) is not False
         member = self._roster.join(vectors, memory, holds=holds)
         held = Held(sock.fileno(), fds, since, readonly, holds)
         self._journal.note("join", member.serial, *held)
@@ -506,6 +546,7 @@ class Engine:
             self._epoll.remove(connection.fd)
         for serials in (self._dirty, self._starved, self._unwatched):
             serials.discard(serial)
+        self._held.pop(serial, None)
         self._of_user[connection.peer.uid] -= 1
         if not self._of_user[connection.peer.uid]:
             del self._of_user[connection.peer.uid]
@@ -561,9 +602,79 @@ class Engine:
         self._holds = holds
         for serial, connection in list(self._connections.items()) if holds else ():
             peer, member = connection.peer, connection.member
-            if not member.holds and sockets.is_qemu(peer.process, peer.pid):
+            if not member.holds and is_qemu(peer.pid, peer.process) is not False:
                 self._roster.hold(member)
                 self._journal.note("hold", serial)
+
+    def hold(self, serial: int, linger: float | None = LINGER, asker: object | None = None) -> bool:
+        """Send a peer nothing from the end of its set-up on; whether it has read all that it was.
+
+        Call it again until it has. It ends by `release`, when the peer disconnects, and `linger`
+        seconds (None: never) after the last of those who asked for it is gone: now, without an
+        `asker`; or when `asker_is_gone` says so; a successor takes all of them for gone.
+
+        QEMU (10.0 and newer) uses freed memory if a message comes while the device is unplugged.
+
+        Args:
+            serial: the peer's number (`find`); nothing happens if that one has left.
+        """
+        if serial not in self._connections:
+            return False
+        member = self._connections[serial].member
+        hold = self._held.get(serial) or _Hold()
+        if serial not in self._held or hold.linger != linger:
+            self._journal.note("mute", serial, linger)
+            self._roster.mute(member)
+            self._held[serial] = hold
+        hold.linger, hold.deadline = linger, None
+        if asker is not None:
+            hold.askers.add(asker)
+        hold.count_down()
+        self._wind_clock()
+        return self._roster.is_set_up(member) and not _unread(self._connections[serial].socket)
+
+    def release(self, serial: int) -> bool:
+        """End `hold`, whoever asked for it; whether the peer of this number was held."""
+        if self._held.pop(serial, None) is None:
+            return False
+        connection = self._connections[serial]
+        self._journal.note("unmute", serial)
+        self._roster.unmute(connection.member)
+        if not connection.stalled:
+            self._dirty.add(serial)
+        self.wake()  # it is told by the next step
+        return True
+
+    def holds(self, serial: int) -> bool:
+        """Whether the peer of this number is held."""
+        return serial in self._held
+
+    def asker_is_gone(self, asker: object) -> None:
+        """Let the time begin to run of what only this one has asked to hold."""
+        for hold in self._held.values():
+            if asker in hold.askers:
+                hold.askers.remove(asker)
+                hold.count_down()
+        self._wind_clock()
+
+    def _wind_clock(self) -> None:
+        """Let a step come when the next one is not to be held any longer."""
+        deadlines = [h.deadline for h in self._held.values() if h.deadline is not None]
+        self._clock.set(max(min(deadlines) - time.monotonic(), 0.001) if deadlines else 0)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for serial, hold in list(self._held.items()):
+            if hold.deadline is not None and hold.deadline <= now:
+                peer = self._connections[serial].peer
+                told = logs.fields("released", peer=peer.id, reason="expired")
+                _log.info(
+                    "peer %d is told news again: %g s ago the one who asked to hold them went",
+                    *(peer.id, hold.linger),
+                    extra=told,
+                )
+                self.release(serial)
+        self._wind_clock()
 
     # -- peers that are elsewhere -----------------------------------------------------------------
 
@@ -727,7 +838,8 @@ class Engine:
             fds = [vectors[i] for i in range(len(vectors))]
             since, holds = connection.peer.since, connection.member.holds
             held[serial] = Held(connection.fd, fds, since, connection.readonly, holds)
-        return {**snapshot(self._roster, held), "counts": self.counts}
+        muted = {serial: hold.linger for serial, hold in self._held.items()}
+        return {**snapshot(self._roster, held), "muted_for": muted, "counts": self.counts}
 
     @property
     def descriptors(self) -> set[int]:
@@ -779,6 +891,13 @@ class Engine:
                 gone.append(member)
             elif self._roster.is_set_up(member):
                 self._announce_end(connection)
+        linger = muted_for(state, records)
+        for member in self._roster.members:
+            if member.muted and member.serial in self._connections:
+                hold = self._held[member.serial] = _Hold()
+                hold.linger = linger.get(member.serial) or LINGER
+                hold.count_down()
+        self._wind_clock()
         for member in gone:
             if member.serial in self._connections:
                 self._leave(member.serial)
@@ -827,6 +946,11 @@ def _disconnect(connection: _Connection) -> None:
     """Hang up on a peer, also where others have copies of the socket."""
     with contextlib.suppress(OSError):  # ENOTCONN: the peer did the same
         connection.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _unread(sock: socket.socket) -> bool:
+    """Whether the other side has not read yet all that was sent."""
+    return any(fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))
 
 
 def _counted(kind: str, rest: list[Any]) -> dict[str, int]:

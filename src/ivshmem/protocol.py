@@ -281,13 +281,14 @@ class Run(NamedTuple):
 class Standing:
     """What somebody was told; one object for all who were told the same."""
 
-    __slots__ = ("current", "greeted", "held", "leaves", "owed", "partial", "told")
+    __slots__ = ("current", "cut", "greeted", "held", "leaves", "owed", "partial", "told")
 
     def __init__(self, greeted: int = 0) -> None:
         self.greeted = greeted  # messages of the greeting (version, id, memory) that were sent
         self.told = -1  # everyone in the order of joins up to here was announced
         self.current: Member | None = None  # the one that is being announced,
-        self.partial = 0  # with so many vectors so far
+        self.partial = 0  # with so many vectors so far;
+        self.cut: int | None = None  # the id of one that left before it was announced wholly
         self.owed: deque[int] = deque()  # ids that were announced and have left since
         self.leaves = 0  # how many of those were sent,
         self.held = 0  # and how many never will be
@@ -300,6 +301,7 @@ class Standing:
         """The same, to become another's."""
         other = Standing(self.greeted)
         other.told, other.current, other.partial = self.told, self.current, self.partial
+        other.cut = self.cut
         other.owed = self.owed.copy()
         other.leaves, other.held = self.leaves, self.held
         return other
@@ -314,6 +316,7 @@ class Member:
         "id",
         "leaves_before",
         "memory",
+        "muted",
         "secret",
         "serial",
         "standing",
@@ -335,6 +338,7 @@ class Member:
         self.memory = memory
         self.secret = secret  # the others are not told of it
         self.holds = holds  # it is never told that anybody left
+        self.muted = False  # it is sent nothing for now
         self.leaves_before = 0  # leaves that it was sent, less those of its standing
         self.standing = Standing()
         self.give_vectors(vectors)
@@ -355,9 +359,15 @@ class Roster:
 
     Those who were told everything are the crowd. They share one standing, and what is new is the
     same for all of them, so that who sends can work it out once: `news`. Who takes only a part of
-    it is `split` off, and comes back when it was told everything again. Who `holds` is never told
-    that somebody left, and therefore never in the crowd: QEMU can crash when a device that was told
-    of a leave is unplugged.
+    it is `split` off, and comes back when it was told everything again.
+
+    Two kinds of members are never in the crowd, both for QEMU's sake. A member that `holds` is
+    never told that another one left: QEMU can crash when a device is unplugged that was told of a
+    leave. If another one leaves when such a member was told of some of its vectors only, the rest
+    follows with descriptors that are nobody's, since a client learns from an announcement how many
+    vectors everybody has. A member that is `muted` is sent nothing once it is set up, until
+    `unmute`: QEMU can crash if a message comes while the device is being unplugged. Then it is
+    told the difference, as any member is that did not read for so long.
 
     All this depends on nothing but what the roster was told, in the same order: who keeps a record
     of that can have the same roster again.
@@ -365,15 +375,19 @@ class Roster:
     Args:
         vectors: of every member, 0..2048.
         memory: the region's descriptor, as a collection of one.
+        nobody: a descriptor by which nobody is reached, as a collection of one.
         shared_id: the clients are one peer to the world: they all have this id, and are not told
             of one another but only of those who are announced by `admit`.
     """
 
-    def __init__(self, vectors: int, memory: Sized, *, shared_id: int | None = None) -> None:
+    def __init__(
+        self, vectors: int, memory: Sized, nobody: Sized, *, shared_id: int | None = None
+    ) -> None:
         if not 0 <= vectors <= MAX_VECTORS:
             raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
         self.vectors = vectors
         self._memory = memory
+        self._nobody = nobody
         self._shared_id = shared_id
         self._order: list[Member] = []  # who is connected, in the order of joins
         self._crowd = Standing(_GREETED)
@@ -480,7 +494,7 @@ class Roster:
         for standing, holds in standings:
             if standing.knows(member):
                 if standing.current is member:
-                    standing.current = None
+                    standing.current, standing.cut = None, member.id
                 if self.vectors:
                     known = True
                     if holds:
@@ -509,6 +523,17 @@ class Roster:
         standing.held += len(standing.owed)
         standing.owed.clear()
 
+    def mute(self, member: Member) -> None:
+        """Send a member nothing, from the end of its set-up on; twice is as once."""
+        self.split(member)
+        member.muted = True
+
+    def unmute(self, member: Member) -> None:
+        """Send it again what it must be told: all that is different from what it knows."""
+        if member.muted:
+            member.muted = False
+            self._to_crowd(member)
+
     @staticmethod
     def leaves_told(member: Member) -> int:
         """How many leaves a member was sent."""
@@ -520,6 +545,8 @@ class Roster:
         """What to send to `member` next, in order: about `limit` messages, [] when it knows all."""
         standing = member.standing
         runs: list[Run] = []
+        if member.muted and self.is_set_up(member):
+            return runs
         if standing.greeted < _GREETED:
             greeting: list[Run] = [
                 Run(VERSION, None, 0, 1),
@@ -539,6 +566,9 @@ class Roster:
         if current is not None:
             first = standing.partial
             runs.append(current.announcement._replace(first=first, length=self.vectors - first))
+        if standing.cut is not None and member is not None and member.holds:
+            rest = self.vectors - standing.partial
+            runs += [Run(standing.cut, self._nobody, 0, 1)] * rest
         runs += [Run(peer, None, 0, 1) for peer in standing.owed]
         if not self.vectors:
             return runs  # nobody can be announced
@@ -550,6 +580,8 @@ class Roster:
         else:
             told = (m for m in self._order[start:] if not m.secret or m is member)
             news = islice(told, room)
+        if member is not None and member.muted:  # only what belongs to its set-up
+            news = (m for m in news if m.serial <= member.serial)
         runs += [m.announcement for m in news]
         return runs
 
@@ -560,7 +592,12 @@ class Roster:
         """
         self.split(member)
         self._advance(member.standing, runs, count)
-        if not member.holds and not self.pending(member, 1) and not self.news(1):
+        self._to_crowd(member)
+
+    def _to_crowd(self, member: Member) -> None:
+        """Put a member into the crowd if it was told everything, as the crowd was."""
+        apart = member.holds or member.muted
+        if not apart and not self.pending(member, 1) and not self.news(1):
             if not self.crowd:
                 self._crowd = member.standing
             member.leaves_before += member.standing.leaves - self._crowd.leaves
@@ -589,8 +626,7 @@ class Roster:
         if not self.crowd:
             self._crowd = Standing(_GREETED)
 
-    @staticmethod
-    def _advance(standing: Standing, runs: Sequence[Run], count: int) -> None:
+    def _advance(self, standing: Standing, runs: Sequence[Run], count: int) -> None:
         if not count:
             return
         whole = count == sum(run.length for run in runs)
@@ -598,7 +634,7 @@ class Roster:
             # The usual case: all of it, which ends with somebody.
             standing.leaves += len(standing.owed)
             standing.owed.clear()
-            standing.current = None
+            standing.current = standing.cut = None
             standing.partial = runs[-1].first + runs[-1].length
             standing.told = runs[-1].member.serial
             return
@@ -615,9 +651,14 @@ class Roster:
                     standing.told = run.member.serial
             elif standing.greeted < _GREETED:
                 standing.greeted += 1
-            else:
-                standing.owed.popleft()
+            elif run.fds is None:
+                if standing.owed.popleft() == standing.cut:
+                    standing.cut = None
                 standing.leaves += 1
+            else:  # of one that was cut short
+                standing.partial += done
+                if standing.partial == self.vectors:
+                    standing.cut = None
 
     def is_set_up(self, member: Member) -> bool:
         """Whether a member was sent all of its set-up, its own vectors included."""
@@ -625,13 +666,16 @@ class Roster:
         return standing.greeted == _GREETED and (not self.vectors or standing.told >= member.serial)
 
     def backlog(self, member: Member) -> int:
-        """How many messages `member` has still to be sent: `pending`'s, without making them."""
+        """How many messages `member` has still to be sent: `pending`'s, without making them.
+
+        Of a muted one, those that it is sent after `unmute`, too.
+        """
         standing = member.standing
         current = standing.current
         count = _GREETED - standing.greeted + len(standing.owed)
         if not self.vectors:
             return count
-        if current is not None:
+        if current is not None or (standing.cut is not None and member.holds):
             count += self.vectors - standing.partial
         position = standing.told if current is None else current.serial
         start = bisect_right(self._order, position, key=lambda m: m.serial)
@@ -644,7 +688,9 @@ class Roster:
 
     def dump(self) -> dict[str, Any]:
         """All that the roster knows, but for descriptors, in what JSON can hold."""
+        muted = [member.serial for member in self._order if member.muted]
         return {
+            **({"muted": muted} if muted else {}),
             "serial": self._serial,
             "unused": self._unused,
             "free": self._free,
@@ -676,6 +722,8 @@ class Roster:
         for _, serial, standing, _, leaves in state["members"]:
             members[serial].standing = self._crowd if standing is None else _load(standing, members)
             members[serial].leaves_before = leaves
+        for serial in state.get("muted", ()):
+            members[serial].muted = True
 
 
 def _dump(standing: Standing) -> list[Any]:
@@ -684,6 +732,7 @@ def _dump(standing: Standing) -> list[Any]:
     return [
         *(standing.greeted, standing.told, serial, standing.partial, list(standing.owed)),
         *(standing.leaves, standing.held),
+        *(() if standing.cut is None else (standing.cut,)),
     ]
 
 
@@ -692,5 +741,6 @@ def _load(state: Sequence[Any], members: Mapping[int, Member]) -> Standing:
     standing.told, standing.partial = state[1], state[3]
     standing.current = None if state[2] is None else members[state[2]]
     standing.owed = deque(state[4])
-    standing.leaves, standing.held = state[5:]
+    standing.leaves, standing.held = state[5:7]
+    standing.cut = int(state[7]) if len(state) > 7 else None
     return standing

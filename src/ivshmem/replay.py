@@ -9,6 +9,9 @@ Records, in the order of happening; a member is named by its serial number:
                                         one joined: its socket, its eventfds, when, with what
                                         memory, whether it is never told of a leave
     ["hold", member]                    it is told of none from now on
+    ["mute", member, seconds]           it is sent nothing until further notice, or until so long
+                                        after the one who asked for that is gone
+    ["unmute", member]                  it is sent what it must be told again
     ["leave", member]
     ["sent", member, count]             it was sent so many messages of what was pending
     ["split", member, count, done, all] of the batch of `all` messages for the crowd, it was sent
@@ -73,6 +76,10 @@ def replay(
             held[member.serial] = had
         elif kind == "hold":
             roster.hold(members[rest[0]])
+        elif kind == "mute":
+            roster.mute(members[rest[0]])
+        elif kind == "unmute":
+            roster.unmute(members[rest[0]])
         elif kind == "leave":
             del held[rest[0]]
             roster.leave(members.pop(rest[0]))
@@ -107,6 +114,22 @@ def replay(
 def snapshot(roster: Roster, held: Mapping[int, Held]) -> dict[str, Any]:
     """What `replay` takes instead of all the records up to now."""
     return {"roster": roster.dump(), "held": held}
+
+
+def muted_for(state: Mapping[str, Any] | None, records: Iterable[list[Any]]) -> dict[int, float]:
+    """How long each muted member stays so after the one who asked for that is gone, by serial.
+
+    Args:
+        state: with "muted_for" beside what `snapshot` made, if anybody was muted.
+        records: as of `replay`.
+    """
+    found = {int(serial): each for serial, each in (state or {}).get("muted_for", {}).items()}
+    for kind, *rest in records:
+        if kind == "mute":
+            found[rest[0]] = rest[1]
+        elif kind in ("unmute", "leave"):
+            found.pop(rest[0], None)
+    return found
 
 
 def _sent(roster: Roster, member: Member, count: int) -> None:

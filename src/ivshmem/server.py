@@ -27,7 +27,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 from . import _fds, sockets
 from .directory import Directory
-from .engine import Engine, Gate, Peer, PeerReport
+from .engine import LINGER, Engine, Gate, Peer, PeerReport
 from .errors import ClosedError, ServerFailed
 from .journal import Chapter
 from .loop import woken_by_signals
@@ -74,9 +74,10 @@ class Server(Uncopied):
     Each call may be made in any thread, in a callback (`on_join`, `on_leave`, `gate`) and in a
     signal handler, whatever that interrupts; none can deadlock. It acts at once, except:
 
-    - A signal handler can interrupt a change, which is some microseconds of each step. Then `evict`
-      and `hold_leaves` return, and the interrupted step does what they ask when its change is
-      complete. `report` tells what it finds, with or without a peer that is joining or leaving.
+    - A signal handler can interrupt a change, which is some microseconds of each step. Then
+      `evict`, `hold_leaves`, `hold` and `release` return, and the interrupted step does what they
+      ask when its change is complete. `report` tells what it finds, with or without a peer that is
+      joining or leaving.
     - `close` in a callback, or in a signal handler that interrupts a step, takes effect when that
       step ends. Elsewhere it waits for the step that is under way.
     - `step` and `serve_forever` raise RuntimeError in a callback, and in a signal handler that
@@ -380,6 +381,67 @@ class Server(Uncopied):
         """
         self._check()
         act = partial(self._engine.hold_leaves, holds)
+        if self._turns.in_work:
+            self._later(act)
+        else:
+            self._ask(act)
+
+    def hold(
+        self, peer_id: int, *, linger: float | None = LINGER, asker: object | None = None
+    ) -> bool:
+        """Send a peer no news for now.
+
+        QEMU 10.0 and newer uses freed memory if any message comes while its device is being
+        unplugged. Hold its news before `device_del`, call this until it returns True, and unplug
+        then. A peer whose set-up is under way is sent the rest of it. When the hold ends, the peer
+        is told the difference: who has joined, and who has left that it knew. In a signal handler
+        it may happen a moment later, see Server.
+
+        Args:
+            linger: seconds after which the hold ends by itself; None: it does not. It ends at
+                `release` in any case, and when the peer disconnects. If another process takes over
+                (see `resume`), the time begins anew there.
+            asker: any object; then the time runs from `asker_is_gone(asker)` on.
+
+        Returns:
+            Whether the peer has read all that it was sent. If not, ask again in a moment.
+
+        Raises:
+            NoSuchPeer: there is none with this id.
+            ClosedError: the server is closed.
+        """
+        self._check()
+        engine = self._engine
+        if self._turns.in_work:
+            self._later(partial(engine.hold, engine.find(peer_id), linger, asker))
+            return False
+        return self._ask(lambda: engine.hold(engine.find(peer_id), linger, asker))
+
+    def release(self, peer_id: int) -> bool:
+        """End `hold`, whoever has asked for it; whether the peer was held.
+
+        In a signal handler it may happen a moment later, see Server.
+
+        Raises:
+            NoSuchPeer: there is none with this id.
+            ClosedError: the server is closed.
+        """
+        self._check()
+        engine = self._engine
+        if self._turns.in_work:
+            serial = engine.find(peer_id)
+            self._later(partial(engine.release, serial))
+            return engine.holds(serial)
+        return self._ask(lambda: engine.release(engine.find(peer_id)))
+
+    def asker_is_gone(self, asker: object) -> None:
+        """Let the time begin to run of each hold that only this `asker` has asked for.
+
+        Raises:
+            ClosedError: the server is closed.
+        """
+        self._check()
+        act = partial(self._engine.asker_is_gone, asker)
         if self._turns.in_work:
             self._later(act)
         else:

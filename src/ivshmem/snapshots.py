@@ -66,7 +66,10 @@ _RECORD = shapes.tuple_of(
 )
 _MEMBER = shapes.begins_with(_FD, shapes.array(_FD, MAX_VECTORS), shapes.moment(), shapes.flag())
 _STATE = shapes.record(
-    {"counts": shapes.table(shapes.integer(0))},
+    {
+        "counts": shapes.table(shapes.integer(0)),
+        "muted_for": shapes.table(shapes.optional(shapes.number(0, 1e6)), key=shapes.digits()),
+    },
     roster=shapes.record(),
     held=shapes.table(_MEMBER, key=shapes.digits()),
 )
@@ -119,7 +122,7 @@ def _check_meaning(snapshot: Mapping[str, Any]) -> None:
             raise Misshapen(f"{where} is a second region {shapes.shown(region.name)}")
         names.add(region.name)
         config = from_json(region.config)
-        roster = Roster(config.vectors, ())
+        roster = Roster(config.vectors, (), ())
         try:
             if region.source == "posix":
                 posix_path(region.source_name or "")

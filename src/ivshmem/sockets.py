@@ -33,9 +33,6 @@ MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 # clients of the protocol have no address at all.
 ASK = b"\0ivshmem-ask-"
 
-# How the names of QEMU's programs begin: qemu-system-x86_64, qemu-kvm, kvm.
-QEMU_NAMES = ("qemu", "kvm")
-
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
 _UCRED = struct.Struct("iII")
@@ -522,17 +519,6 @@ def credentials(sock: socket.socket) -> Credentials:
         raw = b""
     process = plain(raw.removesuffix(b"\n"), NAME) or "?"
     return Credentials(pid, uid, gid, process, _groups(sock, pid))
-
-
-def is_qemu(process: str, pid: int) -> bool:
-    """Whether somebody is a QEMU, by the name of its process or program; also if nobody can know.
-
-    Who likes to be taken for one is: a name is a claim, not a proof.
-    """
-    names = [process]
-    with contextlib.suppress(OSError):
-        names.append(os.path.basename(os.readlink(f"/proc/{pid}/exe")))
-    return process == "?" or any(name.startswith(QEMU_NAMES) for name in names)
 
 
 def _groups(sock: socket.socket, pid: int) -> tuple[int, ...] | None:

@@ -12,7 +12,6 @@ from support.serving import running
 from support.waiting import until
 
 import ivshmem
-from ivshmem import sockets
 from ivshmem.config import RegionConfig, ServiceConfig
 
 VECTORS = 2
@@ -80,21 +79,6 @@ def test_from_now_on(server: ivshmem.Server) -> None:
         for peer in (guest, lazy):
             peer.drain()
             assert peer.left == {2}
-
-
-@pytest.mark.parametrize(
-    ("process", "answer"),
-    [
-        ("qemu-system-x86", True),
-        ("qemu-kvm", True),
-        ("kvm", True),
-        ("?", True),  # in another pid namespace: better safe
-        ("python", False),
-        ("my-qemu", False),
-    ],
-)
-def test_who_is_a_qemu(process: str, answer: bool) -> None:
-    assert sockets.is_qemu(process, 0) == answer
 
 
 def test_a_setting_that_can_change(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ivshmem.protocol import (
 from ivshmem.replay import BATCH, Unfinished
 
 MEMORY_FD = -77
+NOBODY_FD = -88
 
 
 def token(key: int, vector: int) -> int:
@@ -39,6 +40,7 @@ class Qemu:
         self.greeted = 0
         self.alive: dict[int, list[int]] = {}  # descriptors by peer id
         self.left: set[int] = set()
+        self.last: int | None = None  # the id in the last message with a descriptor of a peer's
 
     def receive(self, message: Message) -> None:
         value, fds = message
@@ -53,9 +55,15 @@ class Qemu:
             assert value not in self.left, f"use after free: id {value} announced again"
             (fd,) = fds
             known = self.alive.setdefault(value, [])
-            assert fd % 4096 == len(known), "a vector is missing or out of order"
-            assert not known or fd // 4096 == known[0] // 4096, "the vectors are two peers'"
+            if fd == NOBODY_FD:
+                assert known, "it was announced when it was gone"
+                assert value != self.id
+            else:
+                assert fd % 4096 == len(known), "a vector is missing or out of order"
+                assert not known or fd // 4096 == known[0] // 4096, "the vectors are two peers'"
+                assert NOBODY_FD not in known, "it was taken for one that is gone"
             known.append(fd)
+            self.last = value
         else:
             assert value in self.alive, f"double free: {value} leaves, and is not there"
             assert value != self.id
@@ -114,6 +122,8 @@ class Client:
 
     def _receive(self, message: Message) -> None:
         self.received += 1
+        assert not (self.member.muted and self.is_set_up), "it was to be sent nothing"
+        assert NOBODY_FD not in message.fds or self.member.holds, "its leave would do"
         before = self.qemu.alive.get(message.value, [])
         self.qemu.receive(message)
         event = self.session.receive(message)
@@ -135,7 +145,8 @@ class Client:
     def check_knows(self, everyone: list[Client]) -> None:
         """At rest this client knows exactly those who are there, with all their vectors.
 
-        If it is not told of leaves, also some who were.
+        If it is not told of leaves, also some who were; with as many vectors, or it would take
+        that for the number that everybody has.
         """
         expected = {
             client.id: [token(client.key, v) for v in range(self.roster.vectors)]
@@ -143,6 +154,8 @@ class Client:
             if self.roster.vectors
         }
         known = self.qemu.alive
+        if self.roster.vectors:
+            assert {len(fds) for fds in known.values()} == {self.roster.vectors}
         if self.member.holds:
             known = {peer: known[peer] for peer in known if peer in expected}
         assert known == expected
@@ -200,4 +213,4 @@ def send_to_crowd(
 
 
 def make_roster(vectors: int) -> Roster:
-    return Roster(vectors, [MEMORY_FD])
+    return Roster(vectors, [MEMORY_FD], [NOBODY_FD])

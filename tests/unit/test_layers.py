@@ -18,7 +18,7 @@ HOME = Path(ivshmem.__file__).parent
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["errors", "plain"],
-    ["sizes", "locks", "accounts", "logs", "notify", "shapes", "_fds"],
+    ["sizes", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns", "uncopied"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],

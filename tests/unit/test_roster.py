@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sized
 
 import pytest
-from support.members import MEMORY_FD, Client, make_roster, token
+from support.members import MEMORY_FD, NOBODY_FD, Client, make_roster, token
 
 from ivshmem import NoFreeId
 from ivshmem.protocol import MAX_ID, Member, Roster, Run, Standing
@@ -78,7 +78,7 @@ def test_no_vectors() -> None:
 @pytest.mark.parametrize("vectors", [-1, 2049])
 def test_a_number_of_vectors_that_no_device_has(vectors: int) -> None:
     with pytest.raises(ValueError, match=f"{vectors} vectors: allowed are 0 to 2048"):
-        Roster(vectors, [MEMORY_FD])
+        Roster(vectors, [MEMORY_FD], [NOBODY_FD])
 
 
 def test_a_member_with_another_number_of_vectors() -> None:
@@ -298,7 +298,7 @@ def test_peers_cost_no_square() -> None:
 
 
 def shared_roster(vectors: int) -> Roster:
-    return Roster(vectors, [MEMORY_FD], shared_id=5)
+    return Roster(vectors, [MEMORY_FD], [NOBODY_FD], shared_id=5)
 
 
 def test_clients_of_a_shared_id_do_not_hear_of_one_another() -> None:
@@ -360,3 +360,189 @@ def test_a_shared_id_wants_admittance_and_nobody_else_has_it() -> None:
         shared_roster(1).admit(5, [0])
     with pytest.raises(ValueError, match="cannot be admitted"):
         shared_roster(2).admit(9, [0])
+
+
+# -- one that leaves in the midst of its announcement ----------------------------------------------
+
+
+def cut_short(*, holds: bool) -> tuple[Client, Client]:
+    """B joins after A, is sent its greeting and one of A's two vectors; then A leaves."""
+    roster = make_roster(2)
+    a = Client(roster, 0)
+    b = Client(roster, 1, holds=holds)
+    assert b.send(4) == 4
+    roster.leave(a.member)
+    return a, b
+
+
+def test_what_was_cut_short_ends_with_a_leave() -> None:
+    a, b = cut_short(holds=False)
+    assert told(b) == [(a.id, 0, 1), (b.id, 0, 2)]
+    b.send_all()
+    b.check_knows([b])
+    assert b.qemu.left == {a.id}
+
+
+def test_what_was_cut_short_is_completed_for_one_that_is_told_of_no_leave() -> None:
+    """It would believe for ever that everybody has one vector."""
+    a, b = cut_short(holds=True)
+    assert b.roster.backlog(b.member) == 3
+    b.send_all()
+    b.check_knows([b])
+    assert b.session.vectors == 2
+    assert b.qemu.alive[a.id] == [token(0, 0), NOBODY_FD]
+    assert b.qemu.left == set()
+    assert b.member.standing.held == 1
+    newcomer = Client(b.roster, 2)
+    assert newcomer.id not in (a.id, b.id), "it was told of that id"
+
+
+def test_what_was_cut_short_is_completed_when_it_begins_to_hold_later() -> None:
+    a, b = cut_short(holds=False)
+    b.roster.hold(b.member)
+    b.send_all()
+    b.check_knows([b])
+    assert b.qemu.alive[a.id] == [token(0, 0), NOBODY_FD]
+
+
+@pytest.mark.parametrize("sent", range(1, 7))
+def test_wherever_it_is_cut_short(sent: int) -> None:
+    """Also where the rest is sent one by one."""
+    roster = make_roster(7)
+    a = Client(roster, 0)
+    b = Client(roster, 1, holds=True)
+    b.send(3 + sent)
+    roster.leave(a.member)
+    while b.send(1):
+        pass
+    b.check_knows([b])
+    assert b.qemu.alive[a.id].count(NOBODY_FD) == 7 - sent
+
+
+# -- one that is sent nothing for now -------------------------------------------------------------
+
+
+def three(*, holds: bool = False) -> tuple[Roster, list[Client]]:
+    """All of them know everything; the first is muted."""
+    roster = make_roster(2)
+    clients = [Client(roster, 0, holds=holds), *joined(roster, 2, 1)]
+    for client in clients:
+        client.send_all()
+    roster.mute(clients[0].member)
+    return roster, clients
+
+
+def test_who_is_muted_is_sent_nothing() -> None:
+    roster, (muted, other, _) = three()
+    newcomer = Client(roster, 3)
+    roster.leave(other.member)
+    assert told(muted) == []
+    assert roster.backlog(muted.member) == 3, "which waits for it"
+    assert muted.member.serial not in roster.crowd
+    newcomer.send_all()
+
+
+def test_then_it_is_told_the_difference() -> None:
+    roster, (muted, other, third) = three()
+    newcomer, passer = Client(roster, 3), Client(roster, 4)
+    for client in (newcomer, passer, third):
+        client.send_all()
+    roster.leave(other.member)
+    roster.leave(passer.member)
+    roster.unmute(muted.member)
+    assert told(muted) == [(other.id, 0, 1), (newcomer.id, 0, 2)], "of the passer it never hears"
+    for client in (muted, third, newcomer):
+        client.send_all()
+        client.check_knows([muted, third, newcomer])
+    assert set(roster.crowd) == {client.member.serial for client in (muted, third, newcomer)}
+
+
+def test_one_that_is_told_of_no_leave_hears_of_joins_only() -> None:
+    roster, (muted, other, third) = three(holds=True)
+    newcomer = Client(roster, 3)
+    roster.leave(other.member)
+    roster.unmute(muted.member)
+    assert told(muted) == [(newcomer.id, 0, 2)]
+    assert muted.qemu.left == set()
+    assert third.member.serial in roster.crowd
+
+
+def test_the_id_of_one_that_left_while_another_is_muted_is_not_used_again() -> None:
+    roster, (muted, other, third) = three()
+    roster.leave(other.member)
+    roster.leave(third.member)
+    assert Client(roster, 3).id == 3
+    roster.unmute(muted.member)
+    muted.send_all()
+    assert muted.qemu.left == {1, 2}
+
+
+def test_an_id_that_no_muted_one_was_told_of_is_used_again() -> None:
+    roster, (muted, other, third) = three()
+    passer = Client(roster, 3)
+    roster.leave(passer.member)
+    again = Client(roster, 4)
+    assert again.id == passer.id
+    roster.unmute(muted.member)
+    for client in (muted, other, third, again):
+        client.send_all()
+        client.check_knows([muted, other, third, again])
+
+
+def test_a_set_up_is_completed_though_it_is_muted() -> None:
+    """QEMU waits for it for ever; but of those who came later it is told nothing."""
+    roster = make_roster(2)
+    elder, muted, later = joined(roster, 3)
+    muted.send(4)
+    roster.mute(muted.member)
+    assert told(muted) == [(elder.id, 1, 1), (muted.id, 0, 2)]
+    muted.send_all()
+    assert muted.is_set_up
+    assert set(muted.qemu.alive) == {elder.id, muted.id}
+    roster.unmute(muted.member)
+    muted.send_all()
+    muted.check_knows([elder, muted, later])
+
+
+def test_muted_amid_an_announcement() -> None:
+    roster, (muted, _, _) = three()
+    roster.unmute(muted.member)
+    newcomer = Client(roster, 3)
+    muted.send(1)
+    roster.mute(muted.member)
+    assert told(muted) == []
+    roster.leave(newcomer.member)
+    roster.unmute(muted.member)
+    assert told(muted) == [(newcomer.id, 0, 1)]
+
+
+def test_muting_twice_is_as_once() -> None:
+    roster, (muted, *_) = three()
+    roster.mute(muted.member)
+    roster.unmute(muted.member)
+    roster.unmute(muted.member)
+    assert muted.member.serial in roster.crowd
+
+
+@pytest.mark.parametrize("vectors", [0, 3])
+def test_what_is_muted_survives_a_dump(vectors: int) -> None:
+    roster = make_roster(vectors)
+    clients = joined(roster, 3)
+    roster.mute(clients[1].member)
+    loaded = make_roster(vectors)
+    loaded.load(roster.dump(), range(vectors))
+    assert [member.muted for member in loaded.members] == [False, True, False]
+    assert loaded.dump() == roster.dump()
+
+
+def test_a_dump_of_an_older_version_is_read() -> None:
+    """It says nothing of who is muted, and of what was cut short."""
+    roster = make_roster(2)
+    for client in joined(roster, 2):
+        client.send(4)
+    state = roster.dump()
+    assert "muted" not in state
+    assert all(len(standing) == 7 for _, _, standing, *_ in state["members"] if standing)
+    loaded = make_roster(2)
+    loaded.load(state, range(2))
+    assert loaded.dump() == state

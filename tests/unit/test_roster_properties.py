@@ -1,9 +1,10 @@
 """Hypothesis drives a roster with random joins, leaves, stalls and cuts.
 
 Proven, for each member, by the real Session and by a model of QEMU: greeting first, every vector in
-order, no id told twice, one leave for each id announced and none for another, at rest everyone
-knows exactly everyone. And of the roster: an id is given out again as soon as, and not before, it
-is safe; memory is bounded by the members and what they were told, not by what has happened.
+order, no id told twice, one leave for each id announced and none for another, nothing at all to one
+that is muted, at rest everyone knows exactly everyone. And of the roster: an id is given out again
+as soon as, and not before, it is safe; memory is bounded by the members and what they were told,
+not by what has happened.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from support.members import Client, make_roster, send_to_crowd
 
 from ivshmem import protocol
 from ivshmem.errors import NoFreeId
-from ivshmem.replay import BATCH, Held, Unfinished, replay, snapshot
+from ivshmem.replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
 
 
 class Rosters(RuleBasedStateMachine):
@@ -41,7 +42,7 @@ class Rosters(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "roster"):
             try:
-                self.everyone_reads()
+                self.everyone_is_told()
             finally:
                 self.patch.undo()
 
@@ -82,8 +83,40 @@ class Rosters(RuleBasedStateMachine):
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
+    def mute(self, data: st.DataObject) -> None:
+        """From now on one is sent nothing, but for the rest of its set-up."""
+        client = data.draw(st.sampled_from(self.clients), label="who is muted")
+        self.roster.mute(client.member)
+        self.note("mute", client.member.serial, 60.0)
+
+    @precondition(lambda self: any(client.member.muted for client in self.clients))
+    @rule(data=st.data())
+    def unmute(self, data: st.DataObject) -> None:
+        muted = [client for client in self.clients if client.member.muted]
+        self.listen_again(data.draw(st.sampled_from(muted), label="who is not muted any more"))
+
+    def listen_again(self, client: Client) -> None:
+        self.roster.unmute(client.member)
+        self.note("unmute", client.member.serial)
+
+    @precondition(lambda self: self.roster.vectors > 1 and len(self.clients) > 1)
+    @rule(data=st.data())
+    def leave_in_mid_announcement(self, data: st.DataObject) -> None:
+        """Told of some vectors of another one, which leaves then."""
+        client = data.draw(st.sampled_from(self.clients), label="who is told of it")
+        here = {c.id: c for c in self.clients}
+        while client.send(1):
+            told = here.get(peer) if (peer := client.qemu.last) is not None else None
+            if told not in (None, client) and len(client.qemu.alive[told.id]) < self.roster.vectors:
+                self.goes(told)
+                return
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        client = data.draw(st.sampled_from(self.clients), label="who leaves")
+        self.goes(data.draw(st.sampled_from(self.clients), label="who leaves"))
+
+    def goes(self, client: Client) -> None:
         self.clients.remove(client)
         knowing = [c for c in self.clients if client.id in c.qemu.alive]
         told = [c for c in knowing if not c.member.holds]
@@ -136,6 +169,8 @@ class Rosters(RuleBasedStateMachine):
     def killed(self) -> None:
         """A successor makes of the records what the roster was."""
         before = self.roster.dump()
+        muted = {client.member.serial for client in self.clients if client.member.muted}
+        assert set(muted_for(self.state, self.records)) == muted
         self.succeed(None)
         assert self.roster.dump() == before
 
@@ -143,7 +178,9 @@ class Rosters(RuleBasedStateMachine):
     def rewritten(self) -> None:
         """The journal begins anew with a state."""
         held = {c.member.serial: Held(c.key, [], 0.0, False, c.member.holds) for c in self.clients}
-        self.state = json.loads(json.dumps(snapshot(self.roster, held)))
+        muted = {c.member.serial: 60.0 for c in self.clients if c.member.muted}
+        state = {**snapshot(self.roster, held), "muted_for": muted}
+        self.state = json.loads(json.dumps(state))
         self.records.clear()
 
     def note(self, *record: object) -> None:
@@ -168,8 +205,18 @@ class Rosters(RuleBasedStateMachine):
         for client in self.clients:
             client.send_all()
         for client in self.clients:
-            client.check_knows(self.clients)
-            assert not client.member.standing.owed
+            if client.member.muted:
+                assert client.is_set_up
+            else:
+                client.check_knows(self.clients)
+                assert not client.member.standing.owed
+
+    @rule()
+    def everyone_is_told(self) -> None:
+        for client in self.clients:
+            if client.member.muted:
+                self.listen_again(client)
+        self.everyone_reads()
 
     # -- what always holds ------------------------------------------------------------------------
 
@@ -191,6 +238,7 @@ class Rosters(RuleBasedStateMachine):
         assert set(roster.crowd) | set(roster.others) == {m.serial for m in roster.members}
         assert not set(roster.crowd) & set(roster.others)
         assert all(m.standing is roster._crowd for m in roster.crowd.values())
+        assert not any(m.holds or m.muted for m in roster.crowd.values())
         assert list(roster.members) == [client.member for client in self.clients]
         kept = [peer for _, peer in roster._known] + roster._free + [m.id for m in roster.members]
         assert len(kept) == len(set(kept)) == roster._unused <= self.ids
@@ -208,7 +256,11 @@ class Rosters(RuleBasedStateMachine):
         if hasattr(self, "roster"):
             for client in self.clients:
                 pending = self.roster.pending(client.member, 1 << 40)
-                assert self.roster.backlog(client.member) == sum(run.length for run in pending)
+                count = sum(run.length for run in pending)
+                if client.member.muted:
+                    assert count <= self.roster.backlog(client.member)
+                else:
+                    assert count == self.roster.backlog(client.member)
 
 
 TestRosters = Rosters.TestCase

@@ -16,7 +16,22 @@ from typing import NoReturn
 
 from ..errors import IvshmemError
 from ..plain import plain
-from . import bench, connect, doctor, evict, guest, image, migrate, qemu, reload, serve, status, top
+from . import (
+    bench,
+    connect,
+    doctor,
+    evict,
+    guest,
+    hold,
+    image,
+    migrate,
+    qemu,
+    release,
+    reload,
+    serve,
+    status,
+    top,
+)
 
 SUBCOMMANDS = (
     serve,
@@ -27,6 +42,8 @@ SUBCOMMANDS = (
     status,
     top,
     evict,
+    hold,
+    release,
     reload,
     image,
     migrate,

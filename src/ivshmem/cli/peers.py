@@ -143,7 +143,10 @@ def _state(peer: Status, now: float) -> str:
         parts.append("setting up")
     if peer["readonly"]:
         parts.append("reads only")
-    if peer.get("leaves_held"):  # servers of older versions do not say
+    if peer.get("held"):  # servers of older versions do not say
+        until = peer["held_until"]
+        parts.append("held" if until is None else f"held for {duration(until - now)}")
+    if peer.get("leaves_held"):
         parts.append(f"{peer['leaves_held']} leaves held back")
     return ", ".join(parts) or "told all"
 

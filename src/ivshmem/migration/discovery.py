@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import control, pages
+from ..emulators import is_qemu
 from ..errors import IvshmemError
 from ..qemu.answers import Answer, QmpError
-from ..qemu.processes import is_qemu
 from ..qemu.qmp import Monitor
 from ..region import posix_path
 from .model import PLACES, Device, Found, Kind, Peer, Place, Qemu, Server, Vm
@@ -71,7 +71,8 @@ async def look(
 
 async def look_at(name: str, monitor: Monitor, servers: _Servers, buses: Iterable[str]) -> Qemu:
     """Look at one QEMU."""
-    local = monitor.local and monitor.pid is not None and is_qemu(monitor.pid)
+    # A forwarded socket is a local process's that is no QEMU.
+    local = monitor.local and bool(is_qemu(monitor.pid or 0, ask_process=True))
     migration = await monitor.execute("query-migrate")
     capabilities = await monitor.execute("query-migrate-capabilities")
     devices = [
@@ -254,9 +255,11 @@ class _Servers:
         candidates = [*self._controls, *([control.default_path(socket)] if local else [])]
         for path in candidates:
             reply = await self._reply(path)
-            for region in reply.parts("regions") if reply is not None else ():
+            if reply is None:
+                continue
+            for region in reply.parts("regions"):
                 if _same(region.text("socket"), socket, local):
-                    self.found[socket] = _server(path, region)
+                    self.found[socket] = _server(path, region, _shares_pids(reply))
                     return
 
     async def _reply(self, path: str) -> Answer | None:
@@ -268,12 +271,18 @@ class _Servers:
         return self._replies[path]
 
 
-def _server(path: str, region: Answer) -> Server:
+def _shares_pids(reply: Answer) -> bool:
+    """Whether pids mean the same to a server and to us."""
+    return reply.part("server").number("pid_namespace", 0) == control.pid_namespace() != 0
+
+
+def _server(path: str, region: Answer, shares_pids: bool) -> Server:
     memory = region.text("memory")
     if region.text("source") == "posix":
         memory = posix_path(memory)
     elif region.text("source") != "file":
         memory = ""
+    peers = region.parts("peers")
     return Server(
         control=path,
         region=region.text("name"),
@@ -281,15 +290,16 @@ def _server(path: str, region: Answer) -> Server:
         page_size=region.number("page_size"),
         file_system=region.text("file_system", ""),
         holds=region.flag("holds_leaves", False),
-        peers=tuple(
-            Peer(
-                each.number("id"),
-                each.number("pid"),
-                each.text("process"),
-                each.number("leaves_told", 0),
-            )
-            for each in region.parts("peers")
-        ),
+        peers=tuple(_peer(each, shares_pids) for each in peers),
+        can_hold=all("held" in each for each in peers),
+    )
+
+
+def _peer(peer: Answer, shares_pids: bool) -> Peer:
+    pid, process = peer.number("pid"), peer.text("process")
+    found = is_qemu(pid if shares_pids else 0, process, ask_process=True)
+    return Peer(
+        peer.number("id"), pid, process, peer.number("leaves_told", 0), is_qemu=found is not False
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import IvshmemError
-from ..sockets import QEMU_NAMES
 
 Kind = Literal["plain", "doorbell"]
 StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
@@ -167,17 +166,19 @@ class Qemu:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server's peer; `leaves_told`: how often it was told that another one left."""
+    """A server's peer.
+
+    Attributes:
+        id, pid, process: as the server tells.
+        leaves_told: how often it was told that another one left.
+        is_qemu: it is a QEMU, or nobody can know that it is not.
+    """
 
     id: int
     pid: int
     process: str
     leaves_told: int
-
-    @property
-    def is_qemu(self) -> bool:
-        """As far as its name tells."""
-        return self.process.startswith(QEMU_NAMES)
+    is_qemu: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class Server:
         memory: the file of its memory, "" if it has no path.
         page_size, file_system: of that memory, as of Device.
         holds: leaves are held back from QEMUs.
+        can_hold: it can hold all news of a peer.
     """
 
     control: str
@@ -199,6 +201,7 @@ class Server:
     file_system: str
     holds: bool
     peers: tuple[Peer, ...]
+    can_hold: bool = True
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,9 @@ class Step:
         vm: whose, of unplug, migrate and plug.
         device: which, of unplug and plug.
         where: the file or socket that a plugged device is given.
-        control, region: of the server, of hold, release and evict.
+        control, region: of the server, of hold, release and evict; of unplug, if the server holds
+            all news of the peer meanwhile.
+        pid: of the QEMU, whose peers these are (unplug); 0 if it is not known.
         peer: who has to go (evict).
         running: the guest runs (migrate).
         size: of the shared memory that goes along, bytes (migrate).
@@ -236,6 +241,7 @@ class Step:
     where: str = ""
     control: str = ""
     region: str = ""
+    pid: int = 0
     peer: Peer | None = None
     running: bool = True
     size: int = 0

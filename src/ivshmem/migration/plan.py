@@ -289,6 +289,12 @@ class _Planner:
                 " device is unplugged: serve with `ivshmem serve`, or take the risk with --force"
             )
             return
+        if not server.can_hold:
+            yield (
+                f"{who}: its server {device.where} is of a version that cannot hold a peer's news,"
+                " and QEMU 10 and newer can crash if any comes while the device is unplugged:"
+                " replace the server (`ivshmem serve --takeover`), or take the risk with --force"
+            )
         told = [
             peer for peer in server.peers if peer.leaves_told and (peer.pid == pid or pid is None)
         ]
@@ -310,7 +316,7 @@ class _Planner:
         holds = list(self._holds(unplugged))
         steps = [
             *holds,
-            *(Step("unplug", each.vm, each.device) for each in unplugged),
+            *(self._unplug(each) for each in unplugged),
             *(self._evictions(groups) if self._options.evict else ()),
             *(self._migrate(vm, groups) for vm in order),
             *(self._plug(other, group) for group in groups for other in group.others),
@@ -328,6 +334,20 @@ class _Planner:
                 continue
             known.add((server.control, server.region))
             yield Step("hold", control=server.control, region=server.region)
+
+    def _unplug(self, member: Member) -> Step:
+        """While its server, if that can be asked, tells its QEMU nothing."""
+        server = self._server("source", member.device)
+        if server is None or not server.can_hold:
+            return Step("unplug", member.vm, member.device)
+        return Step(
+            "unplug",
+            member.vm,
+            member.device,
+            control=server.control,
+            region=server.region,
+            pid=self._found.source[member.vm].pid or 0,
+        )
 
     def _evictions(self, groups: Sequence[Group]) -> Iterator[Step]:
         for group in groups:

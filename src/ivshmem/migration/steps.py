@@ -13,6 +13,7 @@ from .crew import Crew
 from .model import Options, Step, Vm
 from .moving import Mover, Watch
 from .plugging import gone, plug, unplug
+from .quiet import quiet
 
 
 class Worker:
@@ -46,7 +47,8 @@ class Worker:
         assert step.device is not None
         if step.kind == "unplug":
             monitor = await self._crew.monitor(vm.name, "source")
-            await unplug(monitor, step.device, self._options.unplug_seconds)
+            async with quiet(step):
+                await unplug(monitor, step.device, self._options.unplug_seconds)
         else:
             monitor = await self._crew.monitor(vm.name, "destination")
             await plug(monitor, step.device, step.where)
@@ -67,8 +69,9 @@ class Worker:
             assert step.device is not None
             assert vm is not None
             monitor = await self._crew.monitor(vm.name, "source")
-            await gone(monitor, step.device, seconds)
-            await plug(monitor, step.device, step.device.where)
+            async with quiet(step):
+                await gone(monitor, step.device, seconds)
+                await plug(monitor, step.device, step.device.where)
         elif step.kind == "migrate":
             assert vm is not None
             await self._mover(step, vm).take_back()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from ..emulators import is_qemu_name
 from ..plain import NAME, plain
-from ..sockets import QEMU_NAMES
 
 _PROC = Path("/proc")
 _MOST_BYTES = 1 << 20  # of a command line
@@ -39,17 +39,9 @@ def guest_of(pid: int, since: float) -> str:
     return guest_name(os.fsdecode(line).split("\0"))
 
 
-def is_qemu(pid: int) -> bool:
-    """Whether a process is a QEMU, by its program's name: a claim, not a proof."""
-    try:
-        return (_PROC / str(pid) / "comm").read_text(errors="replace").startswith(QEMU_NAMES)
-    except OSError:
-        return False
-
-
 def guest_name(arguments: Sequence[str]) -> str:
     """The name in a QEMU's command line, printable; "" if there is none, or it is no QEMU's."""
-    if not arguments or not os.path.basename(arguments[0]).startswith(QEMU_NAMES):
+    if not arguments or not is_qemu_name(arguments[0]):
         return ""
     name = ""
     for option, value in pairwise(arguments):

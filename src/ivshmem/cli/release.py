@@ -1,0 +1,32 @@
+"""`ivshmem release`: undo `ivshmem hold`."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import asking
+from .evict import peer_id
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "release",
+        help="send a peer news again",
+        description="End `ivshmem hold`: the peer is told what has changed since, and all that"
+        " happens from now on.",
+    )
+    parser.add_argument("id", metavar="ID", type=peer_id, help="the peer's")
+    parser.add_argument("--region", metavar="NAME", help="its region, if there are several")
+    asking.add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask for it."""
+    with asking.connect(options) as client:
+        held = client.release(options.id, region=options.region)
+    if held:
+        print(f"peer {options.id} is sent news again")
+    else:
+        print(f"peer {options.id} was not held")
+    return 0

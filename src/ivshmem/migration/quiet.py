@@ -1,0 +1,88 @@
+"""Keeping a server's news from a QEMU while one of its devices is unplugged.
+
+Knows: which peers of a server are that QEMU's, the control socket's `hold` and `release`.
+Does not know: how a device is unplugged.
+
+QEMU 10.0 and newer uses freed memory if any message comes between the moment when the guest lets go
+of the device and the device's end, and nobody can see when that begins. So all news are held from
+before device_del on. The server does so as long as we are connected, and LINGER seconds more: if
+this process is killed, or the guest has not let go yet, it still may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from .. import control
+from ..emulators import is_qemu
+from ..engine import LINGER
+from ..qemu.answers import Answer
+from .model import Step, StepFailed
+from .plugging import Pending
+
+
+@contextlib.asynccontextmanager
+async def quiet(step: Step) -> AsyncIterator[None]:
+    """While this lasts, the QEMU of an unplug step is told nothing by the step's server.
+
+    After Pending, which says that the guest may still let go, the server goes on with that for
+    LINGER seconds.
+
+    Raises:
+        StepFailed: a peer does not read what it was sent before.
+        ControlError, OSError: the server cannot be asked.
+    """
+    if not step.control:
+        yield
+        return
+    client = await asyncio.to_thread(control.Client, step.control)
+    try:
+        peers = await asyncio.to_thread(_hold, client, step)
+        try:
+            yield
+        except Pending:
+            raise
+        except BaseException:
+            await asyncio.to_thread(_release, client, step, peers)
+            raise
+        await asyncio.to_thread(_release, client, step, peers)
+    finally:
+        client.close()
+
+
+def _hold(client: control.Client, step: Step) -> list[int]:
+    reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
+    found = [peer for region in reply.parts("regions") for peer in region.parts("peers")]
+    peers = [peer.number("id") for peer in found if _is_its(peer, step.pid)]
+    for peer in peers:
+        try:
+            client.hold(peer, linger=LINGER, region=step.region)
+        except TimeoutError as error:
+            raise StepFailed(f"{step.vm}: {step.control}: {error.strerror}") from None
+        except control.ControlError:
+            if _is_there(client, step, peer):
+                raise
+    return peers
+
+
+def _release(client: control.Client, step: Step, peers: list[int]) -> None:
+    """Those that are still there: a QEMU can have several devices at one server."""
+    for peer in peers:
+        # It has left, or the server has ended: then nobody is held.
+        with contextlib.suppress(control.ControlError, OSError):
+            client.release(peer, region=step.region)
+
+
+def _is_its(peer: Answer, pid: int) -> bool:
+    """Whether a peer is the QEMU of that process; any QEMU if that is not known."""
+    if pid:
+        return peer.number("pid") == pid
+    return is_qemu(0, peer.text("process")) is not False
+
+
+def _is_there(client: control.Client, step: Step, peer: int) -> bool:
+    reply = Answer(client.ask({"do": "status", "region": step.region}), step.control)
+    peers = [each for region in reply.parts("regions") for each in region.parts("peers")]
+    return any(each.number("id") == peer for each in peers)
