@@ -561,7 +561,9 @@ _COUNT = shapes.integer(0)
 _PEER = shapes.record(
     # Servers of older versions do not say these.
     {
-        **{"leaves_told": _COUNT, "leaves_held": _COUNT, "held": shapes.flag()},
+        "leaves_told": _COUNT,
+        "leaves_held": _COUNT,
+        "held": shapes.flag(),
         "held_until": shapes.optional(shapes.moment()),
     },
     id=shapes.integer(0, MAX_ID),

@@ -150,6 +150,8 @@ class TestWhatItSays:
             "stalled_since": None,
             "leaves_told": 0,
             "leaves_held": 0,
+            "held": False,
+            "held_until": None,
             "interrupts": [0] * VECTORS,
         }
 

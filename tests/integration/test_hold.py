@@ -72,9 +72,7 @@ def test_it_answers_when_all_was_read(served: Served) -> None:
     path = control.default_path(served.server().path)
     with joined(served) as peer, joined(served):
         with control.Client(path, timeout=0.2) as hasty:
-            with pytest.raises(
-                TimeoutError, match="has not read all that it was sent"
-            ):
+            with pytest.raises(TimeoutError, match="has not read all that it was sent"):
                 hasty.hold(peer.id)
             assert set(held(served)) == {peer.id}, "it is held all the same"
             with pytest.raises(TimeoutError):

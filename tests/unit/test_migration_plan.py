@@ -342,7 +342,7 @@ def test_who_stays_behind_is_evicted() -> None:
     """But for QEMUs, which would not come back."""
     case = Case("doorbell", options=Options(evict=True))
     here = case.servers["source"]["/here"]
-    strangers = (Peer(7, 99, "python3", 0), Peer(8, 98, "qemu-system-x86", 0))
+    strangers = (Peer(7, 99, "python3", 0), Peer(8, 98, "web1", 0, is_qemu=True))
     case.servers["source"]["/here"] = replace(here, peers=(*here.peers, *strangers))
     plan = case.plan()
     assert [kind for kind, _ in kinds(plan)] == [
