@@ -49,7 +49,8 @@ endif
 check:
 	CI=true $(MAKE) test
 
-NEWEST_QEMU = $$(tests/vm/newest_qemu build/newest-qemu)
+CACHE = $${IVSHMEM_VM_CACHE:-$$HOME/.cache/ivshmem-vm}
+NEWEST_QEMU = $$($(PYTHON) tests/vm/newest_qemu.py $(CACHE)/newest-qemu)
 
 test-newest-qemu: $(VENV)/tested
 	qemu=$(NEWEST_QEMU) && \
