@@ -144,6 +144,7 @@ def test_come_and_go_past_one_who_does_not_read(server: MakeServer, socket_path:
         peer.close()
 
 
+@pytest.mark.nightly
 def test_more_joins_than_ids(tmp_path: Path) -> None:
     """One who stays is told of all; when it knows every id, newcomers wait until it has gone."""
     path = str(tmp_path / "socket")

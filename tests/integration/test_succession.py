@@ -93,7 +93,10 @@ def test_at_rest(tmp_path: Path) -> None:
             peer.close()
 
 
-@pytest.mark.parametrize("seed", range(4))
+NIGHTLY = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 10)]
+
+
+@pytest.mark.parametrize("seed", [0, *NIGHTLY])
 def test_at_any_moment(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)  # noqa: S311
     with kept(tmp_path / "socket") as server:

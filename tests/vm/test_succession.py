@@ -21,7 +21,6 @@ from ivshmem import qemu
 from .harness import MakeGuest
 from .host import TIMEOUT
 
-SECONDS = 60
 VECTORS = 2
 
 STAYS = """
@@ -152,7 +151,8 @@ class Visitors:
 
 
 @pytest.mark.timeout(400)
-def test_killed_every_second(guest: MakeGuest, supervised: Supervised) -> None:
+@pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.nightly)])
+def test_killed_every_second(guest: MakeGuest, supervised: Supervised, seconds: int) -> None:
     arguments = qemu.doorbell(str(supervised.path), VECTORS)
     with ivshmem.connect(supervised.path) as host, memoryview(host.region) as memory:
         stays = guest(STAYS, args=arguments, iommu=True, name="stays")
@@ -162,7 +162,7 @@ def test_killed_every_second(guest: MakeGuest, supervised: Supervised) -> None:
         killer = Killer(supervised)
         visitors = Visitors(guest, supervised.path)
         try:
-            end = time.monotonic() + SECONDS
+            end = time.monotonic() + seconds
             while time.monotonic() < end:
                 with ivshmem.connect(supervised.path, timeout=TIMEOUT) as other:
                     other.ring(host.id, 1)
@@ -180,8 +180,8 @@ def test_killed_every_second(guest: MakeGuest, supervised: Supervised) -> None:
         assert stays.expect("DONE") == "DONE"
         assert visitors.error is None
         print(f"{len(killer.killed)} kills, {visitors.came} visitors, {rounds} round trips")
-        assert len(killer.killed) > SECONDS / 2
-        assert visitors.came >= 2
+        assert len(killer.killed) > seconds / 2
+        assert visitors.came >= max(1, seconds // 30)
         assert rounds > 100
         with RawPeer(str(supervised.path)) as witness:
             witness.set_up(VECTORS)
