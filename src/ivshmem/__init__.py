@@ -13,37 +13,100 @@ over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wai
 line does the same: `python -m ivshmem --help`.
 """
 
-from ._bell import Doorbell
-from ._core import Interrupt
-from ._memory import AtomicU32, AtomicU64
-from .access import Rules, Verdict
-from .client import Client, connect
-from .directory import Directory, Entry, Publication
-from .endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
-from .engine import Peer, PeerReport
-from .errors import (
-    ClosedError,
-    DeviceGone,
-    DirectoryFull,
-    ImageError,
-    IvshmemError,
-    NameTaken,
-    NoDirectory,
-    NoFreeId,
-    NoInterrupts,
-    NoSuchDevice,
-    NoSuchName,
-    NoSuchPeer,
-    NoSuchVector,
-    ProtocolError,
-    RegionError,
-    ServerFailed,
-    ServerGone,
-)
-from .image import ImageInfo, load, save
-from .region import Region, RegionInfo
-from .server import Server
-from .sizes import parse_size
+TYPE_CHECKING = False  # as type checkers read it; typing itself costs 1.7 MiB
+if TYPE_CHECKING:
+    from ._bell import Doorbell
+    from ._core import Interrupt
+    from ._memory import AtomicU32, AtomicU64
+    from .access import Rules, Verdict
+    from .client import Client, connect
+    from .directory import Directory, Entry, Publication
+    from .endpoint import Endpoint, Event, IdChanged, PeerJoined, PeerLeft, ServerLost
+    from .engine import Peer, PeerReport
+    from .errors import (
+        ClosedError,
+        DeviceGone,
+        DirectoryFull,
+        ImageError,
+        IvshmemError,
+        NameTaken,
+        NoDirectory,
+        NoFreeId,
+        NoInterrupts,
+        NoSuchDevice,
+        NoSuchName,
+        NoSuchPeer,
+        NoSuchVector,
+        ProtocolError,
+        RegionError,
+        ServerFailed,
+        ServerGone,
+    )
+    from .image import ImageInfo, load, save
+    from .region import Region, RegionInfo
+    from .server import Server
+    from .sizes import parse_size
+
+__version__ = "0.1.0"  # pyproject.toml and the command line read it here
+
+# Where each public name is defined. Its module is imported when the name is first used: a server
+# needs a third of them, and `ivshmem status` hardly any.
+_HOMES = {
+    "_bell": ("Doorbell",),
+    "_core": ("Interrupt",),
+    "_memory": ("AtomicU32", "AtomicU64"),
+    "access": ("Rules", "Verdict"),
+    "client": ("Client", "connect"),
+    "directory": ("Directory", "Entry", "Publication"),
+    "endpoint": (
+        "Endpoint",
+        "Event",
+        "IdChanged",
+        "PeerJoined",
+        "PeerLeft",
+        "ServerLost",
+    ),
+    "engine": ("Peer", "PeerReport"),
+    "errors": (
+        "ClosedError",
+        "DeviceGone",
+        "DirectoryFull",
+        "ImageError",
+        "IvshmemError",
+        "NameTaken",
+        "NoDirectory",
+        "NoFreeId",
+        "NoInterrupts",
+        "NoSuchDevice",
+        "NoSuchName",
+        "NoSuchPeer",
+        "NoSuchVector",
+        "ProtocolError",
+        "RegionError",
+        "ServerFailed",
+        "ServerGone",
+    ),
+    "image": ("ImageInfo", "load", "save"),
+    "region": ("Region", "RegionInfo"),
+    "server": ("Server",),
+    "sizes": ("parse_size",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What importlib.import_module does, without importlib.
+    module = __import__(f"{__name__}.{home}", fromlist=(name,))
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AtomicU32",

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, cast
 from . import _memory
 from .endpoint import Endpoint
 from .errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
+from .limits import MAX_SLOTS as MAX_SLOTS
 from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
 from .sizes import format_size
@@ -43,7 +44,6 @@ LEASE = 5.0  # seconds without one, after which its owner is dead
 # package is for, so that _memory's atomics, which have the machine's order, need no conversion.
 SLOT_BYTES = 128  # of a slot, and of the trailer behind the last one
 NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a terminator
-MAX_SLOTS = 4095
 DEFAULT_SLOTS = 63
 MAGIC, VERSION = b"IVSHNAME", 1
 

@@ -46,7 +46,8 @@ class Journal:
     """A journal in a memory file.
 
     Args:
-        fd: of the file, which is owned from now on; None: a new one.
+        fd: of the file, which is owned from now on; it may be empty, or of a process that was
+            killed while it began it. None: a new one.
 
     Raises:
         JournalError: the file is none of this version's.
@@ -54,12 +55,12 @@ class Journal:
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        new = fd is None
         self._fd = os.memfd_create("ivshmem-journal") if fd is None else fd
         try:
-            if new:
+            size = os.fstat(self._fd).st_size
+            if size == 0:
                 os.ftruncate(self._fd, _SIZE)
-            elif os.fstat(self._fd).st_size != _SIZE:
+            elif size != _SIZE:
                 raise JournalError(f"the journal has another size: it {_OTHER}")
             self._memory = _memory.Mapping(self._fd, _SIZE)
         except BaseException:
@@ -71,7 +72,7 @@ class Journal:
         # group is kept before a record mentions it, and dropped before its descriptors are closed.
         self.keep: Callable[[str, Sequence[int]], object] = _nothing
         self.drop: Callable[[str], object] = _nothing
-        if new:
+        if self._end.load() == 0:
             self._memory.write(_ABOUT, _VERSION)
             self._end.store(1 << _OFFSET_BITS)
         elif (about := self._memory.read(_ABOUT, len(_VERSION))) != _VERSION:

@@ -5,30 +5,31 @@ Knows: processes that share their descriptors, death by signals. Does not know: 
 Invariants:
 1. Parent and child have the same table of descriptors (clone(2), CLONE_FILES), so that nothing is
    closed when one of them dies, and nothing has to be handed over.
-2. The parent has one thread, opens nothing, and does nothing but wait for its child.
+2. The parent has one thread, opens nothing, writes nothing, and does nothing but wait for its
+   child. Whatever a child's status or a signal's number is, nothing in its loop raises.
 3. A child that loses its parent can become one: it starts its program anew in its own place, where
    it finds all it had.
+4. Only a child judges whether another child is of use: it ends with the status `AGAIN` if so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import resource
 import select
 import signal
+import stat
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
 
 from . import _fds
-from .errors import IvshmemError
 from .plain import paragraph
 
-_log = logging.getLogger("ivshmem.server")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import NoReturn
 
 # Successors in so many seconds, after which each next one waits a second: something is wrong then
 # that will not pass by trying again.
@@ -36,77 +37,122 @@ _MANY, _IN_SECONDS = 100, 5.0
 
 _VARIABLE = "IVSHMEM_JOURNAL"
 
-_AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
+AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
 
 
 def say(text: str) -> None:
-    """Write a line to stderr if somebody reads there: who waits for that, or dies of it, keeps
-    nothing.
+    """Write a line to stderr if a reader takes it at once; never wait, never raise."""
+    data = paragraph(text).encode(errors="replace")[: select.PIPE_BUF - 1] + b"\n"
+    with contextlib.suppress(OSError):
+        mode = os.fstat(2).st_mode
+        if stat.S_ISREG(mode):
+            os.write(2, data)
+        elif stat.S_ISSOCK(mode) or not _write_at_once(data):
+            _write_if_ready(data)
+
+
+def _write_at_once(data: bytes) -> bool:
+    """Write to the terminal or pipe at stderr without blocking; False: it cannot be opened.
+
+    A terminal that was stopped with Ctrl-S can take a part of a line and then block the writer,
+    whatever poll(2) has said. O_NONBLOCK belongs to the open file description, which others share,
+    so this opens another one.
     """
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open("/proc/self/fd/2", flags)
+    except OSError:
+        return False  # another user's terminal, for instance
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _write_if_ready(data: bytes) -> None:
     poll = select.poll()
     poll.register(2, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        if any(events == select.POLLOUT for _, events in poll.poll(0)):
-            os.write(2, paragraph(text).encode()[: select.PIPE_BUF - 1] + b"\n")
+    if any(events == select.POLLOUT for _, events in poll.poll(0)):
+        os.write(2, data)
 
 
 def keep(
-    run: Callable[[bool], int],
-    ending: Iterable[signal.Signals],
-    *,
-    again: bool = False,
-    tell: Callable[[str], object] = say,
+    run: Callable[[list[str]], int], ending: Iterable[signal.Signals], deaths: Iterable[str] = ()
 ) -> int:
-    """Call `run(again)` in a child; when a signal kills that, `run(True)` in another; and so on.
+    """Call `run` in a child; when a signal kills the child, call it in another; and so on.
 
-    A child that was told to go on, and failed to, is followed by another, too, and one that failed
-    in `left_to_another`.
-
-    Call it in a process with one thread.
+    A child that ends with the status `AGAIN` is followed by another, too, after a second. Call this
+    in a process with one thread.
 
     Args:
-        run: what the child does; its result is the child's exit status. It may find out with
-            `os.getppid()` whether the parent is still there.
-        ending: signals that are blocked; those that come to the parent are sent on to the child.
-        again: what the first child is told.
-        tell: what to do with a line for the log; it may not wait.
+        run: what the child does; its result is the child's exit status. Its argument says what
+            became of earlier children, the last one at the end; only the last hundred are kept.
+            `run` can find out with `os.getppid()` whether the parent is still there.
+        ending: signals that are blocked; the parent sends those that come to it on to the child.
+            If a signal kills the child before it has obeyed, the next child gets the last of them.
+        deaths: what the first child is told.
 
     Returns:
-        The exit status of the child that ended by itself: the first one's, or 0.
+        The exit status of the child that ended by itself.
+
+    Raises:
+        OSError: the first child could not be made.
     """
     wanted = {*ending, signal.SIGCHLD}
+    # A process that was started with SIGCHLD ignored would never hear of its child's end.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    deaths: list[float] = []
-    while True:
-        child = _fds.fork_sharing_files()
-        if child == 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            _end_with(run, again)
-        status, ended = _wait(child, wanted)
-        if os.WIFSIGNALED(status):
-            what = f"died of {signal.Signals(os.WTERMSIG(status)).name}"
-        elif not ended and (os.WEXITSTATUS(status) == _AGAIN or (again and status)):
-            # What it could not do, for want of memory perhaps, may be possible in a while; to end
-            # here would be the end of what is kept.
-            what = f"ended with status {os.WEXITSTATUS(status)}"
-            time.sleep(1.0)
-        else:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return os.WEXITSTATUS(status)
-        tell(f"the server (pid {child}) {what}: another goes on")
-        again = True
-        deaths = [*deaths[-_MANY:], time.monotonic()]
-        if len(deaths) > _MANY and deaths[-1] - deaths[0] < _IN_SECONDS:
-            time.sleep(1.0)
+    told = list(deaths)
+    times: list[float] = []
+    owed = 0  # the last signal that no child has obeyed yet
+    try:
+        while True:
+            try:
+                child = _fds.fork_sharing_files()
+            except (OSError, MemoryError):
+                if not told:
+                    raise
+                owed = _pause(wanted) or owed
+                continue
+            if child == 0:
+                signal.signal(signal.SIGCHLD, handler)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                _end_with(run, told)
+            status, owed = _wait(child, wanted, owed)
+            if os.WIFSIGNALED(status):
+                end = f"died of {name_of(os.WTERMSIG(status))}"
+            elif os.WEXITSTATUS(status) == AGAIN and owed in (0, signal.SIGHUP):
+                # What it could not do, for want of memory perhaps, may be possible in a while.
+                end = f"ended with status {AGAIN}"
+                owed = _pause(wanted) or owed
+            else:
+                return os.WEXITSTATUS(status)
+            told = [*told[1 - _MANY :], f"the server (pid {child}) {end}"]
+            times = [*times[-_MANY:], time.monotonic()]
+            if len(times) > _MANY and times[-1] - times[0] < _IN_SECONDS:
+                owed = _pause(wanted) or owed
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, handler)
 
 
-def _end_with(run: Callable[[bool], int], again: bool) -> None:
+def name_of(number: int) -> str:
+    """What a signal is called; also a real-time one, most of which have no name in `signal`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number} (SIGRTMIN+{number - signal.SIGRTMIN})"
+
+
+def _end_with(run: Callable[[list[str]], int], told: list[str]) -> None:
     status = 1
     try:
-        status = run(again)
+        status = run(told)
     finally:
-        _flush()
-        os._exit(status)  # not through the frames of the parent, whose clean-up is not ours
+        # Not through the frames of the parent, whose clean-up is not ours. Nothing is flushed,
+        # since that could wait for a reader: what a child prints, it writes at once.
+        os._exit(status)
 
 
 @contextlib.contextmanager
@@ -115,30 +161,49 @@ def left_to_another(tell: Callable[[str], object] = say) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, IvshmemError | OSError | ValueError)
-        text = traceback.format_exception_only(error) if known else traceback.format_exc()
-        tell(f"pid {os.getpid()} cannot go on: {''.join(text).rstrip()}")
-        os._exit(_AGAIN)
+        try:
+            tell(f"pid {os.getpid()} cannot go on: {_described(error)}")
+        finally:
+            os._exit(AGAIN)
 
 
-def _wait(child: int, wanted: set[signal.Signals]) -> tuple[int, bool]:
-    """Send a child the signals that come, until it ends: its status, whether it was told to."""
-    ended = False
+def _described(error: Exception) -> str:
+    import traceback  # here, since the parent never needs it
+
+    known = isinstance(error, OSError | ValueError) or "ivshmem" in type(error).__module__
+    text = traceback.format_exception_only(error) if known else traceback.format_exception(error)
+    return "".join(text).rstrip()
+
+
+def _pause(wanted: set[signal.Signals]) -> int:
+    """Let a second pass; the last signal that came then, 0 for none."""
+    came = 0
+    until = time.monotonic() + 1.0
+    while (left := until - time.monotonic()) > 0:
+        info = signal.sigtimedwait(wanted, left)
+        if info is not None and info.si_signo != signal.SIGCHLD:
+            came = info.si_signo
+    return came
+
+
+def _wait(child: int, wanted: set[signal.Signals], owed: int) -> tuple[int, int]:
+    """Send a child the signals that come, until it ends: its status, and the last of them.
+
+    `owed` is sent first.
+    """
+    number = owed
     while True:
-        number = signal.sigwait(wanted)
-        if number == signal.SIGCHLD:
+        if number and number != signal.SIGCHLD:
+            owed = number
+            with contextlib.suppress(OSError):
+                os.kill(child, number)
+        try:
             pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                return status, ended
-        else:
-            ended = ended or number != signal.SIGHUP  # which may ask for something else
-            os.kill(child, number)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+        except OSError:
+            return AGAIN << 8, owed  # ECHILD: how it ended, nobody knows
+        if pid:
+            return status, owed
+        number = signal.sigwait(wanted)
 
 
 def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
@@ -159,7 +224,6 @@ def start_anew(fds: Iterable[int], journal: int) -> NoReturn:
     try:
         for fd in needed:
             os.set_inheritable(fd, True)
-        _flush()
         environment = {**os.environ, _VARIABLE: str(journal)}
         os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606
     finally:
@@ -178,6 +242,11 @@ def inherited() -> tuple[int, set[int]] | None:
     for fd in fds:
         os.set_inheritable(fd, False)
     return int(value), fds - {int(value)}
+
+
+def is_heir() -> bool:
+    """Whether `start_anew` has started this program; until `inherited` is called."""
+    return _VARIABLE in os.environ
 
 
 def strays(known: Iterable[int]) -> list[int]:

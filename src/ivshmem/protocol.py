@@ -25,11 +25,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from .errors import NoFreeId, ProtocolError
+from .limits import MAX_ID as MAX_ID
+from .limits import MAX_VECTORS as MAX_VECTORS
 
 VERSION = 0
 MEMORY = -1  # the message value that brings the region's descriptor
-MAX_ID = 65535  # the doorbell register has 16 bits for it
-MAX_VECTORS = 2048  # of the device's property `vectors`
 
 _MESSAGE = struct.Struct("<q")
 _GREETED = 3  # messages in a greeting

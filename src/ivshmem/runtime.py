@@ -24,10 +24,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
 
-from . import sockets
-from .accounts import user_name
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NAME = "ivshmem.sock"
 OF_ROOT = "/run/ivshmem.sock"
@@ -90,7 +90,9 @@ def _given() -> Iterator[str]:
         yield os.path.dirname(OF_ROOT)
         return
     found = os.environ.get("XDG_RUNTIME_DIR", "")
-    short = len(os.fsencode(found)) <= sockets.MAX_PATH - _LONGEST_NAME
+    from .sockets import MAX_PATH  # here, since the names above are all that an option needs
+
+    short = len(os.fsencode(found)) <= MAX_PATH - _LONGEST_NAME
     if os.path.isabs(found) and short:
         yield found
 
@@ -124,6 +126,8 @@ def _fault(path: str) -> str:
             return f"its directory {trouble}"
         if not stat.S_ISSOCK(status.st_mode):
             return "not a socket"
+        from . import sockets
+
         return "" if sockets.is_live(path) else "stale: nobody listens"
     except FileNotFoundError:
         return "not there"
@@ -151,6 +155,8 @@ def _of_another(status: os.stat_result, *, own_only: bool) -> str:
     trusted = {os.geteuid()} if own_only else {os.geteuid(), 0}
     if status.st_uid in trusted:
         return ""
+    from .accounts import user_name
+
     return f"belongs to {user_name(status.st_uid)}"
 
 

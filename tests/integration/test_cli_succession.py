@@ -166,7 +166,13 @@ def test_leaves_are_still_held(serve: Serve, peers: list[RawPeer]) -> None:
                 visitor.set_up(VECTORS)
             kill(serving.child())
         status = [sys.executable, "-m", "ivshmem", "status", "-S", path, "--json"]
-        shown = json.loads(subprocess.run(status, check=True, capture_output=True).stdout)
+
+        def ask() -> Any:
+            """What it answers when the successor has begun."""
+            done = subprocess.run(status, check=False, capture_output=True)
+            return None if done.returncode else json.loads(done.stdout)
+
+        shown = until(ask)
         found = shown["regions"][0]["peers"]
         assert [(p["leaves_told"], p["leaves_held"]) for p in found] == [(0, 2), (0, 1)]
     finally:

@@ -22,7 +22,8 @@ def main(path: str, vectors: int) -> int:
     with os.scandir("/proc/self/fd") as entries:
         baseline = {int(entry.name) for entry in entries}
 
-    def run(again: bool) -> int:
+    def run(deaths: list[str]) -> int:
+        again = bool(deaths)
         found = strays(baseline)
         listener.unlinks = False
         with Server(listener, region, vectors, journal=Chapter(journal, 1)) as server:

@@ -18,7 +18,7 @@ HOME = Path(ivshmem.__file__).parent
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
     ["errors", "plain"],
-    ["sizes", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
+    ["sizes", "limits", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
     ["keeper", "safe_files", "turns", "uncopied"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
@@ -145,18 +145,35 @@ def test_protocol_knows_no_io() -> None:
 
 def test_init_only_names_things() -> None:
     tree = ast.parse((HOME / "__init__.py").read_text())
+    names = {"__all__", "__version__", "TYPE_CHECKING", "_HOMES", "_HOME_OF"}
     for node in tree.body[1:]:
-        assigned = isinstance(node, ast.Assign) and {
-            target.id for target in node.targets if isinstance(target, ast.Name)
-        } <= {"__all__", "__version__"}
-        assert isinstance(node, ast.ImportFrom) or assigned, ast.unparse(node)
+        assigned = (
+            isinstance(node, ast.Assign)
+            and {target.id for target in node.targets if isinstance(target, ast.Name)} <= names
+        )
+        looked_up = isinstance(node, ast.FunctionDef) and node.name in {"__getattr__", "__dir__"}
+        typed = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        assert assigned or looked_up or typed, ast.unparse(node)
+
+
+def test_what_type_checkers_read_is_what_there_is() -> None:
+    """The public names stand there for type checkers, for the lookup, and in __all__."""
+    tree = ast.parse((HOME / "__init__.py").read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        node.module: tuple(alias.name for alias in node.names)
+        for node in typed.body
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported == ivshmem._HOMES
 
 
 def test_all_is_complete_and_sorted() -> None:
-    submodules = {module.name for module in pkgutil.iter_modules(ivshmem.__path__)}
-    public = {name for name in vars(ivshmem) if not name.startswith("_")} - submodules
+    public = [name for names in ivshmem._HOMES.values() for name in names]
     names = [name for name in ivshmem.__all__ if not name.startswith("__")]
     assert names == sorted(public)
+    assert not {module.name for module in pkgutil.iter_modules(ivshmem.__path__)} & {*public}
+    assert {*names} <= {*dir(ivshmem)}
     for name in ivshmem.__all__:
         assert hasattr(ivshmem, name)
 

@@ -6,72 +6,117 @@ on stderr says why and what to do; 2: wrong usage.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
-from typing import NoReturn
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 
-from ..errors import IvshmemError
+from .. import __version__
 from ..plain import plain
-from . import (
-    bench,
-    connect,
-    doctor,
-    evict,
-    guest,
-    hold,
-    image,
-    migrate,
-    qemu,
-    release,
-    reload,
-    serve,
-    status,
-    top,
-)
 
-SUBCOMMANDS = (
-    serve,
-    connect,
-    guest,
-    qemu,
-    doctor,
-    status,
-    top,
-    evict,
-    hold,
-    release,
-    reload,
-    image,
-    migrate,
-    bench,
-)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, NoReturn
+
+# What each subcommand is for, and the module that has it, which is imported only if it is called.
+SUBCOMMANDS = {
+    "serve": ("serve", "run the server that guests and clients connect to"),
+    "connect": ("connect", "be a peer: ring, wait, look into the memory"),
+    "guest": (
+        "guest",
+        "inside a virtual machine: its devices, ring, wait, look into the memory, share it",
+    ),
+    "qemu": ("qemu", "print the arguments for a guest"),
+    "doctor": (
+        "doctor",
+        "check what sharing needs, on the host or in a guest, and say what fixes it",
+    ),
+    "status": ("status", "say what a running server does: regions, peers, who is stalled"),
+    "top": ("top", "show what a running server does, live"),
+    "evict": ("evict", "let a running server hang up on a peer"),
+    "hold": ("hold", "send a peer no news, so that its device can be unplugged"),
+    "release": ("release", "send a peer news again"),
+    "reload": ("reload", "let a running server read its configuration again"),
+    "save": ("image", "write a region's bytes to a file"),
+    "load": ("image", "make a region what was saved"),
+    "migrate": ("migrate", "migrate VMs together with the memory that they share"),
+    "bench": ("bench", "measure doorbells and memory here, or the round trip to a peer"),
+}
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not after a screen of usage."""
+class Parser(ArgumentParser):
+    """Says what is wrong in one line, not after a screen of usage; and what was meant, perhaps."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {plain(message)} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Each parser refuses what it does not know: the outermost one would name the wrong help.
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            meant = suggestion(option, self._option_string_actions) if option[:1] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            meant = suggestion(str(value), allowed) or f": allowed are {', '.join(allowed)}"
+            raise ArgumentError(action, f"invalid choice: {value!r}{meant}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """ ": did you mean X?", if one of the known words is like this one."""
+    import difflib  # here, since it is seldom needed
+
+    like = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {like[0]}?" if like else ""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    try:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given[:1] == ["help"]:
+            given = [*given[1:2], "--help"]
+        options = parsed(_parser(given), given or ["--help"])
+    except KeyboardInterrupt:
+        return 130
+    return guarded(options.run, options)
+
+
+def parsed(parser: Parser, arguments: Sequence[str] | None) -> Namespace:
+    """What the arguments say; errors and help exit, also where nobody reads them."""
     open_standard_streams()
+    try:
+        return parser.parse_args(arguments)
+    except SystemExit:
+        _drop(sys.stdout)
+        _drop(sys.stderr)
+        raise
+
+
+def _parser(given: Sequence[str]) -> Parser:
+    """The parser of a command line; of its subcommand alone, if it names one."""
     parser = Parser(
         prog="ivshmem",
         description="Shared memory and doorbells between virtual machines and host processes.",
         epilog="Begin with `ivshmem serve`: it prints what QEMU needs to be told.",
     )
-    parser.add_argument("--version", action="version", version=f"ivshmem {version('ivshmem')}")
-    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-    for module in SUBCOMMANDS:
+    parser.add_argument("-V", "--version", action="version", version=f"ivshmem {__version__}")
+    named = next((word for word in given if not word.startswith("-")), None)
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=named is not None)
+    parser.set_defaults(run=lambda _options: parser.print_help())
+    if named in SUBCOMMANDS:
+        home = SUBCOMMANDS[named][0]
+        module = __import__(f"{__name__}.{home}", fromlist=("add_to",))
         module.add_to(subparsers)
-    options = parser.parse_args(arguments)
-    return guarded(options.run, options)
+    else:
+        for name, (_, text) in SUBCOMMANDS.items():
+            subparsers.add_parser(name, help=text)
+    return parser
 
 
 def open_standard_streams() -> None:
@@ -84,29 +129,52 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
-def guarded(run: object, *arguments: object) -> int:
+def guarded(run: Callable[..., int | None], *arguments: object) -> int:
     """Call `run` and turn what users can cause into one line and an exit status."""
-    assert callable(run)
+    from ..errors import IvshmemError
+
     try:
         status = run(*arguments)
         sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:
             return fail(error)
-        # Whoever read our output has seen enough; Python would complain once more at its exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status = 1  # the reader of our output has seen enough
     except KeyboardInterrupt:
-        return 130
+        status = 130
+        _lose(sys.stdout)
+        _lose(sys.stderr)
+    except SystemExit:  # by a signal
+        _lose(sys.stdout)
+        _lose(sys.stderr)
+        raise
     except (IvshmemError, OSError, ValueError, OverflowError) as error:
-        return fail(error)
+        status = fail(error)
+    _drop(sys.stdout)
+    _drop(sys.stderr)
     return int(status or 0)
+
+
+def _drop(stream: Any) -> None:
+    """Lose what cannot be written: at its exit Python would try it again, and complain."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        _lose(stream)
+
+
+def _lose(stream: Any) -> None:
+    """Lose what was not written yet, so that the exit waits for no reader."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def fail(error: BaseException) -> int:
     """Print the one line that an error is worth, and return exit status 1."""
-    print(f"ivshmem: {one_line(error)}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(f"ivshmem: {one_line(error)}", file=sys.stderr)
     return 1
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
 
 from .. import runtime
-from ..config import DEFAULT_SIZE, EXISTING, RegionConfig
-from ..directory import MAX_SLOTS
-from ..protocol import MAX_VECTORS
-from ..sockets import check_path
+from ..limits import DEFAULT_SIZE, EXISTING, MAX_SLOTS, MAX_VECTORS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..config import RegionConfig
 
 # What the help says of a command that needs a server. Where that is: runtime.py.
 OF_THE_SERVER = "default: the server that runs here, see the README"
@@ -148,12 +150,18 @@ def _add_unplugging(parser: argparse.ArgumentParser) -> None:
 
 def region_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of a region, by RegionConfig's names."""
+    from ..config import RegionConfig
+
     known = RegionConfig.__dataclass_fields__
     return {key: value for key, value in vars(options).items() if key in known}
 
 
 def region_of(options: argparse.Namespace, socket: str | None = None) -> RegionConfig:
     """The region that the options describe; `socket`: where it is if they do not say."""
+    # Here, so that a process that only reads its options does not import what serves.
+    from ..config import RegionConfig
+    from ..sockets import check_path
+
     settings: dict[str, Any] = {"socket": socket, **region_settings(options)}
     settings["socket"] = os.path.abspath(check_path(settings["socket"] or runtime.default_socket()))
     if "file" in settings:

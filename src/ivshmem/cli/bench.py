@@ -39,7 +39,6 @@ _PATIENCE = 60.0  # seconds for the first answer of a peer
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="measure doorbells and memory here, or the round trip to a peer",
         description="Measure what doorbells, copies and huge pages cost on this machine, each"
         " beside what there is without this package. Needs no server, no guest and no root. With"
         " --peer, measure the round trip to a peer, at which `ivshmem bench --echo` runs.",

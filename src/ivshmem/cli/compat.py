@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from functools import partial
 
-from .. import pages, runtime
-from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
-from ..sizes import parse_size, round_up
-from ..sockets import check_path
-from . import Parser, daemon, guarded, open_standard_streams
+from .. import runtime
+from ..limits import DEFAULT_SIZE
+from . import Parser, guarded, parsed
 from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
-from .serve import Plan, serve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..config import RegionConfig
+    from .daemon import Ready
 
 DEFAULT_NAME = "ivshmem"
 
@@ -79,11 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="interrupts of each peer (default: %(default)s)",
     )
     add_accept_owner(parser)
-    open_standard_streams()
-    return guarded(_run, parser.parse_args(arguments))
+    return guarded(_run, parsed(parser, arguments))
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.foreground:
+        return _serve(options, lambda: None)
+    from . import daemon
+
+    run = partial(guarded, partial(_serve, options))
+    return daemon.in_background(run, silent=not options.verbose)
+
+
+def _serve(options: argparse.Namespace, ready: Ready) -> int:
+    from ..config import ServiceConfig
+    from .serving import Plan, serve
+
     plan = Plan(
         ServiceConfig({"ivshmem": _region(options)}),
         # The example server has none: so its path, in /tmp, is not worth an error.
@@ -92,13 +106,16 @@ def _run(options: argparse.Namespace) -> int:
         pid_file=None if options.foreground else options.pid_file,
         quiet=not options.verbose,
     )
-    if options.foreground:
-        return serve(plan, lambda: None)
-    return daemon.in_background(partial(guarded, partial(serve, plan)), silent=not options.verbose)
+    return serve(plan, ready)
 
 
 def _region(options: argparse.Namespace) -> RegionConfig:
     """Memory by the example server's rules."""
+    from .. import pages
+    from ..config import RegionConfig
+    from ..sizes import parse_size, round_up
+    from ..sockets import check_path
+
     kind, where = options.place
     page = pages.page_size_of(where) if kind == "directory" else pages.PAGE
     size = max(round_up(parse_size(options.size or DEFAULT_SIZE)), page)

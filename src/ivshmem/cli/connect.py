@@ -14,7 +14,6 @@ from .shell import ClientShell
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "connect",
-        help="be a peer: ring, wait, look into the memory",
         description="Connect to a server as a host peer. On a terminal it asks for commands (`help`"
         " lists them); otherwise it reads them from -c or from stdin, a line each, and ends with"
         " exit status 1 at the first that fails.",

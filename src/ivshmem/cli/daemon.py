@@ -9,20 +9,26 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import signal
 import stat
-import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 from .. import _fds, safe_files
+from . import one_line
 
-# What `in_background` hands over, to be called when all is set up.
-Ready = Callable[[], None]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import NoReturn, TypeAlias
+
+    # What `in_background` hands over, to be called when all is set up.
+    Ready: TypeAlias = Callable[[], None]
 
 # SIGHUP: the terminal is closed.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+_PATIENCE = 5.0  # seconds that a server which was taken over from may take to end
 
 
 @contextlib.contextmanager
@@ -94,12 +100,49 @@ def _removed(place: safe_files.Place, file: _fds.FdArray) -> None:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Let the signals that end a server wait while the block runs."""
+def pid_file_of(
+    path: str | None, tell: Callable[[str], object], *, going_on: bool
+) -> Iterator[None]:
+    """The same for a server.
+
+    Args:
+        tell: what to do with a line for the log.
+        going_on: there are peers already, so the server does without a pid file if it must.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(pid_file(path, _PATIENCE if going_on else 0.0))
+        except OSError as error:
+            if not going_on:
+                raise
+            tell(f"no pid file: {one_line(error)}")
+        yield
+
+
+def raise_fd_limit() -> None:
+    """A server holds a socket and its vectors for each peer; the usual 1,024 is soon too few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def signals_held(*, for_good: bool = False) -> Iterator[None]:
+    """Let the signals that end a server wait while the block runs.
+
+    Args:
+        for_good: ignore them afterwards if they were let come in the block: nothing is left to do
+            then that could wait. Otherwise they do what they did before, so that they end a
+            process whose results nobody reads.
+    """
+    handlers = [(number, signal.getsignal(number)) for number in ENDING]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
+        if not for_good:
+            for number, handler in handlers:
+                signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -183,32 +226,45 @@ def in_background(run: Callable[[Ready], int], *, silent: bool) -> int:
     """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
 
     What the daemon prints to stderr before it is ready is seen, its status returned. Afterwards it
-    has no terminal, and with `silent` nothing to print to.
+    has no terminal, and with `silent` nothing to print to. Signals that end a server and come to
+    this process before that are sent on to the daemon.
     """
     reader, writer = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until both know what to do
     child = os.fork()
     if child:
         os.close(writer)
-        told = os.read(reader, 1)
-        os.close(reader)
-        if told:
-            return 0
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            with _handled(lambda number, _frame: os.kill(child, number)):
+                told = os.read(reader, 1)
+            if told:
+                return 0
+            return status_of(os.waitpid(child, 0)[1])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(reader)
     os.close(reader)
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def ready() -> None:
+        """May be called again, by another process with the same table of descriptors, too."""
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2) if silent else (0,):
             os.dup2(null, fd)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            os.write(writer, b"1")
+        os.dup2(null, writer, inheritable=False)
         os.close(null)
-        os.write(writer, b"1")
-        os.close(writer)
 
     status = 1
     try:
         status = run(ready)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)  # not through the frames of the parent, whose clean-up is not ours
+
+
+def status_of(status: int) -> int:
+    """An exit status from what wait(2) says, as shells report death by a signal."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

@@ -21,7 +21,6 @@ _NAME_WIDTH = 19  # of the longest name of a check
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="check what sharing needs, on the host or in a guest, and say what mends it",
         description="Check one by one what sharing needs. Of each failure it prints the one command"
         " that mends it, or the QEMU option (then beginning with a dash). In a guest that ends with"
         " interrupts that the device sends to itself; on a host, with limits. Nothing is changed."

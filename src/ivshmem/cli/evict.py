@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from ..limits import MAX_ID
 from ..plain import plain
-from ..protocol import MAX_ID
 from . import asking
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "evict",
-        help="let a running server hang up on a peer",
         description="Let a running server hang up on a peer: the others are told that it left. It"
         " keeps the memory and the doorbells that it has, and can go on using them; a guest's QEMU"
         " gets no more news and does not connect again, and one that was still starting spins.",

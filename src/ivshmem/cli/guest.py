@@ -19,9 +19,9 @@ from ..guest import pci
 from ..guest.device import RESOURCE
 from ..protocol import MAX_ID
 from ..sizes import format_size, parse_size
-from . import daemon
+from . import daemon, guarded
 from .banner import count
-from .news import News, tell_peer
+from .news import News, show, tell_peer
 from .shell import Shell
 
 _NOISE = 1.5  # between rates that may be the same
@@ -30,7 +30,6 @@ _NOISE = 1.5  # between rates that may be the same
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "guest",
-        help="inside a virtual machine: its devices, ring, wait, look into the memory, share it",
         description="Use the ivshmem device of this virtual machine. `ivshmem doctor` says what is"
         " missing where something does not work.",
     )
@@ -261,8 +260,6 @@ def _measure(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     work = partial(_run_broker, options)
     if options.daemon:
-        from . import guarded  # here, for the package imports this module
-
         return daemon.in_background(partial(guarded, work), silent=True)
     return work(lambda: None)
 
@@ -270,7 +267,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
     """Share the device until a signal says to end, and give it back."""
     with (
-        daemon.signals_held(),
+        daemon.signals_held(for_good=True),
         daemon.pid_file(options.pid_file),
         News(sys.stderr, logging.INFO) as news,
         sockets.Listener(options.socket or runtime.default_socket()) as listener,
@@ -283,7 +280,7 @@ def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
             on_leave=None if options.quiet else partial(tell_peer, news, "left"),
         ) as broker,
     ):
-        print(_banner(broker, device), flush=True)
+        show(_banner(broker, device))
         ready()
         with daemon.ended_by_signals(broker.stop):
             broker.serve_forever()

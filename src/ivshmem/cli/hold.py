@@ -13,7 +13,6 @@ from .evict import peer_id
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "hold",
-        help="send a peer no news, so that its device can be unplugged",
         description="Let a running server send a peer no news: who joins, who leaves. QEMU 10.0 and"
         " newer can crash if any comes while its device is being unplugged, so hold them before"
         " device_del. This returns when the peer has read all that it was sent.",

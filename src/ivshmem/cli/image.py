@@ -22,7 +22,6 @@ from .progress import Progress
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     save = subparsers.add_parser(
         "save",
-        help="write a region's bytes to a file",
         description="Write a region's bytes to a file, which is replaced only when the new one is"
         " whole; only its owner can read it. Pages of zeros take no space. What peers write"
         " meanwhile is saved or not: stop them first if that matters.",
@@ -32,7 +31,6 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     save.set_defaults(run=run_save)
     load = subparsers.add_parser(
         "load",
-        help="make a region what was saved",
         description="Check a file that `ivshmem save` wrote, to its end, and then make a region"
         " what was saved. If the file is damaged, the region does not change.",
     )

@@ -57,6 +57,11 @@ class Manager:
             groups,
         )
 
+    @classmethod
+    def of_successor(cls) -> Manager:
+        """The same for a process that goes on where one was that had got the sockets."""
+        return cls(notify.Notifier.from_environment())
+
     def only_path(self) -> str | None:
         """The path of the socket that was passed, if that is one and has one."""
         paths = list(self.listeners)

@@ -10,7 +10,6 @@ _SECONDS = 30.0  # that a guest has to let go of a device
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "migrate",
-        help="migrate VMs together with the memory that they share",
         description="Migrate VMs that share memory. Which devices share which is found out; the"
         " master takes the memory along, the others are unplugged before and plugged back at the"
         " destination. What would not work is refused before anything is touched. Interrupted"

@@ -2,6 +2,11 @@
 
 Knows: a stream that may be full or gone; lines for people, and JSON for programs. Does not know:
 what events there are (logs.py lists them).
+
+Invariants:
+1. Nothing here writes through a buffered stream of Python's: a thread that is stuck in such a
+   write holds the stream's lock, for which the interpreter waits at its exit.
+2. Only threads that the exit does not wait for write to what may block.
 """
 
 from __future__ import annotations
@@ -9,23 +14,27 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import queue
+import os
 import threading
 import time
-from collections.abc import Mapping
-from datetime import datetime, timezone
-from typing import TextIO
+from collections import deque
 
-from .. import logs
-from ..engine import Peer
+from .. import keeper, logs
 from ..plain import paragraph, plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TextIO
+
+    from ..engine import Peer
 
 _LINES = 1000  # kept for a reader that does not read
 _SECONDS = 1.0  # that the end waits for one
 
 
 class News(logging.Handler):
-    """Writes lines to `stream` by a thread of its own; a context manager.
+    """Writes lines to the descriptor of `stream` by a thread of its own; a context manager.
 
     A terminal that was stopped with Ctrl-S, or a pipe that nobody reads, costs lines and not the
     server's time; how many were lost is said when the reader is back. The package's log, from
@@ -37,10 +46,12 @@ class News(logging.Handler):
 
     def __init__(self, stream: TextIO, level: int, form: str = "text") -> None:
         super().__init__(level)
-        self._stream = stream
+        self._fd = stream.fileno()
         self._json = form == "json"
-        self._lines: queue.Queue[str | None] = queue.Queue(_LINES)
+        self._lines: deque[str] = deque()
         self._lost = 0
+        self._changed = threading.Condition()
+        self._ended = False
         self._thread = threading.Thread(target=self._write, name="ivshmem-news", daemon=True)
 
     def tell(self, line: str, event: str = logs.DEFAULT_EVENT, **fields: object) -> None:
@@ -66,19 +77,26 @@ class News(logging.Handler):
         return paragraph(f"{text}\n{logging.Formatter().formatException(record.exc_info)}")
 
     def _put(self, line: str) -> None:
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._lost += 1
+        with self._changed:
+            if len(self._lines) < _LINES:
+                self._lines.append(line)
+                self._changed.notify()
+            else:
+                self._lost += 1
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            lost, self._lost = self._lost, 0
-            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                if lost:
-                    self._stream.write(f"{self._missing(lost)}\n")
-                self._stream.write(f"{line}\n")
-                self._stream.flush()
+        while True:
+            with self._changed:
+                while not self._lines and not self._ended:
+                    self._changed.wait()
+                if not self._lines:
+                    return
+                line = self._lines.popleft()
+                lost, self._lost = self._lost, 0
+            if lost:
+                line = f"{self._missing(lost)}\n{line}"
+            with contextlib.suppress(OSError):  # nobody reads any more
+                write_all(self._fd, line)
 
     def _missing(self, lines: int) -> str:
         text = f"{lines} lines were lost: nobody read them"
@@ -95,9 +113,54 @@ class News(logging.Handler):
 
     def __exit__(self, *error: object) -> None:
         logging.getLogger("ivshmem").removeHandler(self)
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
-            self._thread.join(_SECONDS)
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join(_SECONDS)
+
+
+def write_all(fd: int, text: str, end: str = "\n") -> None:
+    """Write a text and its end to a descriptor; for as long as it takes.
+
+    Raises:
+        OSError: as of write(2).
+    """
+    data = memoryview((text + end).encode(errors="backslashreplace"))
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # another process has made it so
+            time.sleep(0.05)
+
+
+def show(text: str, fd: int = 1, end: str = "\n") -> None:
+    """Write a text to a descriptor, and wait for its reader no longer than a second.
+
+    Raises:
+        OSError: as of write(2).
+    """
+    errors: list[OSError] = []
+
+    def write() -> None:
+        try:
+            write_all(fd, text, end)
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=write, name="ivshmem-show", daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    for error in errors:
+        raise error
+
+
+def say_as(form: str, text: str) -> None:
+    """Write a line to stderr where there is no News, in the same form, if that is not to wait."""
+    if form == "json":
+        fields = logs.fields_in({})
+        keeper.say(json_line(time.time(), logging.ERROR, paragraph(text[-2000:]), fields))
+    else:
+        keeper.say(f"ivshmem: {text}")
 
 
 def tell_peer(news: News, verb: str, peer: Peer, region: str = "") -> None:
@@ -125,9 +188,9 @@ def json_line(when: float, level: int, text: str, fields: Mapping[str, object]) 
 
     JSON itself writes out whatever is not ASCII, but a program that reads it prints the text.
     """
-    moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds")
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
     head = {
-        "time": moment.replace("+00:00", "Z"),
+        "time": f"{moment}.{int(when * 1000) % 1000:03}Z",
         "level": logging.getLevelName(level).lower(),
         **{
             name: plain(value) if isinstance(value, str) else value

@@ -24,7 +24,6 @@ _SECONDS = 10.0  # for a server to answer
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "qemu",
-        help="print the arguments for a guest",
         description="Print the arguments that give a QEMU guest the device: ivshmem-doorbell,"
         " connected to a server (the default), or ivshmem-plain over a file.",
         epilog="Example: qemu-system-x86_64 $(ivshmem qemu) ...  If a path has a space, the shell"

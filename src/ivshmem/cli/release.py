@@ -11,7 +11,6 @@ from .evict import peer_id
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "release",
-        help="send a peer news again",
         description="End `ivshmem hold`: the peer is told what has changed since, and all that"
         " happens from now on.",
     )

@@ -13,7 +13,6 @@ _SECONDS = 60.0  # memory may have to be taken
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "reload",
-        help="let a running server read its configuration again",
         description="Let a running server read its configuration again, and print what has changed."
         " If something in it is wrong, that is said, and all stays as it was.",
     )

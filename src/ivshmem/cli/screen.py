@@ -24,6 +24,7 @@ from typing import Any
 
 from ..plain import plain
 from . import daemon
+from .news import show
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"
@@ -70,10 +71,12 @@ class Screen:
 
     def leave(self) -> None:
         """Give it back."""
-        with contextlib.suppress(OSError):  # the terminal is gone
-            _write(self._out, _LEAVE)
+        with contextlib.suppress(termios.error, OSError):  # the terminal is gone
+            termios.tcflow(self._out, termios.TCOON)  # as Ctrl-Q: what follows must get there
+        with contextlib.suppress(OSError):
+            show(_LEAVE, self._out, end="")  # waits a second at most
         with contextlib.suppress(termios.error):
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._before)
+            termios.tcsetattr(self._keys, termios.TCSANOW, self._before)
 
     def pause(self, *_: object) -> None:
         """A signal handler for Ctrl-Z."""

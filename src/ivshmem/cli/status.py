@@ -12,7 +12,6 @@ from . import asking, peers
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "status",
-        help="say what a running server does: regions, peers, who is stalled",
         description="Print the regions of a running server and their peers: who they are, what they"
         " must still be told, and the interrupts that they have not taken yet, as vector:count."
         " Looking takes no interrupt away. Only root and the server's user may ask.",

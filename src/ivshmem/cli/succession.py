@@ -14,16 +14,14 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .. import _fds, control, handover, keeper, logs, sockets, store
+from .. import control, handover, keeper, logs, sockets, store
 from ..answering import Caller
 from ..config import ConfigError, RegionConfig, ServiceConfig
 from ..journal import Journal
 from ..service import Find, Service, mentioned
+from .supervising import Kept
 
 _log = logging.getLogger("ivshmem.serve")
-
-# Descriptors that a child keeps unused, so that its successor has them while it begins.
-_RESERVE = 8
 
 
 @dataclass
@@ -92,34 +90,19 @@ class Past:
 # -- a child of the same parent -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a child has of its parent.
+def past_of(kept: Kept, journal: Journal) -> Past:
+    """What the last child left.
 
-    Attributes:
-        journal: of all children.
-        parent: its pid.
-        known: descriptors that it had before there was a child; all others are children's.
+    What it had for itself is closed; of the rest, somebody may be at the other end.
     """
-
-    journal: Journal
-    parent: int
-    known: set[int]
-
-    def past(self) -> Past:
-        """What the last child left.
-
-        What it had for itself is closed; of the rest, somebody may be at the other end. This comes
-        first: there may be no descriptor left.
-        """
-        named = {fd for fds in mentioned(self.journal).values() for fd in fds}
-        found = []
-        for fd in keeper.strays(self.known):
-            if fd in named or sockets.is_connection(fd):
-                found.append(fd)
-            else:
-                os.close(fd)
-        return Past(self.journal, "the server died", strays=found)
+    named = {fd for fds in mentioned(journal).values() for fd in fds}
+    found = []
+    for fd in keeper.strays(kept.known):
+        if fd in named or sockets.is_connection(fd):
+            found.append(fd)
+        else:
+            os.close(fd)
+    return Past(journal, "the server died", strays=found)
 
 
 @contextlib.contextmanager
@@ -134,7 +117,7 @@ def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
             "the parent (pid %d) is gone: pid %d takes its place", kept.parent, os.getpid()
         )
         try:
-            keeper.start_anew(service.descriptors, kept.journal.fileno())
+            keeper.start_anew(service.descriptors, kept.fd)
         except OSError as error:
             _log.error(
                 "%s: %s: nobody goes on if this one is killed: replace it with --takeover",
@@ -157,18 +140,6 @@ def replacing(kept: Kept | None, service: Service) -> Iterator[None]:
     finally:
         service.unwatch(fd)
         os.close(fd)
-
-
-@contextlib.contextmanager
-def reserved(kept: Kept | None) -> Iterator[None]:
-    """Leave something to a successor, if there is any left."""
-    reserve = _fds.FdArray()
-    with contextlib.suppress(OSError):
-        reserve = _fds.FdArray.eventfds(_RESERVE if kept else 0)
-    try:
-        yield
-    finally:
-        reserve.close()
 
 
 # -- a server that hands over ---------------------------------------------------------------------

@@ -18,7 +18,6 @@ _RATES = ("joins", "leaves", "messages", "refused")
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "top",
-        help="show what a running server does, live",
         description="Show what `ivshmem status` prints, and how much there is of it in a second,"
         " again and again; the peers that need attention first. It waits for a server that ends"
         " and comes back. q or Ctrl-C ends it.",
