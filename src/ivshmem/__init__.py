@@ -11,6 +11,9 @@ Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
 A peer rings another with `ring(peer, vector)`, and listens with `wait(vector, timeout)` or by going
 over `events()`. Where microseconds count: `wait(vector, spin="auto")`, and `wait_word`. The command
 line does the same: `python -m ivshmem --help`.
+
+A name's module is imported when the name is first used. A program that gives up its rights to read
+files (setuid, chroot) says before that what it needs: `from ivshmem import Server, connect`.
 """
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself costs 1.7 MiB

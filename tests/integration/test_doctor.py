@@ -34,11 +34,11 @@ NAMES = [
 ]
 
 # What is imported here, only root may be able to read.
-# The version is asked for first: what that imports, the interpreter may keep in a home of root's.
 AS_NOBODY = """
-import importlib.metadata, os, sys
-from ivshmem.cli import main
-importlib.metadata.version("ivshmem")
+import os, sys
+from ivshmem.cli import SUBCOMMANDS, main
+for home, _ in SUBCOMMANDS.values():
+    __import__(f"ivshmem.cli.{home}")
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)

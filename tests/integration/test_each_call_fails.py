@@ -21,7 +21,7 @@ VECTORS = 2
 
 SERVER = """
 import os, signal, sys
-import ivshmem
+import ivshmem, ivshmem.server
 if sys.argv[2] == "unprivileged":
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)

@@ -37,15 +37,14 @@ def test_nothing_is_needed_at_run_time() -> None:
     assert all("extra ==" in need for need in DISTRIBUTION.requires or [])
 
 
-def test_importing_imports_no_command_line() -> None:
-    """A latency-sensitive program pays for what it uses."""
+def test_importing_imports_nothing_else() -> None:
+    """A program pays for what it uses, when it uses it."""
     code = "import sys, ivshmem; print(*[m for m in sys.modules if m.startswith('ivshmem.')])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     loaded = set(result.stdout.split())
-    assert "ivshmem.server" in loaded
-    assert not {"ivshmem.cli", "ivshmem.qemu"} & loaded
+    assert not loaded
 
 
 def test_the_version_is_the_same_everywhere() -> None:

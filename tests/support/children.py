@@ -20,6 +20,8 @@ _BECOME = """\
 import ctypes, fcntl, logging, mmap, os, resource, selectors, signal, socket, struct, sys
 import threading, traceback
 import ivshmem
+for name in ivshmem.__all__:
+    getattr(ivshmem, name)  # else it is imported when it is used, by who cannot read it
 os.setgroups([])
 os.setresgid({user}, {user}, {user})
 os.setresuid({user}, {user}, {user})

@@ -17,7 +17,7 @@ THREE_CLIENTS = """
 
     CLIENT = '''
     import os, sys
-    import ivshmem
+    import ivshmem, ivshmem.client
     number = int(sys.argv[1])
     if number == 2:  # once all is imported, which only root may read
         os.setgroups([])

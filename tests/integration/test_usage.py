@@ -1,0 +1,92 @@
+"""What a person gets who calls the command line wrong, or asks what there is."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from support.stopping import users_environment
+
+import ivshmem
+from ivshmem.cli import SUBCOMMANDS
+
+IVSHMEM = [sys.executable, "-m", "ivshmem"]
+SERVER = [str(Path(sysconfig.get_path("scripts"), "ivshmem-server"))]
+
+
+def run(*arguments: str, command: list[str] = IVSHMEM) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=users_environment(),
+    )
+
+
+def test_the_bare_command_prints_help() -> None:
+    helps = [run(*arguments) for arguments in ([], ["help"], ["--help"], ["-h"])]
+    assert {each.returncode for each in helps} == {0}
+    assert len({each.stdout for each in helps}) == 1
+    for name in SUBCOMMANDS:
+        assert re.search(rf"^    {name} ", helps[0].stdout, re.MULTILINE), name
+
+
+def test_help_of_a_subcommand() -> None:
+    assert run("help", "evict").stdout == run("evict", "--help").stdout != ""
+
+
+def test_version() -> None:
+    for option in ("-V", "--version"):
+        assert run(option).stdout == f"ivshmem {ivshmem.__version__}\n"
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_each_subcommand_is_where_the_table_says(name: str) -> None:
+    home, text = SUBCOMMANDS[name]
+    module = importlib.import_module(f"ivshmem.cli.{home}")
+    assert module.add_to
+    assert text
+    assert text[0].islower()
+    done = run(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: ivshmem {name} ")
+
+
+WRONG = {
+    "a subcommand": (["serv"], "'serv': did you mean serve?", "ivshmem --help"),
+    "letters that changed places": (["sttaus"], "did you mean status?", "ivshmem --help"),
+    "nothing like it": (["frobnicate"], "allowed are serve, connect,", "ivshmem --help"),
+    "an option": (["serve", "--szie", "4M"], "did you mean --size?", "ivshmem serve --help"),
+    "with =": (["serve", "--szie=4M"], "did you mean --size?", "ivshmem serve --help"),
+    "an option of none": (["serve", "--zzz"], "arguments: --zzz (see", "ivshmem serve --help"),
+    "another's option": (["qemu", "--supervise"], "--supervise", "ivshmem qemu --help"),
+    "below a subcommand": (["guest", "lst"], "did you mean list?", "ivshmem guest --help"),
+    "an option below": (["guest", "serve", "--pers"], "--peers?", "ivshmem guest serve --help"),
+    "before the subcommand": (["--versoin"], "did you mean --version?", "ivshmem --help"),
+    "a choice": (["serve", "--existing", "grwo"], "did you mean grow?", "ivshmem serve --help"),
+    "a word too many": (["status", "now"], "arguments: now", "ivshmem status --help"),
+    "help of nothing": (["help", "serv"], "did you mean serve?", "ivshmem --help"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage(case: str) -> None:
+    arguments, meant, page = WRONG[case]
+    done = run(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert meant in line
+    assert line.endswith(f"(see {page})")
+    assert run(*page.split()[1:]).returncode == 0
+
+
+def test_wrong_usage_of_the_example_servers_command_line() -> None:
+    done = run("-Q", command=SERVER)
+    assert done.returncode == 2
+    assert done.stderr.endswith("(see ivshmem-server --help)\n")
