@@ -69,7 +69,7 @@ WRONG = {
     "below a subcommand": (["guest", "lst"], "did you mean list?", "ivshmem guest --help"),
     "an option below": (["guest", "serve", "--pers"], "--peers?", "ivshmem guest serve --help"),
     "before the subcommand": (["--versoin"], "did you mean --version?", "ivshmem --help"),
-    "a choice": (["serve", "--existing", "grwo"], "did you mean grow?", "ivshmem serve --help"),
+    "a choice": (["serve", "--existing", "growx"], "did you mean grow?", "ivshmem serve --help"),
     "a word too many": (["status", "now"], "arguments: now", "ivshmem status --help"),
     "help of nothing": (["help", "serv"], "did you mean serve?", "ivshmem --help"),
 }
