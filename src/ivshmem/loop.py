@@ -1,6 +1,7 @@
 """One loop for what is readable, which signal handlers and other threads can wake.
 
-Knows: epoll, waking, signals that come at the wrong moment. Does not know: what is watched.
+Knows: epoll, waking, signals that come at the wrong moment, work that takes long. Does not know:
+what is watched.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import contextlib
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from . import _fds
+from .errors import ClosedError
+from .turns import is_mine
+from .uncopied import Uncopied
 
 _Watch = Callable[[int, Callable[[], object]], object]
+_T = TypeVar("_T")
 
 
-class Loop:
+class Loop(Uncopied):
     """Calls what belongs to a descriptor when that is readable.
 
     Descriptors are watched level-triggered, and stay the caller's: `unwatch` comes before they are
@@ -28,6 +35,11 @@ class Loop:
         self._tokens: dict[int, int] = {}  # by descriptor
         self._next = 0
         self._stopping = False
+        self._turn = threading.RLock()  # held during a step
+        self._active: list[int] = []  # tokens of the acts that are under way, the outer one first
+        self._soon: deque[Callable[[], object]] = deque()
+        self._closing = False  # asked for in a step
+        self._runner = 0  # the thread that is in `run`
         with contextlib.ExitStack() as undo:
             self._epoll = _fds.Epoll()
             undo.callback(self._epoll.close)
@@ -58,33 +70,122 @@ class Loop:
 
         Nothing is done any more once something that is done here has called `stop`: what is left
         may be another process's by then.
+
+        Raises:
+            RuntimeError: called by what is done in a step, or by a signal handler that interrupts
+                one.
         """
+        if self.in_step:
+            raise RuntimeError("what a step does cannot begin another step")
+        try:
+            with self._turn:
+                self._dispatch(timeout)
+                while self._soon and not self._stopping:
+                    self._soon.popleft()()
+        finally:
+            if self._closing and not self.in_step:
+                self._undo.close()
+
+    def _dispatch(self, timeout: float | None) -> None:
         for token, _ in self._epoll.wait(timeout):
             if token in self._acts:  # not unwatched by one before it
-                self._acts[token]()
+                self._active.append(token)
+                try:
+                    self._acts[token]()
+                finally:
+                    self._active.pop()
                 if self._stopping:
                     break
+
+    @property
+    def in_step(self) -> bool:
+        """Whether this is done in a step, or interrupts one."""
+        return is_mine(self._turn)
+
+    def soon(self, act: Callable[[], object]) -> None:
+        """Have a step do this at its end, when nothing else is being done.
+
+        Never waits; may be called in any thread, signal handler or act. What it raises ends the
+        step.
+        """
+        self._soon.append(act)
+        self.wake()
+
+    def meanwhile(self, call: Callable[[], _T]) -> _T:
+        """Do what takes long in a thread of its own; until it returns, the loop does all the rest.
+
+        The rest is what is watched, except for acts that are under way, of which this call is a
+        part: they are not begun again before they have ended. Returns or raises what `call` does.
+        """
+        done = _fds.FdArray.eventfds(1)
+        result: list[_T] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                result.append(call())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.signal(0)
+
+        paused = [
+            (fd, token)
+            for token in self._active
+            for fd in [fd for fd, its in self._tokens.items() if its == token]
+        ]
+        thread = threading.Thread(target=work, name="ivshmem-work")
+        self.watch(done[0], lambda: None)
+        try:
+            for fd, token in paused:
+                self._epoll.modify(fd, token, 0)
+            thread.start()
+            with self._turn:
+                while not (result or errors):
+                    self._dispatch(None)
+        finally:
+            if thread.ident is not None:
+                thread.join()
+            for fd, token in paused:
+                if token in self._acts:
+                    self._epoll.modify(fd, token, _fds.EPOLLIN)
+            self.unwatch(done[0])
+            done.close()
+        if errors:
+            raise errors[0]
+        return result[0]
 
     def run(self) -> None:
         """Make steps until `stop` is called."""
         try:
-            with woken_by_signals(self.watch, self.unwatch):
+            with woken_by_signals(self.watch, self._unwatch):
+                self._runner = threading.get_ident()
                 while not self._stopping:
                     self.step(None)
         finally:
+            self._runner = 0
             self._stopping = False
 
+    def _unwatch(self, fd: int) -> None:
+        with contextlib.suppress(ClosedError):  # by what was done in a step
+            self.unwatch(fd)
+
     def stop(self) -> None:
-        """Let `run` return; from any thread or a signal handler."""
+        """Let `run` return. Never waits; from any thread, signal handler or act."""
         self._stopping = True
         self.wake()
 
     def wake(self) -> None:
-        """Let a step that waits return; from any thread or a signal handler."""
+        """Let a step that waits return. Never waits; from any thread, signal handler or act."""
         self._wake.signal(0)
 
     def close(self) -> None:
-        self._undo.close()
+        """Close what was made here; called in a step, when that ends. May be called twice."""
+        if self.in_step:
+            self._closing = True
+            self.stop()
+        else:
+            self._undo.close()
 
 
 @contextlib.contextmanager

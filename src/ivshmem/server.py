@@ -242,7 +242,7 @@ class Server(Uncopied):
             self._turns.attend()  # what was left to this thread
 
     def _check_frame(self) -> None:
-        if self._turns.in_step or self._turns.in_work:
+        if self.in_step:
             raise RuntimeError(
                 "a callback or signal handler cannot begin a step while it interrupts another call"
                 " of the same server"
@@ -309,6 +309,11 @@ class Server(Uncopied):
         """Whether a thread serves now: that of `start()`, or one that is in `serve_forever()`."""
         started = not self._starts and not self._ended
         return not self._closed and (started or self._turns.runner != 0)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether this is called by a callback of a step, or interrupts a step or a change."""
+        return self._turns.in_step or self._turns.in_work
 
     @property
     def peers(self) -> list[Peer]:
@@ -524,7 +529,7 @@ class Server(Uncopied):
         if not self._closed:
             self._closing = True
             self.stop()
-            if self._turns.in_step or self._turns.in_work:
+            if self.in_step:
                 self._close_wanted = True
                 return
             try:

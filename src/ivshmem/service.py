@@ -7,7 +7,8 @@ Invariants:
 1. What cannot be done whole is not done: all that is new is opened before anything else changes,
    and nobody can connect to it before the whole has succeeded. (QEMU spins for ever on a connection
    that ends early.)
-2. A region that fails takes no other with it.
+2. A region that fails takes no other with it, and none waits for another: what takes long is done
+   by a thread, while the loop serves the rest.
 3. What belongs to a region is in the journal as soon as somebody can connect to it.
 """
 
@@ -19,6 +20,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +37,8 @@ from .opening import Opened, open_region
 from .region import Region, Source
 from .server import Server
 from .sockets import Credentials, Listener
+from .turns import is_mine
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.service")
 
@@ -45,7 +49,7 @@ _SERVICE = 0  # the journal's chapter that is about regions; theirs have numbers
 Find = Callable[[int], "int | None"]
 
 
-class Served:
+class Served(Uncopied):
     """A region that is being served.
 
     Attributes:
@@ -69,6 +73,7 @@ class Served:
         self.region = opened.region
         self.created = opened.created
         self.directory = opened.directory
+        self.ended = False  # it is to be closed when its step ends
 
     def record(self) -> Record:
         """What a successor needs beside what the server has noted."""
@@ -113,7 +118,12 @@ class Service(Loop):
         journal: where a successor of this process finds what it needs to go on.
         load: reads the configuration for `reload`.
 
-    All of it is for one thread, but for `stop` and `wake`.
+    All of it is for one thread, except `stop`, `wake` and `soon`, which may be called anywhere: in
+    other threads, signal handlers and callbacks. Callbacks, and what else a step does, may call
+    everything but `step` and `run`: a region that is removed by a callback of its own is closed
+    when its step ends, and `close` takes effect when the loop's step ends. A signal handler asks by
+    `soon` for anything else, for it can interrupt a change. A forked child calls nothing but
+    `abandon`.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class Service(Loop):
         self._chapter = Chapter(journal, _SERVICE)
         self._load = load
         self._next_number = 1
+        self._change = threading.RLock()  # held during a change of what is served
 
     def open(self) -> None:
         """Open everything that the configuration names, or nothing, and let others connect.
@@ -163,7 +174,9 @@ class Service(Loop):
         found = []
         for name, region in regions.items():
             with _told(config, name):
-                opened = open_region(region, self._listeners.get(region.socket))
+                opening = partial(open_region, region, self._listeners.get(region.socket))
+                # To have memory at hand (prealloc) can take minutes.
+                opened = self.meanwhile(opening) if self.regions else opening()
                 undo.callback(opened.close)
                 served = self._serve(name, region, self._next_number, opened, _gate(region))
             undo.callback(served.close)
@@ -212,16 +225,26 @@ class Service(Loop):
             if not self.regions:
                 _log.error("there is nothing left to serve")
                 self.stop()
+        if served.ended:
+            self._close_region(served)
         if self._journal is not None and self._journal.long:
             self._journal.rewrite(self.snapshot())
 
     def _end(self, served: Served) -> None:
         """Serve a region no more; what fails is logged, and the rest is done."""
+        if self.regions.get(served.name) is not served:
+            return  # it has ended by itself
         with contextlib.suppress(OSError):  # somebody closed the server
             self.unwatch(served.fd)
         del self.regions[served.name]
         self._chapter.note("gone", served.number)
         Chapter(self._journal, served.number).drop()
+        if served.server.in_step:
+            served.ended = True
+        else:
+            self._close_region(served)
+
+    def _close_region(self, served: Served) -> None:
         try:
             served.close()
         except Exception:
@@ -235,6 +258,7 @@ class Service(Loop):
         Raises:
             ConfigError: there is none to read, or it cannot be served; nothing has changed.
             OSError: it cannot be read; nothing has changed.
+            RuntimeError: as of `change`.
         """
         if self._load is None:
             raise ConfigError("there is no configuration to read again: serve --config FILE")
@@ -245,11 +269,30 @@ class Service(Loop):
 
         Regions that are in both stay as they are, with all their peers. Who may connect, and
         `keep`, are changed in place; who is connected stays, also if they could not connect now.
+        While a new region is opened, which takes long if its memory is to be there from the start,
+        the loop serves the others.
 
         Raises:
-            ConfigError: it cannot be served, or would change a region beyond that; nothing has
-                changed.
+            ConfigError: it cannot be served, or would change a region beyond that; or another
+                change is under way. Nothing has changed.
+            RuntimeError: another thread runs the service: see `soon`.
         """
+        self._check_thread()
+        if self.changing:
+            raise ConfigError("another change is under way: ask again when it is done")
+        with self._change:
+            return self._do_change(config)
+
+    @property
+    def changing(self) -> bool:
+        """Whether a change is under way, of which this is a part, or which this interrupts."""
+        return is_mine(self._change)
+
+    def _check_thread(self) -> None:
+        if self._runner not in (0, threading.get_ident()):
+            raise RuntimeError("another thread runs this service: have it do this, by soon()")
+
+    def _do_change(self, config: ServiceConfig) -> list[str]:
         changes = plan(self.config, self._as_served(), config)
         altered = {name: config.regions[name] for name in changes.altered}
         with contextlib.ExitStack() as undo:
@@ -264,6 +307,8 @@ class Service(Loop):
             self._begin(opened, undo)
             undo.pop_all()
         for name, region in altered.items():
+            if name not in self.regions:
+                continue  # it has failed since
             served = self.regions[name]
             served.config = region
             if not changes.altered[name].isdisjoint(RULES):  # a gate counts joins, so it stays
@@ -272,7 +317,8 @@ class Service(Loop):
                 served.server.hold_leaves(region.hold_leaves)
             self._chapter.note("config", served.number, dataclasses.asdict(region))
         for name in changes.removed:
-            self._end(self.regions[name])
+            if name in self.regions:
+                self._end(self.regions[name])
         self.config = config
         self.wake()
         return changes.lines()
@@ -432,7 +478,18 @@ class Service(Loop):
     # -- the end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Disconnect all peers, remove sockets and names; may be called twice."""
+        """Disconnect all peers, remove sockets and names; may be called twice.
+
+        Called in a step, it takes effect when that ends, or the change that is under way, and `run`
+        returns.
+
+        Raises:
+            RuntimeError: another thread runs the service: let it `stop` first.
+        """
+        self._check_thread()
+        if self.changing:
+            self.soon(self.close)
+            return
         for served in list(self.regions.values()):
             self._end(served)
         super().close()

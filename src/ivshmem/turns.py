@@ -57,12 +57,12 @@ class Turns:
     @property
     def in_step(self) -> bool:
         """Whether this thread is in a step: this is a callback of it, or interrupts it."""
-        return _is_mine(self.step)
+        return is_mine(self.step)
 
     @property
     def in_work(self) -> bool:
         """Whether this frame interrupts a change."""
-        return _is_mine(self.work)
+        return is_mine(self.work)
 
     def call(self, act: Callable[[], _T]) -> _T:
         """Do this between two changes, and return what it returns.
@@ -134,6 +134,7 @@ class _Command(Generic[_T]):
         return self._result  # type: ignore[return-value]
 
 
-def _is_mine(lock: Any) -> bool:
+def is_mine(lock: Any) -> bool:
+    """Whether this thread has an RLock."""
     owned: bool = lock._is_owned()
     return owned

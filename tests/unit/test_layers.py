@@ -17,9 +17,9 @@ HOME = Path(ivshmem.__file__).parent
 
 # From the ground up. A module imports from lower floors only.
 FLOORS: list[list[str]] = [
-    ["errors", "plain"],
+    ["errors", "uncopied", "plain"],
     ["sizes", "limits", "locks", "accounts", "emulators", "logs", "notify", "shapes", "_fds"],
-    ["keeper", "safe_files", "turns", "uncopied"],
+    ["keeper", "safe_files", "turns"],
     ["_wire", "_memory", "_spin"],
     ["_bell"],
     ["_core"],

@@ -166,6 +166,8 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
     """
 
     def act(caller: Caller, _: Mapping[str, object]) -> None:
+        if service.changing:
+            raise control.ControlError("a reload is under way: try again when it is done")
         sock, _rest = caller.detach()
         if handover.give(service, sock):
             told = logs.fields("takeover", reason="another process goes on")
