@@ -38,15 +38,22 @@ process_start_time_seconds.
 It is served by the loop that serves the regions, so nothing is looked at while it changes, no
 thread takes the interpreter's time from that loop, and those who connect are as bounded as those of
 the control socket. There is no TLS and no password: the default is to listen on 127.0.0.1 only.
+
+A web page can make a browser on this machine connect here, under a name of the page's own that it
+lets lead to 127.0.0.1 (DNS rebinding), and could then read the answer. So a request is answered
+only if its Host header is an IP address, "localhost" or a name below it, the HOST that was given,
+one of `hosts` (`--metrics-host`) or, if it listens on all addresses, this machine's own name. An
+address cannot be rebound; a name is what the page needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .answering import Answering, Caller
@@ -54,6 +61,7 @@ from .control import Inspectable, Regions, package_version
 from .engine import PeerReport
 from .errors import IvshmemError
 from .plain import NAME, plain
+from .uncopied import Uncopied
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -168,13 +176,14 @@ class Figures:
             yield gauge
 
 
-class Metrics:
+class Metrics(Uncopied):
     """Serves the figures on [HOST:]PORT; a context manager.
 
     The loop that serves the regions calls `step()` when `fileno()` is readable.
 
     Args:
         peers: also figures of each peer.
+        hosts: more names by which this may be asked for, beside those that always are (see above).
 
     Attributes:
         address: where it listens; port 0 has become the one that the kernel chose.
@@ -185,8 +194,12 @@ class Metrics:
         OSError: EADDRINUSE and the like, with the address in `filename`.
     """
 
-    def __init__(self, address: str, service: Regions, *, peers: bool = False) -> None:
+    def __init__(
+        self, address: str, service: Regions, *, peers: bool = False, hosts: Iterable[str] = ()
+    ) -> None:
         host, port = parse_address(address)
+        own = [socket.gethostname()] if _is_any(host) else []
+        self._hosts = {_plain_host(name) for name in (host, *own, *hosts)}
         self._registry = _registry(Figures(service, peers=peers))
         with contextlib.ExitStack() as undo:
             listener = undo.enter_context(_listen(host, port))
@@ -224,16 +237,38 @@ class Metrics:
         method, target, _ = words
         if method not in ("GET", "HEAD"):
             return _response(405, "GET it\n", "Allow: GET, HEAD\r\n")
+        headers = [line.partition(":")[::2] for line in lines[1:]]
+        asked = [value.strip() for key, value in headers if key.strip().lower() == "host"]
+        if len(asked) > 1 or not self._is_here(*asked):
+            return _response(
+                421,
+                "this server does not answer to that Host: ask by an IP address or localhost, or"
+                " start it with --metrics-host NAME\n",
+            )
         if target.partition("?")[0] != PATH:
             return _response(404, f"the figures are at {PATH}\n")
-        headers = dict(line.partition(":")[::2] for line in lines[1:])
-        accept = next((v for k, v in headers.items() if k.strip().lower() == "accept"), "")
+        accept = next((v for k, v in headers if k.strip().lower() == "accept"), "")
         try:
             body, kind = _exposition(self._registry, accept.strip())
         except Exception as error:
             _log.exception("a scrape failed")
             return _response(500, f"the server has an error, and logged it: {error!r}\n")
         return _head(200, len(body), kind) + (body if method == "GET" else b"")
+
+    def _is_here(self, asked: str = "localhost") -> bool:
+        """Whether a Host header is this server's; HTTP/1.0 need not have one, browsers have."""
+        host = asked
+        if not host.endswith("]"):
+            before, colon, port = host.rpartition(":")
+            if colon and (port == "" or (port.isascii() and port.isdigit())):
+                host = before
+        name = _plain_host(host)
+        return (
+            name in self._hosts
+            or name == "localhost"
+            or name.endswith(".localhost")
+            or _address(name) is not None
+        )
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -250,6 +285,24 @@ def parse_address(text: str) -> tuple[str, int]:
     if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
         raise ValueError(f"{text} is no address: give [HOST:]PORT, for example 127.0.0.1:9100")
     return host or DEFAULT_HOST, int(digits)
+
+
+def _plain_host(name: str) -> str:
+    """A host as it is compared: without brackets and the final dot, in small letters."""
+    return name.removeprefix("[").removesuffix("]").removesuffix(".").lower()
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _is_any(host: str) -> bool:
+    """Whether all of this machine's addresses are meant, so that others come by its name."""
+    address = _address(host)
+    return address is not None and address.is_unspecified
 
 
 def _registry(figures: Figures) -> CollectorRegistry:
@@ -327,6 +380,7 @@ _REASONS = {
     400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
+    421: "Misdirected Request",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
 }

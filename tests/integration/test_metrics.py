@@ -45,7 +45,7 @@ class Scraped(Running):
         return int(head.split()[1]), head.decode(), body
 
     def figures(self) -> Figures:
-        status, _, body = self.http(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, _, body = self.http(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert status == 200
         return {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .. import control
 from ..errors import IvshmemError
@@ -30,6 +30,7 @@ def seen(
     controlled: bool = True,
     control_needed: bool = True,
     peers: bool = False,
+    hosts: Iterable[str] = (),
     handlers: Mapping[str, control.Handler] | None = None,
 ) -> Iterator[None]:
     """While the block runs, what the service's configuration names listens in its loop.
@@ -39,6 +40,7 @@ def seen(
         controlled: have a control socket; by default it is beside the first region's socket.
         control_needed: if False, a control socket that cannot be made is logged as a warning.
         peers: metrics of each peer, too.
+        hosts: as of Metrics.
         handlers: as of Control.
 
     Raises:
@@ -49,7 +51,9 @@ def seen(
         for make in (
             lambda: Stalls(service),
             lambda: _control(service, handlers, needed=control_needed) if controlled else None,
-            lambda: None if metrics is None else Metrics(metrics, service, peers=peers),
+            lambda: (
+                None if metrics is None else Metrics(metrics, service, peers=peers, hosts=hosts)
+            ),
         ):
             try:
                 part: Stalls | control.Control | Metrics | None = make()

@@ -74,6 +74,14 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--metrics-peers", action="store_true", help="metrics of each peer, too: many series"
     )
     looks.add_argument(
+        "--metrics-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name by which Prometheus asks, if that is not localhost, the HOST of --metrics"
+        " or an IP address; may be given several times",
+    )
+    looks.add_argument(
         "--log-format",
         choices=limits.LOG_FORMATS,
         help="lines for people (the default), or a JSON object on each",

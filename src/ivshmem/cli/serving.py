@@ -96,6 +96,7 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
 def _completed(plan: Plan, options: argparse.Namespace, manager: Manager) -> Plan:
     plan.controlled = not options.no_control
     plan.metrics_peers = options.metrics_peers
+    plan.metrics_hosts = tuple(options.metrics_host)
     plan.pid_file = options.pid_file
     plan.quiet = options.quiet
     plan.level = logging.DEBUG if options.verbose else logging.INFO
@@ -124,6 +125,7 @@ class Plan:
     controlled: bool = True
     control_needed: bool = True
     metrics_peers: bool = False
+    metrics_hosts: tuple[str, ...] = ()
     pid_file: str | None = None
     quiet: bool = False
     level: int = logging.INFO
@@ -280,6 +282,7 @@ def _serve(
             controlled=plan.controlled,
             control_needed=plan.control_needed,
             peers=plan.metrics_peers,
+            hosts=plan.metrics_hosts,
             handlers={"takeover": handing_over(service, given)},
         ):
             if not (kept and kept.announced):
@@ -337,6 +340,9 @@ def _reloading(
 
     def act() -> None:
         wanted.drain(0)
+        if service.changing:  # this comes while another reload waits for memory
+            service.soon(act)
+            return
         manager.notifier.reloading()
         try:
             changes = service.reload()
