@@ -85,6 +85,13 @@ class Rules:
             would let nobody in.
     """
 
+    # What __repr__ finds where a constructor has failed.
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    readonly: tuple[str, ...] = ()
+    peers_per_uid: int | None = None
+    joins_per_minute: int | None = None
+
     def __init__(
         self,
         allow: Iterable[str] = (),

@@ -34,6 +34,7 @@ from .errors import ClosedError
 from .guest import GuestDevice
 from .guest.device import Access, Memory
 from .region import Region
+from .uncopied import Uncopied
 
 __all__ = ["AsyncEndpoint", "Opening", "connect_async", "open_async"]
 
@@ -47,7 +48,7 @@ _EVENTS = object()  # what `async for` waits for: the key of its queue
 _E = TypeVar("_E", bound=Endpoint)
 
 
-class AsyncEndpoint(Generic[_E]):
+class AsyncEndpoint(Uncopied, Generic[_E]):
     """An endpoint whose waiting is asyncio's; made by `connect_async` and `open_async`.
 
     It belongs to the event loop in which it is first waited for, until that loop is closed. Many
@@ -191,7 +192,8 @@ class AsyncEndpoint(Generic[_E]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<ivshmem.aio.AsyncEndpoint of {self.endpoint!r}>"
+        # A constructor that failed did not come to it.
+        return f"<ivshmem.aio.AsyncEndpoint of {getattr(self, 'endpoint', None)!r}>"
 
     def __del__(self) -> None:
         # The endpoint may live on; if it does not, it warns that it was not closed.
@@ -393,7 +395,7 @@ class _Events(_Queue):
             self._timer = None
 
 
-class _Readers:
+class _Readers(Uncopied):
     """What one loop watches of an endpoint, and who waits for what.
 
     Nothing that the loop holds refers to the AsyncEndpoint, so that one that was forgotten goes

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 
 from . import _fds
+from .uncopied import Uncopied
 
 CALLERS = 64  # connected at once; one more takes the place of the one that was idle for longest
 LONGEST = 1 << 16  # bytes of a request
@@ -62,7 +63,7 @@ class Caller:
         return self.socket, bytes(self._buffer)
 
 
-class Answering:
+class Answering(Uncopied):
     """Answers who connects to a listening socket; `step()` when `fileno()` is readable.
 
     Args:
@@ -280,7 +281,7 @@ class Answering:
             self._look_for_request(token)
 
 
-class _Spare:
+class _Spare(Uncopied):
     """A descriptor that is there only to be given up for another one. A context manager."""
 
     def __init__(self) -> None:

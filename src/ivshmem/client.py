@@ -75,7 +75,9 @@ class Client(Endpoint):
     says ServerLost once.
     """
 
-    id = -1  # until set-up has come to it
+    # What __repr__ finds before set-up has come to it.
+    id = -1
+    path = "?"
 
     def __init__(
         self,

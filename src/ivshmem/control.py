@@ -73,6 +73,7 @@ from .errors import ClosedError, IvshmemError, NoDirectory, NoSuchPeer
 from .plain import plain
 from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.control")
 
@@ -146,7 +147,7 @@ Handler = Callable[[Caller, Mapping[str, Any]], "Mapping[str, Any] | None"]
 # -- the server's side ----------------------------------------------------------------------------
 
 
-class Control:
+class Control(Uncopied):
     """Answers requests to a service on a listener; a context manager.
 
     Args:
@@ -628,7 +629,7 @@ def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
             _PEERS(reply, kind)
 
 
-class Client:
+class Client(Uncopied):
     """A connection to a control socket; a context manager.
 
     Args:

@@ -36,6 +36,7 @@ from .limits import MAX_SLOTS as MAX_SLOTS
 from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
 from .sizes import format_size
+from .uncopied import Uncopied
 
 BEAT = 1.0  # seconds between the signs of life of an entry
 LEASE = 5.0  # seconds without one, after which its owner is dead
@@ -115,7 +116,7 @@ class _Follower(Protocol):
     def connected(self) -> bool: ...
 
 
-class Directory:
+class Directory(Uncopied):
     """The names in a region; made by `create` or `open`. A context manager.
 
     What is published stands in the table until it is withdrawn or the directory is closed; a thread
@@ -569,7 +570,7 @@ class Directory:
                 self.close()
 
 
-class Publication:
+class Publication(Uncopied):
     """An entry of this process's own; made by `Directory.publish`. A context manager.
 
     Attributes:
@@ -617,7 +618,9 @@ class Publication:
         self.withdraw()
 
     def __repr__(self) -> str:
-        return f"<ivshmem.Publication {self.name!r} of peer {self.id}>"
+        # A constructor that failed did not come to them.
+        name, peer = getattr(self, "name", ""), getattr(self, "id", -1)
+        return f"<ivshmem.Publication {name!r} of peer {peer}>"
 
 
 def _keep_alive(

@@ -18,6 +18,7 @@ from . import _core
 from ._core import Interrupt
 from .errors import ClosedError
 from .region import Region
+from .uncopied import Uncopied
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ _LOOKS = 8  # at news that bring no event, when no time is left
 _E = TypeVar("_E", bound="Endpoint")  # typing.Self comes with Python 3.11
 
 
-class Endpoint(_core.Doorbells):
+class Endpoint(Uncopied, _core.Doorbells):
     """One participant: an id, a shared region, doorbells to ring and vectors to listen on.
 
     Calls may come from several threads. `close()` ends waiting calls of other threads with
@@ -145,6 +146,7 @@ class Endpoint(_core.Doorbells):
         self.close()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
-        if not self.closed:
+        # Without a region, the constructor has failed, and closed whatever it had made.
+        if getattr(self, "region", None) is not None and not self.closed:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             self.close()

@@ -42,6 +42,7 @@ from .errors import NoSuchPeer
 from .journal import Chapter
 from .protocol import Member, Roster
 from .replay import BATCH, Held, Unfinished, muted_for, replay, snapshot
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -168,7 +169,7 @@ class _Hold:
             self.deadline = time.monotonic() + self.linger
 
 
-class Engine:
+class Engine(Uncopied):
     """Serves one region on one listening socket.
 
     Args:
@@ -668,11 +669,8 @@ class Engine:
             if hold.deadline is not None and hold.deadline <= now:
                 peer = self._connections[serial].peer
                 told = logs.fields("released", peer=peer.id, reason="expired")
-                _log.info(
-                    "peer %d is told news again: %g s ago the one who asked to hold them went",
-                    *(peer.id, hold.linger),
-                    extra=told,
-                )
+                text = "peer %d is told news again: %g s ago the one who asked to hold them went"
+                self.say(partial(_log.info, text, peer.id, hold.linger, extra=told))
                 self.release(serial)
         self._wind_clock()
 

@@ -46,6 +46,7 @@ from .plain import plain
 from .region import Region
 from .safe_files import Users
 from .sizes import format_size
+from .uncopied import Uncopied
 
 _MAGIC = b"IVSHSAVE"
 _VERSION = 1
@@ -350,7 +351,7 @@ def _check_values(info: ImageInfo) -> None:
         raise ValueError("values of other types")
 
 
-class _Reader:
+class _Reader(Uncopied):
     """A file with a saved region; a context manager."""
 
     def __init__(self, path: str, accept: Users) -> None:

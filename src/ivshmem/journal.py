@@ -18,6 +18,7 @@ from typing import Any
 
 from . import _memory, _wire
 from .errors import IvshmemError
+from .uncopied import Uncopied
 
 # The file: the outbox, whose first word `end` tells how far the records go; what this is, and in
 # which version; and two halves, of which one holds a state and the records since, as lines of JSON.
@@ -42,7 +43,7 @@ class JournalError(IvshmemError):
     """A journal that this version cannot read."""
 
 
-class Journal:
+class Journal(Uncopied):
     """A journal in a memory file.
 
     Args:

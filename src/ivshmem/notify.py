@@ -23,6 +23,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from .plain import plain
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -84,7 +85,7 @@ def check_name(name: str) -> str:
     return name
 
 
-class Notifier:
+class Notifier(Uncopied):
     """Tells the service manager how the service is, and stores descriptors there.
 
     Without an address it does nothing. A message that cannot be sent at once is tried again as long

@@ -17,10 +17,11 @@ from .errors import RegionError
 from .region import Region, posix_path
 from .sizes import parse_size
 from .sockets import Listener
+from .uncopied import Uncopied
 
 
 @dataclasses.dataclass
-class Opened:
+class Opened(Uncopied):
     """What was opened for a region.
 
     Attributes:

@@ -27,6 +27,7 @@ from . import _fds, _memory, locks, pages, safe_files
 from .errors import ClosedError, RegionError
 from .pages import PAGE
 from .sizes import check_size, format_size, parse_size
+from .uncopied import Uncopied
 
 SHM = "/dev/shm"  # noqa: S108 - where glibc's shm_open(3) keeps POSIX names
 
@@ -77,7 +78,7 @@ class RegionInfo:
     name_leads_to: LeadsTo | None = None
 
 
-class Region(_memory.Mapping):
+class Region(Uncopied, _memory.Mapping):
     """Shared memory, mapped into this process. `memoryview(region)` is the memory itself.
 
     Made by `create`, `attach`, `open` or `from_fd`. A context manager; `close()` unmaps, and raises

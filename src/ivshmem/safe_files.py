@@ -29,6 +29,7 @@ from typing import BinaryIO, SupportsIndex
 
 from . import _fds
 from .accounts import user_id
+from .uncopied import Uncopied
 
 # Users whose files are accepted, by name or number.
 Users = Iterable[SupportsIndex | str]
@@ -92,7 +93,7 @@ class _WrongDirectory(WrongKind, IsADirectoryError):
 # -- places ---------------------------------------------------------------------------------------
 
 
-class Place:
+class Place(Uncopied):
     """A name in an open directory: what a path led to when `find` walked it. A context manager.
 
     Attributes:
@@ -417,7 +418,7 @@ def reading(path: str | os.PathLike[str], *, accept: Users | None = NOBODY) -> I
 # -- making ---------------------------------------------------------------------------------------
 
 
-class Draft:
+class Draft(Uncopied):
     """A new, empty file that gets its name when it is whole. A context manager.
 
     The block's end, and an exception at any moment, remove what has not been published. If the

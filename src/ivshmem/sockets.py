@@ -26,6 +26,7 @@ from . import locks, shapes
 from .accounts import group_id, user_id
 from .errors import ServerGone
 from .plain import NAME, plain
+from .uncopied import Uncopied
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 
@@ -93,7 +94,7 @@ def is_live(path: str) -> bool:
     raise OSError(code, os.strerror(code), path)
 
 
-class Listener:
+class Listener(Uncopied):
     """A non-blocking stream socket bound to `path`, which it removes when it is closed.
 
     A stale socket at `path` is replaced. Until `listen` is called, connecting is refused.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from . import _fds, logs
 from .control import Regions
 from .engine import PeerReport
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.stalls")
 
@@ -27,7 +28,7 @@ class _Stall(NamedTuple):
     since: float
 
 
-class Stalls:
+class Stalls(Uncopied):
     """Watches the peers of a service; `step()` when `fileno()` is readable. A context manager."""
 
     def __init__(self, service: Regions, seconds: float = SECONDS) -> None:

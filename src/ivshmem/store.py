@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .journal import Journal, is_group
 from .notify import Notifier
+from .uncopied import Uncopied
 
 _log = logging.getLogger("ivshmem.server")
 
@@ -30,7 +31,7 @@ _PATIENCE = 30.0
 Groups = dict[str, list[int]]
 
 
-class Store:
+class Store(Uncopied):
     """Has the service manager keep what a journal names, from now on.
 
     If the manager does not listen, the journal is given up: the log says so, the service runs on,

@@ -151,11 +151,11 @@ def test_one_change_at_a_time(regions: Regions, slow: Slow) -> None:
 
 def test_regions_that_end_while_another_is_opened(regions: Regions, slow: Slow) -> None:
     """One that is to be removed anyway, and one that is to stay."""
-    with no_deadlock(60), running(regions("abd")) as runs:
+    with no_deadlock(60), running(regions("abx")) as runs:
         slow.wanted = True
-        changing = Background(lambda: runs.change(regions("adc")))
+        changing = Background(lambda: runs.change(regions("axc")))
         assert slow.begun.wait(PATIENCE)
-        for name in "bd":
+        for name in "bx":
             server = runs.service.regions[name].server
 
             def fail(_ready: object) -> bool:

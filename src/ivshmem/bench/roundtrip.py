@@ -25,6 +25,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..uncopied import Uncopied
 from . import quiet
 
 WARM_UP = 20  # round trips before each measurement, which also tell how long one takes
@@ -61,7 +62,7 @@ def python_end(
     return End(command, tuple(fds), directory)
 
 
-class _Process:
+class _Process(Uncopied):
     """A running end."""
 
     def __init__(self, role: str, end: End, cores: set[int]) -> None:
@@ -127,7 +128,7 @@ class _Process:
         self._stack.close()
 
 
-class Pair:
+class Pair(Uncopied):
     """Two running ends; they end with the `with` block.
 
     Args:

@@ -17,6 +17,7 @@ from ..config import ServiceConfig
 from ..journal import Journal, JournalError
 from ..service import Service
 from ..sockets import Listener
+from ..uncopied import Uncopied
 from .banner import counted
 from .succession import Past, stored_past
 
@@ -27,7 +28,7 @@ _SECONDS = 5.0  # between two words about the service, if no watchdog wants more
 
 
 @dataclass
-class Manager:
+class Manager(Uncopied):
     """Whoever started this process; most often somebody who wants to hear nothing.
 
     Attributes:

@@ -21,6 +21,7 @@ from collections import deque
 
 from .. import keeper, logs
 from ..plain import paragraph, plain
+from ..uncopied import Uncopied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _LINES = 1000  # kept for a reader that does not read
 _SECONDS = 1.0  # that the end waits for one
 
 
-class News(logging.Handler):
+class News(Uncopied, logging.Handler):
     """Writes lines to the descriptor of `stream` by a thread of its own; a context manager.
 
     A terminal that was stopped with Ctrl-S, or a pipe that nobody reads, costs lines and not the

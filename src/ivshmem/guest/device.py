@@ -267,7 +267,9 @@ class GuestDevice(Endpoint):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"id {self.id}, {self.vectors} vectors"
-        return f"<ivshmem.guest.GuestDevice at {self.device.address} by {self.access}, {state}>"
+        device = getattr(self, "device", None)  # a constructor that failed did not come to it
+        where = f" at {device.address} by {self.access}" if isinstance(device, pci.Device) else ""
+        return f"<ivshmem.guest.GuestDevice{where}, {state}>"
 
 
 class VfioDevice(GuestDevice):

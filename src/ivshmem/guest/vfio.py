@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import _fds
+from ..uncopied import Uncopied
 
 DEV = Path("/dev/vfio")
 NOIOMMU = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
@@ -51,7 +52,7 @@ class VfioRegion(NamedTuple):
     mappable: bool
 
 
-class Vfio:
+class Vfio(Uncopied):
     """One device, opened through its group, which one process at a time can have open.
 
     Raises:

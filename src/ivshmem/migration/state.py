@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from .. import _fds, safe_files
+from ..uncopied import Uncopied
 from .model import MigrationError, Plan, Vm
 
 _VERSION = 1
@@ -30,7 +31,7 @@ _MOST_BYTES = 1 << 24
 Word = Literal["begin", "done", "undone"]
 
 
-class State:
+class State(Uncopied):
     """The plan, and how far it is: of each step the last word, "undone" if there was none.
 
     Made by `create` and `load`; a context manager that closes the file, and lets others have it.

@@ -23,6 +23,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..uncopied import Uncopied
 from .answers import Answer, QmpError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class QemuGone(QmpError):
     """The connection to QEMU has ended: its process has, too, or what it sent was not QMP."""
 
 
-class Monitor:
+class Monitor(Uncopied):
     """A connection to a QEMU's monitor; an asynchronous context manager.
 
     Args:
