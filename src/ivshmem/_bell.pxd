@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
+from ._fds cimport Signaller
+
 # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
 ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil
 
@@ -24,6 +26,9 @@ cdef class Doorbell:
     cdef readonly object peer
     cdef readonly Py_ssize_t vector
     cdef Bell bell
+    cdef bint nowait  # ring by `signaller`, or by a look and a write if that is None
+    cdef Signaller signaller
 
     # 0, or errno: ESHUTDOWN when the peer left or the endpoint was closed, EINTR: again.
     cdef int ring_nogil(self) noexcept nogil
+    cdef int ring_gently(self) except -1

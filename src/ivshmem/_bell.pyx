@@ -9,7 +9,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 
-from ._fds cimport add_one, fail_with, FdArray
+from ._fds cimport add_one, add_one_nowait, fail_with, FdArray
 from ._libc cimport (
     EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_is_only_thread,
 )
@@ -51,9 +51,20 @@ cdef class Doorbell:
     cdef int ring_nogil(self) noexcept nogil:
         return ring_bell(&self.bell, 1)
 
+    cdef int ring_gently(self) except -1:
+        if not ivshmem_enter(self.bell.state):
+            return ESHUTDOWN
+        try:
+            add_one_nowait(self.signaller, self.bell.fd)
+        finally:
+            (<FdArray>self.bell.fds).leave()
+        return 0
+
     @cython.binding(False)
     def ring(self):
-        """Interrupt the vector; as `Endpoint.ring`, but for the look-up.
+        """Interrupt the vector, as `Endpoint.ring` does; the peer was looked up before.
+
+        A doorbell that an AsyncEndpoint made waits for nobody, like `Endpoint.ring_nowait`.
 
         Raises:
             NoSuchPeer: the peer is gone. (If its id is in use again, that is another peer.)
@@ -61,7 +72,9 @@ cdef class Doorbell:
         """
         cdef int code
         while True:
-            if ivshmem_is_only_thread():
+            if self.nowait:
+                code = self.ring_gently()
+            elif ivshmem_is_only_thread():
                 code = ring_bell(&self.bell, 1)
             else:
                 with nogil:
@@ -77,6 +90,9 @@ cdef class Doorbell:
             if code != EINTR:
                 fail_with(code)
             PyErr_CheckSignals()
+
+    def __reduce__(self):
+        raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
 
     def __repr__(self):
         return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"

@@ -1259,6 +1259,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <time.h>
 #include <unistd.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1304,11 +1305,6 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         return syscall(SYS_io_submit, context, count, requests);
     }
-    static inline long ivshmem_io_getevents(aio_context_t context, long count,
-                                            struct io_event *events)
-    {
-        return syscall(SYS_io_getevents, context, count, count, events, NULL);
-    }
     static inline long ivshmem_io_destroy(aio_context_t context)
     {
         return syscall(SYS_io_destroy, context);
@@ -1326,6 +1322,25 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
         return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
+
+    /* Forget the ends of the `count` requests that are the only ones under way. They end within
+       io_submit, so to advance the head in the shared ring spares a system call, a third of all. */
+    static inline void ivshmem_io_forget(aio_context_t context, long count)
+    {
+        struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
+        struct io_event ends[64];
+        if (ivshmem_io_has_ring(context)) {
+            unsigned tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+            if ((tail + ring->nr - ring->head) % ring->nr == (unsigned)count) {
+                __atomic_store_n(&ring->head, tail, __ATOMIC_RELEASE);
+                return;
+            }
+        }
+        while (count > 0) {
+            long n = syscall(SYS_io_getevents, context, 1L, count < 64 ? count : 64L, ends, NULL);
+            count -= n > 0 ? n : 0;
+        }
     }
     
 
@@ -1462,10 +1477,46 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(state, __ATOMIC_ACQUIRE);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. */
+    /* What stands before it in the program happens before what stands behind it, stores and loads
+       alike. Two sides that each store, fence, and then look at the other's word: one of them sees
+       what the other stored. */
+    static inline void ivshmem_fence(void)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86 is
+       one by itself. On arm64 without LSE a later load can pass the store that ends the addition. */
     static inline int ivshmem_count(int *number, int amount)
     {
+    #if defined(__x86_64__) || defined(__i386__)
         return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    #else
+        int result;
+        ivshmem_fence();
+        result = __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+        ivshmem_fence();
+        return result;
+    #endif
+    }
+
+    /* An array that grows while others read it without a lock. Whoever finds a length finds as many
+       elements behind it, and whoever finds a new address finds the old elements there. */
+    static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
+    {
+        return __atomic_load_n(length, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_length(Py_ssize_t *length, Py_ssize_t value)
+    {
+        __atomic_store_n(length, value, __ATOMIC_RELEASE);
+    }
+    static inline int *ivshmem_elements(int *const *elements)
+    {
+        return __atomic_load_n(elements, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_elements(int **elements, int *value)
+    {
+        __atomic_store_n(elements, value, __ATOMIC_RELEASE);
     }
 
     /* What tells the processor that a loop waits for memory. */
@@ -1823,10 +1874,9 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/_core.pyx",
-  "(tree fragment)",
-  "ivshmem/_bell.pxd",
   "cpython/type.pxd",
   "ivshmem/_fds.pxd",
+  "ivshmem/_bell.pxd",
   "ivshmem/_memory.pxd",
   "ivshmem/_spin.pxd",
 };
@@ -2017,10 +2067,11 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_5_bell_Doorbell;
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
+struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
+struct __pyx_obj_7ivshmem_5_bell_Doorbell;
 struct __pyx_obj_7ivshmem_7_memory_Mapping;
 struct __pyx_obj_7ivshmem_7_memory_Atomic;
 struct __pyx_obj_7ivshmem_7_memory_AtomicU32;
@@ -2028,9 +2079,21 @@ struct __pyx_obj_7ivshmem_7_memory_AtomicU64;
 struct __pyx_obj_7ivshmem_7_memory_Registers;
 struct __pyx_obj_7ivshmem_5_spin_Spinner;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+
+/* "_fds.pxd":10
+ * )
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
+ *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
+*/
+enum  {
+  __pyx_e_7ivshmem_4_fds_BATCH = 64,
+  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
+};
 struct __pyx_t_7ivshmem_5_bell_Bell;
 
-/* "_bell.pxd":6
+/* "_bell.pxd":8
  * 
  * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
  * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
@@ -2039,7 +2102,7 @@ struct __pyx_t_7ivshmem_5_bell_Bell;
 */
 typedef int (*__pyx_t_7ivshmem_5_bell_Handler)(void *, int64_t);
 
-/* "_bell.pxd":9
+/* "_bell.pxd":11
  * 
  * 
  * cdef struct Bell:             # <<<<<<<<<<<<<<
@@ -2053,18 +2116,6 @@ struct __pyx_t_7ivshmem_5_bell_Bell {
   int fd;
   Py_ssize_t at;
   uint32_t value;
-};
-
-/* "_fds.pxd":10
- * )
- * 
- * cdef enum:             # <<<<<<<<<<<<<<
- *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
- *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
-*/
-enum  {
-  __pyx_e_7ivshmem_4_fds_BATCH = 64,
-  __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 struct __pyx_t_7ivshmem_5_spin_Habit;
 struct __pyx_t_7ivshmem_5_spin_Turn;
@@ -2170,7 +2221,7 @@ struct __pyx_t_7ivshmem_5_core_Watched {
   int sleeping_wide;
 };
 
-/* "ivshmem/_core.pxd":95
+/* "ivshmem/_core.pxd":96
  *         int *stopped,
  *     ) except -1
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)             # <<<<<<<<<<<<<<
@@ -2182,7 +2233,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
   Py_ssize_t vector;
 };
 
-/* "ivshmem/_core.pyx":42
+/* "ivshmem/_core.pyx":43
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2191,7 +2242,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":47
+  /* "ivshmem/_core.pyx":48
  *     TOKEN_NEWS = 1 << 29
  *     # Habits of the Spinner: a vector's, as far as there are so many; the last is any vector's.
  *     ANY = HABITS - 1             # <<<<<<<<<<<<<<
@@ -2205,7 +2256,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":1035
+/* "ivshmem/_core.pyx":1127
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -2219,25 +2270,7 @@ struct __pyx_t_7ivshmem_5_core_Polled {
   Py_ssize_t count;
 };
 
-/* "_bell.pxd":21
- * 
- * 
- * cdef class Doorbell:             # <<<<<<<<<<<<<<
- *     cdef object endpoint
- *     cdef object owner  # of what `bell` borrows
-*/
-struct __pyx_obj_7ivshmem_5_bell_Doorbell {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtab;
-  PyObject *endpoint;
-  PyObject *owner;
-  PyObject *peer;
-  Py_ssize_t vector;
-  struct __pyx_t_7ivshmem_5_bell_Bell bell;
-};
-
-
-/* "_fds.pxd":83
+/* "_fds.pxd":85
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2256,7 +2289,24 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "_fds.pxd":96
+/* "_fds.pxd":108
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+struct __pyx_obj_7ivshmem_4_fds_Signaller {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  aio_context_t context;
+  int zero;
+  int pid;
+  PyObject *__weakref__;
+};
+
+
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2271,7 +2321,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "_fds.pxd":103
+/* "_fds.pxd":124
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2282,6 +2332,26 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
   PyObject_HEAD
   struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtab;
   int epfd;
+};
+
+
+/* "_bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+struct __pyx_obj_7ivshmem_5_bell_Doorbell {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtab;
+  PyObject *endpoint;
+  PyObject *owner;
+  PyObject *peer;
+  Py_ssize_t vector;
+  struct __pyx_t_7ivshmem_5_bell_Bell bell;
+  int nowait;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *signaller;
 };
 
 
@@ -2308,7 +2378,7 @@ struct __pyx_obj_7ivshmem_7_memory_Mapping {
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
  *     cdef Mapping mapping
- *     cdef Py_ssize_t offset
+ *     cdef readonly Py_ssize_t offset
 */
 struct __pyx_obj_7ivshmem_7_memory_Atomic {
   PyObject_HEAD
@@ -2405,27 +2475,14 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
   int watched;
   int urgent;
   struct __pyx_obj_7ivshmem_4_fds_Relay *relay;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *signaller;
   int pid;
   struct __pyx_obj_7ivshmem_5_spin_Spinner *spinner;
 };
 
 
 
-/* "_bell.pxd":21
- * 
- * 
- * cdef class Doorbell:             # <<<<<<<<<<<<<<
- *     cdef object endpoint
- *     cdef object owner  # of what `bell` borrows
-*/
-
-struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell {
-  int (*ring_nogil)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
-};
-static struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtabptr_7ivshmem_5_bell_Doorbell;
-
-
-/* "_fds.pxd":83
+/* "_fds.pxd":85
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2441,7 +2498,21 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *__pyx_vtabptr_7ivshmem_4_fds_FdArray;
 
 
-/* "_fds.pxd":96
+/* "_fds.pxd":108
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+
+struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+};
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+
+
+/* "_fds.pxd":117
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2455,7 +2526,7 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Relay {
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fds_Relay;
 
 
-/* "_fds.pxd":103
+/* "_fds.pxd":124
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2467,6 +2538,21 @@ struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll {
   int (*control)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_4_fds_Epoll *__pyx_vtabptr_7ivshmem_4_fds_Epoll;
+
+
+/* "_bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+
+struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell {
+  int (*ring_nogil)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
+  int (*ring_gently)(struct __pyx_obj_7ivshmem_5_bell_Doorbell *);
+};
+static struct __pyx_vtabstruct_7ivshmem_5_bell_Doorbell *__pyx_vtabptr_7ivshmem_5_bell_Doorbell;
 
 
 /* "_memory.pxd":6
@@ -2492,7 +2578,7 @@ static struct __pyx_vtabstruct_7ivshmem_7_memory_Mapping *__pyx_vtabptr_7ivshmem
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
  *     cdef Mapping mapping
- *     cdef Py_ssize_t offset
+ *     cdef readonly Py_ssize_t offset
 */
 
 struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic {
@@ -2567,7 +2653,7 @@ struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *__pyx_vtabptr_7ivshmem_5_spin_Spinner;
 
 
-/* "ivshmem/_core.pyx":128
+/* "ivshmem/_core.pyx":129
  * # -- an endpoint's --------------------------------------------------------------------------------
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -2583,6 +2669,10 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
   int (*check)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   int (*enter)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   struct __pyx_obj_7ivshmem_4_fds_FdArray *(*bells_of)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, Py_ssize_t);
+  int (*check_kind)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, PyObject *, Py_ssize_t);
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *(*quiet)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *);
+  Py_ssize_t (*ring_several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *);
   int (*check_vector)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
   struct __pyx_obj_7ivshmem_4_fds_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   struct __pyx_obj_7ivshmem_4_fds_Epoll *(*watch_all)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
@@ -2926,8 +3016,32 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
-/* PyNotImplementedError_Check.proto */
-#define __Pyx_PyExc_NotImplementedError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_NotImplementedError)
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
@@ -2974,6 +3088,9 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
+/* PyNotImplementedError_Check.proto */
+#define __Pyx_PyExc_NotImplementedError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_NotImplementedError)
 
 /* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
@@ -3031,6 +3148,21 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
+/* dict_getitem_default.proto */
+static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value);
+
+/* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
+
+/* CallUnboundCMethod1.proto */
+CYTHON_UNUSED
+static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
+#else
+#define __Pyx_CallUnboundCMethod1(cfunc, self, arg)  __Pyx__CallUnboundCMethod1(cfunc, self, arg)
+#endif
 
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3130,27 +3262,8 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char);
 
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* dict_getitem_default.proto */
-static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value);
-
-/* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
-
-/* CallUnboundCMethod1.proto */
-CYTHON_UNUSED
-static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
-#else
-#define __Pyx_CallUnboundCMethod1(cfunc, self, arg)  __Pyx__CallUnboundCMethod1(cfunc, self, arg)
-#endif
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
 /* py_dict_pop.proto */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_Pop(PyObject *d, PyObject *key, PyObject *default_value);
@@ -3191,8 +3304,15 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_tp_new(type_obj, args) __Pyx_tp_new_kwargs(type_obj, args, NULL)
 static CYTHON_INLINE PyObject* __Pyx_tp_new_kwargs(PyObject* type_obj, PyObject* args, PyObject* kwargs);
 
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+/* ListAppend.proto */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
+#else
+#define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
+#endif
+
+/* ListCompAppendAndDecref.proto */
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
 /* PyFrozenDict.proto (used by dict_iter) */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -3293,13 +3413,6 @@ static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x);
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
 #endif
 
-/* ListAppend.proto */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
-#else
-#define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
-#endif
-
 /* GetItemInt.proto */
 #define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
     (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
@@ -3327,9 +3440,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 /* PyOSError_Check.proto */
 #define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
 
-/* PyUnicode_Unicode.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
-
 /* PySequenceContains.proto */
 static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* seq, int eq) {
     int result = PySequence_Contains(seq, item);
@@ -3341,23 +3451,6 @@ static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* s
 
 /* PyOverflowError_Check.proto */
 #define __Pyx_PyExc_OverflowError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OverflowError)
-
-/* PyObjectFormatSimple.proto */
-#if CYTHON_COMPILING_IN_PYPY
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#elif CYTHON_USE_TYPE_SLOTS
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
-        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
-        PyObject_Format(s, f))
-#else
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#endif
 
 /* UnicodeConcatInPlace.proto */
 # if CYTHON_COMPILING_IN_CPYTHON
@@ -3401,9 +3494,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
 
 /* py_dict_clear.proto */
 #define __Pyx_PyDict_Clear(d) (PyDict_Clear(d), 0)
-
-/* ListCompAppendAndDecref.proto */
-static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_str(PyObject *op1, PyObject *op2, int pyop);
@@ -3451,26 +3541,6 @@ static int __Pyx_MergeVtables(PyTypeObject *type);
 
 /* SetVTable.export */
 static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
-
-/* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
-#endif
-
-/* DelItemOnTypeDict.proto (used by SetupReduce) */
-#define __Pyx_DelItemOnTypeDict(tp, k) __Pyx__DelItemOnTypeDict((PyTypeObject*)tp, k)
-
-/* DelItemOnTypeDict.export */
-static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k);
-
-/* SetItemOnTypeDict.proto (used by SetupReduce) */
-#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
-
-/* SetItemOnTypeDict.export */
-static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
-
-/* SetupReduce.export */
-static int __Pyx_setup_reduce(PyObject* type_obj);
 
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -3686,6 +3756,17 @@ static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml,
                                       PyObject* code);
 static PyTypeObject *__Pyx_Get_CyFunction_Type(void);
 
+/* LimitedApiGetTypeTypeDict.proto (used by SetItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
+#endif
+
+/* SetItemOnTypeDict.proto */
+#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
+
+/* SetItemOnTypeDict.export */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
+
 /* CLineInTraceback.proto (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
 static int __Pyx_CLineForTraceback(PyThreadState *tstate, int c_line);
@@ -3855,11 +3936,15 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, PyObject *__pyx_v_whose, Py_ssize_t __pyx_v_vector); /* proto*/
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_anything(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_watch_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
+static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorbells_quiet(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbells_bells_of(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto*/
 static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorbells_doorbell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_skip_dispatch, struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell *__pyx_optional_args); /* proto*/
+static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector); /* proto*/
+static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_bells); /* proto*/
 static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector, PyObject *__pyx_v_timeout, int64_t __pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector); /* proto*/
@@ -3878,9 +3963,6 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
-
-/* Module declarations from "ivshmem._bell" */
-static int (*__pyx_f_7ivshmem_5_bell_ring_bell)(void *, int64_t); /*proto*/
 
 /* Module declarations from "libc.string" */
 
@@ -3903,13 +3985,20 @@ static int64_t (*__pyx_f_7ivshmem_4_fds_deadline_of)(PyObject *); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_fail_with)(int); /*proto*/
 static int (*__pyx_f_7ivshmem_4_fds_epoll_sleep)(int, struct epoll_event *, int, int64_t); /*proto*/
 static int64_t (*__pyx_f_7ivshmem_4_fds_take_count)(int); /*proto*/
-static int (*__pyx_f_7ivshmem_4_fds_is_eventfd)(int); /*proto*/
+static int (*__pyx_f_7ivshmem_4_fds_is_eventfd)(int, int); /*proto*/
+static struct __pyx_obj_7ivshmem_4_fds_Signaller *(*__pyx_f_7ivshmem_4_fds_shared_signaller)(void); /*proto*/
+static int (*__pyx_f_7ivshmem_4_fds_add_one_nowait)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t, struct timespec *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int); /*proto*/
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *); /*proto*/
+static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *, Py_ssize_t); /*proto*/
+
+/* Module declarations from "ivshmem._bell" */
+static int (*__pyx_f_7ivshmem_5_bell_ring_bell)(void *, int64_t); /*proto*/
 
 /* Module declarations from "ivshmem._memory" */
 
@@ -3955,36 +4044,38 @@ int __pyx_module_is_main_ivshmem___core = 0;
 static const char __pyx_k_The_data_path_the_doorbells_that[] = "The data path: the doorbells that an endpoint rings, and those that it listens on.\n\nKnows: ringing, listening, sleeping. Does not know: who the peers are, when to spin (`_spin`).\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_peer, CYTHON_UNUSED PyObject *__pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_deaf(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_news(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_peer, CYTHON_UNUSED PyObject *__pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_deaf(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_old, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_sleeping); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector, PyObject *__pyx_v_answer, PyObject *__pyx_v_rounds, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_which); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_old, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_sleeping); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector, PyObject *__pyx_v_answer, PyObject *__pyx_v_rounds, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector); /* proto */
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_which); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_5_core_Doorbells(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 /* #### Code section: late_includes ### */
@@ -4010,11 +4101,12 @@ namespace {
     PyObject *__pyx_empty_tuple;
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
-    PyTypeObject *__pyx_ptype_7ivshmem_5_bell_Doorbell;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_5_bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_Atomic;
     PyTypeObject *__pyx_ptype_7ivshmem_7_memory_AtomicU32;
@@ -4028,8 +4120,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
-    PyObject *__pyx_codeobj_tab[24];
-    PyObject *__pyx_string_tab[182];
+    PyObject *__pyx_codeobj_tab[25];
+    PyObject *__pyx_string_tab[178];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4079,188 +4171,184 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_has_more_than_the_32_bits_of_th __pyx_string_tab[0]
-#define __pyx_kp_u_is_no_eventfd __pyx_string_tab[1]
-#define __pyx_kp_u_vectors_2 __pyx_string_tab[2]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[3]
-#define __pyx_kp_u__2 __pyx_string_tab[4]
-#define __pyx_kp_u_this_endpoint_has __pyx_string_tab[5]
-#define __pyx_kp_u_ __pyx_string_tab[6]
-#define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[7]
-#define __pyx_kp_u_None __pyx_string_tab[8]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[9]
-#define __pyx_kp_u_UIO_device __pyx_string_tab[10]
-#define __pyx_kp_u_a_device_does_not_know_who_is_th __pyx_string_tab[11]
-#define __pyx_kp_u_add_note __pyx_string_tab[12]
-#define __pyx_kp_u_disable __pyx_string_tab[13]
-#define __pyx_kp_u_enable __pyx_string_tab[14]
-#define __pyx_kp_u_gc __pyx_string_tab[15]
-#define __pyx_kp_u_isenabled __pyx_string_tab[16]
-#define __pyx_kp_u_ivshmem__fds __pyx_string_tab[17]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[19]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[20]
+#define __pyx_kp_u_cannot_be_copied_or_pickled_con __pyx_string_tab[0]
+#define __pyx_kp_u_has_more_than_the_32_bits_of_th __pyx_string_tab[1]
+#define __pyx_kp_u_is_not_an_eventfd __pyx_string_tab[2]
+#define __pyx_kp_u_of __pyx_string_tab[3]
+#define __pyx_kp_u_vectors_2 __pyx_string_tab[4]
+#define __pyx_kp_u__2 __pyx_string_tab[5]
+#define __pyx_kp_u_this_endpoint_has __pyx_string_tab[6]
+#define __pyx_kp_u_ __pyx_string_tab[7]
+#define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[8]
+#define __pyx_kp_u_None __pyx_string_tab[9]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[10]
+#define __pyx_kp_u_UIO_device __pyx_string_tab[11]
+#define __pyx_kp_u_a __pyx_string_tab[12]
+#define __pyx_kp_u_a_device_does_not_know_who_is_th __pyx_string_tab[13]
+#define __pyx_kp_u_add_note __pyx_string_tab[14]
+#define __pyx_kp_u_disable __pyx_string_tab[15]
+#define __pyx_kp_u_enable __pyx_string_tab[16]
+#define __pyx_kp_u_gc __pyx_string_tab[17]
+#define __pyx_kp_u_isenabled __pyx_string_tab[18]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[20]
 #define __pyx_kp_u_no_vector_to_wait_for __pyx_string_tab[21]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[22]
-#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[23]
-#define __pyx_kp_u_vector_2 __pyx_string_tab[24]
-#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[25]
-#define __pyx_kp_u_what_was_opened_as_a_vector_is_n __pyx_string_tab[26]
-#define __pyx_n_u_ClosedError __pyx_string_tab[27]
-#define __pyx_n_u_Doorbells __pyx_string_tab[28]
-#define __pyx_n_u_Doorbells___reduce_cython __pyx_string_tab[29]
-#define __pyx_n_u_Doorbells___setstate_cython __pyx_string_tab[30]
-#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells__bells __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__deaf __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[39]
-#define __pyx_n_u_Doorbells__missing __pyx_string_tab[40]
-#define __pyx_n_u_Doorbells__news __pyx_string_tab[41]
-#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[42]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[43]
-#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[44]
-#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[45]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[46]
-#define __pyx_n_u_Doorbells__watch __pyx_string_tab[47]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[48]
-#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[49]
-#define __pyx_n_u_Doorbells_echo __pyx_string_tab[50]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[51]
-#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[52]
-#define __pyx_n_u_Interrupt __pyx_string_tab[53]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[54]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[55]
-#define __pyx_n_u_Signaller __pyx_string_tab[56]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[57]
-#define __pyx_n_u_annotate __pyx_string_tab[58]
-#define __pyx_n_u_doc __pyx_string_tab[59]
-#define __pyx_n_u_func __pyx_string_tab[60]
-#define __pyx_n_u_getstate __pyx_string_tab[61]
-#define __pyx_n_u_iter __pyx_string_tab[62]
-#define __pyx_n_u_main __pyx_string_tab[63]
-#define __pyx_n_u_module __pyx_string_tab[64]
-#define __pyx_n_u_name __pyx_string_tab[65]
-#define __pyx_n_u_pyx_state __pyx_string_tab[66]
+#define __pyx_kp_u_peer_2 __pyx_string_tab[22]
+#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[23]
+#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[24]
+#define __pyx_kp_u_this_endpoint __pyx_string_tab[25]
+#define __pyx_kp_u_vector_2 __pyx_string_tab[26]
+#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[27]
+#define __pyx_kp_u_what_was_opened_as_a_vector_is_n __pyx_string_tab[28]
+#define __pyx_n_u_ClosedError __pyx_string_tab[29]
+#define __pyx_n_u_Doorbells __pyx_string_tab[30]
+#define __pyx_n_u_Doorbells___reduce __pyx_string_tab[31]
+#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[32]
+#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells__bells __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells__deaf __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__doorbell_nowait __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[40]
+#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[41]
+#define __pyx_n_u_Doorbells__missing __pyx_string_tab[42]
+#define __pyx_n_u_Doorbells__news __pyx_string_tab[43]
+#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[44]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[45]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[46]
+#define __pyx_n_u_Doorbells__unwatch __pyx_string_tab[47]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[48]
+#define __pyx_n_u_Doorbells__watch __pyx_string_tab[49]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[50]
+#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[51]
+#define __pyx_n_u_Doorbells_echo __pyx_string_tab[52]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[53]
+#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[54]
+#define __pyx_n_u_Doorbells_ring_all_nowait __pyx_string_tab[55]
+#define __pyx_n_u_Interrupt __pyx_string_tab[56]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[57]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[58]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[59]
+#define __pyx_n_u_annotate __pyx_string_tab[60]
+#define __pyx_n_u_doc __pyx_string_tab[61]
+#define __pyx_n_u_func __pyx_string_tab[62]
+#define __pyx_n_u_iter __pyx_string_tab[63]
+#define __pyx_n_u_main __pyx_string_tab[64]
+#define __pyx_n_u_module __pyx_string_tab[65]
+#define __pyx_n_u_name __pyx_string_tab[66]
 #define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
 #define __pyx_n_u_qualname __pyx_string_tab[68]
 #define __pyx_n_u_reduce __pyx_string_tab[69]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[70]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[71]
-#define __pyx_n_u_set_name __pyx_string_tab[72]
-#define __pyx_n_u_setstate __pyx_string_tab[73]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[74]
-#define __pyx_n_u_test __pyx_string_tab[75]
-#define __pyx_n_u_add_bell __pyx_string_tab[76]
-#define __pyx_n_u_add_vector __pyx_string_tab[77]
-#define __pyx_n_u_bells __pyx_string_tab[78]
-#define __pyx_n_u_close_bells __pyx_string_tab[79]
-#define __pyx_n_u_deaf __pyx_string_tab[80]
-#define __pyx_n_u_descriptor __pyx_string_tab[81]
-#define __pyx_n_u_drop_peer __pyx_string_tab[82]
-#define __pyx_n_u_fds __pyx_string_tab[83]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[84]
-#define __pyx_n_u_listen_alone __pyx_string_tab[85]
-#define __pyx_n_u_listen_uio __pyx_string_tab[86]
-#define __pyx_n_u_missing __pyx_string_tab[87]
-#define __pyx_n_u_news __pyx_string_tab[88]
-#define __pyx_n_u_ring_by __pyx_string_tab[89]
-#define __pyx_n_u_ring_self __pyx_string_tab[90]
-#define __pyx_n_u_set_queued __pyx_string_tab[91]
-#define __pyx_n_u_unwatch __pyx_string_tab[92]
-#define __pyx_n_u_wait_event __pyx_string_tab[93]
-#define __pyx_n_u_watch __pyx_string_tab[94]
-#define __pyx_n_u_add __pyx_string_tab[95]
-#define __pyx_n_u_answer __pyx_string_tab[96]
-#define __pyx_n_u_any __pyx_string_tab[97]
-#define __pyx_n_u_anything __pyx_string_tab[98]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[99]
-#define __pyx_n_u_auto __pyx_string_tab[100]
-#define __pyx_n_u_bell __pyx_string_tab[101]
-#define __pyx_n_u_bells_2 __pyx_string_tab[102]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[103]
-#define __pyx_n_u_close __pyx_string_tab[104]
-#define __pyx_n_u_closed __pyx_string_tab[105]
-#define __pyx_n_u_code __pyx_string_tab[106]
-#define __pyx_n_u_collections __pyx_string_tab[107]
-#define __pyx_n_u_count __pyx_string_tab[108]
-#define __pyx_n_u_done __pyx_string_tab[109]
-#define __pyx_n_u_doorbell __pyx_string_tab[110]
-#define __pyx_n_u_echo __pyx_string_tab[111]
-#define __pyx_n_u_errors __pyx_string_tab[112]
-#define __pyx_n_u_eventfd __pyx_string_tab[113]
-#define __pyx_n_u_eventfds __pyx_string_tab[114]
-#define __pyx_n_u_fd __pyx_string_tab[115]
-#define __pyx_n_u_fileno __pyx_string_tab[116]
-#define __pyx_n_u_get __pyx_string_tab[117]
-#define __pyx_n_u_i __pyx_string_tab[118]
-#define __pyx_n_u_items __pyx_string_tab[119]
-#define __pyx_n_u_its __pyx_string_tab[120]
-#define __pyx_n_u_ivshmem __pyx_string_tab[121]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[122]
-#define __pyx_n_u_limit __pyx_string_tab[123]
-#define __pyx_n_u_module_2 __pyx_string_tab[124]
-#define __pyx_n_u_namedtuple __pyx_string_tab[125]
-#define __pyx_n_u_nanoseconds __pyx_string_tab[126]
-#define __pyx_n_u_number __pyx_string_tab[127]
-#define __pyx_n_u_old __pyx_string_tab[128]
-#define __pyx_n_u_outer __pyx_string_tab[129]
-#define __pyx_n_u_peer __pyx_string_tab[130]
-#define __pyx_n_u_peers __pyx_string_tab[131]
-#define __pyx_n_u_pop __pyx_string_tab[132]
-#define __pyx_n_u_queued __pyx_string_tab[133]
-#define __pyx_n_u_registers __pyx_string_tab[134]
-#define __pyx_n_u_relay __pyx_string_tab[135]
-#define __pyx_n_u_remove __pyx_string_tab[136]
-#define __pyx_n_u_ring __pyx_string_tab[137]
-#define __pyx_n_u_ring_all __pyx_string_tab[138]
-#define __pyx_n_u_rings __pyx_string_tab[139]
-#define __pyx_n_u_rounds __pyx_string_tab[140]
-#define __pyx_n_u_self __pyx_string_tab[141]
-#define __pyx_n_u_setdefault __pyx_string_tab[142]
-#define __pyx_n_u_signal __pyx_string_tab[143]
-#define __pyx_n_u_sleeping __pyx_string_tab[144]
-#define __pyx_n_u_spin __pyx_string_tab[145]
-#define __pyx_n_u_stopped __pyx_string_tab[146]
-#define __pyx_n_u_store __pyx_string_tab[147]
-#define __pyx_n_u_take __pyx_string_tab[148]
-#define __pyx_n_u_targets __pyx_string_tab[149]
-#define __pyx_n_u_timeout __pyx_string_tab[150]
-#define __pyx_n_u_urgent __pyx_string_tab[151]
-#define __pyx_n_u_values __pyx_string_tab[152]
-#define __pyx_n_u_vector __pyx_string_tab[153]
-#define __pyx_n_u_vectors __pyx_string_tab[154]
-#define __pyx_n_u_which __pyx_string_tab[155]
-#define __pyx_n_u_word __pyx_string_tab[156]
-#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[157]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[158]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_q __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1 __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_F_4t7_Q_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_q_F_6_A_t_gQ_iq_t9Cr_Q_F_d_t6_s __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[181]
+#define __pyx_n_u_set_name __pyx_string_tab[70]
+#define __pyx_n_u_test __pyx_string_tab[71]
+#define __pyx_n_u_add_bell __pyx_string_tab[72]
+#define __pyx_n_u_add_vector __pyx_string_tab[73]
+#define __pyx_n_u_bells __pyx_string_tab[74]
+#define __pyx_n_u_close_bells __pyx_string_tab[75]
+#define __pyx_n_u_deaf __pyx_string_tab[76]
+#define __pyx_n_u_descriptor __pyx_string_tab[77]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[78]
+#define __pyx_n_u_drop_peer __pyx_string_tab[79]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[80]
+#define __pyx_n_u_listen_alone __pyx_string_tab[81]
+#define __pyx_n_u_listen_uio __pyx_string_tab[82]
+#define __pyx_n_u_missing __pyx_string_tab[83]
+#define __pyx_n_u_news __pyx_string_tab[84]
+#define __pyx_n_u_ring_by __pyx_string_tab[85]
+#define __pyx_n_u_ring_self __pyx_string_tab[86]
+#define __pyx_n_u_set_queued __pyx_string_tab[87]
+#define __pyx_n_u_unwatch __pyx_string_tab[88]
+#define __pyx_n_u_wait_event __pyx_string_tab[89]
+#define __pyx_n_u_watch __pyx_string_tab[90]
+#define __pyx_n_u_add __pyx_string_tab[91]
+#define __pyx_n_u_answer __pyx_string_tab[92]
+#define __pyx_n_u_any __pyx_string_tab[93]
+#define __pyx_n_u_anything __pyx_string_tab[94]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[95]
+#define __pyx_n_u_auto __pyx_string_tab[96]
+#define __pyx_n_u_bell __pyx_string_tab[97]
+#define __pyx_n_u_bells_2 __pyx_string_tab[98]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[99]
+#define __pyx_n_u_close __pyx_string_tab[100]
+#define __pyx_n_u_closed __pyx_string_tab[101]
+#define __pyx_n_u_collections __pyx_string_tab[102]
+#define __pyx_n_u_done __pyx_string_tab[103]
+#define __pyx_n_u_doorbell __pyx_string_tab[104]
+#define __pyx_n_u_echo __pyx_string_tab[105]
+#define __pyx_n_u_entered __pyx_string_tab[106]
+#define __pyx_n_u_errors __pyx_string_tab[107]
+#define __pyx_n_u_eventfd __pyx_string_tab[108]
+#define __pyx_n_u_eventfds __pyx_string_tab[109]
+#define __pyx_n_u_fd __pyx_string_tab[110]
+#define __pyx_n_u_fileno __pyx_string_tab[111]
+#define __pyx_n_u_get __pyx_string_tab[112]
+#define __pyx_n_u_items __pyx_string_tab[113]
+#define __pyx_n_u_ivshmem __pyx_string_tab[114]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[115]
+#define __pyx_n_u_limit __pyx_string_tab[116]
+#define __pyx_n_u_made __pyx_string_tab[117]
+#define __pyx_n_u_module_2 __pyx_string_tab[118]
+#define __pyx_n_u_namedtuple __pyx_string_tab[119]
+#define __pyx_n_u_nanoseconds __pyx_string_tab[120]
+#define __pyx_n_u_old __pyx_string_tab[121]
+#define __pyx_n_u_outer __pyx_string_tab[122]
+#define __pyx_n_u_peer __pyx_string_tab[123]
+#define __pyx_n_u_peers __pyx_string_tab[124]
+#define __pyx_n_u_pop __pyx_string_tab[125]
+#define __pyx_n_u_queued __pyx_string_tab[126]
+#define __pyx_n_u_registers __pyx_string_tab[127]
+#define __pyx_n_u_relay __pyx_string_tab[128]
+#define __pyx_n_u_remove __pyx_string_tab[129]
+#define __pyx_n_u_ring __pyx_string_tab[130]
+#define __pyx_n_u_ring_all __pyx_string_tab[131]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[132]
+#define __pyx_n_u_rings __pyx_string_tab[133]
+#define __pyx_n_u_rounds __pyx_string_tab[134]
+#define __pyx_n_u_self __pyx_string_tab[135]
+#define __pyx_n_u_setdefault __pyx_string_tab[136]
+#define __pyx_n_u_signal __pyx_string_tab[137]
+#define __pyx_n_u_signaller __pyx_string_tab[138]
+#define __pyx_n_u_sleeping __pyx_string_tab[139]
+#define __pyx_n_u_spin __pyx_string_tab[140]
+#define __pyx_n_u_stopped __pyx_string_tab[141]
+#define __pyx_n_u_store __pyx_string_tab[142]
+#define __pyx_n_u_take __pyx_string_tab[143]
+#define __pyx_n_u_timeout __pyx_string_tab[144]
+#define __pyx_n_u_urgent __pyx_string_tab[145]
+#define __pyx_n_u_values __pyx_string_tab[146]
+#define __pyx_n_u_vector __pyx_string_tab[147]
+#define __pyx_n_u_vectors __pyx_string_tab[148]
+#define __pyx_n_u_which __pyx_string_tab[149]
+#define __pyx_n_u_word __pyx_string_tab[150]
+#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[151]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[152]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_t_XQgQ __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[177]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4278,11 +4366,12 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   __Pyx_State_RemoveModule(NULL);
   #endif
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
@@ -4296,8 +4385,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<24; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<182; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<178; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4321,11 +4410,12 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_tuple);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_Atomic);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7_memory_AtomicU32);
@@ -4339,8 +4429,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<24; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<182; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<178; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4355,7 +4445,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "_fds.pxd":25
+/* "_fds.pxd":27
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4367,7 +4457,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "_fds.pxd":27
+  /* "_fds.pxd":29
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4376,7 +4466,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "_fds.pxd":28
+  /* "_fds.pxd":30
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4389,7 +4479,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":25
+  /* "_fds.pxd":27
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4403,7 +4493,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":31
+/* "_fds.pxd":33
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4420,7 +4510,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "_fds.pxd":33
+  /* "_fds.pxd":35
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4457,7 +4547,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":31
+  /* "_fds.pxd":33
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4470,7 +4560,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "_fds.pxd":36
+/* "_fds.pxd":38
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4486,7 +4576,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "_fds.pxd":39
+  /* "_fds.pxd":41
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4498,7 +4588,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":40
+    /* "_fds.pxd":42
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4511,7 +4601,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":39
+    /* "_fds.pxd":41
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4520,7 +4610,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "_fds.pxd":41
+  /* "_fds.pxd":43
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4544,7 +4634,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "_fds.pxd":42
+  /* "_fds.pxd":44
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4553,7 +4643,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":43
+  /* "_fds.pxd":45
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4562,7 +4652,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "_fds.pxd":44
+  /* "_fds.pxd":46
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4575,7 +4665,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":36
+  /* "_fds.pxd":38
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4589,7 +4679,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "_fds.pxd":47
+/* "_fds.pxd":49
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4604,7 +4694,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "_fds.pxd":49
+  /* "_fds.pxd":51
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4632,7 +4722,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "_fds.pxd":47
+  /* "_fds.pxd":49
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4645,7 +4735,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "_fds.pxd":52
+/* "_fds.pxd":54
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4660,7 +4750,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "_fds.pxd":58
+  /* "_fds.pxd":60
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4669,7 +4759,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "_fds.pxd":61
+  /* "_fds.pxd":63
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4678,7 +4768,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "_fds.pxd":62
+  /* "_fds.pxd":64
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4687,7 +4777,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "_fds.pxd":63
+  /* "_fds.pxd":65
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4696,7 +4786,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "_fds.pxd":64
+    /* "_fds.pxd":66
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4705,7 +4795,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "_fds.pxd":65
+    /* "_fds.pxd":67
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4717,7 +4807,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":66
+      /* "_fds.pxd":68
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4730,7 +4820,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":65
+      /* "_fds.pxd":67
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4739,7 +4829,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":67
+    /* "_fds.pxd":69
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4751,7 +4841,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":68
+      /* "_fds.pxd":70
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4764,7 +4854,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":67
+      /* "_fds.pxd":69
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4773,7 +4863,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":69
+    /* "_fds.pxd":71
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4785,7 +4875,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":70
+      /* "_fds.pxd":72
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4798,7 +4888,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":69
+      /* "_fds.pxd":71
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4807,7 +4897,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "_fds.pxd":71
+    /* "_fds.pxd":73
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4819,7 +4909,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "_fds.pxd":72
+      /* "_fds.pxd":74
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4832,7 +4922,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "_fds.pxd":71
+      /* "_fds.pxd":73
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4842,7 +4932,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "_fds.pxd":52
+  /* "_fds.pxd":54
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4859,7 +4949,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "_fds.pxd":75
+/* "_fds.pxd":77
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4873,7 +4963,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "_fds.pxd":77
+  /* "_fds.pxd":79
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4882,7 +4972,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "_fds.pxd":78
+  /* "_fds.pxd":80
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4908,7 +4998,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "_fds.pxd":79
+    /* "_fds.pxd":81
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4921,7 +5011,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "_fds.pxd":78
+    /* "_fds.pxd":80
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4930,7 +5020,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "_fds.pxd":80
+  /* "_fds.pxd":82
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4943,7 +5033,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "_fds.pxd":75
+  /* "_fds.pxd":77
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4954,6 +5044,80 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   /* function exit code */
   __pyx_L0:;
 
+  return __pyx_r;
+}
+
+/* "_fds.pxd":98
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+  Py_ssize_t __pyx_r;
+
+  /* "_fds.pxd":100
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ivshmem_length((&__pyx_v_array->count));
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":98
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_fds.pxd":103
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+  int *__pyx_r;
+
+  /* "_fds.pxd":105
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = (&(ivshmem_elements((&__pyx_v_array->fds))[__pyx_v_index]));
+  }
+  goto __pyx_L0;
+
+  /* "_fds.pxd":103
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
   return __pyx_r;
 }
 
@@ -5014,7 +5178,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":54
+/* "ivshmem/_core.pyx":55
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5027,7 +5191,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":61
+  /* "ivshmem/_core.pyx":62
  *     other can want to end reads plainly.
  *     """
  *     return self.relay is not None or alone and not self.urgent and not self.uio             # <<<<<<<<<<<<<<
@@ -5070,7 +5234,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":54
+  /* "ivshmem/_core.pyx":55
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5083,7 +5247,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":64
+/* "ivshmem/_core.pyx":65
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5096,7 +5260,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":65
+  /* "ivshmem/_core.pyx":66
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:
  *     return self.relay is not None and self.relay.fired()             # <<<<<<<<<<<<<<
@@ -5123,7 +5287,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":64
+  /* "ivshmem/_core.pyx":65
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5136,7 +5300,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":68
+/* "ivshmem/_core.pyx":69
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5154,7 +5318,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":75
+  /* "ivshmem/_core.pyx":76
  *     counter, which nobody honest ever sees. close() and a relay end the read by adding to the count.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5163,35 +5327,35 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":76
+  /* "ivshmem/_core.pyx":77
  *     """
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0             # <<<<<<<<<<<<<<
  *     cdef int code = 0
- *     cdef int fd = self.own.fds[vector]
+ *     cdef int fd = place_of(self.own, vector)[0]
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":77
+  /* "ivshmem/_core.pyx":78
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0
  *     cdef int code = 0             # <<<<<<<<<<<<<<
- *     cdef int fd = self.own.fds[vector]
+ *     cdef int fd = place_of(self.own, vector)[0]
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":78
+  /* "ivshmem/_core.pyx":79
  *     cdef ssize_t n = 0
  *     cdef int code = 0
- *     cdef int fd = self.own.fds[vector]             # <<<<<<<<<<<<<<
+ *     cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
 */
-  __pyx_v_fd = (__pyx_v_self->own->fds[__pyx_v_vector]);
+  __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":80
- *     cdef int fd = self.own.fds[vector]
+  /* "ivshmem/_core.pyx":81
+ *     cdef int fd = place_of(self.own, vector)[0]
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)             # <<<<<<<<<<<<<<
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
@@ -5199,7 +5363,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-  /* "ivshmem/_core.pyx":81
+  /* "ivshmem/_core.pyx":82
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5225,7 +5389,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":82
+    /* "ivshmem/_core.pyx":83
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -5234,7 +5398,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-    /* "ivshmem/_core.pyx":83
+    /* "ivshmem/_core.pyx":84
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno             # <<<<<<<<<<<<<<
@@ -5243,7 +5407,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_code = errno;
 
-    /* "ivshmem/_core.pyx":81
+    /* "ivshmem/_core.pyx":82
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5252,7 +5416,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":84
+  /* "ivshmem/_core.pyx":85
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -5261,7 +5425,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-  /* "ivshmem/_core.pyx":85
+  /* "ivshmem/_core.pyx":86
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5287,7 +5451,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":86
+    /* "ivshmem/_core.pyx":87
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5298,7 +5462,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":87
+      /* "ivshmem/_core.pyx":88
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:
  *             add_one(fd)  # others may sleep in the same read             # <<<<<<<<<<<<<<
@@ -5307,7 +5471,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
       (void)(__pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd));
 
-      /* "ivshmem/_core.pyx":86
+      /* "ivshmem/_core.pyx":87
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5316,7 +5480,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     }
 
-    /* "ivshmem/_core.pyx":88
+    /* "ivshmem/_core.pyx":89
  *         if self.relay is not None:
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS             # <<<<<<<<<<<<<<
@@ -5338,7 +5502,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":85
+    /* "ivshmem/_core.pyx":86
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5347,7 +5511,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":89
+  /* "ivshmem/_core.pyx":90
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5359,7 +5523,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":90
+    /* "ivshmem/_core.pyx":91
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -5372,7 +5536,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":89
+    /* "ivshmem/_core.pyx":90
  *             add_one(fd)  # others may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5381,7 +5545,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":91
+  /* "ivshmem/_core.pyx":92
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5393,12 +5557,12 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":92
+    /* "ivshmem/_core.pyx":93
  *         return count_of(count)
  *     if code != EAGAIN:
  *         return -code             # <<<<<<<<<<<<<<
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     self.nonblocking &= ~(<uint64_t>1 << vector % 64)
+ *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
 */
     {
 
@@ -5406,7 +5570,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":91
+    /* "ivshmem/_core.pyx":92
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5415,27 +5579,27 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":93
+  /* "ivshmem/_core.pyx":94
  *     if code != EAGAIN:
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)             # <<<<<<<<<<<<<<
- *     self.nonblocking &= ~(<uint64_t>1 << vector % 64)
+ *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0
 */
   (void)(fcntl(__pyx_v_fd, F_SETFL, O_RDWR));
 
-  /* "ivshmem/_core.pyx":94
+  /* "ivshmem/_core.pyx":95
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     self.nonblocking &= ~(<uint64_t>1 << vector % 64)             # <<<<<<<<<<<<<<
+ *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_v_self->nonblocking = (__pyx_v_self->nonblocking & (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))));
+  (void)(ivshmem_and((&__pyx_v_self->nonblocking), 1, (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))), __ATOMIC_RELAXED));
 
-  /* "ivshmem/_core.pyx":95
+  /* "ivshmem/_core.pyx":96
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     self.nonblocking &= ~(<uint64_t>1 << vector % 64)
+ *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0             # <<<<<<<<<<<<<<
  * 
  * 
@@ -5446,7 +5610,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":68
+  /* "ivshmem/_core.pyx":69
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5463,7 +5627,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":100
+/* "ivshmem/_core.pyx":101
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5477,7 +5641,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":105
+  /* "ivshmem/_core.pyx":106
  *     It sleeps if a peer clears O_NONBLOCK, which is what the wait would come to anyway.
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64             # <<<<<<<<<<<<<<
@@ -5486,12 +5650,12 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
 */
   __pyx_v_bit = (((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1));
 
-  /* "ivshmem/_core.pyx":106
+  /* "ivshmem/_core.pyx":107
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
  *         return probe_eventfd
- *     if not self.nonblocking & bit:
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
 */
   __pyx_t_2 = (!__pyx_v_plainly);
 
@@ -5521,12 +5685,12 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":107
+    /* "ivshmem/_core.pyx":108
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd             # <<<<<<<<<<<<<<
- *     if not self.nonblocking & bit:
- *         self.nonblocking |= bit
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
 */
     {
 
@@ -5534,57 +5698,57 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":106
+    /* "ivshmem/_core.pyx":107
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
  *         return probe_eventfd
- *     if not self.nonblocking & bit:
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
 */
   }
 
-  /* "ivshmem/_core.pyx":108
+  /* "ivshmem/_core.pyx":109
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
- *     if not self.nonblocking & bit:             # <<<<<<<<<<<<<<
- *         self.nonblocking |= bit
- *         fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
 */
-  __pyx_t_1 = (!((__pyx_v_self->nonblocking & __pyx_v_bit) != 0));
+  __pyx_t_1 = (!((ivshmem_load((&__pyx_v_self->nonblocking), 1, __ATOMIC_RELAXED) & __pyx_v_bit) != 0));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":109
+    /* "ivshmem/_core.pyx":110
  *         return probe_eventfd
- *     if not self.nonblocking & bit:
- *         self.nonblocking |= bit             # <<<<<<<<<<<<<<
- *         fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)             # <<<<<<<<<<<<<<
+ *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly
 */
-    __pyx_v_self->nonblocking = (__pyx_v_self->nonblocking | __pyx_v_bit);
+    (void)(ivshmem_or((&__pyx_v_self->nonblocking), 1, __pyx_v_bit, __ATOMIC_RELAXED));
 
-    /* "ivshmem/_core.pyx":110
- *     if not self.nonblocking & bit:
- *         self.nonblocking |= bit
- *         fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)             # <<<<<<<<<<<<<<
+    /* "ivshmem/_core.pyx":111
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)             # <<<<<<<<<<<<<<
  *     return probe_plainly
  * 
 */
-    (void)(fcntl((__pyx_v_self->own->fds[__pyx_v_vector]), F_SETFL, (O_RDWR | O_NONBLOCK)));
+    (void)(fcntl((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]), F_SETFL, (O_RDWR | O_NONBLOCK)));
 
-    /* "ivshmem/_core.pyx":108
+    /* "ivshmem/_core.pyx":109
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
- *     if not self.nonblocking & bit:             # <<<<<<<<<<<<<<
- *         self.nonblocking |= bit
- *         fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+ *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
 */
   }
 
-  /* "ivshmem/_core.pyx":111
- *         self.nonblocking |= bit
- *         fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+  /* "ivshmem/_core.pyx":112
+ *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly             # <<<<<<<<<<<<<<
  * 
  * 
@@ -5595,7 +5759,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":100
+  /* "ivshmem/_core.pyx":101
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5609,7 +5773,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_5_spin_Probe __pyx_f_7ivshmem_5_core_probe
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":114
+/* "ivshmem/_core.pyx":115
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5623,7 +5787,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":119
+  /* "ivshmem/_core.pyx":120
  *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5649,7 +5813,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":120
+    /* "ivshmem/_core.pyx":121
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5662,7 +5826,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":119
+    /* "ivshmem/_core.pyx":120
  *     """Spinner.spin, with the GIL if that is short and nobody wants it."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5671,7 +5835,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":121
+  /* "ivshmem/_core.pyx":122
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5684,7 +5848,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":122
+        /* "ivshmem/_core.pyx":123
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5694,7 +5858,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_which, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, __pyx_v_turn, (&__pyx_v_self->state));
       }
 
-      /* "ivshmem/_core.pyx":121
+      /* "ivshmem/_core.pyx":122
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5711,7 +5875,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       }
   }
 
-  /* "ivshmem/_core.pyx":123
+  /* "ivshmem/_core.pyx":124
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     return n             # <<<<<<<<<<<<<<
@@ -5724,7 +5888,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":114
+  /* "ivshmem/_core.pyx":115
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5739,7 +5903,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":138
+/* "ivshmem/_core.pyx":139
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -5790,7 +5954,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":140
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close             # <<<<<<<<<<<<<<
@@ -5799,21 +5963,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_core.pyx":140
+  /* "ivshmem/_core.pyx":141
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":142
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -5822,7 +5986,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":142
+  /* "ivshmem/_core.pyx":143
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -5831,7 +5995,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":143
+  /* "ivshmem/_core.pyx":144
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -5844,7 +6008,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5852,7 +6016,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":144
+  /* "ivshmem/_core.pyx":145
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -5865,7 +6029,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_spin_Spinner, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5873,7 +6037,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->spinner, ((struct __pyx_obj_7ivshmem_5_spin_Spinner *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":145
+  /* "ivshmem/_core.pyx":146
  *         self.own = FdArray()
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -5887,16 +6051,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":146
+  /* "ivshmem/_core.pyx":147
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -5910,25 +6074,25 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":147
+  /* "ivshmem/_core.pyx":148
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.state = 0             # <<<<<<<<<<<<<<
  * 
- *     # Overridden by subclasses.
+ *     def __reduce__(self):
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/_core.pyx":138
+  /* "ivshmem/_core.pyx":139
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -5950,7 +6114,144 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":151
+/* "ivshmem/_core.pyx":150
+ *         self.state = 0
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_2__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2__reduce__};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce__", 0);
+
+  /* "ivshmem/_core.pyx":151
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError(             # <<<<<<<<<<<<<<
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+ *             " again, where another is needed"
+*/
+  __pyx_t_2 = NULL;
+
+  /* "ivshmem/_core.pyx":152
+ *     def __reduce__(self):
+ *         raise TypeError(
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"             # <<<<<<<<<<<<<<
+ *             " again, where another is needed"
+ *         )
+*/
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled_con;
+  __pyx_t_6 = 96;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_8 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 151, __pyx_L1_error)
+
+  /* "ivshmem/_core.pyx":150
+ *         self.state = 0
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":158
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -5959,16 +6260,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_3_news(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_5_news(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_2_news, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_3_news = {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2_news};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_3_news(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_4_news, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_5_news = {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_news};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_5_news(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5994,14 +6295,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_news", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_2_news(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_4_news(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_news(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6009,7 +6310,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_news", 0);
 
-  /* "ivshmem/_core.pyx":152
+  /* "ivshmem/_core.pyx":159
  * 
  *     def _news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6017,9 +6318,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
  *     def _missing(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 152, __pyx_L1_error)
+  __PYX_ERR(0, 159, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":151
+  /* "ivshmem/_core.pyx":158
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
@@ -6036,7 +6337,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":154
+/* "ivshmem/_core.pyx":161
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6045,16 +6346,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2_news(CYTHON_UNUSED struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_7_missing(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_4_missing, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing = {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_missing};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_6_missing, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_7_missing = {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_missing};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_7_missing(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6085,39 +6386,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 154, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 161, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 154, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 154, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_missing", 0) < (0)) __PYX_ERR(0, 161, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 154, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, i); __PYX_ERR(0, 161, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 154, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 154, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_missing", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 161, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6128,7 +6429,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6138,7 +6439,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_peer, CYTHON_UNUSED PyObject *__pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_missing(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_peer, CYTHON_UNUSED PyObject *__pyx_v_vector) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6146,7 +6447,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_missing", 0);
 
-  /* "ivshmem/_core.pyx":155
+  /* "ivshmem/_core.pyx":162
  * 
  *     def _missing(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6154,9 +6455,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
  *     def _deaf(self):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 155, __pyx_L1_error)
+  __PYX_ERR(0, 162, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":154
+  /* "ivshmem/_core.pyx":161
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6173,7 +6474,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":157
+/* "ivshmem/_core.pyx":164
  *         raise NotImplementedError
  * 
  *     def _deaf(self):             # <<<<<<<<<<<<<<
@@ -6182,16 +6483,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_missing(CYTHON_UNUSED str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_7_deaf(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_9_deaf(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_6_deaf, "Called before a wait when there is no vector; raises where none can ever come.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_7_deaf = {"_deaf", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_deaf, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_deaf};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_7_deaf(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_8_deaf, "Called before a wait when there is no vector; raises where none can ever come.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_9_deaf = {"_deaf", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_deaf, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_deaf};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_9_deaf(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6217,14 +6518,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_deaf", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_6_deaf(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_8_deaf(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_deaf(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_deaf(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_deaf", 0);
@@ -6236,7 +6537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_deaf(CYTHON_UNUSED struct
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":162
+/* "ivshmem/_core.pyx":169
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6245,16 +6546,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_deaf(CYTHON_UNUSED struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_9_watch(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_8_watch, "Call `_news()` when `fd`, which is borrowed, is readable.\n\n        `urgent`: also while one vector is waited for, which what `_news()` raises then ends.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_9_watch = {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_watch};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_9_watch(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_watch, "Call `_news()` when `fd`, which is borrowed, is readable.\n\n        `urgent`: also while one vector is waited for, which what `_news()` raises then ends.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch = {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_watch};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6285,33 +6586,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 162, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 162, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 162, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, i); __PYX_ERR(0, 169, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 163, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 163, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_core.pyx":163
+      /* "ivshmem/_core.pyx":170
  * 
  *     @cython.critical_section
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -6323,7 +6624,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 162, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6334,9 +6635,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd, __pyx_v_urgent);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd, __pyx_v_urgent);
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":169
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6354,7 +6655,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, int __pyx_v_urgent) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6376,7 +6677,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":168
+        /* "ivshmem/_core.pyx":175
  *         `urgent`: also while one vector is waited for, which what `_news()` raises then ends.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -6385,7 +6686,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
 */
         __pyx_v_self->watched = __pyx_v_fd;
 
-        /* "ivshmem/_core.pyx":169
+        /* "ivshmem/_core.pyx":176
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -6394,7 +6695,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
 */
         __pyx_v_self->urgent = __pyx_v_urgent;
 
-        /* "ivshmem/_core.pyx":170
+        /* "ivshmem/_core.pyx":177
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6405,7 +6706,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":171
+          /* "ivshmem/_core.pyx":178
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6414,11 +6715,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
 */
           __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 171, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 178, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 171, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 178, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 171, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 178, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 0;
           {
@@ -6428,12 +6729,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":170
+          /* "ivshmem/_core.pyx":177
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6443,7 +6744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/_core.pyx":162
+      /* "ivshmem/_core.pyx":169
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6482,7 +6783,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":173
+/* "ivshmem/_core.pyx":180
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6491,16 +6792,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_watch(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_unwatch(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_unwatch(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_10_unwatch, "Forget the descriptor of `_watch`, before it is closed.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_11_unwatch = {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_unwatch};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_11_unwatch(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_12_unwatch, "Forget the descriptor of `_watch`, before it is closed.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch = {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_unwatch};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_unwatch(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6526,14 +6827,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_unwatch", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6555,7 +6856,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":177
+        /* "ivshmem/_core.pyx":184
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6580,16 +6881,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":178
+          /* "ivshmem/_core.pyx":185
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
 */
-          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 178, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 178, __pyx_L4_error)
+          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 185, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_5 = (!__pyx_t_3);
 
@@ -6611,7 +6912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_core.pyx":179
+            /* "ivshmem/_core.pyx":186
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -6620,7 +6921,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
 */
             __pyx_t_6 = ((PyObject *)__pyx_v_self->epoll);
             __Pyx_INCREF(__pyx_t_6);
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 179, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 186, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_8 = 0;
             {
@@ -6628,12 +6929,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
               __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L4_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 186, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":178
+            /* "ivshmem/_core.pyx":185
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -6642,7 +6943,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
 */
           }
 
-          /* "ivshmem/_core.pyx":177
+          /* "ivshmem/_core.pyx":184
  *         """Forget the descriptor of `_watch`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must leave it as it is.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -6651,7 +6952,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_core.pyx":180
+        /* "ivshmem/_core.pyx":187
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -6660,7 +6961,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
 */
         __pyx_v_self->watched = -1;
 
-        /* "ivshmem/_core.pyx":181
+        /* "ivshmem/_core.pyx":188
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
@@ -6670,7 +6971,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
         __pyx_v_self->urgent = 0;
       }
 
-      /* "ivshmem/_core.pyx":173
+      /* "ivshmem/_core.pyx":180
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6707,7 +7008,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":183
+/* "ivshmem/_core.pyx":190
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -6716,16 +7017,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_unwatch(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_listen_alone(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_12_listen_alone, "Sleep in plain reads of the own eventfds, which nobody else has and which may block.\n\n        Takes `relay`: who is the last to use it closes it.\n        `relay` leads from what is watched to all of them.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_13_listen_alone = {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_listen_alone};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_13_listen_alone(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone, "Sleep in plain reads of the own eventfds, which nobody else has and which may block.\n\n        Takes `relay`: who is the last to use it closes it.\n        `relay` leads from what is watched to all of them.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone = {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6755,32 +7056,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_relay,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 183, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
     }
     __pyx_v_relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6791,8 +7092,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, 0, "relay", 0))) __PYX_ERR(0, 183, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, 0, "relay", 0))) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
 
   /* function exit code */
   goto __pyx_L0;
@@ -6811,12 +7112,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_relay) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_listen_alone", 0);
 
-  /* "ivshmem/_core.pyx":189
+  /* "ivshmem/_core.pyx":196
  *         `relay` leads from what is watched to all of them.
  *         """
  *         self.relay = relay             # <<<<<<<<<<<<<<
@@ -6828,7 +7129,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->relay);
   __Pyx_DECREF_SET(__pyx_v_self->relay, __pyx_v_relay);
 
-  /* "ivshmem/_core.pyx":183
+  /* "ivshmem/_core.pyx":190
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -6843,7 +7144,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":191
+/* "ivshmem/_core.pyx":198
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6852,16 +7153,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_listen_alone(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_vector(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_14_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_15_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_add_vector};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_vector(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector, "Listen on `fd` as the next vector; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is no eventfd.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector = {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6891,32 +7192,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 191, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 191, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 191, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 198, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 199, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 191, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6927,7 +7228,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_add_vector(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6938,20 +7239,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+  Py_ssize_t __pyx_v_vector;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[3];
-  Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6963,148 +7263,100 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_vector(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":198
+        /* "ivshmem/_core.pyx":205
  *             ProtocolError: it is no eventfd.
  *         """
- *         self.own.take(fd)             # <<<<<<<<<<<<<<
- *         if not is_eventfd(fd):
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+ *         cdef Py_ssize_t vector = length_of(self.own)             # <<<<<<<<<<<<<<
+ *         self.check_kind(fd, "this endpoint", vector)
+ *         self.own.take(fd)
 */
-        __pyx_t_3 = ((PyObject *)__pyx_v_self->own);
-        __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
-        __pyx_t_5 = 0;
+        __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_v_vector = __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+        /* "ivshmem/_core.pyx":206
+ *         """
+ *         cdef Py_ssize_t vector = length_of(self.own)
+ *         self.check_kind(fd, "this endpoint", vector)             # <<<<<<<<<<<<<<
+ *         self.own.take(fd)
+ *         if self.epoll is not None:
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L4_error)
+
+
+        /* "ivshmem/_core.pyx":207
+ *         cdef Py_ssize_t vector = length_of(self.own)
+ *         self.check_kind(fd, "this endpoint", vector)
+ *         self.own.take(fd)             # <<<<<<<<<<<<<<
+ *         if self.epoll is not None:
+ *             self.epoll.add(fd, vector, _EPOLLIN)
+*/
+        __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_4);
+        __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_t_6 = 0;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_4};
-          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L4_error)
+          PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":199
- *         """
+        /* "ivshmem/_core.pyx":208
+ *         self.check_kind(fd, "this endpoint", vector)
  *         self.own.take(fd)
- *         if not is_eventfd(fd):             # <<<<<<<<<<<<<<
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
- *         if self.epoll is not None:
-*/
-        __pyx_t_6 = (!__pyx_f_7ivshmem_4_fds_is_eventfd(__pyx_v_fd));
-
-        if (unlikely(__pyx_t_6)) {
-
-
-          /* "ivshmem/_core.pyx":200
- *         self.own.take(fd)
- *         if not is_eventfd(fd):
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")             # <<<<<<<<<<<<<<
- *         if self.epoll is not None:
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
-*/
-          __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t((__pyx_v_self->own->count - 1), 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
-          __pyx_t_8[1] = __pyx_t_7;
-          __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_is_no_eventfd;
-          __pyx_t_9 = 35;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
-          #endif
-          __pyx_t_10 = 0;
-          __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 200, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_11);
-          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          __pyx_t_5 = 1;
-          #if CYTHON_UNPACK_METHODS
-          if (unlikely(PyMethod_Check(__pyx_t_3))) {
-            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
-            assert(__pyx_t_4);
-            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-            __Pyx_INCREF(__pyx_t_4);
-            __Pyx_INCREF(__pyx__function);
-            __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-            __pyx_t_5 = 0;
-          }
-          #endif
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
-            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 200, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_2);
-          }
-          __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 200, __pyx_L4_error)
-
-          /* "ivshmem/_core.pyx":199
- *         """
- *         self.own.take(fd)
- *         if not is_eventfd(fd):             # <<<<<<<<<<<<<<
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
- *         if self.epoll is not None:
-*/
-        }
-
-        /* "ivshmem/_core.pyx":201
- *         if not is_eventfd(fd):
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+ *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
 */
-        __pyx_t_6 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
-        if (__pyx_t_6) {
+        __pyx_t_7 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
+        if (__pyx_t_7) {
 
 
-          /* "ivshmem/_core.pyx":202
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+          /* "ivshmem/_core.pyx":209
+ *         self.own.take(fd)
  *         if self.epoll is not None:
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             self.epoll.add(fd, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-          __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
-          __Pyx_INCREF(__pyx_t_3);
-          __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 202, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_11);
-          __pyx_t_4 = PyLong_FromSsize_t((__pyx_v_self->own->count - 1)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 202, __pyx_L4_error)
+          __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
+          __Pyx_INCREF(__pyx_t_5);
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 202, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_5 = 0;
+          __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 209, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __pyx_t_9 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 209, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __pyx_t_6 = 0;
           {
-            PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_11, __pyx_t_4, __pyx_t_7};
-            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+            PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_t_4, __pyx_t_8, __pyx_t_9};
+            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (4-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L4_error)
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":201
- *         if not is_eventfd(fd):
- *             raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
+          /* "ivshmem/_core.pyx":208
+ *         self.check_kind(fd, "this endpoint", vector)
+ *         self.own.take(fd)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+ *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
 */
         }
       }
 
-      /* "ivshmem/_core.pyx":191
+      /* "ivshmem/_core.pyx":198
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7131,37 +7383,38 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_add_vector(struct __pyx_
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._add_vector", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":204
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+/* "ivshmem/_core.pyx":211
+ *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it."""
+ *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_bell(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_16_add_bell, "Ring the peer\047s next vector through `fd`; takes it.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_bell};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_bell(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell, "Ring the peer\047s next vector through `fd`; takes it, also when this fails.\n\n        Raises:\n            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an\n                eventfd is known to be short and harmless, whatever its sender intends.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell = {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7192,39 +7445,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 204, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 211, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 211, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 205, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7235,7 +7488,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7246,16 +7499,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, int __pyx_v_fd) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  Py_ssize_t __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  size_t __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7267,97 +7522,123 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":207
- *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it."""
+        /* "ivshmem/_core.pyx":219
+ *                 eventfd is known to be short and harmless, whatever its sender intends.
+ *         """
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
+ *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:
- *             bells = self.bells[peer] = FdArray()
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-          __PYX_ERR(0, 207, __pyx_L4_error)
+          __PYX_ERR(0, 219, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 207, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 219, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":208
- *         """Ring the peer's next vector through `fd`; takes it."""
+        /* "ivshmem/_core.pyx":220
+ *         """
  *         cdef FdArray bells = self.bells.get(peer)
+ *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))             # <<<<<<<<<<<<<<
+ *         if bells is None:
+ *             bells = self.bells[peer] = FdArray()
+*/
+        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_t_3 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __pyx_t_5 = (((PyObject *)__pyx_v_bells) == Py_None);
+        if (__pyx_t_5) {
+
+          __pyx_t_4 = 0;
+        } else {
+
+          __pyx_t_4 = __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells);
+        }
+
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_fd, ((PyObject*)__pyx_t_3), __pyx_t_4); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+
+        /* "ivshmem/_core.pyx":221
+ *         cdef FdArray bells = self.bells.get(peer)
+ *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:             # <<<<<<<<<<<<<<
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)
 */
-        __pyx_t_3 = (((PyObject *)__pyx_v_bells) == Py_None);
-        if (__pyx_t_3) {
+        __pyx_t_5 = (((PyObject *)__pyx_v_bells) == Py_None);
+        if (__pyx_t_5) {
 
 
-          /* "ivshmem/_core.pyx":209
- *         cdef FdArray bells = self.bells.get(peer)
+          /* "ivshmem/_core.pyx":222
+ *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()             # <<<<<<<<<<<<<<
  *         bells.take(fd)
  * 
 */
-          __pyx_t_4 = NULL;
-          __pyx_t_5 = 1;
+          __pyx_t_2 = NULL;
+          __pyx_t_7 = 1;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L4_error)
-            __Pyx_GOTREF((PyObject *)__pyx_t_2);
+            PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L4_error)
+            __Pyx_GOTREF((PyObject *)__pyx_t_3);
           }
-          __Pyx_INCREF(__pyx_t_2);
-          __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+          __Pyx_INCREF(__pyx_t_3);
+          __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_3));
           if (unlikely(__pyx_v_self->bells == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 209, __pyx_L4_error)
+            __PYX_ERR(0, 222, __pyx_L4_error)
           }
-          if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_2) < 0))) __PYX_ERR(0, 209, __pyx_L4_error)
-          __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
+          if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_3) < 0))) __PYX_ERR(0, 222, __pyx_L4_error)
+          __Pyx_DECREF((PyObject *)__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":208
- *         """Ring the peer's next vector through `fd`; takes it."""
+          /* "ivshmem/_core.pyx":221
  *         cdef FdArray bells = self.bells.get(peer)
+ *         self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
  *         if bells is None:             # <<<<<<<<<<<<<<
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)
 */
         }
 
-        /* "ivshmem/_core.pyx":210
+        /* "ivshmem/_core.pyx":223
  *         if bells is None:
  *             bells = self.bells[peer] = FdArray()
  *         bells.take(fd)             # <<<<<<<<<<<<<<
  * 
- *     def _listen_uio(self, int fd):
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
 */
-        __pyx_t_4 = ((PyObject *)__pyx_v_bells);
-        __Pyx_INCREF(__pyx_t_4);
-        __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 210, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_6);
-        __pyx_t_5 = 0;
+        __pyx_t_2 = ((PyObject *)__pyx_v_bells);
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 223, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_7 = 0;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_6};
-          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_2);
+          PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_8};
+          __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
         }
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/_core.pyx":204
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+      /* "ivshmem/_core.pyx":211
+ *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it."""
+ *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7379,8 +7660,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_ob
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._add_bell", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7390,8 +7671,159 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":212
+/* "ivshmem/_core.pyx":225
  *         bells.take(fd)
+ * 
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
+ *         if is_eventfd(fd, self.wake.fds[0]):
+ *             return 0
+*/
+
+static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, PyObject *__pyx_v_whose, Py_ssize_t __pyx_v_vector) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[5];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_kind", 0);
+
+  /* "ivshmem/_core.pyx":226
+ * 
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
+ *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
+ *             return 0
+ *         c_close(fd)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_is_eventfd(__pyx_v_fd, (__pyx_v_self->wake->fds[0]));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":227
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
+ *         if is_eventfd(fd, self.wake.fds[0]):
+ *             return 0             # <<<<<<<<<<<<<<
+ *         c_close(fd)
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":226
+ * 
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
+ *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
+ *             return 0
+ *         c_close(fd)
+*/
+  }
+
+  /* "ivshmem/_core.pyx":228
+ *         if is_eventfd(fd, self.wake.fds[0]):
+ *             return 0
+ *         c_close(fd)             # <<<<<<<<<<<<<<
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
+ * 
+*/
+  (void)(close(__pyx_v_fd));
+
+  /* "ivshmem/_core.pyx":229
+ *             return 0
+ *         c_close(fd)
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")             # <<<<<<<<<<<<<<
+ * 
+ *     def _listen_uio(self, int fd):
+*/
+  __pyx_t_3 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
+  __pyx_t_7[1] = __pyx_t_5;
+  __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_of;
+  __pyx_t_7[3] = __pyx_t_6;
+  __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_is_not_an_eventfd;
+  __pyx_t_8 = 43;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
+  #endif
+  __pyx_t_9 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
+  #endif
+  __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __pyx_t_11 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_3);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_11 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_10};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __PYX_ERR(0, 229, __pyx_L1_error)
+
+  /* "ivshmem/_core.pyx":225
+ *         bells.take(fd)
+ * 
+ *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
+ *         if is_eventfd(fd, self.wake.fds[0]):
+ *             return 0
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.check_kind", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":231
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
@@ -7399,16 +7831,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_bell(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_listen_uio(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_18_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_19_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_listen_uio};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_19_listen_uio(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio, "Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.\n\n        Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio = {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7438,32 +7870,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 212, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 231, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 231, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 212, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 231, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 212, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 231, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 212, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 231, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7474,7 +7906,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7485,7 +7917,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7497,7 +7929,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":217
+  /* "ivshmem/_core.pyx":236
  *         Reading 4 bytes waits for the next interrupt, and tells how many there have ever been.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -7506,7 +7938,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -7514,12 +7946,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":218
+  /* "ivshmem/_core.pyx":237
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -7528,8 +7960,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":212
- *         bells.take(fd)
+  /* "ivshmem/_core.pyx":231
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
@@ -7551,7 +7983,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":220
+/* "ivshmem/_core.pyx":239
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -7560,16 +7992,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_listen_uio(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_by(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_by, "Ring everybody by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is taken to have.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_21_ring_by = {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_by};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_by(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by, "Ring everybody by storing peer << 16 | vector to the register at `doorbell`.\n\n        `vectors`: how many each peer is taken to have.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by = {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7601,46 +8033,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 239, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 239, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 239, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 239, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 239, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 220, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 239, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 239, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 239, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 239, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_7_memory_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 220, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 220, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 239, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7651,8 +8083,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 220, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Registers, 0, "registers", 0))) __PYX_ERR(0, 239, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
   goto __pyx_L0;
@@ -7673,12 +8105,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Registers *__pyx_v_registers, Py_ssize_t __pyx_v_doorbell, Py_ssize_t __pyx_v_vectors) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":225
+  /* "ivshmem/_core.pyx":244
  *         `vectors`: how many each peer is taken to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -7690,7 +8122,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":226
+  /* "ivshmem/_core.pyx":245
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -7699,7 +8131,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":227
+  /* "ivshmem/_core.pyx":246
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -7708,7 +8140,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":220
+  /* "ivshmem/_core.pyx":239
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -7723,7 +8155,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":229
+/* "ivshmem/_core.pyx":248
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -7732,16 +8164,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_ring_by(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_self(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_self, "Let `peer`, this endpoint\047s own id, lead to its own vectors.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_self = {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_self};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_self(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self, "Let `peer`, this endpoint\047s own id, lead to its own vectors.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self = {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7771,32 +8203,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 229, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 229, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 229, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 229, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 248, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 229, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 229, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7807,7 +8239,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7817,7 +8249,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7826,7 +8258,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":231
+  /* "ivshmem/_core.pyx":250
  *     def _ring_self(self, peer):
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -7837,12 +8269,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 231, __pyx_L1_error)
+    __PYX_ERR(0, 250, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 250, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":229
+  /* "ivshmem/_core.pyx":248
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -7863,7 +8295,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":233
+/* "ivshmem/_core.pyx":252
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -7872,16 +8304,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_self(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_bells(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_24_bells, "How many doorbells `peer` has; None when it is unknown.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_25_bells = {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_bells};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_25_bells(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_bells, "How many doorbells `peer` has; None when it is unknown.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells = {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_bells};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7911,32 +8343,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 233, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 252, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 252, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 233, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 252, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 233, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 252, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7947,7 +8379,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7957,7 +8389,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -7969,27 +8401,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":235
+  /* "ivshmem/_core.pyx":254
  *     def _bells(self, peer):
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
- *         return None if bells is None else bells.count
+ *         return None if bells is None else length_of(bells)
  * 
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 235, __pyx_L1_error)
+    __PYX_ERR(0, 254, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 254, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":236
+  /* "ivshmem/_core.pyx":255
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
- *         return None if bells is None else bells.count             # <<<<<<<<<<<<<<
+ *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
@@ -7998,7 +8430,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_bells->count); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8015,7 +8447,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":233
+  /* "ivshmem/_core.pyx":252
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8036,8 +8468,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":238
- *         return None if bells is None else bells.count
+/* "ivshmem/_core.pyx":257
+ *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
@@ -8045,16 +8477,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_bells(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_drop_peer(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_26_drop_peer, "Close the doorbells of `peer`, if there are any.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_27_drop_peer = {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_drop_peer};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_27_drop_peer(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer, "Close the doorbells of `peer`, if there are any.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer = {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8084,32 +8516,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 238, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 257, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 238, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 257, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 238, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 257, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 257, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 238, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 257, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8120,7 +8552,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8130,7 +8562,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -8150,7 +8582,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":241
+        /* "ivshmem/_core.pyx":260
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -8159,15 +8591,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 241, __pyx_L4_error)
+          __PYX_ERR(0, 260, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 241, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 260, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":242
+        /* "ivshmem/_core.pyx":261
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8178,7 +8610,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":243
+          /* "ivshmem/_core.pyx":262
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8192,12 +8624,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":242
+          /* "ivshmem/_core.pyx":261
  *         """Close the doorbells of `peer`, if there are any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8207,8 +8639,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":238
- *         return None if bells is None else bells.count
+      /* "ivshmem/_core.pyx":257
+ *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
@@ -8244,7 +8676,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":245
+/* "ivshmem/_core.pyx":264
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8271,32 +8703,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":248
+  /* "ivshmem/_core.pyx":267
  *     def vectors(self):
  *         """How many vectors others can ring here: they are 0..vectors-1."""
- *         return self.own.count             # <<<<<<<<<<<<<<
+ *         return length_of(self.own)             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_self->own->count); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 248, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":245
+  /* "ivshmem/_core.pyx":264
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8307,6 +8743,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.vectors.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8315,8 +8752,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":250
- *         return self.own.count
+/* "ivshmem/_core.pyx":269
+ *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def closed(self):
@@ -8347,14 +8784,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":272
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8367,8 +8804,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":250
- *         return self.own.count
+  /* "ivshmem/_core.pyx":269
+ *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def closed(self):
@@ -8386,7 +8823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":255
+/* "ivshmem/_core.pyx":274
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8407,7 +8844,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":275
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8419,7 +8856,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":257
+    /* "ivshmem/_core.pyx":276
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -8427,7 +8864,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8446,14 +8883,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 257, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 257, __pyx_L1_error)
+    __PYX_ERR(0, 276, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":256
+    /* "ivshmem/_core.pyx":275
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8462,7 +8899,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":258
+  /* "ivshmem/_core.pyx":277
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -8475,7 +8912,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":274
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -8496,7 +8933,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":260
+/* "ivshmem/_core.pyx":279
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -8505,16 +8942,16 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_set_queued(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_28_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_29_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_set_queued};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_29_set_queued(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued, "Say whether there are events that were taken in and that nobody has asked for yet.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued = {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8544,32 +8981,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 279, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 279, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 260, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 279, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 260, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 279, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 279, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8580,7 +9017,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_anything);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_anything);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8591,7 +9028,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_anything) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -8613,7 +9050,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":262
+  /* "ivshmem/_core.pyx":281
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8625,7 +9062,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":263
+    /* "ivshmem/_core.pyx":282
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8642,7 +9079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":262
+    /* "ivshmem/_core.pyx":281
  *     def _set_queued(self, bint anything):
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8651,7 +9088,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":264
+  /* "ivshmem/_core.pyx":283
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -8660,7 +9097,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":265
+    /* "ivshmem/_core.pyx":284
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -8669,7 +9106,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":266
+      /* "ivshmem/_core.pyx":285
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -8683,12 +9120,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":265
+      /* "ivshmem/_core.pyx":284
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -8698,7 +9135,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":268
+    /* "ivshmem/_core.pyx":287
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -8706,13 +9143,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 268, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_4_fds_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 287, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":270
+  /* "ivshmem/_core.pyx":289
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -8758,7 +9195,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":279
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -8780,7 +9217,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":272
+/* "ivshmem/_core.pyx":291
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8789,16 +9226,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_set_queued(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_30fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_31fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30fileno};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_31fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32fileno, "A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.\n\n        It is made at the first call, which is when OSError (EMFILE, ENOMEM) can be raised. From\n        then on each ring that comes in costs its sender a little more, for the kernel keeps it up\n        to date.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32fileno};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8824,14 +9261,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_outer = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -8862,17 +9299,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":281
+        /* "ivshmem/_core.pyx":300
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":282
+        /* "ivshmem/_core.pyx":301
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -8881,7 +9318,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":283
+          /* "ivshmem/_core.pyx":302
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -8892,7 +9329,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":284
+            /* "ivshmem/_core.pyx":303
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -8905,13 +9342,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":285
+            /* "ivshmem/_core.pyx":304
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -8920,12 +9357,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 285, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 304, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -8934,12 +9371,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":286
+            /* "ivshmem/_core.pyx":305
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -8948,9 +9385,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 286, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 305, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 286, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -8959,12 +9396,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":287
+            /* "ivshmem/_core.pyx":306
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -8976,7 +9413,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":283
+            /* "ivshmem/_core.pyx":302
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -8985,14 +9422,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":288
+          /* "ivshmem/_core.pyx":307
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9007,7 +9444,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":290
+        /* "ivshmem/_core.pyx":309
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9059,7 +9496,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":272
+      /* "ivshmem/_core.pyx":291
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9101,7 +9538,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":292
+/* "ivshmem/_core.pyx":311
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9120,7 +9557,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":293
+  /* "ivshmem/_core.pyx":312
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9134,14 +9571,14 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":294
+        /* "ivshmem/_core.pyx":313
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 313, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_temp;
@@ -9156,7 +9593,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":293
+      /* "ivshmem/_core.pyx":312
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9180,7 +9617,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":292
+  /* "ivshmem/_core.pyx":311
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9200,7 +9637,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":296
+/* "ivshmem/_core.pyx":315
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9228,7 +9665,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":305
+  /* "ivshmem/_core.pyx":324
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9239,12 +9676,12 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":306
+    /* "ivshmem/_core.pyx":325
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *             for i in range(self.own.count):
+ *             for i in range(length_of(self.own)):
 */
     __pyx_t_3 = NULL;
     __pyx_t_4 = 1;
@@ -9252,26 +9689,26 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":307
+    /* "ivshmem/_core.pyx":326
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
- *             for i in range(self.own.count):
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             for i in range(length_of(self.own)):
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9281,58 +9718,64 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":308
+    /* "ivshmem/_core.pyx":327
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *             for i in range(self.own.count):             # <<<<<<<<<<<<<<
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+ *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
 */
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+    __Pyx_INCREF(__pyx_t_2);
 
-    __pyx_t_8 = __pyx_v_self->own->count;
+    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_9 = __pyx_t_8;
 
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":309
+      /* "ivshmem/_core.pyx":328
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
- *             for i in range(self.own.count):
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)             # <<<<<<<<<<<<<<
+ *             for i in range(length_of(self.own)):
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
 */
       __pyx_t_7 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_7);
-      __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 309, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
+      __Pyx_INCREF(__pyx_t_6);
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
-        PyObject *__pyx_callargs[4] = {__pyx_t_7, __pyx_t_6, __pyx_t_5, __pyx_t_3};
+        PyObject *__pyx_callargs[4] = {__pyx_t_7, __pyx_t_5, __pyx_t_6, __pyx_t_3};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 328, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":310
- *             for i in range(self.own.count):
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+    /* "ivshmem/_core.pyx":329
+ *             for i in range(length_of(self.own)):
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
@@ -9342,8 +9785,8 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":311
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+      /* "ivshmem/_core.pyx":330
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
  *             self.epoll = epoll
@@ -9351,35 +9794,35 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 311, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 311, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 330, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 311, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 330, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
-        PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_5, __pyx_t_6, __pyx_t_7};
+        PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_t_6, __pyx_t_5, __pyx_t_7};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_4, (4-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":310
- *             for i in range(self.own.count):
- *                 epoll.add(self.own.fds[i], i, _EPOLLIN)
+      /* "ivshmem/_core.pyx":329
+ *             for i in range(length_of(self.own)):
+ *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
 */
     }
 
-    /* "ivshmem/_core.pyx":312
+    /* "ivshmem/_core.pyx":331
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -9391,7 +9834,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":305
+    /* "ivshmem/_core.pyx":324
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9400,7 +9843,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
   }
 
-  /* "ivshmem/_core.pyx":313
+  /* "ivshmem/_core.pyx":332
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -9418,7 +9861,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":315
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9443,7 +9886,7 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":317
+/* "ivshmem/_core.pyx":336
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9452,15 +9895,15 @@ static struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33ring(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_32ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though no other\nPython thread, until a signal arrives. Signaller never waits, and takes four times as long.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_33ring(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34ring, "ring($self, peer, vector=0)\n--\n\nInterrupt `vector` of the peer with id `peer`.\n\nOne write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;\na peer whose counter is full has an interrupt pending already, which is success. (Such a\npeer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, but no other\nPython thread, until a signal arrives. `ring_nowait` never waits.)\n\nA guest\047s device rings by one 32-bit store to its Doorbell register. It cannot tell who is\nthere: ringing nobody is silently nothing.\n\nRaises:\n    NoSuchPeer: nobody with that id is connected.\n    NoSuchVector: the peer has no such vector.\n    ClosedError: the endpoint is closed.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9491,48 +9934,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 317, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 336, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 317, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 317, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 317, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 336, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 317, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 336, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 317, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 336, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 317, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 318, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 317, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 336, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9543,7 +9986,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_32ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_34ring(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9554,7 +9997,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
   struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
   PyObject *__pyx_v_found;
   int __pyx_v_code;
@@ -9576,7 +10019,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":338
+  /* "ivshmem/_core.pyx":357
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -9587,27 +10030,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":339
+    /* "ivshmem/_core.pyx":358
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":340
+    /* "ivshmem/_core.pyx":359
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":341
+    /* "ivshmem/_core.pyx":360
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -9641,7 +10084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":342
+      /* "ivshmem/_core.pyx":361
  *             number = PyNumber_AsSsize_t(peer, NULL)  # what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -9650,7 +10093,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 342, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 361, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -9658,13 +10101,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 342, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":343
+    /* "ivshmem/_core.pyx":362
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -9673,9 +10116,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 362, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 343, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 362, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -9684,12 +10127,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 343, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":344
+    /* "ivshmem/_core.pyx":363
  *                 self._missing(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -9706,7 +10149,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":338
+    /* "ivshmem/_core.pyx":357
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -9715,7 +10158,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":345
+  /* "ivshmem/_core.pyx":364
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -9724,36 +10167,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":346
+    /* "ivshmem/_core.pyx":365
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
     __pyx_t_4 = ivshmem_is_only_thread();
 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":347
+      /* "ivshmem/_core.pyx":366
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:
- *                     code = add_one((<FdArray>found).fds[vector])
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
+ *                     code = add_one(place_of(<FdArray>found, vector)[0])
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 347, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 366, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":348
+      /* "ivshmem/_core.pyx":367
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:             # <<<<<<<<<<<<<<
- *                     code = add_one((<FdArray>found).fds[vector])
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
+ *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
 */
       __pyx_t_1 = (__pyx_v_found != NULL);
@@ -9768,7 +10211,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       }
       __pyx_t_1 = (0 <= __pyx_v_vector);
       if (__pyx_t_1) {
-        __pyx_t_1 = (__pyx_v_vector < ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found)->count);
+        __pyx_t_1 = (__pyx_v_vector < __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found)));
       }
 
       __pyx_t_4 = __pyx_t_1;
@@ -9777,27 +10220,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":349
+        /* "ivshmem/_core.pyx":368
  *                 found = PyDict_GetItemWithError(self.bells, peer)
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:
- *                     code = add_one((<FdArray>found).fds[vector])             # <<<<<<<<<<<<<<
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
+ *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
  *                 else:
  *                     code = ESHUTDOWN
 */
-        __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found)->fds[__pyx_v_vector]));
+        __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":348
+        /* "ivshmem/_core.pyx":367
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
  *                 found = PyDict_GetItemWithError(self.bells, peer)
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:             # <<<<<<<<<<<<<<
- *                     code = add_one((<FdArray>found).fds[vector])
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
+ *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
 */
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":351
- *                     code = add_one((<FdArray>found).fds[vector])
+      /* "ivshmem/_core.pyx":370
+ *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
  *             else:
@@ -9808,17 +10251,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":346
+      /* "ivshmem/_core.pyx":365
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile             # <<<<<<<<<<<<<<
  *                 found = PyDict_GetItemWithError(self.bells, peer)
- *                 if found != NULL and 0 <= vector < (<FdArray>found).count:
+ *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
 */
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":353
+    /* "ivshmem/_core.pyx":372
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -9826,12 +10269,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":354
+      /* "ivshmem/_core.pyx":373
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -9856,7 +10299,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":355
+        /* "ivshmem/_core.pyx":374
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -9865,7 +10308,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":354
+        /* "ivshmem/_core.pyx":373
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -9875,11 +10318,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":357
+      /* "ivshmem/_core.pyx":376
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
- *                         code = add_one(bells.fds[vector])
+ *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
 */
       /*else*/ {
@@ -9889,21 +10332,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":358
+              /* "ivshmem/_core.pyx":377
  *                 else:
  *                     with nogil:
- *                         code = add_one(bells.fds[vector])             # <<<<<<<<<<<<<<
+ *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                     bells.leave()
  *             if code == 0:
 */
-              __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_v_bells->fds[__pyx_v_vector]));
+              __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":357
+            /* "ivshmem/_core.pyx":376
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
- *                         code = add_one(bells.fds[vector])
+ *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
 */
             /*finally:*/ {
@@ -9916,9 +10359,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":359
+        /* "ivshmem/_core.pyx":378
  *                     with nogil:
- *                         code = add_one(bells.fds[vector])
+ *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
  *             if code == 0:
  *                 return
@@ -9929,8 +10372,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":360
- *                         code = add_one(bells.fds[vector])
+    /* "ivshmem/_core.pyx":379
+ *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
  *                 return
@@ -9941,7 +10384,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":361
+      /* "ivshmem/_core.pyx":380
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -9958,8 +10401,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":360
- *                         code = add_one(bells.fds[vector])
+      /* "ivshmem/_core.pyx":379
+ *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
  *                 return
@@ -9967,7 +10410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":362
+    /* "ivshmem/_core.pyx":381
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -9979,17 +10422,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":363
+      /* "ivshmem/_core.pyx":382
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":364
+      /* "ivshmem/_core.pyx":383
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -9998,7 +10441,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 364, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 383, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10006,12 +10449,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 364, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 383, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":362
+      /* "ivshmem/_core.pyx":381
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10021,7 +10464,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":365
+    /* "ivshmem/_core.pyx":384
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10033,17 +10476,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":366
+      /* "ivshmem/_core.pyx":385
  *                 self._missing(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":365
+      /* "ivshmem/_core.pyx":384
  *                 self.check()
  *                 self._missing(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10053,21 +10496,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":368
+    /* "ivshmem/_core.pyx":387
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
- *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
+ *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 387, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":317
+  /* "ivshmem/_core.pyx":336
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10095,8 +10538,565 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":370
+/* "ivshmem/_core.pyx":389
  *                 PyErr_CheckSignals()
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     def ring_nowait(self, peer, Py_ssize_t vector=0):
+ *         """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36ring_nowait, "ring_nowait($self, peer, vector=0)\n--\n\nLike `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.\n\nIt costs about three times as much: the kernel signals at the end of an asynchronous read\n(io_submit(2)). Where it can have no such reads (no AIO in the kernel, fs.aio-max-nr used\nup, no descriptor left) it looks for room in the counter before it writes, which a hostile\npeer can beat by a microsecond.\n\nRaises:\n    NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_peer = 0;
+  Py_ssize_t __pyx_v_vector;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("ring_nowait (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 389, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 389, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 389, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+    }
+    __pyx_v_peer = values[0];
+    if (values[1]) {
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 390, __pyx_L3_error)
+    } else {
+      __pyx_v_vector = ((Py_ssize_t)0);
+    }
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 389, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+  struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_bells = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_t_8;
+  char const *__pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("ring_nowait", 0);
+
+  /* "ivshmem/_core.pyx":402
+ *         """
+ *         cdef FdArray bells
+ *         if self.registers is not None:             # <<<<<<<<<<<<<<
+ *             return self.ring(peer, vector)
+ *         while True:
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->registers) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":403
+ *         cdef FdArray bells
+ *         if self.registers is not None:
+ *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
+ *         while True:
+ *             bells = self.bells_of(peer, vector)
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_peer, __pyx_t_4};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":402
+ *         """
+ *         cdef FdArray bells
+ *         if self.registers is not None:             # <<<<<<<<<<<<<<
+ *             return self.ring(peer, vector)
+ *         while True:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":404
+ *         if self.registers is not None:
+ *             return self.ring(peer, vector)
+ *         while True:             # <<<<<<<<<<<<<<
+ *             bells = self.bells_of(peer, vector)
+ *             if bells is not None and bells.enter():
+*/
+  while (1) {
+
+    /* "ivshmem/_core.pyx":405
+ *             return self.ring(peer, vector)
+ *         while True:
+ *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
+ *             if bells is not None and bells.enter():
+ *                 try:
+*/
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+    __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":406
+ *         while True:
+ *             bells = self.bells_of(peer, vector)
+ *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
+ *                 try:
+ *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
+*/
+    __pyx_t_6 = (((PyObject *)__pyx_v_bells) != Py_None);
+    if (__pyx_t_6) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_6;
+
+      goto __pyx_L7_bool_binop_done;
+    }
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->enter(__pyx_v_bells);
+
+
+    __pyx_t_1 = __pyx_t_6;
+
+    __pyx_L7_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_core.pyx":407
+ *             bells = self.bells_of(peer, vector)
+ *             if bells is not None and bells.enter():
+ *                 try:             # <<<<<<<<<<<<<<
+ *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
+ *                 finally:
+*/
+      /*try:*/ {
+
+        /* "ivshmem/_core.pyx":408
+ *             if bells is not None and bells.enter():
+ *                 try:
+ *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
+ *                 finally:
+ *                     bells.leave()
+*/
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L12_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_t_7 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L12_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+      }
+
+      /* "ivshmem/_core.pyx":410
+ *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
+ *                 finally:
+ *                     bells.leave()             # <<<<<<<<<<<<<<
+ *                 return None
+ *             self.check()
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->leave(__pyx_v_bells);
+          goto __pyx_L13;
+        }
+        __pyx_L12_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+          __Pyx_XGOTREF(__pyx_t_10);
+          __Pyx_XGOTREF(__pyx_t_11);
+          __Pyx_XGOTREF(__pyx_t_12);
+          __Pyx_XGOTREF(__pyx_t_13);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __pyx_t_7 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
+          {
+            ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)__pyx_v_bells->__pyx_vtab)->leave(__pyx_v_bells);
+          }
+          __Pyx_XGIVEREF(__pyx_t_13);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_XGIVEREF(__pyx_t_11);
+          __Pyx_XGIVEREF(__pyx_t_12);
+          __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+          __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+          __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
+          goto __pyx_L1_error;
+        }
+        __pyx_L13:;
+      }
+
+      /* "ivshmem/_core.pyx":411
+ *                 finally:
+ *                     bells.leave()
+ *                 return None             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self._missing(peer, vector)
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_core.pyx":406
+ *         while True:
+ *             bells = self.bells_of(peer, vector)
+ *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
+ *                 try:
+ *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
+*/
+    }
+
+    /* "ivshmem/_core.pyx":412
+ *                     bells.leave()
+ *                 return None
+ *             self.check()             # <<<<<<<<<<<<<<
+ *             self._missing(peer, vector)
+ * 
+*/
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+
+
+    /* "ivshmem/_core.pyx":413
+ *                 return None
+ *             self.check()
+ *             self._missing(peer, vector)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef Signaller quiet(self):
+*/
+    __pyx_t_4 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_v_peer, __pyx_t_3};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 413, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  }
+
+  /* "ivshmem/_core.pyx":389
+ *                 PyErr_CheckSignals()
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     def ring_nowait(self, peer, Py_ssize_t vector=0):
+ *         """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_bells);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":415
+ *             self._missing(peer, vector)
+ * 
+ *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
+ *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         cdef Signaller signaller
+*/
+
+static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_5_core_9Doorbells_quiet(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller = 0;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("quiet", 0);
+
+  /* "ivshmem/_core.pyx":418
+ *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         cdef Signaller signaller
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             signaller = self.signaller
+ *             if signaller is None:
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/_core.pyx":419
+ *         cdef Signaller signaller
+ *         with cython.critical_section(self):
+ *             signaller = self.signaller             # <<<<<<<<<<<<<<
+ *             if signaller is None:
+ *                 signaller = shared_signaller()
+*/
+        __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
+        __pyx_t_2 = 0;
+
+        /* "ivshmem/_core.pyx":420
+ *         with cython.critical_section(self):
+ *             signaller = self.signaller
+ *             if signaller is None:             # <<<<<<<<<<<<<<
+ *                 signaller = shared_signaller()
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+*/
+        __pyx_t_3 = (((PyObject *)__pyx_v_signaller) == Py_None);
+        if (__pyx_t_3) {
+
+
+          /* "ivshmem/_core.pyx":421
+ *             signaller = self.signaller
+ *             if signaller is None:
+ *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     self.signaller = signaller
+*/
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_4_fds_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 421, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_2);
+          __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2));
+          __pyx_t_2 = 0;
+
+          /* "ivshmem/_core.pyx":422
+ *             if signaller is None:
+ *                 signaller = shared_signaller()
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
+ *                     self.signaller = signaller
+ *         return signaller
+*/
+          __pyx_t_3 = (!((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0));
+
+          if (__pyx_t_3) {
+
+
+            /* "ivshmem/_core.pyx":423
+ *                 signaller = shared_signaller()
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     self.signaller = signaller             # <<<<<<<<<<<<<<
+ *         return signaller
+ * 
+*/
+            __Pyx_INCREF((PyObject *)__pyx_v_signaller);
+            __Pyx_GIVEREF((PyObject *)__pyx_v_signaller);
+            __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
+            __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
+
+            /* "ivshmem/_core.pyx":422
+ *             if signaller is None:
+ *                 signaller = shared_signaller()
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
+ *                     self.signaller = signaller
+ *         return signaller
+*/
+          }
+
+          /* "ivshmem/_core.pyx":420
+ *         with cython.critical_section(self):
+ *             signaller = self.signaller
+ *             if signaller is None:             # <<<<<<<<<<<<<<
+ *                 signaller = shared_signaller()
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+*/
+        }
+      }
+
+      /* "ivshmem/_core.pyx":418
+ *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         cdef Signaller signaller
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             signaller = self.signaller
+ *             if signaller is None:
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/_core.pyx":424
+ *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     self.signaller = signaller
+ *         return signaller             # <<<<<<<<<<<<<<
+ * 
+ *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
+*/
+  {
+    struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_signaller);
+      __pyx_r = __pyx_v_signaller;
+    }
+    __Pyx_XDECREF((PyObject *)__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":415
+ *             self._missing(peer, vector)
+ * 
+ *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
+ *         """The process's signaller, kept until this endpoint is closed; None if there is none."""
+ *         cdef Signaller signaller
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.quiet", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_signaller);
+  __Pyx_XGIVEREF((PyObject *)__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":426
+ *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
  *         """The doorbells of a peer that has this vector, else None."""
@@ -10115,27 +11115,27 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":372
+  /* "ivshmem/_core.pyx":428
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
- *         return bells if bells is not None and 0 <= vector < bells.count else None
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 372, __pyx_L1_error)
+    __PYX_ERR(0, 428, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 428, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":373
+  /* "ivshmem/_core.pyx":429
  *         """The doorbells of a peer that has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
- *         return bells if bells is not None and 0 <= vector < bells.count else None             # <<<<<<<<<<<<<<
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):
 */
@@ -10150,7 +11150,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   }
   __pyx_t_3 = (0 <= __pyx_v_vector);
   if (__pyx_t_3) {
-    __pyx_t_3 = (__pyx_v_vector < __pyx_v_bells->count);
+    __pyx_t_3 = (__pyx_v_vector < __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_bells));
   }
 
   __pyx_t_2 = __pyx_t_3;
@@ -10164,7 +11164,7 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 373, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray))))) __PYX_ERR(0, 429, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_temp;
     {
@@ -10176,8 +11176,8 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":370
- *                 PyErr_CheckSignals()
+  /* "ivshmem/_core.pyx":426
+ *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
  *         """The doorbells of a peer that has this vector, else None."""
@@ -10196,15 +11196,15 @@ static struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_f_7ivshmem_5_core_9Doorbel
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":375
- *         return bells if bells is not None and 0 <= vector < bells.count else None
+/* "ivshmem/_core.pyx":431
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
  * 
 */
 
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35doorbell(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10253,13 +11253,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 375, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_35doorbell)) {
+      if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 375, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -10279,10 +11279,10 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 375, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 375, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell))))) __PYX_ERR(0, 431, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_temp;
           {
@@ -10308,20 +11308,20 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     #endif
   }
 
-  /* "ivshmem/_core.pyx":381
+  /* "ivshmem/_core.pyx":437
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 381, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_bell_Doorbell)))) __PYX_ERR(0, 437, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":384
+  /* "ivshmem/_core.pyx":440
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -10333,7 +11333,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":385
+  /* "ivshmem/_core.pyx":441
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -10345,7 +11345,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":386
+  /* "ivshmem/_core.pyx":442
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -10354,7 +11354,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":387
+  /* "ivshmem/_core.pyx":443
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10365,27 +11365,27 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":388
+    /* "ivshmem/_core.pyx":444
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":389
+    /* "ivshmem/_core.pyx":445
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":390
+    /* "ivshmem/_core.pyx":446
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -10419,7 +11419,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":391
+      /* "ivshmem/_core.pyx":447
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10428,7 +11428,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -10436,13 +11436,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":392
+    /* "ivshmem/_core.pyx":448
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._missing(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -10456,7 +11456,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":393
+    /* "ivshmem/_core.pyx":449
  *                 self._missing(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -10465,7 +11465,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":394
+    /* "ivshmem/_core.pyx":450
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -10474,7 +11474,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":395
+    /* "ivshmem/_core.pyx":451
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -10485,7 +11485,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":396
+    /* "ivshmem/_core.pyx":452
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -10494,7 +11494,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":387
+    /* "ivshmem/_core.pyx":443
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10504,7 +11504,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":398
+  /* "ivshmem/_core.pyx":454
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -10513,7 +11513,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1));
@@ -10522,17 +11522,17 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":399
+      /* "ivshmem/_core.pyx":455
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._missing(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 455, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":400
+      /* "ivshmem/_core.pyx":456
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._missing(peer, vector)             # <<<<<<<<<<<<<<
@@ -10541,7 +11541,7 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 400, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -10549,13 +11549,13 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_missing, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 456, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":401
+    /* "ivshmem/_core.pyx":457
  *                 self.check()
  *                 self._missing(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -10567,41 +11567,41 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":402
+    /* "ivshmem/_core.pyx":458
  *                 self._missing(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
  *             made.bell.state = &bells.state
- *             made.bell.fd = bells.fds[vector]
+ *             made.bell.fd = place_of(bells, vector)[0]
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":403
+    /* "ivshmem/_core.pyx":459
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
- *             made.bell.fd = bells.fds[vector]
+ *             made.bell.fd = place_of(bells, vector)[0]
  *         return made
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":404
+    /* "ivshmem/_core.pyx":460
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
- *             made.bell.fd = bells.fds[vector]             # <<<<<<<<<<<<<<
+ *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
  *         return made
  * 
 */
-    __pyx_v_made->bell.fd = (__pyx_v_bells->fds[__pyx_v_vector]);
+    __pyx_v_made->bell.fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_bells, __pyx_v_vector)[0]);
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":405
+  /* "ivshmem/_core.pyx":461
  *             made.bell.state = &bells.state
- *             made.bell.fd = bells.fds[vector]
+ *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
  * 
- *     def ring_all(self, peers=None, vector=0):
+ *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
 */
   {
     struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_temp;
@@ -10614,8 +11614,8 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":375
- *         return bells if bells is not None and 0 <= vector < bells.count else None
+  /* "ivshmem/_core.pyx":431
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
@@ -10641,16 +11641,16 @@ static struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_f_7ivshmem_5_core_9Doorb
 }
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35doorbell(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_34doorbell, "Look up a doorbell that is to be rung often; a little quicker, and for use from C.\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_35doorbell = {"doorbell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35doorbell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34doorbell};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_35doorbell(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38doorbell, "Look up a doorbell that is to be rung often; a little quicker, and for use from C.\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell = {"doorbell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38doorbell};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10681,48 +11681,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 375, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 431, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 375, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 431, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 375, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 431, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 375, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 431, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 375, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 431, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 431, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 375, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 431, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10733,7 +11733,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10744,7 +11744,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10755,7 +11755,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 375, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10779,7 +11779,217 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":407
+/* "ivshmem/_core.pyx":463
+ *         return made
+ * 
+ *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
+ *         """A doorbell that rings as `ring_nowait` does."""
+ *         cdef Doorbell made = self.doorbell(peer, vector)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait, "A doorbell that rings as `ring_nowait` does.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait = {"_doorbell_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_peer = 0;
+  Py_ssize_t __pyx_v_vector;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_doorbell_nowait (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 463, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+    }
+    __pyx_v_peer = values[0];
+    if (values[1]) {
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 463, __pyx_L3_error)
+    } else {
+      __pyx_v_vector = ((Py_ssize_t)0);
+    }
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Doorbells._doorbell_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector) {
+  struct __pyx_obj_7ivshmem_5_bell_Doorbell *__pyx_v_made = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
+
+  /* "ivshmem/_core.pyx":465
+ *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
+ *         """A doorbell that rings as `ring_nowait` does."""
+ *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
+ *         made.nowait = self.registers is None
+ *         made.signaller = self.quiet() if made.nowait else None
+*/
+  __pyx_t_2.__pyx_n = 1;
+  __pyx_t_2.vector = __pyx_v_vector;
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_made = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":466
+ *         """A doorbell that rings as `ring_nowait` does."""
+ *         cdef Doorbell made = self.doorbell(peer, vector)
+ *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
+ *         made.signaller = self.quiet() if made.nowait else None
+ *         return made
+*/
+  __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
+  __pyx_v_made->nowait = __pyx_t_3;
+
+  /* "ivshmem/_core.pyx":467
+ *         cdef Doorbell made = self.doorbell(peer, vector)
+ *         made.nowait = self.registers is None
+ *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
+ *         return made
+ * 
+*/
+  if (__pyx_v_made->nowait) {
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 467, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_1 = __pyx_t_4;
+    __pyx_t_4 = 0;
+  } else {
+    __Pyx_INCREF(Py_None);
+    __pyx_t_1 = Py_None;
+  }
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 467, __pyx_L1_error)
+  __Pyx_GIVEREF(__pyx_t_1);
+  __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
+  __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":468
+ *         made.nowait = self.registers is None
+ *         made.signaller = self.quiet() if made.nowait else None
+ *         return made             # <<<<<<<<<<<<<<
+ * 
+ *     def ring_all(self, peers=None, vector=0):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_made);
+      __pyx_r = ((PyObject *)__pyx_v_made);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":463
+ *         return made
+ * 
+ *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
+ *         """A doorbell that rings as `ring_nowait` does."""
+ *         cdef Doorbell made = self.doorbell(peer, vector)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells._doorbell_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_made);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":470
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -10788,16 +11998,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34doorbell(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_all(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_36ring_all, "Ring several doorbells in one call: each vector named of each peer named.\n\n        Nothing is rung unless all of them can be.\n\n        Args:\n            peers: ids; None: everybody who is connected, but oneself. (A guest\047s device does not\n                know who is there: it has to be told.)\n            vector: one, or several.\n\n        Returns:\n            How many doorbells were rung. (Who leaves meanwhile is not counted.)\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_37ring_all = {"ring_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36ring_all};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_all(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all, "Ring several doorbells in one call: each vector named of each peer named.\n\n        Nothing is rung unless all of them can be. Like `ring`, it can be held up by a hostile peer.\n\n        Args:\n            peers: ids; None: all other peers that are connected. (A guest\047s device does not\n                know who is there: name them.)\n            vector: one, or several.\n\n        Returns:\n            How many doorbells were rung. (A peer that leaves during the call is not counted.)\n\n        Raises:\n            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all = {"ring_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10828,33 +12038,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 407, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 470, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 407, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 407, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 470, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 407, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 470, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10867,7 +12077,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 407, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 470, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10878,7 +12088,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peers, __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peers, __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10888,18 +12098,670 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  Py_ssize_t __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("ring_all", 0);
+
+  /* "ivshmem/_core.pyx":486
+ *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
+ *         """
+ *         return self.ring_several(self.several(peers, vector))             # <<<<<<<<<<<<<<
+ * 
+ *     def ring_all_nowait(self, peers=None, vector=0):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 486, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":470
+ *         return made
+ * 
+ *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
+ *         """Ring several doorbells in one call: each vector named of each peer named.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":488
+ *         return self.ring_several(self.several(peers, vector))
+ * 
+ *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         cdef list bells = self.several(peers, vector)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait, "Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait = {"ring_all_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_peers = 0;
+  PyObject *__pyx_v_vector = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("ring_all_nowait (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vector,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 488, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 488, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 488, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 488, __pyx_L3_error)
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 488, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 488, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
+    }
+    __pyx_v_peers = values[0];
+    __pyx_v_vector = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 488, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_all_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peers, __pyx_v_vector);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector) {
   PyObject *__pyx_v_bells = 0;
-  struct __pyx_t_7ivshmem_5_bell_Bell **__pyx_v_targets;
-  Py_ssize_t __pyx_v_i;
-  Py_ssize_t __pyx_v_done;
-  Py_ssize_t __pyx_v_count;
-  int __pyx_v_code;
+  PyObject *__pyx_v_entered = 0;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller = 0;
+  PyObject *__pyx_v_bell = NULL;
+  PyObject *__pyx_7genexpr__pyx_v_bell = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  Py_ssize_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  int __pyx_t_10;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("ring_all_nowait", 0);
+
+  /* "ivshmem/_core.pyx":490
+ *     def ring_all_nowait(self, peers=None, vector=0):
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         cdef list bells = self.several(peers, vector)             # <<<<<<<<<<<<<<
+ *         cdef list entered = []
+ *         cdef Signaller signaller
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vector); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_bells = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":491
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         cdef list bells = self.several(peers, vector)
+ *         cdef list entered = []             # <<<<<<<<<<<<<<
+ *         cdef Signaller signaller
+ *         if self.registers is not None:
+*/
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_entered = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":493
+ *         cdef list entered = []
+ *         cdef Signaller signaller
+ *         if self.registers is not None:             # <<<<<<<<<<<<<<
+ *             return self.ring_several(bells)
+ *         signaller = self.quiet()
+*/
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->registers) != Py_None);
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_core.pyx":494
+ *         cdef Signaller signaller
+ *         if self.registers is not None:
+ *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
+ *         signaller = self.quiet()
+ *         try:
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/_core.pyx":493
+ *         cdef list entered = []
+ *         cdef Signaller signaller
+ *         if self.registers is not None:             # <<<<<<<<<<<<<<
+ *             return self.ring_several(bells)
+ *         signaller = self.quiet()
+*/
+  }
+
+  /* "ivshmem/_core.pyx":495
+ *         if self.registers is not None:
+ *             return self.ring_several(bells)
+ *         signaller = self.quiet()             # <<<<<<<<<<<<<<
+ *         try:
+ *             for bell in bells:
+*/
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_core.pyx":496
+ *             return self.ring_several(bells)
+ *         signaller = self.quiet()
+ *         try:             # <<<<<<<<<<<<<<
+ *             for bell in bells:
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+*/
+  /*try:*/ {
+
+    /* "ivshmem/_core.pyx":497
+ *         signaller = self.quiet()
+ *         try:
+ *             for bell in bells:             # <<<<<<<<<<<<<<
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+ *                     entered.append(bell)
+*/
+    if (unlikely(__pyx_v_bells == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
+      __PYX_ERR(0, 497, __pyx_L5_error)
+    }
+    __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_3 = 0;
+    for (;;) {
+      {
+        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 497, __pyx_L5_error)
+        #endif
+        if (__pyx_t_3 >= __pyx_temp) break;
+      }
+      __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+      ++__pyx_t_3;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
+      __pyx_t_4 = 0;
+
+      /* "ivshmem/_core.pyx":498
+ *         try:
+ *             for bell in bells:
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
+ *                     entered.append(bell)
+ *             if signaller is not None:
+*/
+      __pyx_t_2 = ivshmem_enter(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.state);
+
+      if (__pyx_t_2) {
+
+
+        /* "ivshmem/_core.pyx":499
+ *             for bell in bells:
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+ *                     entered.append(bell)             # <<<<<<<<<<<<<<
+ *             if signaller is not None:
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+*/
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L5_error)
+
+
+        /* "ivshmem/_core.pyx":498
+ *         try:
+ *             for bell in bells:
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
+ *                     entered.append(bell)
+ *             if signaller is not None:
+*/
+      }
+
+      /* "ivshmem/_core.pyx":497
+ *         signaller = self.quiet()
+ *         try:
+ *             for bell in bells:             # <<<<<<<<<<<<<<
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+ *                     entered.append(bell)
+*/
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/_core.pyx":500
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+ *                     entered.append(bell)
+ *             if signaller is not None:             # <<<<<<<<<<<<<<
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+ *             else:
+*/
+    __pyx_t_2 = (((PyObject *)__pyx_v_signaller) != Py_None);
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/_core.pyx":501
+ *                     entered.append(bell)
+ *             if signaller is not None:
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
+ *             else:
+ *                 for bell in entered:
+*/
+      __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
+      __Pyx_INCREF(__pyx_t_4);
+      { /* enter inner scope */
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 501, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
+        __pyx_t_3 = 0;
+        for (;;) {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 501, __pyx_L14_error)
+            #endif
+            if (__pyx_t_3 >= __pyx_temp) break;
+          }
+          __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+          ++__pyx_t_3;
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 501, __pyx_L14_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
+          __pyx_t_8 = 0;
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 501, __pyx_L14_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __Pyx_GIVEREF(__pyx_t_8);
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 501, __pyx_L14_error)
+          __pyx_t_8 = 0;
+        }
+        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_XDECREF(__pyx_7genexpr__pyx_v_bell); __pyx_7genexpr__pyx_v_bell = 0;
+        goto __pyx_L18_exit_scope;
+        __pyx_L14_error:;
+        __Pyx_XDECREF(__pyx_7genexpr__pyx_v_bell); __pyx_7genexpr__pyx_v_bell = 0;
+        goto __pyx_L5_error;
+        __pyx_L18_exit_scope:;
+      } /* exit inner scope */
+      __pyx_t_9 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_6};
+        __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 501, __pyx_L5_error)
+        __Pyx_GOTREF(__pyx_t_1);
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+      /* "ivshmem/_core.pyx":500
+ *                 if ivshmem_enter((<Doorbell>bell).bell.state):
+ *                     entered.append(bell)
+ *             if signaller is not None:             # <<<<<<<<<<<<<<
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+ *             else:
+*/
+      goto __pyx_L11;
+    }
+
+    /* "ivshmem/_core.pyx":503
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+ *             else:
+ *                 for bell in entered:             # <<<<<<<<<<<<<<
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
+ *         finally:
+*/
+    /*else*/ {
+      __pyx_t_1 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_1);
+      __pyx_t_3 = 0;
+      for (;;) {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 503, __pyx_L5_error)
+          #endif
+          if (__pyx_t_3 >= __pyx_temp) break;
+        }
+        __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_3;
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 503, __pyx_L5_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
+        __pyx_t_6 = 0;
+
+        /* "ivshmem/_core.pyx":504
+ *             else:
+ *                 for bell in entered:
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
+ *         finally:
+ *             for bell in entered:
+*/
+        __pyx_t_10 = __pyx_f_7ivshmem_4_fds_add_one_nowait(((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L5_error)
+
+
+        /* "ivshmem/_core.pyx":503
+ *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+ *             else:
+ *                 for bell in entered:             # <<<<<<<<<<<<<<
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
+ *         finally:
+*/
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    }
+    __pyx_L11:;
+  }
+
+  /* "ivshmem/_core.pyx":506
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
+ *         finally:
+ *             for bell in entered:             # <<<<<<<<<<<<<<
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
+ *         return len(entered)
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      __pyx_t_1 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_1);
+      __pyx_t_3 = 0;
+      for (;;) {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L1_error)
+          #endif
+          if (__pyx_t_3 >= __pyx_temp) break;
+        }
+        __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_3;
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 506, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
+        __pyx_t_6 = 0;
+
+        /* "ivshmem/_core.pyx":507
+ *         finally:
+ *             for bell in entered:
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
+ *         return len(entered)
+ * 
+*/
+        ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
+
+        /* "ivshmem/_core.pyx":506
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
+ *         finally:
+ *             for bell in entered:             # <<<<<<<<<<<<<<
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
+ *         return len(entered)
+*/
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      goto __pyx_L6;
+    }
+    __pyx_L5_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_13);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_17);
+      __Pyx_XGOTREF(__pyx_t_18);
+      __pyx_t_10 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+      {
+        __pyx_t_1 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_1);
+        __pyx_t_3 = 0;
+        for (;;) {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L26_error)
+            #endif
+            if (__pyx_t_3 >= __pyx_temp) break;
+          }
+          __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+          ++__pyx_t_3;
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 506, __pyx_L26_error)
+          __Pyx_GOTREF(__pyx_t_6);
+          __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
+          __pyx_t_6 = 0;
+
+          /* "ivshmem/_core.pyx":507
+ *         finally:
+ *             for bell in entered:
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
+ *         return len(entered)
+ * 
+*/
+          ((struct __pyx_vtabstruct_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_v_bell)->bell.fds));
+
+          /* "ivshmem/_core.pyx":506
+ *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
+ *         finally:
+ *             for bell in entered:             # <<<<<<<<<<<<<<
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
+ *         return len(entered)
+*/
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      }
+      __Pyx_XGIVEREF(__pyx_t_16);
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      __pyx_lineno = __pyx_t_10; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+      goto __pyx_L1_error;
+      __pyx_L26_error:;
+      __Pyx_XGIVEREF(__pyx_t_16);
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+      __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
+      __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
+      __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      goto __pyx_L1_error;
+    }
+    __pyx_L6:;
+  }
+
+  /* "ivshmem/_core.pyx":508
+ *             for bell in entered:
+ *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
+ *         return len(entered)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef list several(self, object peers, object vector):
+*/
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":488
+ *         return self.ring_several(self.several(peers, vector))
+ * 
+ *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         cdef list bells = self.several(peers, vector)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_all_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_bells);
+  __Pyx_XDECREF(__pyx_v_entered);
+  __Pyx_XDECREF((PyObject *)__pyx_v_signaller);
+  __Pyx_XDECREF(__pyx_v_bell);
+  __Pyx_XDECREF(__pyx_7genexpr__pyx_v_bell);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":510
+ *         return len(entered)
+ * 
+ *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
+ *         """The doorbells that ring_all is to ring."""
+ *         cdef list bells = []
+*/
+
+static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peers, PyObject *__pyx_v_vector) {
+  PyObject *__pyx_v_bells = 0;
   PyObject *__pyx_v_vectors = NULL;
   PyObject *__pyx_v_peer = NULL;
   PyObject *__pyx_v_number = NULL;
-  PyObject *__pyx_7genexpr__pyx_v_peer = NULL;
-  PyObject *__pyx_7genexpr__pyx_v_its = NULL;
+  PyObject *__pyx_8genexpr1__pyx_v_peer = NULL;
+  PyObject *__pyx_8genexpr1__pyx_v_its = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10918,62 +12780,36 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
   Py_ssize_t __pyx_t_14;
   struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell __pyx_t_15;
   int __pyx_t_16;
-  long __pyx_t_17;
-  char const *__pyx_t_18;
-  PyObject *__pyx_t_19 = NULL;
-  PyObject *__pyx_t_20 = NULL;
-  PyObject *__pyx_t_21 = NULL;
-  PyObject *__pyx_t_22 = NULL;
-  PyObject *__pyx_t_23 = NULL;
-  PyObject *__pyx_t_24 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("ring_all", 0);
+  __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":423
- *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
- *         """
+  /* "ivshmem/_core.pyx":512
+ *     cdef list several(self, object peers, object vector):
+ *         """The doorbells that ring_all is to ring."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
- *         cdef Bell **targets
- *         cdef Py_ssize_t i
+ *         self.check()
+ *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":426
- *         cdef Bell **targets
- *         cdef Py_ssize_t i
- *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
- *         cdef Py_ssize_t count
- *         cdef int code = 0
-*/
-  __pyx_v_done = 0;
-
-  /* "ivshmem/_core.pyx":428
- *         cdef Py_ssize_t done = 0
- *         cdef Py_ssize_t count
- *         cdef int code = 0             # <<<<<<<<<<<<<<
- *         self.check()
- *         if peers is None:
-*/
-  __pyx_v_code = 0;
-
-  /* "ivshmem/_core.pyx":429
- *         cdef Py_ssize_t count
- *         cdef int code = 0
+  /* "ivshmem/_core.pyx":513
+ *         """The doorbells that ring_all is to ring."""
+ *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":430
- *         cdef int code = 0
+  /* "ivshmem/_core.pyx":514
+ *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
  *             if self.registers is not None:
@@ -10983,7 +12819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":431
+    /* "ivshmem/_core.pyx":515
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10994,7 +12830,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":432
+      /* "ivshmem/_core.pyx":516
  *         if peers is None:
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")             # <<<<<<<<<<<<<<
@@ -11007,14 +12843,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_who_is_th};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 516, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 432, __pyx_L1_error)
+      __PYX_ERR(0, 516, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":431
+      /* "ivshmem/_core.pyx":515
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11023,7 +12859,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":433
+    /* "ivshmem/_core.pyx":517
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -11049,7 +12885,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":434
+      /* "ivshmem/_core.pyx":518
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()             # <<<<<<<<<<<<<<
@@ -11063,12 +12899,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":433
+      /* "ivshmem/_core.pyx":517
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know who is there: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -11077,7 +12913,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":435
+    /* "ivshmem/_core.pyx":519
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11091,7 +12927,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":436
+          /* "ivshmem/_core.pyx":520
  *                 self._news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -11099,14 +12935,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 520, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 436, __pyx_L13_error)
+              __PYX_ERR(0, 520, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 436, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 520, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -11114,26 +12950,26 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 436, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 520, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
-              __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_peer, __pyx_t_10);
+              __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
               __pyx_t_10 = 0;
-              __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_its, __pyx_t_11);
+              __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_its, __pyx_t_11);
               __pyx_t_11 = 0;
-              __pyx_t_3 = (__pyx_7genexpr__pyx_v_its != ((PyObject *)__pyx_v_self->own));
+              __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_7genexpr__pyx_v_peer))) __PYX_ERR(0, 436, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 520, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __Pyx_XDECREF(__pyx_7genexpr__pyx_v_its); __pyx_7genexpr__pyx_v_its = 0;
-            __Pyx_XDECREF(__pyx_7genexpr__pyx_v_peer); __pyx_7genexpr__pyx_v_peer = 0;
+            __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_its); __pyx_8genexpr1__pyx_v_its = 0;
+            __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_peer); __pyx_8genexpr1__pyx_v_peer = 0;
             goto __pyx_L17_exit_scope;
             __pyx_L13_error:;
-            __Pyx_XDECREF(__pyx_7genexpr__pyx_v_its); __pyx_7genexpr__pyx_v_its = 0;
-            __Pyx_XDECREF(__pyx_7genexpr__pyx_v_peer); __pyx_7genexpr__pyx_v_peer = 0;
+            __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_its); __pyx_8genexpr1__pyx_v_its = 0;
+            __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_peer); __pyx_8genexpr1__pyx_v_peer = 0;
             goto __pyx_L9_error;
             __pyx_L17_exit_scope:;
           } /* exit inner scope */
@@ -11141,7 +12977,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":435
+        /* "ivshmem/_core.pyx":519
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11162,8 +12998,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":430
- *         cdef int code = 0
+    /* "ivshmem/_core.pyx":514
+ *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
  *             if self.registers is not None:
@@ -11171,25 +13007,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":437
+  /* "ivshmem/_core.pyx":521
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in vectors:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vector);
     __Pyx_GIVEREF(__pyx_v_vector);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 437, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vector) != (0)) __PYX_ERR(0, 521, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -11197,7 +13033,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
   __pyx_v_vectors = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":438
+  /* "ivshmem/_core.pyx":522
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -11209,9 +13045,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 438, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 522, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -11219,7 +13055,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 438, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 522, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -11229,7 +13065,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 438, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 522, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -11240,13 +13076,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 438, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 522, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -11256,7 +13092,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":439
+    /* "ivshmem/_core.pyx":523
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -11265,7 +13101,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
     if (unlikely(__pyx_v_vectors == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 439, __pyx_L1_error)
+      __PYX_ERR(0, 523, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_vectors; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -11273,7 +13109,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 439, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 523, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -11283,29 +13119,29 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 439, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 523, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":440
+      /* "ivshmem/_core.pyx":524
  *         for peer in peers:
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
  *         self.check()  # what was iterated over may have closed it
- *         count = len(bells)
+ *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 440, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 524, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":439
+      /* "ivshmem/_core.pyx":523
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:
  *             for number in vectors:             # <<<<<<<<<<<<<<
@@ -11315,7 +13151,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":438
+    /* "ivshmem/_core.pyx":522
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         vectors = tuple(vector) if hasattr(vector, "__iter__") else (vector,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -11325,73 +13161,179 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":441
+  /* "ivshmem/_core.pyx":525
  *             for number in vectors:
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it             # <<<<<<<<<<<<<<
- *         count = len(bells)
- *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
+ *         return bells
+ * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":442
+  /* "ivshmem/_core.pyx":526
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # what was iterated over may have closed it
- *         count = len(bells)             # <<<<<<<<<<<<<<
+ *         return bells             # <<<<<<<<<<<<<<
+ * 
+ *     cdef Py_ssize_t ring_several(self, list bells) except -1:
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_bells);
+      __pyx_r = __pyx_v_bells;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":510
+ *         return len(entered)
+ * 
+ *     cdef list several(self, object peers, object vector):             # <<<<<<<<<<<<<<
+ *         """The doorbells that ring_all is to ring."""
+ *         cdef list bells = []
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.several", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_bells);
+  __Pyx_XDECREF(__pyx_v_vectors);
+  __Pyx_XDECREF(__pyx_v_peer);
+  __Pyx_XDECREF(__pyx_v_number);
+  __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_peer);
+  __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_its);
+  __Pyx_XDECREF(__pyx_v_peers);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":528
+ *         return bells
+ * 
+ *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
+ *         cdef Bell **targets
+ *         cdef Py_ssize_t i
+*/
+
+static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_bells) {
+  struct __pyx_t_7ivshmem_5_bell_Bell **__pyx_v_targets;
+  Py_ssize_t __pyx_v_i;
+  Py_ssize_t __pyx_v_done;
+  Py_ssize_t __pyx_v_count;
+  int __pyx_v_code;
+  Py_ssize_t __pyx_r;
+  __Pyx_RefNannyDeclarations
+  Py_ssize_t __pyx_t_1;
+  long __pyx_t_2;
+  Py_ssize_t __pyx_t_3;
+  int __pyx_t_4;
+  Py_ssize_t __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_t_7;
+  int __pyx_t_8;
+  char const *__pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("ring_several", 0);
+
+  /* "ivshmem/_core.pyx":531
+ *         cdef Bell **targets
+ *         cdef Py_ssize_t i
+ *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
+ *         cdef Py_ssize_t count = len(bells)
+ *         cdef int code = 0
+*/
+  __pyx_v_done = 0;
+
+  /* "ivshmem/_core.pyx":532
+ *         cdef Py_ssize_t i
+ *         cdef Py_ssize_t done = 0
+ *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
+ *         cdef int code = 0
+ *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
+*/
+  if (unlikely(__pyx_v_bells == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
+    __PYX_ERR(0, 532, __pyx_L1_error)
+  }
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 532, __pyx_L1_error)
+  __pyx_v_count = __pyx_t_1;
+
+  /* "ivshmem/_core.pyx":533
+ *         cdef Py_ssize_t done = 0
+ *         cdef Py_ssize_t count = len(bells)
+ *         cdef int code = 0             # <<<<<<<<<<<<<<
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
 */
-  __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
-  __pyx_v_count = __pyx_t_9;
+  __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":443
- *         self.check()  # what was iterated over may have closed it
- *         count = len(bells)
+  /* "ivshmem/_core.pyx":534
+ *         cdef Py_ssize_t count = len(bells)
+ *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
  *         if targets == NULL:
  *             raise MemoryError
 */
 
-  __pyx_t_17 = 1;
+  __pyx_t_2 = 1;
 
-  __pyx_t_9 = __pyx_v_count;
-  __pyx_t_3 = (__pyx_t_17 > __pyx_t_9);
+  __pyx_t_1 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_2 > __pyx_t_1);
 
-  if (__pyx_t_3) {
+  if (__pyx_t_4) {
 
-    __pyx_t_8 = __pyx_t_17;
+    __pyx_t_3 = __pyx_t_2;
   } else {
 
-    __pyx_t_8 = __pyx_t_9;
+    __pyx_t_3 = __pyx_t_1;
   }
 
-  __pyx_v_targets = ((struct __pyx_t_7ivshmem_5_bell_Bell **)malloc((__pyx_t_8 * (sizeof(struct __pyx_t_7ivshmem_5_bell_Bell *)))));
+  __pyx_v_targets = ((struct __pyx_t_7ivshmem_5_bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_5_bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":444
- *         count = len(bells)
+  /* "ivshmem/_core.pyx":535
+ *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
  *             raise MemoryError
  *         try:
 */
-  __pyx_t_3 = (__pyx_v_targets == NULL);
+  __pyx_t_4 = (__pyx_v_targets == NULL);
 
-  if (unlikely(__pyx_t_3)) {
+  if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":445
+    /* "ivshmem/_core.pyx":536
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 445, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 536, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":444
- *         count = len(bells)
+    /* "ivshmem/_core.pyx":535
+ *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
  *             raise MemoryError
@@ -11399,7 +13341,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":446
+  /* "ivshmem/_core.pyx":537
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -11408,7 +13350,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":447
+    /* "ivshmem/_core.pyx":538
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -11416,27 +13358,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
  *             i = 0
 */
 
-    __pyx_t_8 = __pyx_v_count;
-    __pyx_t_9 = __pyx_t_8;
+    __pyx_t_3 = __pyx_v_count;
+    __pyx_t_1 = __pyx_t_3;
 
-    for (__pyx_t_14 = 0; __pyx_t_14 < __pyx_t_9; __pyx_t_14+=1) {
-      __pyx_v_i = __pyx_t_14;
+    for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
+      __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":448
+      /* "ivshmem/_core.pyx":539
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
  *             i = 0
  *             while i < count:
 */
-      __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 448, __pyx_L26_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_1)->bell);
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      if (unlikely(__pyx_v_bells == Py_None)) {
+        PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+        __PYX_ERR(0, 539, __pyx_L5_error)
+      }
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 539, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6)->bell);
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":449
+    /* "ivshmem/_core.pyx":540
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -11445,7 +13391,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":450
+    /* "ivshmem/_core.pyx":541
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -11453,12 +13399,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
  *                     while i < count:
 */
     while (1) {
-      __pyx_t_3 = (__pyx_v_i < __pyx_v_count);
+      __pyx_t_4 = (__pyx_v_i < __pyx_v_count);
 
 
-      if (!__pyx_t_3) break;
+      if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":451
+      /* "ivshmem/_core.pyx":542
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11471,7 +13417,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":452
+            /* "ivshmem/_core.pyx":543
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -11479,12 +13425,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
  *                         if code == 0:
 */
             while (1) {
-              __pyx_t_3 = (__pyx_v_i < __pyx_v_count);
+              __pyx_t_4 = (__pyx_v_i < __pyx_v_count);
 
 
-              if (!__pyx_t_3) break;
+              if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":453
+              /* "ivshmem/_core.pyx":544
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -11493,19 +13439,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
               __pyx_v_code = __pyx_f_7ivshmem_5_bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":454
+              /* "ivshmem/_core.pyx":545
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
  *                             done += 1
  *                         elif code != ESHUTDOWN:
 */
-              __pyx_t_3 = (__pyx_v_code == 0);
+              __pyx_t_4 = (__pyx_v_code == 0);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":455
+                /* "ivshmem/_core.pyx":546
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -11514,38 +13460,38 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":454
+                /* "ivshmem/_core.pyx":545
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
  *                             done += 1
  *                         elif code != ESHUTDOWN:
 */
-                goto __pyx_L39;
+                goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":456
+              /* "ivshmem/_core.pyx":547
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                             break
  *                         i += 1
 */
-              __pyx_t_3 = (__pyx_v_code != ESHUTDOWN);
+              __pyx_t_4 = (__pyx_v_code != ESHUTDOWN);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":457
+                /* "ivshmem/_core.pyx":548
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
  *                         i += 1
  *                 if i < count:
 */
-                goto __pyx_L38_break;
+                goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":456
+                /* "ivshmem/_core.pyx":547
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -11553,9 +13499,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
  *                         i += 1
 */
               }
-              __pyx_L39:;
+              __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":458
+              /* "ivshmem/_core.pyx":549
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -11564,10 +13510,10 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
               __pyx_v_i = (__pyx_v_i + 1);
             }
-            __pyx_L38_break:;
+            __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":451
+          /* "ivshmem/_core.pyx":542
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11578,47 +13524,47 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
             /*normal exit:*/{
               __Pyx_FastGIL_Forget();
               PyEval_RestoreThread(_save);
-              goto __pyx_L36;
+              goto __pyx_L15;
             }
-            __pyx_L36:;
+            __pyx_L15:;
           }
       }
 
-      /* "ivshmem/_core.pyx":459
+      /* "ivshmem/_core.pyx":550
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
  *                     if code != EINTR:
  *                         fail_with(code)
 */
-      __pyx_t_3 = (__pyx_v_i < __pyx_v_count);
+      __pyx_t_4 = (__pyx_v_i < __pyx_v_count);
 
-      if (__pyx_t_3) {
+      if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":460
+        /* "ivshmem/_core.pyx":551
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
  *                         fail_with(code)
  *                     PyErr_CheckSignals()
 */
-        __pyx_t_3 = (__pyx_v_code != EINTR);
+        __pyx_t_4 = (__pyx_v_code != EINTR);
 
-        if (__pyx_t_3) {
+        if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":461
+          /* "ivshmem/_core.pyx":552
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 461, __pyx_L26_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":460
+          /* "ivshmem/_core.pyx":551
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -11627,17 +13573,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_core.pyx":462
+        /* "ivshmem/_core.pyx":553
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 462, __pyx_L26_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":459
+        /* "ivshmem/_core.pyx":550
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -11648,7 +13594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
     }
   }
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":555
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -11658,101 +13604,79 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
   /*finally:*/ {
     /*normal exit:*/{
       free(__pyx_v_targets);
-      goto __pyx_L27;
+      goto __pyx_L6;
     }
-    __pyx_L26_error:;
+    __pyx_L5_error:;
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_22, &__pyx_t_23, &__pyx_t_24);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21) < 0)) __Pyx_ErrFetch(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
-      __Pyx_XGOTREF(__pyx_t_19);
-      __Pyx_XGOTREF(__pyx_t_20);
-      __Pyx_XGOTREF(__pyx_t_21);
-      __Pyx_XGOTREF(__pyx_t_22);
-      __Pyx_XGOTREF(__pyx_t_23);
-      __Pyx_XGOTREF(__pyx_t_24);
-      __pyx_t_2 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_18 = __pyx_filename;
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_11);
+      __Pyx_XGOTREF(__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_13);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __pyx_t_7 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
       {
         free(__pyx_v_targets);
       }
-      __Pyx_XGIVEREF(__pyx_t_22);
-      __Pyx_XGIVEREF(__pyx_t_23);
-      __Pyx_XGIVEREF(__pyx_t_24);
-      __Pyx_ExceptionReset(__pyx_t_22, __pyx_t_23, __pyx_t_24);
-      __Pyx_XGIVEREF(__pyx_t_19);
-      __Pyx_XGIVEREF(__pyx_t_20);
-      __Pyx_XGIVEREF(__pyx_t_21);
-      __Pyx_ErrRestore(__pyx_t_19, __pyx_t_20, __pyx_t_21);
-      __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
-      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_18;
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_XGIVEREF(__pyx_t_11);
+      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
       goto __pyx_L1_error;
     }
-    __pyx_L27:;
+    __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":465
+  /* "ivshmem/_core.pyx":556
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
  * 
  *     # -- waiting ----------------------------------------------------------------------------------
 */
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_v_done); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
   {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
+
+    __pyx_r = __pyx_v_done;
   }
-  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":407
- *         return made
+  /* "ivshmem/_core.pyx":528
+ *         return bells
  * 
- *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
- *         """Ring several doorbells in one call: each vector named of each peer named.
- * 
+ *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
+ *         cdef Bell **targets
+ *         cdef Py_ssize_t i
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.ring_several", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1L;
   __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_bells);
 
 
 
 
 
-  __Pyx_XDECREF(__pyx_v_vectors);
-  __Pyx_XDECREF(__pyx_v_peer);
-  __Pyx_XDECREF(__pyx_v_number);
-  __Pyx_XDECREF(__pyx_7genexpr__pyx_v_peer);
-  __Pyx_XDECREF(__pyx_7genexpr__pyx_v_its);
-  __Pyx_XDECREF(__pyx_v_peers);
-  __Pyx_XGIVEREF(__pyx_r);
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":469
+/* "ivshmem/_core.pyx":560
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -11761,15 +13685,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_all(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39wait(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_38wait, "wait($self, vector=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any; several: any of these, the first that is ready.\n    spin: seconds to look again and again before sleeping. To be woken takes ten times as\n        long as all else, so a spin that succeeds is worth much; one that keeps the peer\n        from running costs more. \"auto\": a short while (20 to 50 microseconds), if that\n        brought something of late. A given time is spun under the same condition: where two\n        spins in a row brought nothing, it sleeps at once for a while (see _spin).\n\nReturns:\n    For one vector: how often it was rung since the last look, 0 when the time is over.\n    Else: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_39wait(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46wait, "wait($self, vector=None, timeout=None, *, spin=0)\n--\n\nWait for an interrupt, at most `timeout` seconds (None: for as long as it takes).\n\nArgs:\n    vector: the one to wait for; None: any; several: any of these, the first that is ready.\n    spin: seconds to look again and again before sleeping. To be woken takes ten times as\n        long as all else, so a spin that succeeds is worth much; one that keeps the peer\n        from running costs more. \"auto\": a short while (20 to 50 microseconds), if that\n        brought something of late. A given time is spun under the same condition: where two\n        spins in a row brought nothing, it sleeps at once for a while (see _spin).\n\nReturns:\n    For one vector: how often it was rung since the last look, 0 when the time is over.\n    Else: an Interrupt(vector, rings), None when the time is over.\n    Rings coalesce in the count: never count messages by interrupts.\n\nRaises:\n    NoSuchVector: this endpoint has no such vector.\n    ClosedError: the endpoint is closed, or was closed by another thread meanwhile.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47wait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11801,24 +13725,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 469, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 560, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 469, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 469, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 469, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 560, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":470
+      /* "ivshmem/_core.pyx":561
  * 
  *     @cython.binding(False)
  *     def wait(self, vector=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -11832,11 +13756,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 469, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 469, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11851,7 +13775,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 469, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 560, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11862,9 +13786,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_38wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":560
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -11880,7 +13804,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   int64_t __pyx_v_wish;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -11905,7 +13829,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":490
+  /* "ivshmem/_core.pyx":581
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -11917,23 +13841,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 581, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":491
+  /* "ivshmem/_core.pyx":582
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vector is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":492
+  /* "ivshmem/_core.pyx":583
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -11942,7 +13866,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":493
+    /* "ivshmem/_core.pyx":584
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -11953,14 +13877,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":494
+      /* "ivshmem/_core.pyx":585
  *         try:
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 494, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 585, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -11973,7 +13897,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":493
+      /* "ivshmem/_core.pyx":584
  *         self.enter()
  *         try:
  *             if vector is None:             # <<<<<<<<<<<<<<
@@ -11982,7 +13906,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":495
+    /* "ivshmem/_core.pyx":586
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -11999,7 +13923,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 495, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vector, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 586, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -12010,15 +13934,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":496
+      /* "ivshmem/_core.pyx":587
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 496, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 496, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 587, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 587, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -12032,7 +13956,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":495
+      /* "ivshmem/_core.pyx":586
  *             if vector is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):             # <<<<<<<<<<<<<<
@@ -12041,14 +13965,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":497
+    /* "ivshmem/_core.pyx":588
  *             if PyLong_CheckExact(vector) or not hasattr(vector, "__iter__"):
  *                 return self.wait_one(vector, timeout, wish)
  *             return self.wait_some(vector, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 497, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vector, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 588, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -12062,7 +13986,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":499
+  /* "ivshmem/_core.pyx":590
  *             return self.wait_some(vector, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12110,7 +14034,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":469
+  /* "ivshmem/_core.pyx":560
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -12130,7 +14054,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":501
+/* "ivshmem/_core.pyx":592
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -12148,15 +14072,15 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int64_t __pyx_t_1;
   int __pyx_t_2;
   int64_t __pyx_t_3;
-  int __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":502
+  /* "ivshmem/_core.pyx":593
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -12168,13 +14092,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 502, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 593, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":503
+  /* "ivshmem/_core.pyx":594
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -12183,44 +14107,47 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":506
+  /* "ivshmem/_core.pyx":597
  *         cdef bint plainly
  *         cdef Turn turn
- *         if not 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
+ *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
 */
   __pyx_t_2 = (0 <= __pyx_v_vector);
   if (__pyx_t_2) {
-    __pyx_t_2 = (__pyx_v_vector < __pyx_v_self->own->count);
+    __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_2 = (__pyx_v_vector < __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4)));
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   }
-  __pyx_t_4 = (!__pyx_t_2);
+  __pyx_t_5 = (!__pyx_t_2);
 
 
-  if (__pyx_t_4) {
+  if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":507
+    /* "ivshmem/_core.pyx":598
  *         cdef Turn turn
- *         if not 0 <= vector < self.own.count:
+ *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 507, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":506
+    /* "ivshmem/_core.pyx":597
  *         cdef bint plainly
  *         cdef Turn turn
- *         if not 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
+ *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
 */
   }
 
-  /* "ivshmem/_core.pyx":508
- *         if not 0 <= vector < self.own.count:
+  /* "ivshmem/_core.pyx":599
+ *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
@@ -12236,7 +14163,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":509
+  /* "ivshmem/_core.pyx":600
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -12249,19 +14176,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
   } else {
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_2 = __pyx_f_7ivshmem_5_core_reads_plainly(__pyx_v_self, ivshmem_is_only_thread());
 
 
-  __pyx_t_4 = __pyx_t_2;
+  __pyx_t_5 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
-  __pyx_v_plainly = __pyx_t_4;
+  __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":510
+  /* "ivshmem/_core.pyx":601
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -12274,20 +14201,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
   } else {
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     goto __pyx_L7_bool_binop_done;
   }
   __pyx_t_2 = (!(__pyx_v_turn.left != 0));
 
 
-  __pyx_t_4 = __pyx_t_2;
+  __pyx_t_5 = __pyx_t_2;
 
   __pyx_L7_bool_binop_done:;
-  if (__pyx_t_4) {
+  if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":511
+    /* "ivshmem/_core.pyx":602
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -12296,7 +14223,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":512
+    /* "ivshmem/_core.pyx":603
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -12309,7 +14236,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     } else {
 
-      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_5 = __pyx_t_2;
 
       goto __pyx_L10_bool_binop_done;
     }
@@ -12319,20 +14246,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     } else {
 
-      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_5 = __pyx_t_2;
 
       goto __pyx_L10_bool_binop_done;
     }
     __pyx_t_2 = (!__pyx_v_self->urgent);
 
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     __pyx_L10_bool_binop_done:;
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":513
+      /* "ivshmem/_core.pyx":604
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -12350,7 +14277,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":512
+      /* "ivshmem/_core.pyx":603
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -12359,7 +14286,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":510
+    /* "ivshmem/_core.pyx":601
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -12368,7 +14295,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":514
+  /* "ivshmem/_core.pyx":605
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return 0
  *         while True:             # <<<<<<<<<<<<<<
@@ -12377,7 +14304,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":515
+    /* "ivshmem/_core.pyx":606
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -12390,30 +14317,41 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     } else {
 
-      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_5 = __pyx_t_2;
 
       goto __pyx_L16_bool_binop_done;
     }
     __pyx_t_2 = (__pyx_v_turn.left != 0);
 
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     __pyx_L16_bool_binop_done:;
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":516
+      /* "ivshmem/_core.pyx":612
+ *                     deadline,
+ *                     probe_of(self, vector, plainly),
+ *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
+ *                     &turn,
+ *                 )
+*/
+      __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
+      __Pyx_INCREF(__pyx_t_4);
+
+      /* "ivshmem/_core.pyx":607
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), (&(__pyx_v_self->own->fds[__pyx_v_vector])), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 516, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 607, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":515
+      /* "ivshmem/_core.pyx":606
  *                 return 0
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -12422,19 +14360,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":524
+    /* "ivshmem/_core.pyx":615
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
 */
-    __pyx_t_4 = (__pyx_v_n == 0);
+    __pyx_t_5 = (__pyx_v_n == 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":525
+      /* "ivshmem/_core.pyx":616
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -12447,7 +14385,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":527
+            /* "ivshmem/_core.pyx":618
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -12457,20 +14395,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
             if (__pyx_v_plainly) {
             } else {
 
-              __pyx_t_4 = __pyx_v_plainly;
+              __pyx_t_5 = __pyx_v_plainly;
               goto __pyx_L24_bool_binop_done;
             }
             __pyx_t_2 = (__pyx_v_turn.done == 0);
 
 
-            __pyx_t_4 = __pyx_t_2;
+            __pyx_t_5 = __pyx_t_2;
 
             __pyx_L24_bool_binop_done:;
-            __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_t_4);
+            __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_t_5);
 
           }
 
-          /* "ivshmem/_core.pyx":525
+          /* "ivshmem/_core.pyx":616
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -12487,19 +14425,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":528
+      /* "ivshmem/_core.pyx":619
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
  *                     return 0
  *             if n > 0 and not relay_fired(self):
 */
-      __pyx_t_4 = (__pyx_v_n == 0);
+      __pyx_t_5 = (__pyx_v_n == 0);
 
-      if (__pyx_t_4) {
+      if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":529
+        /* "ivshmem/_core.pyx":620
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return 0             # <<<<<<<<<<<<<<
@@ -12517,7 +14455,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":528
+        /* "ivshmem/_core.pyx":619
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -12526,7 +14464,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":524
+      /* "ivshmem/_core.pyx":615
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -12535,7 +14473,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":530
+    /* "ivshmem/_core.pyx":621
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -12548,40 +14486,40 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     } else {
 
-      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_5 = __pyx_t_2;
 
       goto __pyx_L28_bool_binop_done;
     }
     __pyx_t_2 = (!__pyx_f_7ivshmem_5_core_relay_fired(__pyx_v_self));
 
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     __pyx_L28_bool_binop_done:;
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":531
+      /* "ivshmem/_core.pyx":622
  *                     return 0
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 531, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 622, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
         {
           __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_6;
+          __pyx_r = __pyx_t_4;
         }
         __Pyx_XDECREF(__pyx_temp);
       }
-      __pyx_t_6 = 0;
+      __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":530
+      /* "ivshmem/_core.pyx":621
  *                 if n == 0:
  *                     return 0
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -12590,16 +14528,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":532
+    /* "ivshmem/_core.pyx":623
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
  *             n = 0
  *             # What a signal handler did may have been to start a thread.
 */
-    __pyx_t_4 = (__pyx_v_n < 0);
+    __pyx_t_5 = (__pyx_v_n < 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
       __pyx_t_1 = __pyx_v_n;
     } else {
@@ -12607,11 +14545,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 532, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 623, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":533
+    /* "ivshmem/_core.pyx":624
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
@@ -12620,7 +14558,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":535
+    /* "ivshmem/_core.pyx":626
  *             n = 0
  *             # What a signal handler did may have been to start a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -12633,20 +14571,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     } else {
 
-      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_5 = __pyx_t_2;
 
       goto __pyx_L30_bool_binop_done;
     }
     __pyx_t_2 = __pyx_f_7ivshmem_5_core_reads_plainly(__pyx_v_self, ivshmem_is_only_thread());
 
 
-    __pyx_t_4 = __pyx_t_2;
+    __pyx_t_5 = __pyx_t_2;
 
     __pyx_L30_bool_binop_done:;
-    __pyx_v_plainly = __pyx_t_4;
+    __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":501
+  /* "ivshmem/_core.pyx":592
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -12658,7 +14596,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.wait_one", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -12671,7 +14609,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":537
+/* "ivshmem/_core.pyx":628
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -12696,52 +14634,55 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":539
+  /* "ivshmem/_core.pyx":630
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
 */
   __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->state)));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":540
+    /* "ivshmem/_core.pyx":631
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":539
+    /* "ivshmem/_core.pyx":630
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
 */
   }
 
-  /* "ivshmem/_core.pyx":541
+  /* "ivshmem/_core.pyx":632
  *         if not ivshmem_enter(&self.state):
  *             self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             try:
  *                 self._deaf()
 */
-  __pyx_t_1 = (__pyx_v_self->own->count == 0);
+  __pyx_t_3 = ((PyObject *)__pyx_v_self->own);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = (__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_3)) == 0);
 
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":542
+    /* "ivshmem/_core.pyx":633
  *             self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
  *                 self._deaf()
  *             except BaseException:
@@ -12749,14 +14690,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
     {
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __Pyx_ExceptionSave(&__pyx_t_3, &__pyx_t_4, &__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_3);
+      __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_5, &__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":543
- *         if self.own.count == 0:
+        /* "ivshmem/_core.pyx":634
+ *         if length_of(self.own) == 0:
  *             try:
  *                 self._deaf()             # <<<<<<<<<<<<<<
  *             except BaseException:
@@ -12767,30 +14708,30 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __pyx_t_8 = 0;
         {
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-          __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 543, __pyx_L5_error)
-          __Pyx_GOTREF(__pyx_t_6);
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 634, __pyx_L5_error)
+          __Pyx_GOTREF(__pyx_t_3);
         }
-        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":542
+        /* "ivshmem/_core.pyx":633
  *             self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
  *                 self._deaf()
  *             except BaseException:
 */
       }
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       goto __pyx_L10_try_end;
       __pyx_L5_error:;
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":544
+      /* "ivshmem/_core.pyx":635
  *             try:
  *                 self._deaf()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -12800,12 +14741,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 544, __pyx_L7_except_error)
-        __Pyx_XGOTREF(__pyx_t_6);
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 635, __pyx_L7_except_error)
+        __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":545
+        /* "ivshmem/_core.pyx":636
  *                 self._deaf()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -12814,48 +14755,48 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":546
+        /* "ivshmem/_core.pyx":637
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-        __Pyx_GIVEREF(__pyx_t_6);
+        __Pyx_GIVEREF(__pyx_t_3);
         __Pyx_GIVEREF(__pyx_t_7);
         __Pyx_XGIVEREF(__pyx_t_9);
-        __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_9);
-        __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 546, __pyx_L7_except_error)
+        __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
+        __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
+        __PYX_ERR(0, 637, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":542
+      /* "ivshmem/_core.pyx":633
  *             self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
  *                 self._deaf()
  *             except BaseException:
 */
       __pyx_L7_except_error:;
-      __Pyx_XGIVEREF(__pyx_t_3);
       __Pyx_XGIVEREF(__pyx_t_4);
       __Pyx_XGIVEREF(__pyx_t_5);
-      __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
+      __Pyx_XGIVEREF(__pyx_t_6);
+      __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
       goto __pyx_L1_error;
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":541
+    /* "ivshmem/_core.pyx":632
  *         if not ivshmem_enter(&self.state):
  *             self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             try:
  *                 self._deaf()
 */
   }
 
-  /* "ivshmem/_core.pyx":547
+  /* "ivshmem/_core.pyx":638
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -12868,7 +14809,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":537
+  /* "ivshmem/_core.pyx":628
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -12878,7 +14819,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -12889,80 +14830,86 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":549
+/* "ivshmem/_core.pyx":640
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
- *         if not 0 <= vector < self.own.count:
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+ *         if not 0 <= vector < length_of(self.own):
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
 */
 
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[5];
-  Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[5];
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
   size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":550
+  /* "ivshmem/_core.pyx":641
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
- *         if not 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+ *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0
 */
   __pyx_t_1 = (0 <= __pyx_v_vector);
   if (__pyx_t_1) {
-    __pyx_t_1 = (__pyx_v_vector < __pyx_v_self->own->count);
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_1 = (__pyx_v_vector < __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2)));
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
-  __pyx_t_2 = (!__pyx_t_1);
+  __pyx_t_3 = (!__pyx_t_1);
 
 
-  if (unlikely(__pyx_t_2)) {
+  if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":551
+    /* "ivshmem/_core.pyx":642
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
- *         if not 0 <= vector < self.own.count:
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")             # <<<<<<<<<<<<<<
+ *         if not 0 <= vector < length_of(self.own):
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 551, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 642, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 551, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 642, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->own->count, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 551, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
-    __pyx_t_8[1] = __pyx_t_6;
-    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_this_endpoint_has;
-    __pyx_t_8[3] = __pyx_t_7;
-    __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_vectors_2;
-    __pyx_t_9 = 35;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
-    #endif
-    __pyx_t_10 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 551, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_7 = ((PyObject *)__pyx_v_self->own);
+    __Pyx_INCREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_7)), 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 642, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
+    __pyx_t_9[1] = __pyx_t_6;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_this_endpoint_has;
+    __pyx_t_9[3] = __pyx_t_8;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_vectors_2;
+    __pyx_t_10 = 35;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+    #endif
+    __pyx_t_11 = 0;
+    __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 642, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_5))) {
@@ -12976,30 +14923,30 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_7};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 551, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 642, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 551, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 642, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":550
+    /* "ivshmem/_core.pyx":641
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
- *         if not 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+ *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0
 */
   }
 
-  /* "ivshmem/_core.pyx":552
- *         if not 0 <= vector < self.own.count:
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+  /* "ivshmem/_core.pyx":643
+ *         if not 0 <= vector < length_of(self.own):
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int attend(self, int64_t code) except -1:
@@ -13010,22 +14957,22 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":549
+  /* "ivshmem/_core.pyx":640
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
- *         if not 0 <= vector < self.own.count:
- *             raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+ *         if not 0 <= vector < length_of(self.own):
+ *             raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.check_vector", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -13034,7 +14981,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":554
+/* "ivshmem/_core.pyx":645
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -13060,7 +15007,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":555
+  /* "ivshmem/_core.pyx":646
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13072,7 +15019,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":556
+    /* "ivshmem/_core.pyx":647
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -13080,7 +15027,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             self._news()
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 647, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13099,14 +15046,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 556, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 647, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 556, __pyx_L1_error)
+    __PYX_ERR(0, 647, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":555
+    /* "ivshmem/_core.pyx":646
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13115,7 +15062,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":557
+  /* "ivshmem/_core.pyx":648
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13157,7 +15104,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":558
+    /* "ivshmem/_core.pyx":649
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
  *             self._news()             # <<<<<<<<<<<<<<
@@ -13171,12 +15118,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 649, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":557
+    /* "ivshmem/_core.pyx":648
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13186,7 +15133,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":559
+  /* "ivshmem/_core.pyx":650
  *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -13198,7 +15145,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":560
+    /* "ivshmem/_core.pyx":651
  *             self._news()
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
@@ -13215,7 +15162,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":561
+    /* "ivshmem/_core.pyx":652
  *         elif code == -EINVAL:
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
@@ -13223,11 +15170,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 652, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 652, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 652, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -13237,14 +15184,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 561, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 652, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 561, __pyx_L1_error)
+    __PYX_ERR(0, 652, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":559
+    /* "ivshmem/_core.pyx":650
  *         if code == NEWS or code == -EINTR and self.urgent and is_readable(self.watched):
  *             self._news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -13253,7 +15200,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":562
+  /* "ivshmem/_core.pyx":653
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -13279,17 +15226,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":563
+    /* "ivshmem/_core.pyx":654
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 654, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":562
+    /* "ivshmem/_core.pyx":653
  *             what = "UIO device" if self.uio else "eventfd"
  *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -13299,17 +15246,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":564
+  /* "ivshmem/_core.pyx":655
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 564, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 655, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":565
+  /* "ivshmem/_core.pyx":656
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13322,7 +15269,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":554
+  /* "ivshmem/_core.pyx":645
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -13346,7 +15293,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":567
+/* "ivshmem/_core.pyx":658
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -13365,7 +15312,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":574
+  /* "ivshmem/_core.pyx":665
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -13374,7 +15321,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":575
+    /* "ivshmem/_core.pyx":666
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -13383,23 +15330,23 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":576
+    /* "ivshmem/_core.pyx":667
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
  *                 return n
- *         fds[0].fd = self.own.fds[vector]
+ *         fds[0].fd = place_of(self.own, vector)[0]
 */
     __pyx_t_1 = (__pyx_v_n != 0);
 
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":577
+      /* "ivshmem/_core.pyx":668
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
- *         fds[0].fd = self.own.fds[vector]
+ *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
 */
       {
@@ -13408,16 +15355,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":576
+      /* "ivshmem/_core.pyx":667
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
  *                 return n
- *         fds[0].fd = self.own.fds[vector]
+ *         fds[0].fd = place_of(self.own, vector)[0]
 */
     }
 
-    /* "ivshmem/_core.pyx":574
+    /* "ivshmem/_core.pyx":665
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -13426,26 +15373,26 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":578
+  /* "ivshmem/_core.pyx":669
  *             if n:
  *                 return n
- *         fds[0].fd = self.own.fds[vector]             # <<<<<<<<<<<<<<
+ *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
 */
-  (__pyx_v_fds[0]).fd = (__pyx_v_self->own->fds[__pyx_v_vector]);
+  (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":579
+  /* "ivshmem/_core.pyx":670
  *                 return n
- *         fds[0].fd = self.own.fds[vector]
+ *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":580
- *         fds[0].fd = self.own.fds[vector]
+  /* "ivshmem/_core.pyx":671
+ *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
@@ -13455,7 +15402,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":581
+  /* "ivshmem/_core.pyx":672
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -13466,7 +15413,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":582
+  /* "ivshmem/_core.pyx":673
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -13483,7 +15430,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":583
+  /* "ivshmem/_core.pyx":674
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -13495,7 +15442,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":584
+    /* "ivshmem/_core.pyx":675
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -13508,7 +15455,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":583
+    /* "ivshmem/_core.pyx":674
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -13517,7 +15464,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":585
+  /* "ivshmem/_core.pyx":676
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13529,7 +15476,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":586
+    /* "ivshmem/_core.pyx":677
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -13542,7 +15489,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":585
+    /* "ivshmem/_core.pyx":676
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13551,7 +15498,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":587
+  /* "ivshmem/_core.pyx":678
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -13563,7 +15510,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":588
+    /* "ivshmem/_core.pyx":679
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -13576,7 +15523,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":587
+    /* "ivshmem/_core.pyx":678
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -13585,7 +15532,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":589
+  /* "ivshmem/_core.pyx":680
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -13594,7 +15541,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":590
+  /* "ivshmem/_core.pyx":681
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -13606,7 +15553,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":591
+    /* "ivshmem/_core.pyx":682
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -13619,7 +15566,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":590
+    /* "ivshmem/_core.pyx":681
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -13628,7 +15575,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":592
+  /* "ivshmem/_core.pyx":683
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -13650,7 +15597,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":593
+    /* "ivshmem/_core.pyx":684
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
@@ -13663,7 +15610,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":592
+    /* "ivshmem/_core.pyx":683
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -13672,7 +15619,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":595
+  /* "ivshmem/_core.pyx":686
  *             return NEWS
  *         # Another thread, or a hostile peer, took it, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
@@ -13708,7 +15655,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":567
+  /* "ivshmem/_core.pyx":658
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -13724,7 +15671,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":597
+/* "ivshmem/_core.pyx":688
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -13773,17 +15720,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":599
+  /* "ivshmem/_core.pyx":690
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 599, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 690, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":600
+  /* "ivshmem/_core.pyx":691
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -13792,19 +15739,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":602
+  /* "ivshmem/_core.pyx":693
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":607
+  /* "ivshmem/_core.pyx":698
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -13816,9 +15763,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 607, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 698, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 698, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -13826,7 +15773,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 607, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 698, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -13836,7 +15783,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 607, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 698, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -13847,13 +15794,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 607, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 698, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 607, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 698, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13863,54 +15810,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":608
+    /* "ivshmem/_core.pyx":699
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 608, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 699, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":609
+    /* "ivshmem/_core.pyx":700
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":610
+    /* "ivshmem/_core.pyx":701
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 610, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 701, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 610, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 701, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":611
+      /* "ivshmem/_core.pyx":702
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 611, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 702, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 611, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 702, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":610
+      /* "ivshmem/_core.pyx":701
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -13919,7 +15866,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":607
+    /* "ivshmem/_core.pyx":698
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -13929,7 +15876,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":612
+  /* "ivshmem/_core.pyx":703
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -13938,7 +15885,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 612, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 703, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -13948,7 +15895,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":613
+    /* "ivshmem/_core.pyx":704
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -13961,14 +15908,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 613, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 704, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 613, __pyx_L1_error)
+    __PYX_ERR(0, 704, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":612
+    /* "ivshmem/_core.pyx":703
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -13977,18 +15924,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":614
+  /* "ivshmem/_core.pyx":705
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 614, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":615
+  /* "ivshmem/_core.pyx":706
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -13997,7 +15944,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":616
+  /* "ivshmem/_core.pyx":707
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -14009,16 +15956,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":617
+    /* "ivshmem/_core.pyx":708
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 617, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 708, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":616
+    /* "ivshmem/_core.pyx":707
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -14027,56 +15974,59 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":618
+  /* "ivshmem/_core.pyx":709
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
  *             for i in range(len(numbers)):
- *                 polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+ *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":619
+    /* "ivshmem/_core.pyx":710
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
- *                 polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+ *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 619, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 710, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":620
+      /* "ivshmem/_core.pyx":711
  *         try:
  *             for i in range(len(numbers)):
- *                 polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]             # <<<<<<<<<<<<<<
+ *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
 */
-      __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 620, __pyx_L10_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 620, __pyx_L10_error)
+      __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+      __Pyx_INCREF(__pyx_t_2);
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 711, __pyx_L10_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 711, __pyx_L10_error)
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_v_self->own->fds[((Py_ssize_t)__pyx_t_13)]);
 
     }
 
 
 
-    /* "ivshmem/_core.pyx":621
+    /* "ivshmem/_core.pyx":712
  *             for i in range(len(numbers)):
- *                 polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+ *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":622
- *                 polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+    /* "ivshmem/_core.pyx":713
+ *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
  *             for i in range(polled.count):
@@ -14091,7 +16041,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":623
+    /* "ivshmem/_core.pyx":714
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -14105,7 +16055,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":624
+      /* "ivshmem/_core.pyx":715
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -14116,7 +16066,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":625
+    /* "ivshmem/_core.pyx":716
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -14125,7 +16075,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":626
+    /* "ivshmem/_core.pyx":717
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -14134,7 +16084,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":627
+    /* "ivshmem/_core.pyx":718
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -14143,7 +16093,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":628
+      /* "ivshmem/_core.pyx":719
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14169,17 +16119,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":629
+        /* "ivshmem/_core.pyx":720
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 629, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 720, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":628
+        /* "ivshmem/_core.pyx":719
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14188,7 +16138,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":630
+      /* "ivshmem/_core.pyx":721
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14200,7 +16150,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":631
+        /* "ivshmem/_core.pyx":722
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -14213,7 +16163,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":632
+              /* "ivshmem/_core.pyx":723
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -14222,7 +16172,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_4_fds_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":633
+              /* "ivshmem/_core.pyx":724
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -14242,7 +16192,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":631
+            /* "ivshmem/_core.pyx":722
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -14259,7 +16209,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":634
+        /* "ivshmem/_core.pyx":725
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -14271,17 +16221,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":635
+          /* "ivshmem/_core.pyx":726
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 635, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 726, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":636
+          /* "ivshmem/_core.pyx":727
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -14298,7 +16248,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":634
+          /* "ivshmem/_core.pyx":725
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -14307,7 +16257,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":630
+        /* "ivshmem/_core.pyx":721
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14316,7 +16266,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":637
+      /* "ivshmem/_core.pyx":728
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -14328,20 +16278,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":638
+        /* "ivshmem/_core.pyx":729
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 638, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 729, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":639
+          /* "ivshmem/_core.pyx":730
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -14353,21 +16303,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":640
+            /* "ivshmem/_core.pyx":731
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 640, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 731, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 640, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 731, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":641
+            /* "ivshmem/_core.pyx":732
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14393,7 +16343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":642
+              /* "ivshmem/_core.pyx":733
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -14401,11 +16351,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 642, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 733, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 642, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 733, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 642, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 733, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -14426,7 +16376,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 642, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 733, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -14440,7 +16390,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":641
+              /* "ivshmem/_core.pyx":732
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14449,7 +16399,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":643
+            /* "ivshmem/_core.pyx":734
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -14461,7 +16411,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":644
+              /* "ivshmem/_core.pyx":735
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -14470,7 +16420,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":643
+              /* "ivshmem/_core.pyx":734
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -14479,7 +16429,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":639
+            /* "ivshmem/_core.pyx":730
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -14490,7 +16440,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":646
+          /* "ivshmem/_core.pyx":737
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -14513,7 +16463,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":637
+        /* "ivshmem/_core.pyx":728
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -14522,7 +16472,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":647
+      /* "ivshmem/_core.pyx":738
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -14539,11 +16489,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 647, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 738, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":648
+      /* "ivshmem/_core.pyx":739
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -14569,7 +16519,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":649
+        /* "ivshmem/_core.pyx":740
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -14586,7 +16536,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":648
+        /* "ivshmem/_core.pyx":739
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -14595,7 +16545,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":650
+      /* "ivshmem/_core.pyx":741
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -14606,7 +16556,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":652
+  /* "ivshmem/_core.pyx":743
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -14663,7 +16613,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":597
+  /* "ivshmem/_core.pyx":688
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14697,7 +16647,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":654
+/* "ivshmem/_core.pyx":745
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14706,15 +16656,15 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41wait_word(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49wait_word(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_40wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory is not `old` any more, at most `timeout` seconds.\n\nIt looks at the word, spins on it, which costs no system call, and then sleeps until\n`vector` is rung; so who changes the word has to ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also\n        if the region is closed meanwhile.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who\n        changes `word`, and then loads this one, both with order=\"seq_cst\", has to ring only\n        if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)\n        Each waiter needs one of its own.\n\nReturns:\n    The value; what its writer stored before is seen, too (acquire). None when the time is\n    over. Rings of `vector` that came meanwhile are taken, or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: `old` is no number that the word can have.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_41wait_word(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word, "wait_word($self, word, old, vector=0, timeout=None, *, spin=\047auto\047, sleeping=None)\n--\n\nWait until a word of shared memory is not `old` any more, at most `timeout` seconds.\n\nIt looks at the word, spins on it, which costs no system call, and then sleeps until\n`vector` is rung; so who changes the word has to ring afterwards.\n\nArgs:\n    word: of `region.atomic_u32()` or `atomic_u64()`. It stays mapped during the call, also\n        if the region is closed meanwhile.\n    spin: as of `wait`.\n    sleeping: a word that is 1 while this call sleeps, else 0. The peer can spare rings: who\n        changes `word`, and then loads this one, both with order=\"seq_cst\", has to ring only\n        if it is not 0. (If this process dies asleep, it stays 1, and the peer rings on.)\n        Each waiter needs one of its own.\n\nReturns:\n    The value; what its writer stored before is seen, too (acquire). None when the time is\n    over. Rings of `vector` that came meanwhile are taken, or left for the next call.\n\nRaises:\n    NoSuchVector, ClosedError: as of `wait`; ClosedError also if the region is closed.\n    OverflowError: `old` is no number that the word can have.\n    TypeError: `sleeping` is in memory that is mapped for reading only.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49wait_word(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14749,33 +16699,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 654, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 745, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 745, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":660
+      /* "ivshmem/_core.pyx":751
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -14785,7 +16735,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":663
+      /* "ivshmem/_core.pyx":754
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -14794,29 +16744,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_7_memory_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 654, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 745, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 745, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 745, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 745, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":660
+      /* "ivshmem/_core.pyx":751
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -14826,7 +16776,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":663
+      /* "ivshmem/_core.pyx":754
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -14844,7 +16794,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 654, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 745, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14855,11 +16805,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 657, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 663, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 0, "word", 0))) __PYX_ERR(0, 748, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_7_memory_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 754, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":654
+  /* "ivshmem/_core.pyx":745
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14884,7 +16834,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_old, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_sleeping) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_word, PyObject *__pyx_v_old, PyObject *__pyx_v_vector, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct __pyx_obj_7ivshmem_7_memory_Atomic *__pyx_v_sleeping) {
   int64_t __pyx_v_deadline;
   int64_t __pyx_v_wish;
   Py_ssize_t __pyx_v_index;
@@ -14917,7 +16867,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":688
+  /* "ivshmem/_core.pyx":779
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14929,43 +16879,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 779, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":689
+  /* "ivshmem/_core.pyx":780
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 689, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 780, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":690
+  /* "ivshmem/_core.pyx":781
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 690, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":783
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 783, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":693
+  /* "ivshmem/_core.pyx":784
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -14974,27 +16924,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":694
+    /* "ivshmem/_core.pyx":785
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 694, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":695
+    /* "ivshmem/_core.pyx":786
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 695, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 786, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":696
+    /* "ivshmem/_core.pyx":787
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -15020,7 +16970,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":697
+      /* "ivshmem/_core.pyx":788
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -15028,9 +16978,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 697, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 788, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 697, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 788, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -15039,14 +16989,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 697, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 788, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 697, __pyx_L4_error)
+      __PYX_ERR(0, 788, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":696
+      /* "ivshmem/_core.pyx":787
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -15055,7 +17005,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":698
+    /* "ivshmem/_core.pyx":789
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -15066,7 +17016,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":699
+    /* "ivshmem/_core.pyx":790
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -15075,17 +17025,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":700
+    /* "ivshmem/_core.pyx":791
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 700, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 791, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":701
+    /* "ivshmem/_core.pyx":792
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -15094,7 +17044,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":702
+      /* "ivshmem/_core.pyx":793
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -15105,14 +17055,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":703
+        /* "ivshmem/_core.pyx":794
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 703, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 794, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -15125,7 +17075,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":702
+        /* "ivshmem/_core.pyx":793
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -15134,7 +17084,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":704
+      /* "ivshmem/_core.pyx":795
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -15145,17 +17095,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":705
+      /* "ivshmem/_core.pyx":796
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 705, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7_memory_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 796, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":706
+      /* "ivshmem/_core.pyx":797
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -15164,14 +17114,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":707
+        /* "ivshmem/_core.pyx":798
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 707, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 798, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -15185,7 +17135,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":709
+      /* "ivshmem/_core.pyx":800
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -15237,7 +17187,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":711
+    /* "ivshmem/_core.pyx":802
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -15289,7 +17239,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":713
+  /* "ivshmem/_core.pyx":804
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -15340,7 +17290,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":654
+  /* "ivshmem/_core.pyx":745
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -15366,7 +17316,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":715
+/* "ivshmem/_core.pyx":806
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -15391,7 +17341,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":721
+  /* "ivshmem/_core.pyx":812
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -15400,7 +17350,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":813
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -15409,7 +17359,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":723
+    /* "ivshmem/_core.pyx":814
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -15418,7 +17368,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":724
+    /* "ivshmem/_core.pyx":815
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -15444,17 +17394,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":725
+      /* "ivshmem/_core.pyx":816
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 725, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 816, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":724
+      /* "ivshmem/_core.pyx":815
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -15463,7 +17413,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":726
+    /* "ivshmem/_core.pyx":817
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -15475,7 +17425,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":727
+      /* "ivshmem/_core.pyx":818
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -15484,7 +17434,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":728
+      /* "ivshmem/_core.pyx":819
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -15505,7 +17455,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":729
+      /* "ivshmem/_core.pyx":820
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15518,7 +17468,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":730
+            /* "ivshmem/_core.pyx":821
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -15528,7 +17478,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":729
+          /* "ivshmem/_core.pyx":820
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -15545,7 +17495,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":731
+      /* "ivshmem/_core.pyx":822
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15557,7 +17507,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":732
+        /* "ivshmem/_core.pyx":823
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -15574,7 +17524,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":731
+        /* "ivshmem/_core.pyx":822
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -15583,7 +17533,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":726
+      /* "ivshmem/_core.pyx":817
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -15593,7 +17543,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":733
+    /* "ivshmem/_core.pyx":824
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -15605,14 +17555,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":734
+      /* "ivshmem/_core.pyx":825
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 734, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 825, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15625,7 +17575,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":733
+      /* "ivshmem/_core.pyx":824
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -15635,7 +17585,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":735
+    /* "ivshmem/_core.pyx":826
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
@@ -15661,11 +17611,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 735, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 826, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":737
+    /* "ivshmem/_core.pyx":828
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15701,7 +17651,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":738
+      /* "ivshmem/_core.pyx":829
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
@@ -15718,7 +17668,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":737
+      /* "ivshmem/_core.pyx":828
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung for nothing, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15728,7 +17678,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":806
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -15752,7 +17702,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":740
+/* "ivshmem/_core.pyx":831
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -15766,7 +17716,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":744
+  /* "ivshmem/_core.pyx":835
  *     ) noexcept nogil:
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
@@ -15775,7 +17725,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":745
+  /* "ivshmem/_core.pyx":836
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -15787,7 +17737,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":746
+    /* "ivshmem/_core.pyx":837
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -15796,7 +17746,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":745
+    /* "ivshmem/_core.pyx":836
  *         """sleep_for, unless the word has changed meanwhile, which is as good as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -15805,7 +17755,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":747
+  /* "ivshmem/_core.pyx":838
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15817,7 +17767,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":748
+    /* "ivshmem/_core.pyx":839
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -15826,7 +17776,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":749
+    /* "ivshmem/_core.pyx":840
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15852,7 +17802,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":750
+      /* "ivshmem/_core.pyx":841
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
@@ -15861,7 +17811,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":749
+      /* "ivshmem/_core.pyx":840
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15870,7 +17820,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":747
+    /* "ivshmem/_core.pyx":838
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -15879,7 +17829,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":751
+  /* "ivshmem/_core.pyx":842
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -15891,7 +17841,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":752
+    /* "ivshmem/_core.pyx":843
  *                 n = 1
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -15900,7 +17850,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":751
+    /* "ivshmem/_core.pyx":842
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
@@ -15909,7 +17859,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/_core.pyx":753
+  /* "ivshmem/_core.pyx":844
  *         if watched.sleeping != NULL:
  *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
@@ -15922,7 +17872,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":740
+  /* "ivshmem/_core.pyx":831
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -15936,7 +17886,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":755
+/* "ivshmem/_core.pyx":846
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15945,16 +17895,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_43_wait_event(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_42_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_43_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_43_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_42_wait_event};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_43_wait_event(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event, "Like wait(), but returns True as soon as `_news()` was called.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event = {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -15984,24 +17934,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 755, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 846, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 755, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 846, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 755, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 846, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 755, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 846, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16012,7 +17962,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 755, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 846, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16023,7 +17973,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -16033,7 +17983,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -16051,17 +18001,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":757
+  /* "ivshmem/_core.pyx":848
  *     def _wait_event(self, timeout=None):
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 757, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 848, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":758
+  /* "ivshmem/_core.pyx":849
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -16070,14 +18020,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":759
+    /* "ivshmem/_core.pyx":850
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 759, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 850, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -16091,7 +18041,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":761
+  /* "ivshmem/_core.pyx":852
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -16139,7 +18089,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":755
+  /* "ivshmem/_core.pyx":846
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16158,7 +18108,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":763
+/* "ivshmem/_core.pyx":854
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -16191,17 +18141,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":764
+  /* "ivshmem/_core.pyx":855
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 764, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 855, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":767
+  /* "ivshmem/_core.pyx":858
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -16210,21 +18160,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":770
+  /* "ivshmem/_core.pyx":861
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 770, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 861, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":771
+  /* "ivshmem/_core.pyx":862
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16233,7 +18183,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":772
+  /* "ivshmem/_core.pyx":863
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -16242,7 +18192,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":773
+    /* "ivshmem/_core.pyx":864
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -16251,7 +18201,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":774
+    /* "ivshmem/_core.pyx":865
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -16263,17 +18213,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":775
+      /* "ivshmem/_core.pyx":866
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 775, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 866, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":774
+      /* "ivshmem/_core.pyx":865
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -16282,7 +18232,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":776
+    /* "ivshmem/_core.pyx":867
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -16294,17 +18244,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":777
+      /* "ivshmem/_core.pyx":868
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 777, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 868, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":776
+      /* "ivshmem/_core.pyx":867
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -16313,7 +18263,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":778
+    /* "ivshmem/_core.pyx":869
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -16325,7 +18275,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":779
+      /* "ivshmem/_core.pyx":870
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -16333,7 +18283,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 779, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 870, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -16352,14 +18302,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 779, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 870, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 779, __pyx_L1_error)
+      __PYX_ERR(0, 870, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":778
+      /* "ivshmem/_core.pyx":869
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -16368,7 +18318,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":780
+    /* "ivshmem/_core.pyx":871
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -16380,7 +18330,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":781
+      /* "ivshmem/_core.pyx":872
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -16397,7 +18347,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":780
+      /* "ivshmem/_core.pyx":871
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -16406,7 +18356,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":782
+    /* "ivshmem/_core.pyx":873
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -16418,7 +18368,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":783
+      /* "ivshmem/_core.pyx":874
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -16429,7 +18379,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":784
+      /* "ivshmem/_core.pyx":875
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16441,7 +18391,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":785
+        /* "ivshmem/_core.pyx":876
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._news()             # <<<<<<<<<<<<<<
@@ -16455,12 +18405,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 785, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 876, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":786
+        /* "ivshmem/_core.pyx":877
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -16469,7 +18419,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":787
+          /* "ivshmem/_core.pyx":878
  *                     self._news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -16487,7 +18437,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":786
+          /* "ivshmem/_core.pyx":877
  *                 if token == TOKEN_NEWS:
  *                     self._news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -16496,7 +18446,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":784
+        /* "ivshmem/_core.pyx":875
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16506,7 +18456,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":788
+      /* "ivshmem/_core.pyx":879
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16518,7 +18468,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":789
+        /* "ivshmem/_core.pyx":880
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -16527,7 +18477,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":790
+        /* "ivshmem/_core.pyx":881
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16553,7 +18503,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":791
+          /* "ivshmem/_core.pyx":882
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -16561,11 +18511,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 791, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 882, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 791, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 882, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 791, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 882, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -16586,7 +18536,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 791, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 882, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -16600,7 +18550,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":790
+          /* "ivshmem/_core.pyx":881
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16609,7 +18559,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":792
+        /* "ivshmem/_core.pyx":883
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -16621,7 +18571,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":793
+          /* "ivshmem/_core.pyx":884
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16638,11 +18588,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 793, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 884, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":792
+          /* "ivshmem/_core.pyx":883
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -16651,7 +18601,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":788
+        /* "ivshmem/_core.pyx":879
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -16661,7 +18611,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":782
+      /* "ivshmem/_core.pyx":873
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -16671,7 +18621,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":794
+    /* "ivshmem/_core.pyx":885
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -16683,17 +18633,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":795
+      /* "ivshmem/_core.pyx":886
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 886, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":794
+      /* "ivshmem/_core.pyx":885
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -16703,17 +18653,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":797
+    /* "ivshmem/_core.pyx":888
  *                 self.attend(n)
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 797, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 888, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":798
+    /* "ivshmem/_core.pyx":889
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16749,7 +18699,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":799
+      /* "ivshmem/_core.pyx":890
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -16758,7 +18708,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":798
+      /* "ivshmem/_core.pyx":889
  *             # What is ready all the time, by somebody's ill will, does not defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16768,7 +18718,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":800
+    /* "ivshmem/_core.pyx":891
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -16780,7 +18730,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":801
+      /* "ivshmem/_core.pyx":892
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -16789,7 +18739,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":802
+      /* "ivshmem/_core.pyx":893
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -16801,7 +18751,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":803
+        /* "ivshmem/_core.pyx":894
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16818,7 +18768,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":802
+        /* "ivshmem/_core.pyx":893
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -16827,7 +18777,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":800
+      /* "ivshmem/_core.pyx":891
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -16838,7 +18788,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":763
+  /* "ivshmem/_core.pyx":854
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -16869,43 +18819,43 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":805
+/* "ivshmem/_core.pyx":896
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+ *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
 */
 
 static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector) {
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":807
+  /* "ivshmem/_core.pyx":898
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])             # <<<<<<<<<<<<<<
+ *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])             # <<<<<<<<<<<<<<
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
 */
   if (__pyx_v_self->uio) {
 
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take_uio(__pyx_v_self, (__pyx_v_self->own->fds[__pyx_v_vector]));
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take_uio(__pyx_v_self, (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]));
   } else {
 
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_look((__pyx_v_self->own->fds[__pyx_v_vector]));
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_look((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]));
   }
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":805
+  /* "ivshmem/_core.pyx":896
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+ *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
 */
 
   /* function exit code */
@@ -16913,8 +18863,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":809
- *         return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+/* "ivshmem/_core.pyx":900
+ *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef uint32_t count, before
@@ -16930,7 +18880,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":811
+  /* "ivshmem/_core.pyx":902
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -16939,7 +18889,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":812
+  /* "ivshmem/_core.pyx":903
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -16951,7 +18901,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":813
+    /* "ivshmem/_core.pyx":904
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -16972,7 +18922,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":812
+    /* "ivshmem/_core.pyx":903
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -16981,7 +18931,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":814
+  /* "ivshmem/_core.pyx":905
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -16993,7 +18943,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":815
+    /* "ivshmem/_core.pyx":906
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -17006,7 +18956,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":814
+    /* "ivshmem/_core.pyx":905
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -17015,7 +18965,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":817
+  /* "ivshmem/_core.pyx":908
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -17031,7 +18981,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":818
+  /* "ivshmem/_core.pyx":909
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -17040,7 +18990,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":819
+  /* "ivshmem/_core.pyx":910
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -17049,7 +18999,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":820
+  /* "ivshmem/_core.pyx":911
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -17062,8 +19012,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":809
- *         return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+  /* "ivshmem/_core.pyx":900
+ *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef uint32_t count, before
@@ -17078,7 +19028,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":824
+/* "ivshmem/_core.pyx":915
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -17094,7 +19044,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":826
+  /* "ivshmem/_core.pyx":917
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """What wait_one does, as far as that goes without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -17103,23 +19053,23 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":828
+  /* "ivshmem/_core.pyx":919
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:
+ *         if 0 <= vector < length_of(self.own):
 */
   __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->state)));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":829
+    /* "ivshmem/_core.pyx":920
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
- *         if 0 <= vector < self.own.count:
+ *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
 */
     {
@@ -17128,32 +19078,32 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":828
+    /* "ivshmem/_core.pyx":919
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:
+ *         if 0 <= vector < length_of(self.own):
 */
   }
 
-  /* "ivshmem/_core.pyx":830
+  /* "ivshmem/_core.pyx":921
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
+ *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
 */
   __pyx_t_1 = (0 <= __pyx_v_vector);
   if (__pyx_t_1) {
-    __pyx_t_1 = (__pyx_v_vector < __pyx_v_self->own->count);
+    __pyx_t_1 = (__pyx_v_vector < __pyx_f_7ivshmem_4_fds_length_of(__pyx_v_self->own));
   }
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":831
+    /* "ivshmem/_core.pyx":922
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:
+ *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
@@ -17163,8 +19113,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":832
- *         if 0 <= vector < self.own.count:
+      /* "ivshmem/_core.pyx":923
+ *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
@@ -17180,16 +19130,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":831
+      /* "ivshmem/_core.pyx":922
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:
+ *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
 */
     }
 
-    /* "ivshmem/_core.pyx":833
+    /* "ivshmem/_core.pyx":924
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -17214,7 +19164,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":834
+    /* "ivshmem/_core.pyx":925
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -17240,7 +19190,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":835
+      /* "ivshmem/_core.pyx":926
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -17249,7 +19199,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":834
+      /* "ivshmem/_core.pyx":925
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -17258,7 +19208,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":836
+    /* "ivshmem/_core.pyx":927
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -17284,7 +19234,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":837
+      /* "ivshmem/_core.pyx":928
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -17293,16 +19243,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":838
+      /* "ivshmem/_core.pyx":929
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
  *                     vector,
  *                     wait.deadline,
 */
-      __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), (&(__pyx_v_self->own->fds[__pyx_v_vector])), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
+      __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":846
+      /* "ivshmem/_core.pyx":937
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -17311,7 +19261,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":836
+      /* "ivshmem/_core.pyx":927
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -17320,7 +19270,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":847
+    /* "ivshmem/_core.pyx":938
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17332,7 +19282,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":848
+      /* "ivshmem/_core.pyx":939
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -17354,7 +19304,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":847
+      /* "ivshmem/_core.pyx":938
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17363,7 +19313,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":849
+    /* "ivshmem/_core.pyx":940
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -17389,7 +19339,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":850
+      /* "ivshmem/_core.pyx":941
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -17398,7 +19348,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":940
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -17407,17 +19357,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":830
+    /* "ivshmem/_core.pyx":921
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
- *         if 0 <= vector < self.own.count:             # <<<<<<<<<<<<<<
+ *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
 */
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":852
+  /* "ivshmem/_core.pyx":943
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -17429,7 +19379,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":853
+  /* "ivshmem/_core.pyx":944
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -17438,7 +19388,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":854
+  /* "ivshmem/_core.pyx":945
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -17451,7 +19401,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":824
+  /* "ivshmem/_core.pyx":915
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -17466,7 +19416,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":856
+/* "ivshmem/_core.pyx":947
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -17481,8 +19431,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
   int __pyx_t_6;
@@ -17491,7 +19441,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":866
+  /* "ivshmem/_core.pyx":957
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -17500,40 +19450,43 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":869
+  /* "ivshmem/_core.pyx":960
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
  *         self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":870
+  /* "ivshmem/_core.pyx":961
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 870, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 961, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":871
+  /* "ivshmem/_core.pyx":962
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             self._deaf()
  *         self.check_vector(vector)
 */
-  __pyx_t_2 = (__pyx_v_self->own->count == 0);
+  __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = (__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2)) == 0);
 
-  if (__pyx_t_2) {
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":872
+    /* "ivshmem/_core.pyx":963
  *         self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
  *         self.check_vector(vector)
  *         stopped[0] = 0
@@ -17543,33 +19496,33 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     __pyx_t_5 = 0;
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 872, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 963, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":871
+    /* "ivshmem/_core.pyx":962
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             self._deaf()
  *         self.check_vector(vector)
 */
   }
 
-  /* "ivshmem/_core.pyx":873
- *         if self.own.count == 0:
+  /* "ivshmem/_core.pyx":964
+ *         if length_of(self.own) == 0:
  *             self._deaf()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 873, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 964, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":874
+  /* "ivshmem/_core.pyx":965
  *             self._deaf()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -17578,7 +19531,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":875
+  /* "ivshmem/_core.pyx":966
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -17592,20 +19545,20 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     } else {
 
-      __pyx_t_2 = __pyx_t_6;
+      __pyx_t_3 = __pyx_t_6;
 
       goto __pyx_L6_bool_binop_done;
     }
     __pyx_t_6 = ((__pyx_v_stopped[0]) == 0);
 
 
-    __pyx_t_2 = __pyx_t_6;
+    __pyx_t_3 = __pyx_t_6;
 
     __pyx_L6_bool_binop_done:;
 
-    if (!__pyx_t_2) break;
+    if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":876
+    /* "ivshmem/_core.pyx":967
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -17614,7 +19567,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":877
+    /* "ivshmem/_core.pyx":968
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -17627,7 +19580,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":878
+          /* "ivshmem/_core.pyx":969
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -17635,12 +19588,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
  *                     if n <= 0:
 */
           while (1) {
-            __pyx_t_2 = (__pyx_v_done < __pyx_v_rounds);
+            __pyx_t_3 = (__pyx_v_done < __pyx_v_rounds);
 
 
-            if (!__pyx_t_2) break;
+            if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":879
+            /* "ivshmem/_core.pyx":970
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -17649,19 +19602,19 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":880
+            /* "ivshmem/_core.pyx":971
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
  *                         break
  *                     done += 1
 */
-            __pyx_t_2 = (__pyx_v_n <= 0);
+            __pyx_t_3 = (__pyx_v_n <= 0);
 
-            if (__pyx_t_2) {
+            if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":881
+              /* "ivshmem/_core.pyx":972
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -17670,7 +19623,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":880
+              /* "ivshmem/_core.pyx":971
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -17679,7 +19632,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":882
+            /* "ivshmem/_core.pyx":973
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -17688,7 +19641,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":883
+            /* "ivshmem/_core.pyx":974
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -17697,19 +19650,19 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":884
+            /* "ivshmem/_core.pyx":975
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
 */
-            __pyx_t_2 = (__pyx_v_timeout >= 0);
+            __pyx_t_3 = (__pyx_v_timeout >= 0);
 
-            if (__pyx_t_2) {
+            if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":885
+              /* "ivshmem/_core.pyx":976
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -17718,7 +19671,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_4_fds_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":884
+              /* "ivshmem/_core.pyx":975
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -17727,7 +19680,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":886
+            /* "ivshmem/_core.pyx":977
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -17736,19 +19689,19 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":887
+            /* "ivshmem/_core.pyx":978
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
  *                         break
  *             if n == 0:
 */
-            __pyx_t_2 = ((__pyx_v_stopped[0]) != 0);
+            __pyx_t_3 = ((__pyx_v_stopped[0]) != 0);
 
-            if (__pyx_t_2) {
+            if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":888
+              /* "ivshmem/_core.pyx":979
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -17757,7 +19710,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":887
+              /* "ivshmem/_core.pyx":978
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -17769,7 +19722,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":877
+        /* "ivshmem/_core.pyx":968
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -17786,19 +19739,19 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":889
+    /* "ivshmem/_core.pyx":980
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
  *                 break
  *             if n < 0:
 */
-    __pyx_t_2 = (__pyx_v_n == 0);
+    __pyx_t_3 = (__pyx_v_n == 0);
 
-    if (__pyx_t_2) {
+    if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":890
+      /* "ivshmem/_core.pyx":981
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -17807,7 +19760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":889
+      /* "ivshmem/_core.pyx":980
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17816,29 +19769,29 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":891
+    /* "ivshmem/_core.pyx":982
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
  *                 self.attend(n)
  *         return done
 */
-    __pyx_t_2 = (__pyx_v_n < 0);
+    __pyx_t_3 = (__pyx_v_n < 0);
 
-    if (__pyx_t_2) {
+    if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":892
+      /* "ivshmem/_core.pyx":983
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 983, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":891
+      /* "ivshmem/_core.pyx":982
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -17849,7 +19802,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":893
+  /* "ivshmem/_core.pyx":984
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -17862,7 +19815,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":856
+  /* "ivshmem/_core.pyx":947
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -17872,7 +19825,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
@@ -17885,7 +19838,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":895
+/* "ivshmem/_core.pyx":986
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -17894,16 +19847,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45echo(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53echo(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_45echo = {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44echo};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45echo(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52echo, "Answer interrupts by ringing back, in a loop without the interpreter.\n\n        Args:\n            peer: whom to ring: an interrupt does not tell who sent it.\n            vector: the own one to wait for.\n            answer: the peer\047s one to ring; None: the same number.\n            rounds: how many interrupts to answer; None: without end.\n            timeout: seconds without an interrupt after which to give up; None: never.\n            spin: as of `wait`.\n\n        Returns:\n            How many interrupts were answered.\n\n        Raises:\n            NoSuchPeer, NoSuchVector: as of `ring` and `wait`; also when the peer has left and this\n                endpoint knows it: nothing here takes in news, but another thread may.\n            ClosedError: the endpoint is closed, or was closed by another thread meanwhile.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_53echo = {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52echo};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53echo(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -17938,38 +19891,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 895, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 986, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 986, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 986, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 895, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 986, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 895, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 986, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 986, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 986, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -17980,7 +19933,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 895, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 986, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -17991,7 +19944,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 895, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 986, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18002,7 +19955,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_44echo(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector, __pyx_v_answer, __pyx_v_rounds, __pyx_v_timeout, __pyx_v_spin);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_52echo(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_peer, __pyx_v_vector, __pyx_v_answer, __pyx_v_rounds, __pyx_v_timeout, __pyx_v_spin);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -18013,7 +19966,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector, PyObject *__pyx_v_answer, PyObject *__pyx_v_rounds, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_peer, Py_ssize_t __pyx_v_vector, PyObject *__pyx_v_answer, PyObject *__pyx_v_rounds, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   int64_t __pyx_v_nanoseconds;
   int64_t __pyx_v_limit;
   int __pyx_v_stopped;
@@ -18037,7 +19990,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("echo", 0);
 
-  /* "ivshmem/_core.pyx":914
+  /* "ivshmem/_core.pyx":1005
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -18046,7 +19999,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":915
+  /* "ivshmem/_core.pyx":1006
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -18058,13 +20011,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 915, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1006, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":1007
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -18073,7 +20026,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":917
+  /* "ivshmem/_core.pyx":1008
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -18082,7 +20035,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":918
+  /* "ivshmem/_core.pyx":1009
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)             # <<<<<<<<<<<<<<
@@ -18094,19 +20047,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 
     __pyx_t_4 = __pyx_v_vector;
   } else {
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 918, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1009, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_t_7.__pyx_n = 1;
   __pyx_t_7.vector = __pyx_t_4;
-  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 918, __pyx_L1_error)
+  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1009, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6);
   __pyx_t_6 = 0;
 
-  /* "ivshmem/_core.pyx":919
+  /* "ivshmem/_core.pyx":1010
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -18117,7 +20070,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":920
+    /* "ivshmem/_core.pyx":1011
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -18126,7 +20079,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 920, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1011, __pyx_L1_error)
 
     __pyx_t_8 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
 
@@ -18143,7 +20096,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":919
+    /* "ivshmem/_core.pyx":1010
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -18152,7 +20105,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":921
+  /* "ivshmem/_core.pyx":1012
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18161,28 +20114,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":923
+    /* "ivshmem/_core.pyx":1014
  *         while True:
  *             done += self.serve(
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped             # <<<<<<<<<<<<<<
  *             )
  *             if stopped == 0:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 923, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1014, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":922
+    /* "ivshmem/_core.pyx":1013
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 922, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1013, __pyx_L1_error)
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":1016
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -18194,14 +20147,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":1017
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal
 */
-      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 926, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1017, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       {
         PyObject *__pyx_temp;
@@ -18214,7 +20167,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
       __pyx_t_6 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":925
+      /* "ivshmem/_core.pyx":1016
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -18223,17 +20176,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":927
+    /* "ivshmem/_core.pyx":1018
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped it, unless that was a signal
  * 
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 927, __pyx_L1_error)
+    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1018, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":928
+    /* "ivshmem/_core.pyx":1019
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
@@ -18247,13 +20200,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 928, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1019, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   }
 
-  /* "ivshmem/_core.pyx":895
+  /* "ivshmem/_core.pyx":986
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -18280,7 +20233,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":932
+/* "ivshmem/_core.pyx":1023
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18291,7 +20244,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44echo(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":934
+  /* "ivshmem/_core.pyx":1025
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -18303,7 +20256,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":935
+    /* "ivshmem/_core.pyx":1026
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -18314,7 +20267,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":936
+          /* "ivshmem/_core.pyx":1027
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -18324,7 +20277,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":935
+        /* "ivshmem/_core.pyx":1026
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -18340,7 +20293,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":934
+    /* "ivshmem/_core.pyx":1025
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -18349,7 +20302,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":932
+  /* "ivshmem/_core.pyx":1023
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18360,7 +20313,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":938
+/* "ivshmem/_core.pyx":1029
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -18379,7 +20332,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":939
+  /* "ivshmem/_core.pyx":1030
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -18390,7 +20343,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":940
+    /* "ivshmem/_core.pyx":1031
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -18404,12 +20357,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 940, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1031, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":939
+    /* "ivshmem/_core.pyx":1030
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -18418,7 +20371,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":941
+  /* "ivshmem/_core.pyx":1032
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -18432,12 +20385,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 941, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1032, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":942
+  /* "ivshmem/_core.pyx":1033
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -18451,12 +20404,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 942, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1033, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":943
+  /* "ivshmem/_core.pyx":1034
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -18470,12 +20423,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 943, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1034, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":1035
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -18486,7 +20439,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":945
+    /* "ivshmem/_core.pyx":1036
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -18500,12 +20453,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 945, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1036, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":944
+    /* "ivshmem/_core.pyx":1035
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -18514,23 +20467,23 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":946
+  /* "ivshmem/_core.pyx":1037
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
  *             self.epoll.close()
- * 
+ *         with cython.critical_section(self):
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_self->epoll) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":947
+    /* "ivshmem/_core.pyx":1038
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
+ *         with cython.critical_section(self):
+ *             self.signaller = None
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_3);
@@ -18539,21 +20492,65 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 947, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1038, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":946
+    /* "ivshmem/_core.pyx":1037
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
  *             self.epoll.close()
- * 
+ *         with cython.critical_section(self):
 */
   }
 
-  /* "ivshmem/_core.pyx":938
+  /* "ivshmem/_core.pyx":1039
+ *         if self.epoll is not None:
+ *             self.epoll.close()
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             self.signaller = None
+ * 
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_2 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_2);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
+      /*try:*/ {
+
+        /* "ivshmem/_core.pyx":1040
+ *             self.epoll.close()
+ *         with cython.critical_section(self):
+ *             self.signaller = None             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __Pyx_INCREF(Py_None);
+        __Pyx_GIVEREF(Py_None);
+        __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
+        __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None));
+      }
+
+      /* "ivshmem/_core.pyx":1039
+ *         if self.epoll is not None:
+ *             self.epoll.close()
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             self.signaller = None
+ * 
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L8;
+        }
+        __pyx_L8:;
+      }
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  }
+
+  /* "ivshmem/_core.pyx":1029
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -18572,8 +20569,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":949
- *             self.epoll.close()
+/* "ivshmem/_core.pyx":1042
+ *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
@@ -18581,16 +20578,16 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47_close_bells(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_46_close_bells, "Close all doorbells; those in use when their last user is done.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_47_close_bells = {"_close_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_47_close_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_46_close_bells};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_47_close_bells(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells, "Close all doorbells; those in use when their last user is done.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells = {"_close_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18616,14 +20613,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_close_bells", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_v_bells = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -18649,7 +20646,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":952
+        /* "ivshmem/_core.pyx":1045
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -18659,9 +20656,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 952, __pyx_L4_error)
+          __PYX_ERR(0, 1045, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 952, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1045, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -18669,12 +20666,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 952, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1045, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":953
+          /* "ivshmem/_core.pyx":1046
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -18685,7 +20682,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":954
+            /* "ivshmem/_core.pyx":1047
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -18699,12 +20696,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 954, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1047, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":953
+            /* "ivshmem/_core.pyx":1046
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -18715,7 +20712,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":955
+        /* "ivshmem/_core.pyx":1048
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -18724,14 +20721,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 955, __pyx_L4_error)
+          __PYX_ERR(0, 1048, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 955, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1048, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":949
- *             self.epoll.close()
+      /* "ivshmem/_core.pyx":1042
+ *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
@@ -18768,7 +20765,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":957
+/* "ivshmem/_core.pyx":1050
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -18777,16 +20774,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46_close_bells(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_57close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_48close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_49close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_49close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_48close};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_49close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_56close, "Stop ringing and listening; waiters get ClosedError. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_57close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_57close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_56close};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_57close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18812,14 +20809,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_56close(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -18840,7 +20837,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":960
+  /* "ivshmem/_core.pyx":1053
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -18852,7 +20849,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":961
+    /* "ivshmem/_core.pyx":1054
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -18869,7 +20866,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":960
+    /* "ivshmem/_core.pyx":1053
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -18878,7 +20875,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":962
+  /* "ivshmem/_core.pyx":1055
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -18887,7 +20884,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":963
+    /* "ivshmem/_core.pyx":1056
  *             return
  *         try:
  *             self._unwatch()             # <<<<<<<<<<<<<<
@@ -18901,12 +20898,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 963, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1056, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":964
+    /* "ivshmem/_core.pyx":1057
  *         try:
  *             self._unwatch()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -18915,7 +20912,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":965
+    /* "ivshmem/_core.pyx":1058
  *             self._unwatch()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -18929,12 +20926,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 965, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1058, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":967
+    /* "ivshmem/_core.pyx":1060
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -18946,7 +20943,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":968
+      /* "ivshmem/_core.pyx":1061
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -18960,22 +20957,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 968, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1061, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":969
+      /* "ivshmem/_core.pyx":1062
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 969, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1062, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":967
+      /* "ivshmem/_core.pyx":1060
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -18985,7 +20982,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":971
+    /* "ivshmem/_core.pyx":1064
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -18998,7 +20995,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":973
+  /* "ivshmem/_core.pyx":1066
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -19044,7 +21041,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":957
+  /* "ivshmem/_core.pyx":1050
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -19066,7 +21063,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":975
+/* "ivshmem/_core.pyx":1068
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -19075,357 +21072,209 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48close(struct __pyx_obj_7i
 */
 
 static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller = 0;
   Py_ssize_t __pyx_v_vector;
-  PyObject *__pyx_v_signaller = NULL;
-  Py_ssize_t __pyx_8genexpr1__pyx_v_vector;
+  Py_ssize_t __pyx_8genexpr2__pyx_v_vector;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  Py_ssize_t __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
   Py_ssize_t __pyx_t_3;
   Py_ssize_t __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
+  Py_ssize_t __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   size_t __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  int __pyx_t_12;
-  PyObject *__pyx_t_13 = NULL;
-  int __pyx_t_14;
-  char const *__pyx_t_15;
-  PyObject *__pyx_t_16 = NULL;
-  PyObject *__pyx_t_17 = NULL;
-  PyObject *__pyx_t_18 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":980
- *         Of eventfds that are shared, only a thread that Python does not know can have come here.
+  /* "ivshmem/_core.pyx":1074
  *         """
+ *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
- *             for vector in range(self.own.count):
+ *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_self->relay) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":981
- *         """
+    /* "ivshmem/_core.pyx":1075
+ *         cdef Signaller signaller
  *         if self.relay is not None:
- *             for vector in range(self.own.count):             # <<<<<<<<<<<<<<
+ *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
 */
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+    __Pyx_INCREF(__pyx_t_2);
 
-    __pyx_t_2 = __pyx_v_self->own->count;
-    __pyx_t_3 = __pyx_t_2;
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2));
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_4 = __pyx_t_3;
 
-    for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
-      __pyx_v_vector = __pyx_t_4;
+    for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
+      __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":982
+      /* "ivshmem/_core.pyx":1076
  *         if self.relay is not None:
- *             for vector in range(self.own.count):
+ *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
  *         elif ivshmem_count(&self.sleepers, 0):
- *             try:
+ *             signaller = self.quiet()
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 982, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1076, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
         PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_7};
-        __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 982, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_5);
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1076, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
       }
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":980
- *         Of eventfds that are shared, only a thread that Python does not know can have come here.
+    /* "ivshmem/_core.pyx":1074
  *         """
+ *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
- *             for vector in range(self.own.count):
+ *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
 */
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":983
- *             for vector in range(self.own.count):
+  /* "ivshmem/_core.pyx":1077
+ *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
- *             try:
- *                 signaller = Signaller()
+ *             signaller = self.quiet()
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
 */
   __pyx_t_1 = (ivshmem_count((&__pyx_v_self->sleepers), 0) != 0);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":984
+    /* "ivshmem/_core.pyx":1078
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
- *             try:             # <<<<<<<<<<<<<<
- *                 signaller = Signaller()
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
-*/
-    {
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __Pyx_ExceptionSave(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      /*try:*/ {
-
-        /* "ivshmem/_core.pyx":985
- *         elif ivshmem_count(&self.sleepers, 0):
- *             try:
- *                 signaller = Signaller()             # <<<<<<<<<<<<<<
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
+ *             signaller = self.quiet()             # <<<<<<<<<<<<<<
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-        __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Signaller); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 985, __pyx_L6_error)
-        __Pyx_GOTREF(__pyx_t_6);
-        __pyx_t_8 = 1;
-        #if CYTHON_UNPACK_METHODS
-        if (unlikely(PyMethod_Check(__pyx_t_6))) {
-          __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_6);
-          assert(__pyx_t_7);
-          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-          __Pyx_INCREF(__pyx_t_7);
-          __Pyx_INCREF(__pyx__function);
-          __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-          __pyx_t_8 = 0;
-        }
-        #endif
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-          __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 985, __pyx_L6_error)
-          __Pyx_GOTREF(__pyx_t_5);
-        }
-        __pyx_v_signaller = __pyx_t_5;
-        __pyx_t_5 = 0;
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1078, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
+    __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":984
- *                 self.own.signal(vector)
+    /* "ivshmem/_core.pyx":1079
  *         elif ivshmem_count(&self.sleepers, 0):
- *             try:             # <<<<<<<<<<<<<<
- *                 signaller = Signaller()
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
-*/
-      }
-      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-      goto __pyx_L11_try_end;
-      __pyx_L6_error:;
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-
-      /* "ivshmem/_core.pyx":986
- *             try:
- *                 signaller = Signaller()
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
+ *             signaller = self.quiet()
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
  *                 return 0
- *             try:
+ *             signaller.signal(
 */
-      __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
-      if (__pyx_t_12) {
-        __Pyx_ErrRestore(0,0,0);
+    __pyx_t_1 = (((PyObject *)__pyx_v_signaller) == Py_None);
+    if (__pyx_t_1) {
 
-        /* "ivshmem/_core.pyx":987
- *                 signaller = Signaller()
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
+
+      /* "ivshmem/_core.pyx":1080
+ *             signaller = self.quiet()
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
- *             try:
- *                 signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])
+ *             signaller.signal(
+ *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
 */
-        {
-
-          __pyx_r = 0;
-        }
-        goto __pyx_L9_except_return;
-      }
-      goto __pyx_L8_except_error;
-
-      /* "ivshmem/_core.pyx":984
- *                 self.own.signal(vector)
- *         elif ivshmem_count(&self.sleepers, 0):
- *             try:             # <<<<<<<<<<<<<<
- *                 signaller = Signaller()
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
-*/
-      __pyx_L8_except_error:;
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
-      goto __pyx_L1_error;
-      __pyx_L9_except_return:;
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
-      goto __pyx_L0;
-      __pyx_L11_try_end:;
-    }
-
-    /* "ivshmem/_core.pyx":988
- *             except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
- *                 return 0
- *             try:             # <<<<<<<<<<<<<<
- *                 signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])
- *             finally:
-*/
-    /*try:*/ {
-
-      /* "ivshmem/_core.pyx":989
- *                 return 0
- *             try:
- *                 signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])             # <<<<<<<<<<<<<<
- *             finally:
- *                 signaller.close()
-*/
-      __pyx_t_6 = __pyx_v_signaller;
-      __Pyx_INCREF(__pyx_t_6);
-      { /* enter inner scope */
-        __pyx_t_7 = PyList_New(0); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 989, __pyx_L15_error)
-        __Pyx_GOTREF(__pyx_t_7);
-
-        __pyx_t_2 = __pyx_v_self->own->count;
-        __pyx_t_3 = __pyx_t_2;
-
-        for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
-          __pyx_8genexpr1__pyx_v_vector = __pyx_t_4;
-          __pyx_t_13 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[__pyx_8genexpr1__pyx_v_vector])); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 989, __pyx_L15_error)
-          __Pyx_GOTREF(__pyx_t_13);
-          __Pyx_GIVEREF(__pyx_t_13);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_7, __pyx_t_13))) __PYX_ERR(0, 989, __pyx_L15_error)
-          __pyx_t_13 = 0;
-        }
-
-      } /* exit inner scope */
-      __pyx_t_8 = 0;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_7};
-        __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 989, __pyx_L15_error)
-        __Pyx_GOTREF(__pyx_t_5);
-      }
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    }
 
-    /* "ivshmem/_core.pyx":991
- *                 signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])
- *             finally:
- *                 signaller.close()             # <<<<<<<<<<<<<<
- *         return 0
- * 
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/_core.pyx":1079
+ *         elif ivshmem_count(&self.sleepers, 0):
+ *             signaller = self.quiet()
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             signaller.signal(
 */
-    /*finally:*/ {
-      /*normal exit:*/{
-        __pyx_t_7 = __pyx_v_signaller;
-        __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-          __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 991, __pyx_L1_error)
-          __Pyx_GOTREF(__pyx_t_5);
-        }
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        goto __pyx_L16;
-      }
-      __pyx_L15_error:;
-      /*exception exit:*/{
-        __Pyx_PyThreadState_declare
-        __Pyx_PyThreadState_assign
-        __pyx_t_11 = 0; __pyx_t_10 = 0; __pyx_t_9 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-        __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-         __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
-        if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_10, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_10, &__pyx_t_9);
-        __Pyx_XGOTREF(__pyx_t_11);
-        __Pyx_XGOTREF(__pyx_t_10);
-        __Pyx_XGOTREF(__pyx_t_9);
-        __Pyx_XGOTREF(__pyx_t_16);
-        __Pyx_XGOTREF(__pyx_t_17);
-        __Pyx_XGOTREF(__pyx_t_18);
-        __pyx_t_12 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
-        {
-          __pyx_t_7 = __pyx_v_signaller;
-          __Pyx_INCREF(__pyx_t_7);
-          __pyx_t_8 = 0;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-            __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 991, __pyx_L20_error)
-            __Pyx_GOTREF(__pyx_t_5);
-          }
-          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        }
-        __Pyx_XGIVEREF(__pyx_t_16);
-        __Pyx_XGIVEREF(__pyx_t_17);
-        __Pyx_XGIVEREF(__pyx_t_18);
-        __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
-        __Pyx_XGIVEREF(__pyx_t_11);
-        __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_XGIVEREF(__pyx_t_9);
-        __Pyx_ErrRestore(__pyx_t_11, __pyx_t_10, __pyx_t_9);
-        __pyx_t_11 = 0; __pyx_t_10 = 0; __pyx_t_9 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-        __pyx_lineno = __pyx_t_12; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
-        goto __pyx_L1_error;
-        __pyx_L20_error:;
-        __Pyx_XGIVEREF(__pyx_t_16);
-        __Pyx_XGIVEREF(__pyx_t_17);
-        __Pyx_XGIVEREF(__pyx_t_18);
-        __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
-        __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-        goto __pyx_L1_error;
-      }
-      __pyx_L16:;
     }
 
-    /* "ivshmem/_core.pyx":983
- *             for vector in range(self.own.count):
+    /* "ivshmem/_core.pyx":1081
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
+ *                 return 0
+ *             signaller.signal(             # <<<<<<<<<<<<<<
+ *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
+ *             )
+*/
+    __pyx_t_7 = ((PyObject *)__pyx_v_signaller);
+    __Pyx_INCREF(__pyx_t_7);
+    { /* enter inner scope */
+
+      /* "ivshmem/_core.pyx":1082
+ *                 return 0
+ *             signaller.signal(
+ *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
+ *             )
+ *         return 0
+*/
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1082, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
+      __Pyx_INCREF(__pyx_t_9);
+
+      __pyx_t_3 = __pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9));
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __pyx_t_4 = __pyx_t_3;
+
+      for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
+        __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
+        __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
+        __Pyx_INCREF(__pyx_t_9);
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1082, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+        __Pyx_GIVEREF(__pyx_t_10);
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1082, __pyx_L1_error)
+        __pyx_t_10 = 0;
+      }
+
+    } /* exit inner scope */
+    __pyx_t_8 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_6};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1081, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":1077
+ *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
- *             try:
- *                 signaller = Signaller()
+ *             signaller = self.quiet()
+ *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
 */
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":992
- *             finally:
- *                 signaller.close()
+  /* "ivshmem/_core.pyx":1084
+ *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
+ *             )
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
@@ -19436,7 +21285,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":975
+  /* "ivshmem/_core.pyx":1068
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -19446,22 +21295,23 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem._core.Doorbells.wake_sleepers", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_signaller);
 
-  __Pyx_XDECREF(__pyx_v_signaller);
 
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":996
+/* "ivshmem/_core.pyx":1088
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -19470,15 +21320,15 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_51_take(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_59_take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_50_take, "_take($self, vector)\n--\n\nHow often `vector` was rung since the last look; 0: not at all. Never waits.");
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_51_take(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_58_take, "_take($self, vector)\n--\n\nHow often `vector` was rung since the last look; 0: not at all. Never waits.");
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_59_take(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -19508,32 +21358,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 996, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1088, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 996, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1088, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 996, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1088, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 996, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1088, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 996, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1088, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 997, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1089, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 996, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1088, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19544,7 +21394,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_50_take(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_58_take(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vector);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -19555,7 +21405,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector) {
   int64_t __pyx_v_n;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -19577,7 +21427,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1000
+  /* "ivshmem/_core.pyx":1092
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19589,17 +21439,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1001
+    /* "ivshmem/_core.pyx":1093
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1001, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1093, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1000
+    /* "ivshmem/_core.pyx":1092
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19608,7 +21458,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1002
+  /* "ivshmem/_core.pyx":1094
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -19617,17 +21467,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1003
+    /* "ivshmem/_core.pyx":1095
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1003, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1095, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1004
+    /* "ivshmem/_core.pyx":1096
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19636,7 +21486,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1005
+    /* "ivshmem/_core.pyx":1097
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19662,14 +21512,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1006
+      /* "ivshmem/_core.pyx":1098
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1006, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1098, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -19682,7 +21532,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1005
+      /* "ivshmem/_core.pyx":1097
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19691,7 +21541,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1007
+    /* "ivshmem/_core.pyx":1099
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -19703,7 +21553,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1008
+      /* "ivshmem/_core.pyx":1100
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -19720,11 +21570,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1008, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1100, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1007
+      /* "ivshmem/_core.pyx":1099
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -19733,7 +21583,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1009
+    /* "ivshmem/_core.pyx":1101
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -19752,7 +21602,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1011
+  /* "ivshmem/_core.pyx":1103
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -19800,7 +21650,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":996
+  /* "ivshmem/_core.pyx":1088
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -19820,7 +21670,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1013
+/* "ivshmem/_core.pyx":1105
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -19829,16 +21679,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_take(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53_descriptor(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_52_descriptor, "What is readable while there is something to take; borrowed until close().\n\n        Args:\n            which: a vector, for `_take`; \"any\", for `_wait_event`; \"queued\", for what the subclass\n                has queued; or \"urgent\", for `_news`: -1 if nothing urgent is watched.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_53_descriptor = {"_descriptor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53_descriptor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52_descriptor};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_53_descriptor(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor, "What is readable while there is something to take; borrowed until close().\n\n        Args:\n            which: a vector, for `_take`; \"any\", for `_wait_event`; \"queued\", for what the subclass\n                has queued; or \"urgent\", for `_news`: -1 if nothing urgent is watched.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor = {"_descriptor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor};
+static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -19868,32 +21718,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1013, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1105, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1013, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1105, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1013, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1105, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1013, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1105, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1013, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1105, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1013, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1105, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19904,7 +21754,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_which);
+  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_which);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -19914,12 +21764,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_which) {
+static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, PyObject *__pyx_v_which) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
   Py_ssize_t __pyx_t_6;
@@ -19928,31 +21778,34 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1020
+  /* "ivshmem/_core.pyx":1112
  *                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1020, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1112, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1021
+  /* "ivshmem/_core.pyx":1113
  *         """
  *         self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             self._deaf()
  *         if which == "any":
 */
-  __pyx_t_2 = (__pyx_v_self->own->count == 0);
+  __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = (__pyx_f_7ivshmem_4_fds_length_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_2)) == 0);
 
-  if (__pyx_t_2) {
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1022
+    /* "ivshmem/_core.pyx":1114
  *         self.check()
- *         if self.own.count == 0:
+ *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
  *         if which == "any":
  *             return self.anything().epfd
@@ -19962,45 +21815,45 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
     __pyx_t_5 = 0;
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1022, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1021
+    /* "ivshmem/_core.pyx":1113
  *         """
  *         self.check()
- *         if self.own.count == 0:             # <<<<<<<<<<<<<<
+ *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
  *             self._deaf()
  *         if which == "any":
 */
   }
 
-  /* "ivshmem/_core.pyx":1023
- *         if self.own.count == 0:
+  /* "ivshmem/_core.pyx":1115
+ *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 1023, __pyx_L1_error)
-  if (__pyx_t_2) {
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1115, __pyx_L1_error)
+  if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1024
+    /* "ivshmem/_core.pyx":1116
  *             self._deaf()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1024, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_3)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1024, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1116, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1116, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
       PyObject *__pyx_temp;
       {
@@ -20012,8 +21865,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1023
- *         if self.own.count == 0:
+    /* "ivshmem/_core.pyx":1115
+ *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
@@ -20021,25 +21874,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1025
+  /* "ivshmem/_core.pyx":1117
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 1025, __pyx_L1_error)
-  if (__pyx_t_2) {
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1117, __pyx_L1_error)
+  if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1026
+    /* "ivshmem/_core.pyx":1118
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1026, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1118, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -20052,7 +21905,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1025
+    /* "ivshmem/_core.pyx":1117
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -20061,29 +21914,29 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1027
+  /* "ivshmem/_core.pyx":1119
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 1027, __pyx_L1_error)
-  if (__pyx_t_2) {
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1119, __pyx_L1_error)
+  if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1028
+    /* "ivshmem/_core.pyx":1120
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
  *         self.check_vector(which)
- *         return self.own.fds[<Py_ssize_t>which]
+ *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1028, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_4 = __pyx_t_3;
-      __pyx_t_3 = 0;
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1120, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_4 = __pyx_t_2;
+      __pyx_t_2 = 0;
     } else {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_int_neg_1);
       __pyx_t_4 = __pyx_mstate_global->__pyx_int_neg_1;
@@ -20099,7 +21952,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1027
+    /* "ivshmem/_core.pyx":1119
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -20108,41 +21961,44 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1029
+  /* "ivshmem/_core.pyx":1121
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
- *         return self.own.fds[<Py_ssize_t>which]
+ *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1029, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1029, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1121, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1121, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1030
+  /* "ivshmem/_core.pyx":1122
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
- *         return self.own.fds[<Py_ssize_t>which]             # <<<<<<<<<<<<<<
+ *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1030, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->own->fds[((Py_ssize_t)__pyx_t_6)])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1030, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1122, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1122, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_4;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_4 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1013
+  /* "ivshmem/_core.pyx":1105
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -20152,7 +22008,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem._core.Doorbells._descriptor", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
@@ -20162,213 +22018,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_55__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_54__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_55__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_55__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_54__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_55__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_54__reduce_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._core.Doorbells.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_57__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_56__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_57__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_57__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_56__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_57__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem._core.Doorbells.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_56__setstate_cython__(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem._core.Doorbells.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/_core.pyx":1042
+/* "ivshmem/_core.pyx":1134
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20379,7 +22029,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56__setstate_cython__(CYTHO
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1043
+  /* "ivshmem/_core.pyx":1135
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -20392,7 +22042,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1042
+  /* "ivshmem/_core.pyx":1134
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20405,7 +22055,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1046
+/* "ivshmem/_core.pyx":1138
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20416,7 +22066,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1047
+  /* "ivshmem/_core.pyx":1139
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -20425,7 +22075,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1048
+  /* "ivshmem/_core.pyx":1140
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -20438,7 +22088,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1046
+  /* "ivshmem/_core.pyx":1138
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20451,7 +22101,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1051
+/* "ivshmem/_core.pyx":1143
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20467,7 +22117,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1052
+  /* "ivshmem/_core.pyx":1144
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -20481,7 +22131,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1053
+    /* "ivshmem/_core.pyx":1145
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -20493,7 +22143,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1054
+      /* "ivshmem/_core.pyx":1146
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -20506,7 +22156,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1053
+      /* "ivshmem/_core.pyx":1145
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -20515,7 +22165,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1055
+    /* "ivshmem/_core.pyx":1147
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -20526,7 +22176,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1056
+  /* "ivshmem/_core.pyx":1148
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -20539,7 +22189,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1051
+  /* "ivshmem/_core.pyx":1143
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20553,7 +22203,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1059
+/* "ivshmem/_core.pyx":1151
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20567,7 +22217,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1061
+  /* "ivshmem/_core.pyx":1153
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -20579,7 +22229,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1062
+    /* "ivshmem/_core.pyx":1154
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -20592,7 +22242,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1061
+    /* "ivshmem/_core.pyx":1153
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -20601,7 +22251,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1063
+  /* "ivshmem/_core.pyx":1155
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -20623,7 +22273,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1059
+  /* "ivshmem/_core.pyx":1151
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20637,7 +22287,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1066
+/* "ivshmem/_core.pyx":1158
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20650,7 +22300,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1069
+  /* "ivshmem/_core.pyx":1161
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -20660,7 +22310,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1070
+  /* "ivshmem/_core.pyx":1162
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -20669,7 +22319,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1071
+  /* "ivshmem/_core.pyx":1163
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -20678,7 +22328,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1072
+  /* "ivshmem/_core.pyx":1164
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -20691,7 +22341,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1066
+  /* "ivshmem/_core.pyx":1158
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20706,7 +22356,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1075
+/* "ivshmem/_core.pyx":1167
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20723,7 +22373,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1076
+  /* "ivshmem/_core.pyx":1168
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -20732,7 +22382,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1077
+  /* "ivshmem/_core.pyx":1169
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -20741,7 +22391,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1078
+  /* "ivshmem/_core.pyx":1170
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -20772,7 +22422,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1075
+  /* "ivshmem/_core.pyx":1167
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20787,7 +22437,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1081
+/* "ivshmem/_core.pyx":1173
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20805,7 +22455,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1082
+  /* "ivshmem/_core.pyx":1174
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -20814,7 +22464,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1085
+  /* "ivshmem/_core.pyx":1177
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -20824,7 +22474,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1086
+  /* "ivshmem/_core.pyx":1178
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -20832,7 +22482,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1087
+  /* "ivshmem/_core.pyx":1179
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -20861,7 +22511,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1081
+  /* "ivshmem/_core.pyx":1173
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20890,6 +22540,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject
   p->epoll = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)Py_None); Py_INCREF(Py_None);
   p->outer = ((struct __pyx_obj_7ivshmem_4_fds_Epoll *)Py_None); Py_INCREF(Py_None);
   p->relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)Py_None); Py_INCREF(Py_None);
+  p->signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); Py_INCREF(Py_None);
   p->spinner = ((struct __pyx_obj_7ivshmem_5_spin_Spinner *)Py_None); Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_5_core_9Doorbells_1__cinit__(o, a, k);
@@ -20926,6 +22577,7 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_Doorbells(PyObject *o) {
   Py_CLEAR(p->epoll);
   Py_CLEAR(p->outer);
   Py_CLEAR(p->relay);
+  Py_CLEAR(p->signaller);
   Py_CLEAR(p->spinner);
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
@@ -20972,6 +22624,9 @@ static int __pyx_tp_traverse_7ivshmem_5_core_Doorbells(PyObject *o, visitproc v,
   if (p->relay) {
     e = (*v)(((PyObject *)p->relay), a); if (e) return e;
   }
+  if (p->signaller) {
+    e = (*v)(((PyObject *)p->signaller), a); if (e) return e;
+  }
   if (p->spinner) {
     e = (*v)(((PyObject *)p->spinner), a); if (e) return e;
   }
@@ -21005,6 +22660,9 @@ static int __pyx_tp_clear_7ivshmem_5_core_Doorbells(PyObject *o) {
   tmp = ((PyObject*)p->relay);
   p->relay = ((struct __pyx_obj_7ivshmem_4_fds_Relay *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->signaller);
+  p->signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
   tmp = ((PyObject*)p->spinner);
   p->spinner = ((struct __pyx_obj_7ivshmem_5_spin_Spinner *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
@@ -21020,33 +22678,35 @@ static PyObject *__pyx_getprop_7ivshmem_5_core_9Doorbells_closed(PyObject *o, CY
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_5_core_Doorbells[] = {
-  {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2_news},
-  {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_missing},
-  {"_deaf", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_deaf, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_deaf},
-  {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_watch},
-  {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_unwatch},
-  {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_listen_alone},
-  {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_add_vector},
-  {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_bell},
-  {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_listen_uio},
-  {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_ring_by},
-  {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_self},
-  {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_bells},
-  {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_drop_peer},
-  {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_set_queued},
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30fileno},
-  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32ring},
-  {"ring_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36ring_all},
-  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_39wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_38wait},
-  {"wait_word", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41wait_word, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40wait_word},
-  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_43_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_42_wait_event},
-  {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44echo},
-  {"_close_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_47_close_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_46_close_bells},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_49close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_48close},
-  {"_take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_51_take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_50_take},
-  {"_descriptor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53_descriptor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52_descriptor},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_55__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_54__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_57__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_56__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_2__reduce__},
+  {"_news", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_5_news, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_4_news},
+  {"_missing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_7_missing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_6_missing},
+  {"_deaf", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_9_deaf, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_8_deaf},
+  {"_watch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_11_watch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_10_watch},
+  {"_unwatch", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_13_unwatch, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_12_unwatch},
+  {"_listen_alone", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_14_listen_alone},
+  {"_add_vector", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_16_add_vector},
+  {"_add_bell", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_18_add_bell},
+  {"_listen_uio", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_20_listen_uio},
+  {"_ring_by", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_22_ring_by},
+  {"_ring_self", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_24_ring_self},
+  {"_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_26_bells},
+  {"_drop_peer", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_28_drop_peer},
+  {"_set_queued", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_30_set_queued},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_32fileno},
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_35ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_34ring},
+  {"ring_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_37ring_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_36ring_nowait},
+  {"_doorbell_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_40_doorbell_nowait},
+  {"ring_all", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_42ring_all},
+  {"ring_all_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait},
+  {"wait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_47wait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_46wait},
+  {"wait_word", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_49wait_word, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_48wait_word},
+  {"_wait_event", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_50_wait_event},
+  {"echo", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_53echo, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_52echo},
+  {"_close_bells", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_54_close_bells},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_57close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_56close},
+  {"_take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_59_take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_58_take},
+  {"_descriptor", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_60_descriptor},
   {0, 0, 0, 0}
 };
 
@@ -21215,6 +22875,10 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.check = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_check;
   __pyx_vtable_7ivshmem_5_core_Doorbells.enter = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_enter;
   __pyx_vtable_7ivshmem_5_core_Doorbells.bells_of = (struct __pyx_obj_7ivshmem_4_fds_FdArray *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_bells_of;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.check_kind = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_check_kind;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.quiet = (struct __pyx_obj_7ivshmem_4_fds_Signaller *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_quiet;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.several = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *))__pyx_f_7ivshmem_5_core_9Doorbells_several;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.ring_several = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *))__pyx_f_7ivshmem_5_core_9Doorbells_ring_several;
   __pyx_vtable_7ivshmem_5_core_Doorbells.check_vector = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_check_vector;
   __pyx_vtable_7ivshmem_5_core_Doorbells.anything = (struct __pyx_obj_7ivshmem_4_fds_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_anything;
   __pyx_vtable_7ivshmem_5_core_Doorbells.watch_all = (struct __pyx_obj_7ivshmem_4_fds_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_watch_all;
@@ -21230,14 +22894,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.wake_sleepers = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 129, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -21247,9 +22911,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -21266,20 +22929,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 21, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._bell", "Doorbell",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell) __PYX_ERR(2, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_5_bell_Doorbell) != 1)) __PYX_ERR(2, 21, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -21289,9 +22939,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 83, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 85, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -21301,8 +22951,18 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(4, 83, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(4, 83, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) __PYX_ERR(2, 85, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, (void**)&__pyx_vtabptr_7ivshmem_4_fds_FdArray) != 1)) __PYX_ERR(2, 85, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Signaller",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) __PYX_ERR(2, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Signaller) != 1)) __PYX_ERR(2, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
@@ -21311,8 +22971,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(4, 96, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(4, 96, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) __PYX_ERR(2, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Relay) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._fds", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
@@ -21321,10 +22981,23 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_4_fds_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_4_fds_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(4, 103, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(4, 103, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) __PYX_ERR(2, 124, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, (void**)&__pyx_vtabptr_7ivshmem_4_fds_Epoll) != 1)) __PYX_ERR(2, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._memory"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 23, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._bell", "Doorbell",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_5_bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_bell_Doorbell),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell) __PYX_ERR(3, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_5_bell_Doorbell) != 1)) __PYX_ERR(3, 23, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._memory"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -21334,8 +23007,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7_memory_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) __PYX_ERR(5, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Mapping) != 1)) __PYX_ERR(5, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping) __PYX_ERR(4, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Mapping, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Mapping) != 1)) __PYX_ERR(4, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Atomic),
@@ -21344,8 +23017,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7_memory_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) __PYX_ERR(5, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Atomic) != 1)) __PYX_ERR(5, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic) __PYX_ERR(4, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Atomic, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Atomic) != 1)) __PYX_ERR(4, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
@@ -21354,8 +23027,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) __PYX_ERR(5, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU32) != 1)) __PYX_ERR(5, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32) __PYX_ERR(4, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU32) != 1)) __PYX_ERR(4, 31, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
@@ -21364,8 +23037,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7_memory_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) __PYX_ERR(5, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU64) != 1)) __PYX_ERR(5, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64) __PYX_ERR(4, 35, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_7_memory_AtomicU64) != 1)) __PYX_ERR(4, 35, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._memory", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Registers),
@@ -21374,10 +23047,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7_memory_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7_memory_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) __PYX_ERR(5, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Registers) != 1)) __PYX_ERR(5, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers) __PYX_ERR(4, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7_memory_Registers, (void**)&__pyx_vtabptr_7ivshmem_7_memory_Registers) != 1)) __PYX_ERR(4, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -21387,8 +23060,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner) __PYX_ERR(6, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_5_spin_Spinner) != 1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_5_spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -21417,14 +23090,14 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_int64_t_ring_bell);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_int_int_int_stru);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 22;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_5_bell_ring_bell, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 211;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -21437,14 +23110,14 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem._fds"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __pyx_t_1 = PyImport_ImportModule("ivshmem._bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_struct_epoll_eve);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_int64_t_ring_bell);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 92;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (**)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (**)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (**)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (**)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 22;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_5_bell_ring_bell, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -21771,45 +23444,21 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_core.pyx":32
+  /* "ivshmem/_core.pyx":34
  * from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
  * 
  * from collections import namedtuple             # <<<<<<<<<<<<<<
  * 
- * from ._fds import Signaller
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 32, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/_core.pyx":34
- * from collections import namedtuple
- * 
- * from ._fds import Signaller             # <<<<<<<<<<<<<<
  * from .errors import ClosedError, NoSuchVector, ProtocolError
- * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_Signaller};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_fds, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem__fds, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_Signaller};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 34, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -21819,31 +23468,31 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":35
+  /* "ivshmem/_core.pyx":36
+ * from collections import namedtuple
  * 
- * from ._fds import Signaller
  * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 35, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 36, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":37
+  /* "ivshmem/_core.pyx":38
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -21851,11 +23500,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 37, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 38, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -21865,13 +23514,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 37, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 38, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 37, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 38, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -21882,25 +23531,25 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 37, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 38, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":38
+  /* "ivshmem/_core.pyx":39
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":40
+  /* "ivshmem/_core.pyx":41
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
  * 
  * cdef object OFF = 0  # the one that callers write, too: CPython has one of each small number             # <<<<<<<<<<<<<<
@@ -21912,314 +23561,361 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_5_core_OFF, __pyx_mstate_global->__pyx_int_0);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
 
-  /* "ivshmem/_core.pyx":151
+  /* "ivshmem/_core.pyx":150
+ *         self.state = 0
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":158
  *     # Overridden by subclasses.
  * 
  *     def _news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_news, __pyx_t_2) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":154
+  /* "ivshmem/_core.pyx":161
  *         raise NotImplementedError
  * 
  *     def _missing(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_missing, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__missing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_missing, __pyx_t_2) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":157
+  /* "ivshmem/_core.pyx":164
  *         raise NotImplementedError
  * 
  *     def _deaf(self):             # <<<<<<<<<<<<<<
  *         """Called before a wait when there is no vector; raises where none can ever come."""
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_deaf, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__deaf, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_deaf, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__deaf, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_deaf, __pyx_t_2) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_deaf, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":169
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch(self, int fd, *, bint urgent=False):
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/_core.pyx":163
+  /* "ivshmem/_core.pyx":170
  * 
  *     @cython.critical_section
  *     def _watch(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":169
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch(self, int fd, *, bint urgent=False):
  *         """Call `_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch, __pyx_t_5) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":180
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _unwatch(self):
  *         """Forget the descriptor of `_watch`, before it is closed."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch, __pyx_t_5) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":183
+  /* "ivshmem/_core.pyx":190
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
  *         """Sleep in plain reads of the own eventfds, which nobody else has and which may block.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":191
+  /* "ivshmem/_core.pyx":198
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, int fd):
  *         """Listen on `fd` as the next vector; takes it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":204
- *             self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+  /* "ivshmem/_core.pyx":211
+ *             self.epoll.add(fd, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, int fd):
- *         """Ring the peer's next vector through `fd`; takes it."""
+ *         """Ring the peer's next vector through `fd`; takes it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":212
- *         bells.take(fd)
+  /* "ivshmem/_core.pyx":231
+ *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":220
+  /* "ivshmem/_core.pyx":239
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring everybody by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 239, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 239, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":229
+  /* "ivshmem/_core.pyx":248
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let `peer`, this endpoint's own id, lead to its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 229, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":233
+  /* "ivshmem/_core.pyx":252
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """How many doorbells `peer` has; None when it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 252, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 233, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 252, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":238
- *         return None if bells is None else bells.count
+  /* "ivshmem/_core.pyx":257
+ *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if there are any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 238, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":260
+  /* "ivshmem/_core.pyx":279
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Say whether there are events that were taken in and that nobody has asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":272
+  /* "ivshmem/_core.pyx":291
  *             self.leave()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """A descriptor, for any event loop, that is readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":375
- *         return bells if bells is not None and 0 <= vector < bells.count else None
+  /* "ivshmem/_core.pyx":431
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_35doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 375, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 375, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":407
+  /* "ivshmem/_core.pyx":463
+ *         return made
+ * 
+ *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
+ *         """A doorbell that rings as `ring_nowait` does."""
+ *         cdef Doorbell made = self.doorbell(peer, vector)
+*/
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 463, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_core.pyx":470
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each vector named of each peer named.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_37ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 470, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 407, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 470, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":755
+  /* "ivshmem/_core.pyx":488
+ *         return self.ring_several(self.several(peers, vector))
+ * 
+ *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         cdef list bells = self.several(peers, vector)
+*/
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/_core.pyx":846
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Like wait(), but returns True as soon as `_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 755, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 846, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 755, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 846, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":895
+  /* "ivshmem/_core.pyx":986
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 895, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 986, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 895, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 986, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -22227,79 +23923,52 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":949
- *             self.epoll.close()
+  /* "ivshmem/_core.pyx":1042
+ *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_47_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 949, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1042, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 949, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1042, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":957
+  /* "ivshmem/_core.pyx":1050
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_49close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 957, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1050, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 957, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1050, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1013
+  /* "ivshmem/_core.pyx":1105
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """What is readable while there is something to take; borrowed until close().
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1013, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1013, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1105, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -22374,7 +24043,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":37
+  /* "ivshmem/_core.pyx":38
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -22383,13 +24052,13 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 37, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 38, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":375
- *         return bells if bells is not None and 0 <= vector < bells.count else None
+  /* "ivshmem/_core.pyx":431
+ *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
@@ -22397,12 +24066,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 375, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":407
+  /* "ivshmem/_core.pyx":470
  *         return made
  * 
  *     def ring_all(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
@@ -22411,12 +24080,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 407, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":755
+  /* "ivshmem/_core.pyx":846
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -22425,7 +24094,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 755, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 846, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -22466,41 +24135,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{38},{14},{8},{15},{1},{20},{1},{78},{4},{179},{10},{59},{8},{7},{6},{2},{9},{12},{14},{17},{50},{21},{22},{37},{7},{21},{34},{11},{9},{27},{29},{19},{21},{16},{22},{15},{21},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{9},{12},{13},{9},{20},{12},{7},{8},{12},{8},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{9},{11},{6},{12},{5},{11},{10},{4},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{4},{11},{5},{4},{8},{4},{6},{7},{8},{2},{6},{3},{1},{5},{3},{7},{13},{5},{6},{10},{11},{6},{3},{5},{4},{5},{3},{6},{9},{5},{6},{4},{8},{5},{6},{4},{10},{6},{8},{4},{7},{5},{4},{7},{7},{6},{6},{6},{7},{5},{4}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{147},{31},{28},{9},{2},{7},{47},{61},{15},{30},{95},{46},{50},{35},{73},{22},{25},{11},{82},{119},{95},{369},{37},{173},{264}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{20},{1},{78},{4},{179},{10},{2},{59},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{22},{15},{21},{26},{20},{23},{21},{18},{15},{18},{20},{21},{18},{21},{16},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{12},{5},{11},{16},{10},{13},{13},{11},{8},{5},{8},{10},{11},{8},{11},{6},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{4},{8},{4},{7},{6},{7},{8},{2},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{3},{5},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{298},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{22},{25},{11},{123},{66},{79},{95},{28},{37},{175},{173},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2115 bytes) */
-static const char cstring[] = "x\332uUKw\323H\026\216!@\014NwL\236\303\243G\346\221\220n\310\034C&a\2303g\216\233@\023\246;\344\0054\364\001\265,\225\0355\262\312V\225\354\270\247g\016K/\265\254\245\226Zj\351e\226,\275\3242?!?a\356-I\216\022\230\234XUu\253\352\276\276\357\336R\3664\2464\250C\024\276\247\331\360!\312\203\373J\325\344L\2415\271\354P\307PL\246\330T!mb\363\232\241\264\211\316\251\303\356p\207\020\245\346h\365\006\310\027\227\036\301y8Hl\243IM\233+\250\372\237\225\344t\254.\273\335\201m\307\265\353\312\257\216i\327\331\257\n7\033\204)\314\264u\242\230\361\276\2451\234\230\234\030J\215:K\033\324&\033\224Ko\271\362\270\313\367\250\215\316\031\3042\253\304\3218\261\272\n\343\216\251s\342\304!m>\331\274\267\374pY\321lCq\310o\340\014\330p\253:\250fDFYuM\213\233\020|\267I\330\222\262^S\272\324Ul\00269U\232p.{\001rb+\214p\231\234\005\315\266)\327\270Im\025\256C\034\013\212a:`\304l\023\274\375T\263\030Yz\271\376\002\\l\233:\321\222Q1(\301\234r\345\203M;Jg\217b\030\240\322!\217\024[k\020\251\276I\210\303P\rfH3\014\025.\020\303dZ\325\"\304\306o]7Y<3\3146\333k\220\306\222Z3X:\047\216\003@%\253\277\250:\000\275\324\354\356\003\226\006\251i\256\305\025Uu\210\341\352DU\025\303\225.\333\324\276\007\031l\233\232\005\273\272i\233\\\005\303)\216p\002\001A8\320\305!\234\340\276nQF\214\023R\0041\026C\214\246E\344]\010&Q\326A\030u\014\027\324)Y!^\244Mb\303E\230i\351^L\304\307R\343\023\014n\215R\247J,\213\r\047K\303\220t\311\017U\315n\001r\014\000\373\342&f\030\247\247D\261\351\214\360\264=\031\340gR\203h\265\023K\246;f\363\244&\303\241M\025Q\316\310,\223qb\253\232\005\\\377\\\354\2324#l\230\014\352\245\236\221\330\244\223u\002\211\243V\273\247%\214XY\337 )j\313%.12B\327\356h\\\337\313H\020;U6\201\023\302\023\207d.\216\227F2;\226\020}/\023A\r8ag\326\322;\315\262\326m(`\307m\362\r\272\343\352{\257$\004\233\016\345T\247\226\004~\307\254\333p\2208\252\272\331\335\207\337\032\024\275\272A\366\3716\251\251jR\230\300kU5\250\216C\315\265\345XO)\000\177\320Y\034\034\033\232i\313\221\032\256%w\260\010q\204rQ\223""\3438ms,6\334h\271\232\225\036Jk\3503\352\r\005d\037\027\230\350\364\016\313\270\361\031+U\225\023\006u7\344d\206\2111\323\262\254\223\\\3130\354\230W\330\014T\223a\345S\027\n\217\234\240W\206T)\225$\201R\332\034\223%C\221\224\030\031:\304$\000\0175\233u\240\r\333]\370\207n\017M\213um\335\244KC\373Ls9E\247\245\343\272\205.A\352\271\243\351\244\252\351\037dTq\307\320\251A\000m\013\273)\265\231N]\233\033\340u\312)dR\334\340\222\207)\031X\315\210i\005@\233\000p\203\301s\226\364\300a\223\304Vh\231\r\223\307\210#(\006w\2338\263\321\003j\033\314v\033\360\250P\313\000\327\211\203\351\224\r\271I\233q&\034R\307\3749\014Ti]\2074h\233`\306R\022\313w\r\342\006U\230CHa\322u\231\344.\203&\216O\006\203\017\343\264\331$\006\014\016\341\332\007\3709\222\246\360$\202q\027\0266ok\226KX\314\201\344\t\206\236\252\357\341\013\215\275\366\016|\026GF\322\351]|\010]\235+\244\tI\214\201R\276\275\253\310-\370\254,\253p<\231(w6\273/\252\370:*\337f\204RcM3-\265c\362\275\021 R\222\343\221X\251\014a\004\330gH im\004\235W%T\322\21765\215\304hl/f\026\240\367E\303\230\n\320\3621\027\215^\354}\347m}\254|\254Dc_\3654\030\356\336;\2728\222\037\357\375\313kEc\205\336sO\213\306.\365\226{\035\257.\266\242\302\204w\3363DI,\213?\202\362\307\312\241\334\373\217\250\210-a\370\245\2500\036\215\345\243\302\327\275V41\345\375 V\375\222_>\234\270\"ot|#(\005\345C\251D\303\313\205\336S\257\344=\204\275\026.\257\213]\177\306\347A9\000w\276\356\355{m\261\343_\014n\007\260{t~$_\370\222\255\t//\212QaN\344DQ\334\022\032J\306\305\326!8\321\366v\304YT\216\316<\021\263~\316/\342t\303/\035\302\360LT\206\276\240\372\361\336\272\267+f\300O-\222\267_\2135?\027\025\257\210y\377<\310\244\273\363\"\027\237\376&\353\354\245\336\2127\351U\242\302\224\267&\316\013M\354\373\235\000n\214\367^B\200\345\3237\236\206\245\370\316\254\310E\205\2427\343a\204cq\204\230\351\227\376-H\326b\370 \224\256po\331\333\027\334_\t&\203\307\001\017\313\030\305S\261\340\027\341\234t\354GP\024\303\005\212$\200k\3369o\313\223\233?H\017\244\364\047\310""\025H^\2102\016\033\242\004\033\2058t\240\301\321W\047n\"\266\277CV!\327\227\275{\2425PV\303V\177\264\277vp\341\300\371T\374?\304\340\3762\004_\r\317\206\345T#\240\034\037\346\336\252\270\231\036\3272y\233\204\010\273\376\031\277tJ\326A\250\375\362)\351\037`\342\277\341\026\206\360\223\364o,\316\021\027e\361c\200\000]\036\232\315\307\t\214\355N\314\211s8L\003\320\310\226\337\2023\301B8\031V\216Eu\1777(\006\267\002=\224\\YGo\321f\0339%\335\036\214^\027\357\202\322\2212\222\277*J\210\254\"Z\207cs1\004I\254\211\267h\372\357\240\023l\316x\246h\001\237\244\354o\342\261p\374)\377\2270\027NA$\022\317RT\\\014\212\350dNLC\340\363\301\005\000{\245?\323g\0077\017v?\315\0166w\007\273/\243\261\313\336m\257%.\371\253PO\017\007\017\236\034\310T<C\203\023\336E\320\003\321\274\206B\331\365\377\004\047V\302\342\320\261\t\357\254W\206s\240bQ\254\370\323~=\330\t\317\304t|\350=\000L\206eu\316{\tx\002\325f\301\3269\261-~\017\246\003-`p\030vs\310\211\033\336\367pcz&\232\272\"n\210\357\241\370\346\376,\272A.\230M\302\232\273*\376\352\237\005\374\256\335\362+\321\365\033\376M\310\304\265\353\321\334uDa\322\273\357mC\237\231\232\365\\\310G+\232+\001\243K\321\324\274\257a\256s^\021\221m\rFo@\305\246!\344S\266\344 \272\233\3011*\337\005\377\350\217\037\274\037\354\274\037\274W\217\346G\362\267\301\346\030b\205\020?\357\003\337\256\"\357\257\t)N\223s\245\277\n\331}\373\251\025\347`\025\351\016\356\211\017@\203\305\360~\270\003\214_\307\014\347\207\345\215\020]\362\313\376\032\000\324\016\267\303v\377\335\247\205\301\326\366`\373\315\340\315\333\301\333_\260\373\354{\014\221\200\354a\276.@\022s\330\2500\261[\203\321G\375\022\026\3367\342g\377\347`+\320\342\006\224\2241\"\231m\276\377\306RO\213\2460=\230^\360[\301yh0\005d\202#&\305s\000r7\274\014\r\303\354\363\203r\302\\Q\363+q\207\234\212\213\356\234\367\316\277\003\344\326\342\305\033\350T\334\177\024${\257d\257Lv>\000\210gA_\265\237;\204\204\257\200\2215?\0179\231\017\363\375\311~%\245\354iKI\210\257\305\263X\022[q\323\305+ \304\250_\001\032 ""\262\377\003H\026\326\035";
-    PyObject *data = __Pyx_DecompressString(cstring, 2115, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2083 bytes) */
+static const char cstring[] = "x\332\225U\317s\023G\026\226\210!v\"\047\0226\220@H\215\302\017\003\001o)qa\326U\251-\025\306`\2621\010\003\tl\301\2445\323\222\006\217g\244\351\036\311\332M\266r\364q\216}\354\343\034\347\250\243\217\034u\324\321\177\202\377\204}\257{\306\036\033.[e\253\273_w\277~\357\373\276\367\306\260\210\347\371\334hR\303\362\273\016\265\r?0\272\216\265\345R{\005L\236G-n\2206q\274\333\270\345w\251g\360\0165l\332w,\232\355\014:4\200\005x\202\211\3410\303\243\324\006g\035\302\214m\037\266x\207\350{?\376`4\035\316\014\277\245\226\003?\260\325y\210\001N\320>\365x\313\306]\243\017/\373\001[\\\201\203p\202zv\327w<\256|\376\243\236nk?\371\355\001l\007\241\3276~\017\034\257\315~7\270\263M\231\301\034\017\302u\364\276K\030N\034\016!\266\374`q\303\367\350\206\317U\230\334\270?\344\035\337\303\250l\352:M\032\020N\335\241\301x\340X\034\322S\271<}\360\364\316\322\275%\010\3326\002\372\016\202\2017\302\246\005\256\031U\3515C\307\345\016d=\354R\266h\254\267\214\241\037*`\014\356\033]8\227\277\000`x\006\243\\\241\262\240H!\334\361=\023\256C\036\013\206\355\004\360\210\323\247x{\215\270\214.\276X\177\222\362@\014\2221b\373T\303\271\345\371\003 \306\307D\220\026\272bxd\233\252\007\272\224\006\014\035!F\304\266M\270@m\207\221\246K\251\207\277m\313azf;}\326\331\246\333\2134\010\200\217t\3657\323\002^\027\273\303\035\317\317\270\000\177\010*B\212\017\250\227\016y\201(,\327g\324>fE6\264\031Bu\\\252\034@L\3078M\335\017\220\034\013S\200\007\214\274\021\275\2402\301\013\314H\266\247te\334W\356\037`\360\253\276\0374\251\353\262\303\311\242i\006\324\016-j\2329\033\"\202\323\023&\3556g<\351Ke\362\201\325\246\244ul\311\254\300\351\036\367d\247S \002\021\310\357\004~\327D8s6\327a\234z&qA\267\037\232C\307\317\031\267\035\006\332o\347,\036\035\344\303C\t\230\315\341I\013\243n>j\220\246\331\013iH\355\2341\364\006\204[\235\234\005\2037U\025\0373\036;\244P:Zf\251\037Y\250\325\311e\320\002Yx\271\265\212\216\344\317g\226\024\274u\017\2524\010\273|\303\337\014\255\316K\305\332\323\300\347\276\345\273J\007\246\371t""\270\003\377\253P\320\346\006\335\341\317h\3134\323\242\003)\230\300\207\205C+\364\324\010\235\"\300q\033\272\235\032};t\325A,)\034\241\020\314>\307z\301U/$n\266\223\351\313T\030fVN\031\207!SZN_Z?y-)\005\345tsR-G\0321\035\206u\351\207PC\364\230Lr\342\310$\241\204\220\321\177Dz\216\352\214\340\034\255\232L\210\226xl\000\255\321\033\302\037T+\264\0216\364,\307_<|\237\221\220\373\030\246J\302r1$\200\217\007\304\242Mbm\251\014u\361\0031.v7\337c6\004\233\345\207B\240\310&|LT\363I\277\017\351\300Z\266\026G\233r`h;\353MY\303R-\312u\266\035\276Ml\2529C\374m\036vq\346\341\373\276g3\337\265!d\252\272\226j\215]\277\253\021\010h\033q\013\0308\"\303\000\234\364)\"\225I\356\204\364\324\047\007\322\007\237\010% i\323\026\t]\316\234\266\007=[\375\272\340\016\332,\266u\006?\214\373\335.\265a\010(\047[\024\277W\020M\030\264!\311>qC\312\2640\322\017\"\364I\253\203\337M\354\2377\340\347f!\233\3356N,\341\233\025\302\367\233v\001_\315\237qK\035R?w\227\314\354tzP\353\330o\2763\227S\020\315%\023\20067\263\310\323\373\352\032\3367n<\035>i\342\367\317\270\2253\252#\377\207\323\033}\337\261o\026Z\304q\315\201\303;\005\020r\312rAG\257 +`\231\240\2325\334\005(\014[\351\312o\025\020;`<\364x\201u\010H\306<\204[\245\210/\244\321\353\304\265\362Af\037M\005\251\001\267\177\325\377\252O\246\277\330%zp\242\336\244T\216\212\321|\324\210\250\250\201\365\366\235\203\317\n3\263\273?\303\326ti\367qD&\323\237\357.\355\016\242\266h\340\3413\221-\252bI\374\021\303\361}\265\367\247\250\213\206\260euR\232\235L\317LJ_\356\366&\345\371\350\241X\226UY\333/_T7\006\322\216\253qm_9!x\271\264\273\026U\243{\260\327\303\345e\361\\\236\227<\256\305\020\335\227\273;Q_l\312\317\342\233I-\201\270\017\316\024fJ\037{\255\034\315\210\312\244\364\225(\212\212\270*\010ZfEc\037\302\350G\233\342\023t\217\341<\020\027dQVp\272!\253\3730<\022\365\303h\320\375\354\356z\364\\\234\207H\311D\335\376U\254\312\342\244rQ\\\227g\300\246\002\276.\212\372\364\267\207\341\256%UD\351ntA\024\047\245Jt>\202|\016\246u\274\210\334\013y\025\222\277""\231\374\230(\307<Z\212v\004\227w\343\271\370~\314\223\032\306\264&\026d\005\316\251g\376\t\2164\374\340H\021\262\032\235\006\222\324\346\303\250\226Y\177\201\314\301\362D\324p\330\020U\330(\351D\0320\375\002\247\2001F\367\367\250\256\222c\210\234JZ\307<\027\325\047\2459\210h(O\311\352\t\333\000\201\226\265\023\326?\344\222\374o\322\300\047!\000Q\325l\365\304\224X\223\327\343b\\\321O\177\047\277\006\302\227b\245\244\237q\177\374\315\235X];\314\346\243\332\332\221\210_9\017q\375\320\207x(k\362Q\374 9\237\260\321\255\275\365\367\215\367\371L\346\243UqF\020\3601\210\301>\273\373\002$\206x\235=\304bFs\260,\256\300\263\345\257\304i\034\316\0018(\237w\361\251x!\231K\352G\246\266|\036W\342\253\261\225(\361\254c\260\010C\037E\246\220\034O]\026o\342\352\201Q\230)\203\347\237@g\363\362\267\270\021\267\223\306x\352;P\233\326\272z[c]\004p\256\304G\016\256\312_\222\312\376\364Ex\257#\211\016\376\033\221V\330\177P\033\372\346\237\262.\001\3024\315\264\000\246A.\3459x\367\224\274\005\310\234\003\231\315_\322\325\207\271\376\033\225?)\177\255\n\340\254\\\211_$\327\022>Z\032\355\354\365\322:\230\314C\224r9\276\225<\030\235\033\221\375\324i\345\222X\221/\342kq\230\254\215\024\317\014\341\034O}\037\3774\232\335{;\336|;~k\036\\/\314\\\223@\021\242\200\340=\036Ad\227P\224\220\302D\0256J\341nrq\264\274we\357\365\373\0362v\017(\000-^\206r\336\002\200o&?$\233\243\251\321\372^C\245\225\245\010\014}\016\224\257\306\237\306\375\344Y\322\037\275y\2770n<\033?{5~\365z\374\372_X\350;\021\003W\345\013\272\241}\n:)bO(\243\314\306S\313Io?\027DE\227\226-\276\227\233qQ\253x^\274\204r\234\217\337\350,{\343\251\225Q\025K\351[\361\233b\222\350\006\221\026\346\243\250~\254=\246\004\351\262*\235\033\237[\220\275\370\014pX:\033]\213\0021\047\036\313v\374<9\013-\300\031\361\275Z*$\321\002\330T\007\233\327%p:z#o\200\326\210^\274\002%s ,\335{\251zY\272\263\025_H>\001\177\315Qq\037\244q\027\036Y\2253\000\344\365df47\252\353\246R\375\340\245\024\227_\305#m\321\257\204\331\342\245\270\007h?\214\227\223*4&\304""\342\177\177(\353\020";
+    PyObject *data = __Pyx_DecompressString(cstring, 2083, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2813 bytes) */
-static const char cstring[] = "\377 has mor\277e than\002\000e\377 32 bits\367 of\n\002word\377 is no e\377ventfd v\377ectors(t\377ree frag\235m\025\000).:A\000&\000e\177ndpointV\002\243?A\047\004I\003\023\tww\000r\377ung `rin\377gs` time\377s since wit \034\001las\005\001\377ited for\377.NoneNot\376\251\002t Cytho\375n\231\001delibe\377rately s\177tricter\315\003\377PEP-484 \177and rej\270\000na\000ubcX\000se\341\002\277builti\372\000y\377pes. If \277you neq\000t\337o pas$\nth\277en set\247\"\047\377annotati\277on_typ\305\000\047o dir\235 iv\320 \377o False.\377UIO deviwcea\001\004 do\351\000\3769\000 know w\363ho\340!Y\000re: \367nam\214Ae pe\317ers \202\000\236!ad\373d_j\000edisa\337bleen\002\001gc\373is\004\003divsh\377mem._fds\316\004\005err\246@\023\004/_\275c\346@.pyx\311@d\377efault _\377_reduce_\357_ du\256\002non\275-\277 vial\033\000c\037init_v\000\300E\220 #wa\234@\214@\210  \345F\240`?closed\t\n\341A\\\021\003\341\000ile\323@i\351 yg\275c\365\000at c\353\001\362\333@ \t\t\232aopen\236\366@as a\276e\203\204\003C\372d\002E\331\001Doorb\257ells\000\006.\312\006c\246\233b__\017\t\267@s\256@e\001_\n\020\336!H\001@\010\361!\351\204\003U\010\364`\r\363\002_v\rdeaf\376\212\010descrip\367tor\t\trop_\374\342A\263\010listen\277_alone\005\017u\373io\337\010missi;ng\361\010new\377\t\327\205\001\347_by\222(\r\002sel\376\220\tset_que\367ued\273(unwa\047tch\315(\364A_\200\207\002\010\n\310\030\n\377B\202Gd\230D\224Gec\225h\267\010f\221`n\307\010\253\002a\377llInterr\377uptNoSuc\373hV\355\207\002Proto\367col\364BSign\376&\000er__Pyx\376\001\000Dict_Ne\177xtRef__\222\206\004\377e____doc\356\003\001fun\003\002get\354\375C\031\000it=\001__m\367ain\047\001modu\021l0\002\201\206\0019\001pZ\000(\004\007\001\363vt\371\205\001R\001qual0\035\005\274\205\005\352n\326\205\006ex\206\001\345!\362Q\005s|\010\205\204\016__te\223st\272\000\214\204\005_\200\204\007\344c_j\353h_\350a_\330g_d\320e\356\211\207\001_is\366\206\001out\217ine_\323i\005\005\322`_\252\304d_\275a_\260d_\244f_\252\231g_\222d_\205g_\245ba\377dda""nswer\367any\000\000thin\377gasyncio\357.corz\003sau3to\255\206\001\260\206\002cl\217\001\370 \377tracebacyk\277\207\002\303\207\003code\353@\375l\312\211\001onscou?ntdone\314e\306a8\333\210\003\222\214\004\231\214\004sfd\321c\346@\377iitemsit\370\212\211\005\234\211\006\207\211\001limit\374\354C\357\211\001dtuple\337nanosu\000nd\377snumbero\233ld\270 er\211\212\001\214\212\002p\273op\247\205\003reg\250\206\001r\377srelayre\017move\310\214\001\275\204\005\323\214\002\365\000\\H\000\355\205\001set\357\211\004s\267\204\002\357slee\257\213\001spi\377nstopped\276\004\000retak\001\000r\256\242\204\002ime\265@u\n\000n\177tvalues\367\215\003>\374\215\004which\236\216\001\354\215\001\177(int)\000\000\003\005\375,\205\215\001uct ep\367oll\262\206\003 *, wint\000\00264_,\000\367int\005\001 (Py{Ob\232\215\001 *)\000\014\006\376M\002fail_wi\047th\000\306`\375\216\004\000O\003\276\002\337\000dead\304Bof\345\000\271\001_\246B\216\002voiqdn\004j\003\213\210\003elld\022\376\207!_of\200\001\330\004\377\n\210+\220Q\200A\200\277A\330\010\016\210a\004\000,\377-\360\n\000\t\r\210K\377\220q\330\010\014\210J\220\377a\330\010\013\2104\210w\377\220g\230Q\330\014\020\220\377\006\220d\230!\2304\230\277|\2501\200A\340\027\002}\377\230A\230Q\230d\240!\377\330\014\r\330\010\t\330\014\377\017\210q\330\020\024\220G\377\2307\240!\2401\340\020\375\032-\002w\240d\250!\250\3231\340@\002i\000\340]\000F\220\327!\2208K\000qH\001\035\230\377T\240\026\240t\2501\250\376\214\000\017\210x\220v\230S\337\240\n\250%\250\033\000\360\006\347\000\t\014\205\000[\016\020\220\t\377\230\021\330\014\030\230\001\230\337\021\230$\230a\240\001\r\230\373Q\340\202\000v\220S\230\003\374Y\001\211\001E\230\027\240\001\240\275\021\224\001N\240!\340\234\000H\363\230A\203\006[\001\r\210I\220\277T\230\026\230w\240B\000\017\377\210v\220W\230D\240\001\177\330\021\032\230&\240\006\021\000\276\252\002&\230\001\200A\211\001\036\376\241\t\013\2106\220\023\220A\377\330\014\024\220D\230\006\230\277a\230x\240w\250\267 \r\353\210U\336\0001""\"\rF\260!\376\322!6\220\027\230\001\330\014/\021\220\026\220\336\001\010\334\003\346!\367U\240$\252 )\2603\260\376\206\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\332!F\230\047\240\021\034%\000\236@\014\210LF\000\251C\233\000\276\274BD\220\005\220Q\272A\014/\210G\2201\016\005M\251 \324@wO\2301\332AN\230!\312\0005\014\354AI\203a\360\016\367A1\006\362\364Az\323 \325@\022\220-\230\377q\320 7\260q\270\004\377\270D\300\007\300r\310\021\356\202tt\2404\372\000b\260\003\341\260\364\001M\002\343@\300ct\2207\243\230#\300e\325b\261$\023\337\000yG\240\002\240\221$\307\"\020\001w\323a\323\2401\250#\r\006|`\000~\260uQ\235\204\001M\233\002\010\017\210\240!\277t\2301\230L\250\235A\022\360\300\204\001r\002\212\204\002p\005\020\030\230\005\237\230Q\330\020\025\346@\252aj\377\250\002\250\047\260\023\260A\376\t\007g\240T\250\021\250$\227\250c\260\247bI\362\204\001\232\001v\374\320a\373\204\001a\320\004\035\230]\377\250!\360 \000\t\033\230\375!\225\204\001 \230q\340\010\030\360\375#\345\004\211d\224\001;\230g\240\276q\000\026\220i\230q\315`\014\376\250\0019\230C\230r\240\024\277\240[\260\001\260\024\307\000\020\377\024\220F\230!\330\021)\367\250\021\330\242\000\001\230\025\230\337d\240&\250\007\352@6\270\377\026\270s\300#\300T\310\377\027\320PT\320TU\330\377\010\022\220%\220q\230\013\377\2407\250!\2508\3203\353E\300\206\"H\375a\020\220\n\374E\000\336\000W\230A\230T\240\237\031\250!\2506\307\000\345\205\003\330\377\010\020\220\003\2201\220A\376?\001)\2306\240\025\240g\357\250S\260\002\211\204\0038\2203\353\220a\273\206\005\020\274`U\230!\366\245`\020\027i\000\005\230R\230\377z\250\025\250a\250s\260\375!\203\207\001\001\330\014\022\220\"\377\220B\220a\330\025\026\330\377\024\032\230\"\230B\230a\377\330\030\037\230y\250\001\250\375\027\320\004\030\033\2305\240\003\376\275@\034$\240A\330\035\"\373\240#\207 \034\035\330\030\035\376\202A\023\2202\220R\220q\337\330\024\027\220u\215 q\330\377\030!\240\021\240!\330\024\267&\240a\242\207\001\001\220\341`\017\177\210q\320\004\"\240!""\247\207\004t\333\207\002\250c\001\333\000#\250Q\311\207\004\377\320\004+\250=\270\r\300\377^\320S^\320^_\360/&\000\t%q\000\010\250A\337A\277J\270a\330\010\033\364\204\001\034\347\230A\330\024\000\225%\032\2707\356\333 Z\310q\345\210\0018\2207\332\204@\014\234\000\230k\204`)\260\1772\260S\270\004\270I\336!\371\t\326\206\006\237A\013\2401\240D\376\236@v\260R\260v\270]\377\310\047\320QR\320RY\277\320YZ\320Z[\372\207\001x\243\220s\206A\273 \263\211\001\007\256@\001\374\245\210\001\325!Q\320\004:\270!\377\360\014\000\t\036\230X\240\037X\250Q\250a\373\207\003\300\206\004\306A\362\361\211\t{\347\206\001\367\211\003a\330\014\025\377\320\025\047\240q\250\006\250\375a\200A%\220r\230\023\230\375J\306@T\260\022\2603\260\357i\270t\300\233\207\002I\230Q\253\230f\363 \014\236\211\001\024\267\212\003\005?\220]\240(\250$6\001\335A\377Y\230a\230t\240:\250\256\324\212\002\005\220V\247\211\002\014\024\003k\376\302@\003\2603\260b\270\001\337\340\014\023\2206b\000D\240\377\t\250\021\250&\260\t\270\227\023\270A\375\207\003!\344\212\001]\n\021\276\241\213\001\005\220W\230Hv\003\005\325\220b\001u\005\005V\216`\004\240\377A\240Q\330\010\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2813, 3865);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2780 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\371:m\000O\000endpooint P\001?A\030\004\364B\003\023\twp\000rung\377 `rings`\377 times s\273in\254\000it \034\001l\333as\005\001it\355\000fo\377r.NoneNo\373te\327\000at Cy\357thon\302\001del\377iberatel\377y strict\373er!\001n PEP\377-484 and\317 rej\243 a\000ub\355cX\000se\332\002bui\367lti\253 ypes\377. If you\376\224\" to pas|$\n\321 n set\330\"\375\047\220Bation_\367typ\305\000\047 di\355r\210@iv\242\000o F\377alse.UIOn\201Da a\212Edo\353\000\376\317Aknow wh\371o\213A\257@re: n\373am\340\001e pee\363rs\203\001\240!add_\376\201`edisabl\367een\002\001gcis\376\004\003divshme\237m.err\215@\007\004/\373_c\325@.pyxn\031o\204E\324\000wa\340 \320 ]\001\370\243b\256F\222`close\301d\272a\304F\252A\021\003\250\000ilue\234@i\262 gth\350HH\204c\311\000\232@c\277\001\261@ \t\t\\\360A\226\204\001ed \356`a\224e\256\204\204\001o Cq\002E\271\001D\377oorbells\376\000\006.__redu\017ce__\t\010\216!$\001\004\014\320\214\204\0031\010<\r\334\002_R\rde\373aff\010descr\037iptor\t\t\223\004\206@<\277!#\trop_\254A\251\010\377listen_a\357lone\005\017uio\376\325\010missing\316\347\010new\365\t\243\205\001_b\271y\210(\r\002sel\252\ts\377et_queue\375d\261(unwatc\th\303(\374A_\301\206\002\010\n\030\n\202br\370\047d\216D\212Gech\267\010\345f\224`n\307\010\253\002all\370\272G\n\005\266$Inter\377ruptNoSu\367chV\303\207\002Prot\357ocol\203b__P\373yx\001\000Dict_\377NextRef_\371_\356\205\004\210`__doc\177____fun\003\002\357iter\014\001mai=n\003\002odul$\002\317\205\001\232&\001pN\000vt\274\205\0014\001qgual\022\005\330e__\300!\236(\005test_\000\342e_\250\201\206\001\354\210\003\272c_\301h_\276a_\266\256g_d\240k_d\234e_\373is\224\206\001outin\243e_\233i\005\005\232`_\214d_\252\205a_\370D_\354F_\341G_\352\332D_\315G_\355Badd\377answeran\375y""\000\000thinga\377syncio.c\373orz\003sauto\314\353\205\001\356\205\002cl\217\001\274 tr\177aceback\212\207\002\364\216\207\003\226@l\332\210\001onsd\247one\213e\205ae\312Aeqd\367\207\003\231\213\004\240\213\004sfd\227c\377getitems\370\243\210\004\251\210\005\236\210\002limit\237madem\257B\377\210\001d\377tuplenan\377oseconds7old\260 er\223\211\001\226\211\002wpop\347\204\003reg\350\205\001\377rsrelayr\006B\000ve\324\213\001\375e\354l\356\213\002\374\000\374Q\000\274\205\001setdef\377aultsign\373al\000\003lersl\373ee\323\212\001spins\277topped\004\000roetak\310\000me\276@\377urgentva\317lues\205\215\003\212\215\004wh\347ich\264\215\001\211\215\001(in\267t)\000\002\005, \000\014s\377truct ep7oll\221\206\003 * \002%\002g64_5\005\"\004__\304\204\001\337obj_7\357\212\004_4?_fds_S\273\002\267\000\3709\004o\002<\001 (PyO\215b\374\214\001 *\n\010\222\002*((\377void)\000fa\377il_with\000;is\301\207\003fd\000\270\003\256\"\335\000\250\214\001one\240\211\004\000dwead\323bof\000\270!\377_count\000s?hared_\346&\245\"\360^\001\367\004\363\003\363\210\003elli\363nt\271\017\227A_of\200\377A\200A\330\010\016\210a\376\001\003i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\032\000,-\360\n\000\t\367\r\210K\030\000\010\014\210J\377\220a\330\010\013\2104\210\337w\220g\230Q)\001\006\220\377d\230!\2304\230|\250\372,\000\340\027\002}\230A\230Q\377\230d\240!\330\014\r\330\377\010\t\330\014\017\210q\330\377\020\024\220G\2307\240!\337\2401\340\020\032-\002w\240\277d\250!\2501\340o\000\006\365\220\177\000\340]\000F\220!\220\3758K\000q\200A\340\010\035\377\230T\240\026\240t\2501\375\250\242\000\017\210x\220v\230\377S\240\n\250)\2601\260>\265\000\360\006\000\t\014\207\000]\016\377\020\220\t\230\021\330\014\030\377\230\001\230\021\230$\230a\336\317\001\r\230Q\340\204\000v\220\347S\230\003[\001\213\001E\230\027\357\240\001\240\021\226\001N\240!\235\340\236\000H\230A\205\006[\001\r\377\210I\220T\230\026\230w\375\240B\000\017\210v\220W\230\377D\240\001\330\021\032\230&\363\240\006\021\000""\254\002&\230\001\200uA\211\001\036\246\006F\260!\242!\3776\220\027\230\001\330\014\0217\220\026\220\315\000\360\010\252\003\266!\367U\240$\372\000)\2603\260\376T\002t\2204\220x\230t\377\2406\250\023\250C\250t\373\2601\252!F\230\047\240\021\034%\000\356 \014\210LF\000\371#i\000\316\214BD\220\005\242@\030\002G\220\3451\016\005M\367\000\244@O\2301]\330\253@N\230!\230\000\014\274A\027I\220Q\243\000\016\307A\341 \300A\3279\220A\330\002s\244A\020\220\375\006\324C6\220\023\220A\330{\014\023\217\000y\240\002\240\301\004\232\013\006w\323A\2401\330\003!\006|?\2404\240~\260Qo\001~\000\371\230\372\000\252Aq\230\004\230F\277\240&\250\001\250\021u\003\";\240\031\356@4\250q\230\001\316`?\230\004\320\034-\2502\002\305\006\366\307rx\240\274!\020\000\t\036\362\206i\014\221\204\001a\000G\2401\240\377H\250E\260\026\260s\270\177*\300I\310Q\310a\225\010\377\024\220D\230\006\230a\230\377x\240w\250a\330\010\r\223\210U\340`\254!\022\203&\235\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\367@\273aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\270bI\205\205\001\362\255!v\341a\305\"\320\004\035\230\377]\250!\360 \000\t\020\357\210t\220=\345`\024\240X\377\250Q\250g\260Q\320\004\241\"\353`\346\204\003\231\205\002\346#\001\232 #\373\250Q\207\205\004\320\004$\240M\377\260\021\340\010\032\230$\230wh\240a\267\003\034\230A\334\205\003y{\230a\240C}\240A\240\367 \334\340\004\352\205\002\020\220\010\365`\020\023\256u\000\002\240*\227 \025\344`\024\351\033\370\205\003\212\206\001z\366\204\001\330\020\031\376\374\204\002\022\240:\250U\260%\377\260t\2704\270x\300q\366\201\205\004\330\024\243\000\2407\250*?\260E\270\025\270a\241\206\001Q\001\377\021\033\230:\240U\250%_\250u\260F\270\343Bs\313!\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377&\000\t%\240A\330\010\374\202!\271!J\270a\330\010\033\350\221\204\001\300\000\023\001T\206b6\260\032\177\2707\300#\300Z\310\220`\367\013\2108\200@!\330\014\035\357\230Q\230k\336 )\2602\377\260S\270\004\270I\300Q""\350\301\207\002\333\005\237@\013\360@D\250\007\377\250v\260R\260v\270]\377\310\047\320QR\320RY\277\320YZ\320Z[\345\206\001x\177\220s\230!\330\020\027\313\210\003g\007\220q\211\207\001\330\210\001\005\220\376 \0477\260q\330\207\003\214\204\0016\303@\325\210\002\177d\230+\240S\250\001\300\204\003\377\024\230V\2406\250\024\250\375]\340\003q\320\004:\270!+\360\014\377aX\305Ba\233\207\003\222\206\004\217H\220A\330\223\211\t\232D\321\205\003\014\377\025\320\025\047\240q\250\006\376\376`\014\022\220%\220r\230\377\023\230J\240g\250T\260\377\022\2603\260i\270t\300\254\355\206\002\306`\230f\264 \014\276\210\001\024>\331\211\003\005\220]\240(\351`\301\210\002\177\005\220Y\230a\230t\256@\356\366\211\002\005\220V\307\210\002\014\020\220\376\026\001k\250\027\260\003\2603\377\260b\270\001\340\014\023\220\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\317\207\003\326\223 \024\220]\n\021\222#W\230\351Hv\003`\003u\005\005V\2308\377\2401\240G\2507\260!\177\2601\330\010\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2780, 3927);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3865 bytes) */
-static const char bytes[] = " has more than the 32 bits of the word is no eventfd vectors(tree fragment).: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem._fdsivshmem.errorsivshmem/_core.pyxno default __reduce__ due to non-trivial __cinit__no vector to wait forthe endpoint is closedthe endpoint was closed while waitingvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce_cython__Doorbells.__setstate_cython__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allInterruptNoSuchVectorProtocolErrorSignaller__Pyx_PyDict_NextRef__annotate____doc____func____getstate____iter____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_drop_peer_fds_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcodecollectionscountdonedoorbellechoerrorseventfdeventfdsfdfilenogetiitemsitsivshmemivshmem._corelimitmodulenamedtuplenanosecondsnumberoldouterpeerpeerspopqueuedregistersrelayremoveringring_allringsroundsselfsetdefaultsignalsleepingspinstoppedstoretaketargetstimeouturgentvaluesvectorvectorswhichwordin""t (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int64_t (PyObject *)\000int64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000deadline_of\000take_countint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\200A\330\010\016\210a\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250%\250q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250A\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\013\2104\210z\230\021\230!\330\014\022\220-\230q\320 7\260q\270\004\270D\300\007\300r\310\021\330""\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230t\2404\240w\250b\260\003\2601\200A\360\016\000\t\r\210F\220!\330\010\013\2104\210t\2207\230#\230Q\330\014\020\220\006\220a\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210t\2204\220t\2301\230L\250\001\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\033\230!\360\006\000\t \230q\340\010\030\230\001\330\010\014\210F\220!\330\010\013\2106\220\023\220A\330\014\017\210t\220;\230g\240Q\330\020\026\220i\230q\240\001\330\014\017\210t\2209\230C\230r\240\024\240[\260\001\260\024\260Q\330\020\024\220F\230!\330\021)\250\021\330\020\030\230\001\230\025\230d\240&\250\007\250t\2606\270\026\270s\300#\300T\310\027\320PT\320TU\330\010\022\220%\220q\230\013\2407\250!\2508\3203E\300Q\330\010\014\210H\220A\330\014\020\220\n\230!\330\020\025\220W\230A\230T\240\031\250!\2506\260\021\330\010\014\210F\220!\330\010\020\220\003\2201\220A\330\010\022\220)\2306\240\025\240g\250S\260\002\260!\330\010\013\2108\2203\220a\330\014\r\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\027\220q\230\005\230R\230z\250\025\250a\250s\260!\330\014\020\220\001\330\014\022\220\"\220B\220a\330\025\026\330\024\032\230\"\230B\230a\330\030\037\230y\250\001\250\027\260\001\260\024\260Q\330\030\033\2305\240\003\2401\330\034$\240A\330\035\"\240#\240Q\330\034\035\330\030\035\230Q\330\020\023\2202\220R\220q\330\024\027\220u\230C\230q\330\030!\240\021\240!\330\024&\240a\340\014\020\220\001\220\021\330\010\017\210q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204""\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004+\250=\270\r\300^\320S^\320^_\360&\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230T\240\031\250!\2506\260\032\2707\300#\300Z\310q\330\010\013\2108\2207\230!\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\010\t\330\014\024\220D\230\006\230a\330\020\030\230\013\2401\240D\250\007\250v\260R\260v\270]\310\047\320QR\320RY\320YZ\320Z[\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2305\240\004\240A\240Q\330\010\017\210q";
+    #else /* compression: none (3927 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know who is there: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._close_bellsDoorbells._deafDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._missingDoorbells._newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatchDoorbells._wait_eventDoorbells._watchDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_close_bells_deaf_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_missing_news_ring_by_ring_self_set_queued_unwatch_wait_event_watchaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionsdonedoorbellechoenterederrorseventfdeventfdsfdfilenogetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsoldouterpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoretaketimeouturgentvaluesvectorvectorswhichwordint (int)\000i""nt (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330,-\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\t\230\021\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\220\006\220a\330""\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\014\210K\220q\230\004\320\034-\250Q\330\010\014\210D\220\005\220Q\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230x\240q\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\330\010\014\210K\220q\230\004\230G\2401\240H\250E\260\026\260s\270*\300I\310Q\310a\330\010\013\2106\220\023\220A\330\014\024\220D\230\006\230a\230x\240w\250a\330\010\r\210U\220!\2201\200A\360\022\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230]\250!\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240M\260\021\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360&\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230T\240\031\250!\2506\260\032\2707\300#\300Z\310q\330\010\013\2108\2207\230!""\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\010\t\330\014\024\220D\230\006\230a\330\020\030\230\013\2401\240D\250\007\250v\260R\260v\270]\310\047\320QR\320RY\320YZ\320Z[\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\014\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220I\230Q\230f\240A\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 157; i++) {
+    for (int i = 0; i < 151; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 27) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -22508,8 +24177,8 @@ static const char bytes[] = " has more than the 32 bits of the word is no eventf
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 157; i < 182; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-157].length;
+    for (int i = 151; i < 178; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-151].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -22519,15 +24188,15 @@ static const char bytes[] = " has more than the 32 bits of the word is no eventf
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 182; i++) {
+    for (Py_ssize_t i = 0; i < 178; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 157;
-      for (Py_ssize_t i=0; i<25; ++i) {
+      PyObject **table = stringtab + 151;
+      for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -22593,7 +24262,7 @@ typedef struct {
     unsigned int num_kwonly_args : 3;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 10;
+    unsigned int first_line : 11;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -22613,124 +24282,129 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 151};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 150};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 154};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 158};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 161};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_missing, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 157};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_deaf, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_deaf, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 162};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch, __pyx_mstate->__pyx_kp_b_iso88591_A_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 173};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_relay};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 191};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_4z_q_7q_D_r_4wgQ_d_4t4wb, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector};
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_Kq_Q_D_Qa_4wgQ_d_4xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_D_axwa_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_Kq_G1HE_s_IQa_6_A_D_axwa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 212};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 239};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 229};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 233};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 252};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 238};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 257};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 260};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 291};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 375};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 431};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 407};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_targets, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_vectors, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_its};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_q_F_6_A_t_gQ_iq_t9Cr_Q_F_d_t6_s, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 755};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 470};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector};
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 488};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_M_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 846};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 895};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 986};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_bell};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 949};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1042};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 957};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1050};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1013};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1105};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4t7_Q_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -23550,6 +25224,83 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
+}
+
 /* PyErrFetchRestore (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
@@ -24230,6 +25981,95 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
+/* PyObjectCall2Args (used by CallUnboundCMethod1) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
+    PyObject *args[3] = {NULL, arg1, arg2};
+    return __Pyx_PyObject_FastCall(function, args+1, 2 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
+}
+
+/* CallUnboundCMethod1 */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg) {
+    int was_initialized =  __Pyx_CachedCFunction_GetAndSetInitializing(cfunc);
+    if (likely(was_initialized == 2 && cfunc->func)) {
+        int flag = cfunc->flag;
+        if (flag == METH_O) {
+            return __Pyx_CallCFunction(cfunc, self, arg);
+        } else if (flag == METH_FASTCALL) {
+            return __Pyx_CallCFunctionFast(cfunc, self, &arg, 1);
+        } else if (flag == (METH_FASTCALL | METH_KEYWORDS)) {
+            return __Pyx_CallCFunctionFastWithKeywords(cfunc, self, &arg, 1, NULL);
+        }
+    }
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+    else if (unlikely(was_initialized == 1)) {
+        __Pyx_CachedCFunction tmp_cfunc = {
+#ifndef __cplusplus
+            0
+#endif
+        };
+        tmp_cfunc.type = cfunc->type;
+        tmp_cfunc.method_name = cfunc->method_name;
+        return __Pyx__CallUnboundCMethod1(&tmp_cfunc, self, arg);
+    }
+#endif
+    PyObject* result = __Pyx__CallUnboundCMethod1(cfunc, self, arg);
+    __Pyx_CachedCFunction_SetFinishedInitializing(cfunc);
+    return result;
+}
+#endif
+static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg){
+    PyObject *result = NULL;
+    if (unlikely(!cfunc->func && !cfunc->method) && unlikely(__Pyx_TryUnpackUnboundCMethod(cfunc) < 0)) return NULL;
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (cfunc->func && (cfunc->flag & METH_VARARGS)) {
+        PyObject *args = PyTuple_New(1);
+        if (unlikely(!args)) return NULL;
+        Py_INCREF(arg);
+        PyTuple_SET_ITEM(args, 0, arg);
+        if (cfunc->flag & METH_KEYWORDS)
+            result = __Pyx_CallCFunctionWithKeywords(cfunc, self, args, NULL);
+        else
+            result = __Pyx_CallCFunction(cfunc, self, args);
+        Py_DECREF(args);
+    } else
+#endif
+    {
+        result = __Pyx_PyObject_Call2Args(cfunc->method, self, arg);
+    }
+    return result;
+}
+
+/* dict_getitem_default */
+static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value) {
+    PyObject* value;
+#if !CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07020000
+    value = PyDict_GetItemWithError(d, key);
+    if (unlikely(!value)) {
+        if (unlikely(PyErr_Occurred()))
+            return NULL;
+        value = default_value;
+    }
+    Py_INCREF(value);
+    if ((1));
+#else
+    if (PyBytes_CheckExact(key) || PyUnicode_CheckExact(key) || PyLong_CheckExact(key)) {
+        value = PyDict_GetItem(d, key);
+        if (unlikely(!value)) {
+            value = default_value;
+        }
+        Py_INCREF(value);
+    }
+#endif
+    else {
+        if (default_value == Py_None)
+            value = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key);
+        else
+            value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key, default_value);
+    }
+    return value;
+}
+
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
@@ -24673,170 +26513,11 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
-
-/* PyObjectCall2Args (used by CallUnboundCMethod1) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
-    PyObject *args[3] = {NULL, arg1, arg2};
-    return __Pyx_PyObject_FastCall(function, args+1, 2 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
-}
-
-/* CallUnboundCMethod1 */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg) {
-    int was_initialized =  __Pyx_CachedCFunction_GetAndSetInitializing(cfunc);
-    if (likely(was_initialized == 2 && cfunc->func)) {
-        int flag = cfunc->flag;
-        if (flag == METH_O) {
-            return __Pyx_CallCFunction(cfunc, self, arg);
-        } else if (flag == METH_FASTCALL) {
-            return __Pyx_CallCFunctionFast(cfunc, self, &arg, 1);
-        } else if (flag == (METH_FASTCALL | METH_KEYWORDS)) {
-            return __Pyx_CallCFunctionFastWithKeywords(cfunc, self, &arg, 1, NULL);
-        }
-    }
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-    else if (unlikely(was_initialized == 1)) {
-        __Pyx_CachedCFunction tmp_cfunc = {
-#ifndef __cplusplus
-            0
-#endif
-        };
-        tmp_cfunc.type = cfunc->type;
-        tmp_cfunc.method_name = cfunc->method_name;
-        return __Pyx__CallUnboundCMethod1(&tmp_cfunc, self, arg);
-    }
-#endif
-    PyObject* result = __Pyx__CallUnboundCMethod1(cfunc, self, arg);
-    __Pyx_CachedCFunction_SetFinishedInitializing(cfunc);
-    return result;
-}
-#endif
-static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg){
-    PyObject *result = NULL;
-    if (unlikely(!cfunc->func && !cfunc->method) && unlikely(__Pyx_TryUnpackUnboundCMethod(cfunc) < 0)) return NULL;
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (cfunc->func && (cfunc->flag & METH_VARARGS)) {
-        PyObject *args = PyTuple_New(1);
-        if (unlikely(!args)) return NULL;
-        Py_INCREF(arg);
-        PyTuple_SET_ITEM(args, 0, arg);
-        if (cfunc->flag & METH_KEYWORDS)
-            result = __Pyx_CallCFunctionWithKeywords(cfunc, self, args, NULL);
-        else
-            result = __Pyx_CallCFunction(cfunc, self, args);
-        Py_DECREF(args);
-    } else
-#endif
-    {
-        result = __Pyx_PyObject_Call2Args(cfunc->method, self, arg);
-    }
-    return result;
-}
-
-/* dict_getitem_default */
-static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value) {
-    PyObject* value;
-#if !CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07020000
-    value = PyDict_GetItemWithError(d, key);
-    if (unlikely(!value)) {
-        if (unlikely(PyErr_Occurred()))
-            return NULL;
-        value = default_value;
-    }
-    Py_INCREF(value);
-    if ((1));
-#else
-    if (PyBytes_CheckExact(key) || PyUnicode_CheckExact(key) || PyLong_CheckExact(key)) {
-        value = PyDict_GetItem(d, key);
-        if (unlikely(!value)) {
-            value = default_value;
-        }
-        Py_INCREF(value);
-    }
-#endif
-    else {
-        if (default_value == Py_None)
-            value = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key);
-        else
-            value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key, default_value);
-    }
-    return value;
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
 }
 
 /* py_dict_pop */
@@ -25138,6 +26819,49 @@ static PyObject* __Pyx_tp_new_kwargs(PyObject* type_obj, PyObject* args, PyObjec
     return tp_new((PyTypeObject*)type_obj, args, kwargs);
 }
 
+/* ListAppendAndDecrefInternal (used by ListAppend) */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
+    PyList_SET_ITEM(list, len, x);
+    Py_SET_SIZE(list, len + 1);
+}
+#endif
+
+/* ListAppend */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
+    PyListObject* L = (PyListObject*) list;
+    Py_ssize_t len = Py_SIZE(list);
+    if (likely(L->allocated > len) & likely(len > (L->allocated >> 1))) {
+        Py_INCREF(x);
+        __Pyx__ListComp_AppendAndDecref(list, len, x);
+        return 0;
+    }
+    return PyList_Append(list, x);
+}
+#endif
+
+/* ListCompAppendAndDecref */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    PyListObject* L = (PyListObject*) list;
+    Py_ssize_t len = Py_SIZE(list);
+    if (likely(L->allocated > len)) {
+        __Pyx__ListComp_AppendAndDecref(list, len, x);
+        return 0;
+    }
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#else
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#endif
+
 /* PyFrozenDict (used by dict_iter) */
 #if CYTHON_COMPILING_IN_LIMITED_API
 static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
@@ -25429,14 +27153,6 @@ static CYTHON_INLINE PyObject* __Pyx_dict_iterator(PyObject* iterable, int is_di
     }
 }
 
-/* ListAppendAndDecrefInternal (used by ListCompAppend) */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
-    PyList_SET_ITEM(list, len, x);
-    Py_SET_SIZE(list, len + 1);
-}
-#endif
-
 /* ListCompAppend */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x) {
@@ -25467,20 +27183,6 @@ static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
         Py_DECREF(r);
         return 1;
     }
-}
-#endif
-
-/* ListAppend */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
-    PyListObject* L = (PyListObject*) list;
-    Py_ssize_t len = Py_SIZE(list);
-    if (likely(L->allocated > len) & likely(len > (L->allocated >> 1))) {
-        Py_INCREF(x);
-        __Pyx__ListComp_AppendAndDecref(list, len, x);
-        return 0;
-    }
-    return PyList_Append(list, x);
 }
 #endif
 
@@ -25645,13 +27347,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
     return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
-/* PyUnicode_Unicode */
-static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
-    if (unlikely(obj == Py_None))
-        obj = __pyx_mstate_global->__pyx_kp_u_None;
-    return __Pyx_NewRef(obj);
-}
-
 /* UnicodeConcatInPlace */
 # if CYTHON_COMPILING_IN_CPYTHON
 static int
@@ -25756,27 +27451,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
     if (nogil)
         PyGILState_Release(state);
 }
-
-/* ListCompAppendAndDecref */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
-    PyListObject* L = (PyListObject*) list;
-    Py_ssize_t len = Py_SIZE(list);
-    if (likely(L->allocated > len)) {
-        __Pyx__ListComp_AppendAndDecref(list, len, x);
-        return 0;
-    }
-    int result = PyList_Append(list, x);
-    Py_DECREF(x);
-    return result;
-}
-#else
-static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
-    int result = PyList_Append(list, x);
-    Py_DECREF(x);
-    return result;
-}
-#endif
 
 /* PyObjectCompare */
 #ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
@@ -26240,182 +27914,6 @@ static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
 bad:
     Py_XDECREF(ob);
     return -1;
-}
-
-/* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
-    static Py_ssize_t tp_dictoffset = 0;
-    if (unlikely(tp_dictoffset == 0)) {
-        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
-        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
-            tp_dictoffset = 0; // try again next time?
-            return NULL;
-        }
-    }
-    return *(PyObject**)((char*)tp + tp_dictoffset);
-}
-#endif
-
-/* DelItemOnTypeDict (used by SetupReduce) */
-static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k) {
-    int result;
-    PyObject *tp_dict;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    tp_dict = __Pyx_GetTypeTypeDict(tp);
-    if (unlikely(!tp_dict)) return -1;
-#else
-    tp_dict = tp->tp_dict;
-#endif
-    result = PyDict_DelItem(tp_dict, k);
-    if (likely(!result)) PyType_Modified(tp);
-    return result;
-}
-
-/* SetItemOnTypeDict (used by SetupReduce) */
-static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
-    int result;
-    PyObject *tp_dict;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    tp_dict = __Pyx_GetTypeTypeDict(tp);
-    if (unlikely(!tp_dict)) return -1;
-#else
-    tp_dict = tp->tp_dict;
-#endif
-    result = PyDict_SetItem(tp_dict, k, v);
-    if (likely(!result)) {
-        PyType_Modified(tp);
-        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
-            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
-            if (!setNameResult) return -1;
-            Py_DECREF(setNameResult);
-        }
-    }
-    return result;
-}
-
-/* SetupReduce */
-static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
-  int ret;
-  PyObject *name_attr;
-  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
-  if (likely(name_attr)) {
-      ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
-  } else {
-      ret = -1;
-  }
-  if (unlikely(ret < 0) && __Pyx_IgnoreException(PyExc_Exception)) {
-      ret = 0;  // But BaseException is still propagated.
-  }
-  Py_XDECREF(name_attr);
-  return ret;
-}
-static PyObject *__Pyx_setup_reduce_get_reduce_attribute(PyObject *type_obj, PyObject *name, int allow_not_present) {
-#if CYTHON_USE_PYTYPE_LOOKUP
-    CYTHON_UNUSED_VAR(allow_not_present);
-    return _PyType_Lookup((PyTypeObject*)type_obj, name);
-#else
-    if (allow_not_present) {
-        return __Pyx_PyObject_GetAttrStrNoError(type_obj, name);
-    } else {
-        return __Pyx_PyObject_GetAttrStr(type_obj, name);
-    }
-#endif
-}
-static int __Pyx_setup_reduce(PyObject* type_obj) {
-    int ret = 0;
-    PyObject *object_reduce = NULL;
-    PyObject *object_getstate = NULL;
-    PyObject *object_reduce_ex = NULL;
-    PyObject *reduce = NULL;
-    PyObject *reduce_ex = NULL;
-    PyObject *reduce_cython = NULL;
-    PyObject *setstate = NULL;
-    PyObject *setstate_cython = NULL;
-    PyObject *getstate = NULL;
-    getstate = __Pyx_setup_reduce_get_reduce_attribute(type_obj, __pyx_mstate_global->__pyx_n_u_getstate, 1);
-    if (!getstate && PyErr_Occurred()) {
-        goto __PYX_BAD;
-    }
-    if (getstate) {
-        object_getstate = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_getstate, 1);
-        if (!object_getstate && PyErr_Occurred()) {
-            goto __PYX_BAD;
-        }
-        if (object_getstate != getstate) {
-            goto __PYX_GOOD;
-        }
-    }
-    object_reduce_ex = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce_ex, 0);
-    if (unlikely(!object_reduce_ex)) goto __PYX_BAD;
-    reduce_ex = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_ex); if (unlikely(!reduce_ex)) goto __PYX_BAD;
-    if (reduce_ex == object_reduce_ex) {
-        object_reduce = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce, 0);
-        if (!object_reduce) goto __PYX_BAD;
-        reduce = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce); if (unlikely(!reduce)) goto __PYX_BAD;
-        int try_to_replace_reduce = (reduce == object_reduce);
-        if (!try_to_replace_reduce) {
-            try_to_replace_reduce = __Pyx_setup_reduce_is_named(reduce, __pyx_mstate_global->__pyx_n_u_reduce_cython);
-            if (unlikely(try_to_replace_reduce < 0)) {
-                goto __PYX_BAD;
-            }
-        }
-        if (try_to_replace_reduce) {
-            reduce_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython);
-            if (likely(reduce_cython)) {
-                ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce, reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-            } else if (reduce == object_reduce || PyErr_Occurred()) {
-                goto __PYX_BAD;
-            }
-            setstate = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate);
-            int try_to_replace_setstate;
-            if (!setstate) {
-                PyObject *exc = PyErr_Occurred();
-                if (exc && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-                    goto __PYX_BAD;
-                }
-                try_to_replace_setstate = 1;
-            } else {
-                try_to_replace_setstate = __Pyx_setup_reduce_is_named(setstate, __pyx_mstate_global->__pyx_n_u_setstate_cython);
-                if (unlikely(try_to_replace_setstate < 0)) {
-                    goto __PYX_BAD;
-                }
-            }
-            if (try_to_replace_setstate) {
-                setstate_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython);
-                if (likely(setstate_cython)) {
-                    ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate, setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                    ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                } else if (!setstate || PyErr_Occurred()) {
-                    goto __PYX_BAD;
-                }
-            }
-            PyType_Modified((PyTypeObject*)type_obj);
-        }
-    }
-    goto __PYX_GOOD;
-__PYX_BAD:
-    if (!PyErr_Occurred()) {
-        __Pyx_RaiseErrorWithType(
-            PyExc_RuntimeError,
-            "Unable to initialize pickling for " __Pyx_FMT_TYPENAME,
-            (PyTypeObject*)type_obj);
-    }
-    ret = -1;
-__PYX_GOOD:
-#if !CYTHON_USE_PYTYPE_LOOKUP
-    Py_XDECREF(object_reduce);
-    Py_XDECREF(object_reduce_ex);
-    Py_XDECREF(object_getstate);
-    Py_XDECREF(getstate);
-#endif
-    Py_XDECREF(reduce);
-    Py_XDECREF(reduce_ex);
-    Py_XDECREF(reduce_cython);
-    Py_XDECREF(setstate);
-    Py_XDECREF(setstate_cython);
-    return ret;
 }
 
 /* TypeImport */
@@ -28270,6 +29768,43 @@ static PyTypeObject *__Pyx_Get_CyFunction_Type(void) {
     PyTypeObject *tp = __pyx_mstate_global->__pyx_CyFunctionType;
     Py_INCREF((PyObject*)tp);
     return tp;
+}
+
+/* LimitedApiGetTypeTypeDict (used by SetItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
+    static Py_ssize_t tp_dictoffset = 0;
+    if (unlikely(tp_dictoffset == 0)) {
+        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
+        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
+            tp_dictoffset = 0; // try again next time?
+            return NULL;
+        }
+    }
+    return *(PyObject**)((char*)tp + tp_dictoffset);
+}
+#endif
+
+/* SetItemOnTypeDict */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_SetItem(tp_dict, k, v);
+    if (likely(!result)) {
+        PyType_Modified(tp);
+        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
+            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
+            if (!setNameResult) return -1;
+            Py_DECREF(setNameResult);
+        }
+    }
+    return result;
 }
 
 /* CLineInTraceback (used by AddTraceback) */

@@ -19,7 +19,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ._bell cimport Doorbell, Handler
-from ._fds cimport deadline_in, Epoll, FdArray, Relay
+from ._fds cimport deadline_in, Epoll, FdArray, Relay, Signaller
 from ._memory cimport Registers
 from ._spin cimport Spinner, Turn
 
@@ -72,6 +72,7 @@ cdef class Doorbells:
     cdef int watched
     cdef bint urgent  # what is watched interrupts waiting for one vector, too
     cdef Relay relay  # the own eventfds are this process's alone, and hear of what is urgent
+    cdef Signaller signaller  # once something was rung without waiting
     cdef int pid
     cdef Spinner spinner
 
@@ -98,6 +99,10 @@ cdef class Doorbells:
     cdef int check(self) except -1
     cdef int enter(self) except -1
     cdef FdArray bells_of(self, peer, Py_ssize_t vector)
+    cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1
+    cdef Signaller quiet(self)
+    cdef list several(self, object peers, object vector)
+    cdef Py_ssize_t ring_several(self, list bells) except -1
     cdef int check_vector(self, Py_ssize_t vector) except -1
     cdef Epoll anything(self)
     cdef Epoll watch_all(self)

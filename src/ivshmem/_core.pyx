@@ -15,14 +15,16 @@ from libc.stdlib cimport free, malloc
 
 from ._bell cimport Bell, Doorbell, ring_bell
 from ._fds cimport (
-    add_one, BATCH, count_of, deadline_in, deadline_of, Epoll, epoll_sleep, fail_with, FdArray,
-    is_eventfd, look, now, Relay, take_count, time_left,
+    add_one, add_one_nowait, BATCH, count_of, deadline_in, deadline_of, Epoll, epoll_sleep,
+    fail_with, FdArray, is_eventfd, length_of, look, now, place_of, Relay, shared_signaller,
+    Signaller, take_count, time_left,
 )
 from ._libc cimport (
     c_read, EAGAIN, EINTR, EINVAL, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
-    getpid, IVSHMEM_CLOSING, ivshmem_count, ivshmem_enter, ivshmem_is_only_thread,
-    ivshmem_leave, ivshmem_load, ivshmem_pause, ivshmem_shut, ivshmem_state, ivshmem_store,
-    O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, SEQ_CST, timespec,
+    c_close, getpid, IVSHMEM_CLOSING, ivshmem_and, ivshmem_count, ivshmem_enter,
+    ivshmem_is_only_thread, ivshmem_leave, ivshmem_load, ivshmem_or, ivshmem_pause, ivshmem_shut,
+    ivshmem_state, ivshmem_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
+    SEQ_CST, timespec,
 )
 from ._libc cimport EPOLLIN as _EPOLLIN
 from ._libc cimport POLLIN as _POLLIN
@@ -31,7 +33,6 @@ from ._spin cimport HABITS, Probe, spin_of, Spinner, Turn
 
 from collections import namedtuple
 
-from ._fds import Signaller
 from .errors import ClosedError, NoSuchVector, ProtocolError
 
 Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
@@ -75,7 +76,7 @@ cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nog
     cdef uint64_t count = 0
     cdef ssize_t n = 0
     cdef int code = 0
-    cdef int fd = self.own.fds[vector]
+    cdef int fd = place_of(self.own, vector)[0]
     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
     ivshmem_count(&self.sleepers, 1)
     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
@@ -91,7 +92,7 @@ cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nog
     if code != EAGAIN:
         return -code
     fcntl(fd, F_SETFL, O_RDWR)
-    self.nonblocking &= ~(<uint64_t>1 << vector % 64)
+    ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
     return 0
 
 
@@ -105,9 +106,9 @@ cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noex
     cdef uint64_t bit = <uint64_t>1 << vector % 64
     if not plainly or self.relay is not None or vector >= 64:
         return probe_eventfd
-    if not self.nonblocking & bit:
-        self.nonblocking |= bit
-        fcntl(self.own.fds[vector], F_SETFL, O_RDWR | O_NONBLOCK)
+    if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+        ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+        fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
     return probe_plainly
 
 
@@ -145,6 +146,12 @@ cdef class Doorbells:
         self.wake = FdArray.eventfds(1)
         self.queued = FdArray.eventfds(1)
         self.state = 0
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+            " again, where another is needed"
+        )
 
     # Overridden by subclasses.
 
@@ -195,19 +202,31 @@ cdef class Doorbells:
         Raises:
             ProtocolError: it is no eventfd.
         """
+        cdef Py_ssize_t vector = length_of(self.own)
+        self.check_kind(fd, "this endpoint", vector)
         self.own.take(fd)
-        if not is_eventfd(fd):
-            raise ProtocolError(f"what came for vector {self.own.count - 1} is no eventfd")
         if self.epoll is not None:
-            self.epoll.add(fd, self.own.count - 1, _EPOLLIN)
+            self.epoll.add(fd, vector, _EPOLLIN)
 
     @cython.critical_section
     def _add_bell(self, peer, int fd):
-        """Ring the peer's next vector through `fd`; takes it."""
+        """Ring the peer's next vector through `fd`; takes it, also when this fails.
+
+        Raises:
+            ProtocolError: it is not an eventfd, and nothing is written to it. Only a write to an
+                eventfd is known to be short and harmless, whatever its sender intends.
+        """
         cdef FdArray bells = self.bells.get(peer)
+        self.check_kind(fd, f"peer {peer}", 0 if bells is None else length_of(bells))
         if bells is None:
             bells = self.bells[peer] = FdArray()
         bells.take(fd)
+
+    cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
+        if is_eventfd(fd, self.wake.fds[0]):
+            return 0
+        c_close(fd)
+        raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
 
     def _listen_uio(self, int fd):
         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; takes it.
@@ -233,7 +252,7 @@ cdef class Doorbells:
     def _bells(self, peer):
         """How many doorbells `peer` has; None when it is unknown."""
         cdef FdArray bells = self.bells.get(peer)
-        return None if bells is None else bells.count
+        return None if bells is None else length_of(bells)
 
     @cython.critical_section
     def _drop_peer(self, peer):
@@ -245,7 +264,7 @@ cdef class Doorbells:
     @property
     def vectors(self):
         """How many vectors others can ring here: they are 0..vectors-1."""
-        return self.own.count
+        return length_of(self.own)
 
     @property
     def closed(self):
@@ -305,8 +324,8 @@ cdef class Doorbells:
         if self.epoll is None:
             epoll = Epoll()
             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
-            for i in range(self.own.count):
-                epoll.add(self.own.fds[i], i, _EPOLLIN)
+            for i in range(length_of(self.own)):
+                epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
             if self.watched >= 0:
                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
             self.epoll = epoll
@@ -320,8 +339,8 @@ cdef class Doorbells:
 
         One write to an eventfd. It does not wait for the peer, and cannot tell whether it listens;
         a peer whose counter is full has an interrupt pending already, which is success. (Such a
-        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, though no other
-        Python thread, until a signal arrives. Signaller never waits, and takes four times as long.)
+        peer, if it also cleared O_NONBLOCK on its eventfd, can hold this thread, but no other
+        Python thread, until a signal arrives. `ring_nowait` never waits.)
 
         A guest's device rings by one 32-bit store to its Doorbell register. It cannot tell who is
         there: ringing nobody is silently nothing.
@@ -345,8 +364,8 @@ cdef class Doorbells:
         while True:
             if ivshmem_is_only_thread():  # so nobody can close anything meanwhile
                 found = PyDict_GetItemWithError(self.bells, peer)
-                if found != NULL and 0 <= vector < (<FdArray>found).count:
-                    code = add_one((<FdArray>found).fds[vector])
+                if found != NULL and 0 <= vector < length_of(<FdArray>found):
+                    code = add_one(place_of(<FdArray>found, vector)[0])
                 else:
                     code = ESHUTDOWN
             else:
@@ -355,7 +374,7 @@ cdef class Doorbells:
                     code = ESHUTDOWN
                 else:
                     with nogil:
-                        code = add_one(bells.fds[vector])
+                        code = add_one(place_of(bells, vector)[0])
                     bells.leave()
             if code == 0:
                 return
@@ -367,10 +386,47 @@ cdef class Doorbells:
             else:
                 PyErr_CheckSignals()
 
+    @cython.binding(False)
+    def ring_nowait(self, peer, Py_ssize_t vector=0):
+        """Like `ring`, but wait for nobody, whatever a hostile peer did to its eventfd.
+
+        It costs about three times as much: the kernel signals at the end of an asynchronous read
+        (io_submit(2)). Where it can have no such reads (no AIO in the kernel, fs.aio-max-nr used
+        up, no descriptor left) it looks for room in the counter before it writes, which a hostile
+        peer can beat by a microsecond.
+
+        Raises:
+            NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
+        """
+        cdef FdArray bells
+        if self.registers is not None:
+            return self.ring(peer, vector)
+        while True:
+            bells = self.bells_of(peer, vector)
+            if bells is not None and bells.enter():
+                try:
+                    add_one_nowait(self.quiet(), place_of(bells, vector)[0])
+                finally:
+                    bells.leave()
+                return None
+            self.check()
+            self._missing(peer, vector)
+
+    cdef Signaller quiet(self):
+        """The process's signaller, kept until this endpoint is closed; None if there is none."""
+        cdef Signaller signaller
+        with cython.critical_section(self):
+            signaller = self.signaller
+            if signaller is None:
+                signaller = shared_signaller()
+                if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+                    self.signaller = signaller
+        return signaller
+
     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
         """The doorbells of a peer that has this vector, else None."""
         cdef FdArray bells = self.bells.get(peer)
-        return bells if bells is not None and 0 <= vector < bells.count else None
+        return bells if bells is not None and 0 <= vector < length_of(bells) else None
 
     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):
         """Look up a doorbell that is to be rung often; a little quicker, and for use from C.
@@ -401,31 +457,59 @@ cdef class Doorbells:
             made.owner = bells
             made.bell.fds = <void *>bells
             made.bell.state = &bells.state
-            made.bell.fd = bells.fds[vector]
+            made.bell.fd = place_of(bells, vector)[0]
+        return made
+
+    def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
+        """A doorbell that rings as `ring_nowait` does."""
+        cdef Doorbell made = self.doorbell(peer, vector)
+        made.nowait = self.registers is None
+        made.signaller = self.quiet() if made.nowait else None
         return made
 
     def ring_all(self, peers=None, vector=0):
         """Ring several doorbells in one call: each vector named of each peer named.
 
-        Nothing is rung unless all of them can be.
+        Nothing is rung unless all of them can be. Like `ring`, it can be held up by a hostile peer.
 
         Args:
-            peers: ids; None: everybody who is connected, but oneself. (A guest's device does not
-                know who is there: it has to be told.)
+            peers: ids; None: all other peers that are connected. (A guest's device does not
+                know who is there: name them.)
             vector: one, or several.
 
         Returns:
-            How many doorbells were rung. (Who leaves meanwhile is not counted.)
+            How many doorbells were rung. (A peer that leaves during the call is not counted.)
 
         Raises:
             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`; nothing was rung.
         """
+        return self.ring_several(self.several(peers, vector))
+
+    def ring_all_nowait(self, peers=None, vector=0):
+        """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+        cdef list bells = self.several(peers, vector)
+        cdef list entered = []
+        cdef Signaller signaller
+        if self.registers is not None:
+            return self.ring_several(bells)
+        signaller = self.quiet()
+        try:
+            for bell in bells:
+                if ivshmem_enter((<Doorbell>bell).bell.state):
+                    entered.append(bell)
+            if signaller is not None:
+                signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
+            else:
+                for bell in entered:
+                    add_one_nowait(None, (<Doorbell>bell).bell.fd)
+        finally:
+            for bell in entered:
+                (<FdArray>(<Doorbell>bell).bell.fds).leave()
+        return len(entered)
+
+    cdef list several(self, object peers, object vector):
+        """The doorbells that ring_all is to ring."""
         cdef list bells = []
-        cdef Bell **targets
-        cdef Py_ssize_t i
-        cdef Py_ssize_t done = 0
-        cdef Py_ssize_t count
-        cdef int code = 0
         self.check()
         if peers is None:
             if self.registers is not None:
@@ -439,7 +523,14 @@ cdef class Doorbells:
             for number in vectors:
                 bells.append(self.doorbell(peer, number))
         self.check()  # what was iterated over may have closed it
-        count = len(bells)
+        return bells
+
+    cdef Py_ssize_t ring_several(self, list bells) except -1:
+        cdef Bell **targets
+        cdef Py_ssize_t i
+        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t count = len(bells)
+        cdef int code = 0
         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
         if targets == NULL:
             raise MemoryError
@@ -503,7 +594,7 @@ cdef class Doorbells:
         cdef int64_t n = 0
         cdef bint plainly
         cdef Turn turn
-        if not 0 <= vector < self.own.count:
+        if not 0 <= vector < length_of(self.own):
             self.check_vector(vector)
         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
@@ -518,7 +609,7 @@ cdef class Doorbells:
                     vector,
                     deadline,
                     probe_of(self, vector, plainly),
-                    &self.own.fds[vector],
+                    place_of(self.own, vector),
                     &turn,
                 )
             if n == 0:
@@ -538,7 +629,7 @@ cdef class Doorbells:
         """Begin a call that waits; `leave` ends it."""
         if not ivshmem_enter(&self.state):
             self.check()
-        if self.own.count == 0:
+        if length_of(self.own) == 0:
             try:
                 self._deaf()
             except BaseException:
@@ -547,8 +638,8 @@ cdef class Doorbells:
         return 0
 
     cdef int check_vector(self, Py_ssize_t vector) except -1:
-        if not 0 <= vector < self.own.count:
-            raise NoSuchVector(f"vector {vector}: this endpoint has {self.own.count} vectors")
+        if not 0 <= vector < length_of(self.own):
+            raise NoSuchVector(f"vector {vector}: this endpoint has {length_of(self.own)} vectors")
         return 0
 
     cdef int attend(self, int64_t code) except -1:
@@ -575,7 +666,7 @@ cdef class Doorbells:
             n = read_plainly(self, vector)
             if n:
                 return n
-        fds[0].fd = self.own.fds[vector]
+        fds[0].fd = place_of(self.own, vector)[0]
         fds[1].fd = self.wake.fds[0]
         fds[2].fd = self.watched
         fds[0].events = fds[1].events = fds[2].events = _POLLIN
@@ -617,7 +708,7 @@ cdef class Doorbells:
             raise MemoryError
         try:
             for i in range(len(numbers)):
-                polled.fds[i].fd = self.own.fds[<Py_ssize_t>numbers[i]]
+                polled.fds[i].fd = place_of(self.own, numbers[i])[0]
             polled.fds[polled.count - 2].fd = self.wake.fds[0]
             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
             for i in range(polled.count):
@@ -804,7 +895,7 @@ cdef class Doorbells:
 
     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
         """How often a vector was rung since the last look; 0 when it was not; -errno."""
-        return self.take_uio(self.own.fds[vector]) if self.uio else look(self.own.fds[vector])
+        return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
 
     cdef int64_t take_uio(self, int fd) noexcept nogil:
         cdef uint32_t count, before
@@ -827,7 +918,7 @@ cdef class Doorbells:
         cdef bint plainly
         if not ivshmem_enter(&self.state):
             return -ESHUTDOWN
-        if 0 <= vector < self.own.count:
+        if 0 <= vector < length_of(self.own):
             if wait.turn.left < 0:
                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
@@ -839,7 +930,7 @@ cdef class Doorbells:
                     vector,
                     wait.deadline,
                     probe_of(self, vector, plainly),
-                    &self.own.fds[vector],
+                    place_of(self.own, vector),
                     &wait.turn,
                     &self.state,
                 )
@@ -868,7 +959,7 @@ cdef class Doorbells:
         cdef Wait wait
         begin_wait(&wait, timeout, spin)
         self.check()
-        if self.own.count == 0:
+        if length_of(self.own) == 0:
             self._deaf()
         self.check_vector(vector)
         stopped[0] = 0
@@ -945,6 +1036,8 @@ cdef class Doorbells:
             self.outer.close()
         if self.epoll is not None:
             self.epoll.close()
+        with cython.critical_section(self):
+            self.signaller = None
 
     @cython.critical_section
     def _close_bells(self):
@@ -977,18 +1070,17 @@ cdef class Doorbells:
 
         Of eventfds that are shared, only a thread that Python does not know can have come here.
         """
+        cdef Signaller signaller
         if self.relay is not None:
-            for vector in range(self.own.count):
+            for vector in range(length_of(self.own)):
                 self.own.signal(vector)
         elif ivshmem_count(&self.sleepers, 0):
-            try:
-                signaller = Signaller()
-            except OSError:  # fs.aio-max-nr is used up, or no descriptor is left
+            signaller = self.quiet()
+            if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
                 return 0
-            try:
-                signaller.signal([self.own.fds[vector] for vector in range(self.own.count)])
-            finally:
-                signaller.close()
+            signaller.signal(
+                [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
+            )
         return 0
 
     # -- for event loops that watch the descriptors themselves ------------------------------------
@@ -1018,7 +1110,7 @@ cdef class Doorbells:
                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
         """
         self.check()
-        if self.own.count == 0:
+        if length_of(self.own) == 0:
             self._deaf()
         if which == "any":
             return self.anything().epfd
@@ -1027,7 +1119,7 @@ cdef class Doorbells:
         if which == "urgent":
             return self.watched if self.urgent else -1
         self.check_vector(which)
-        return self.own.fds[<Py_ssize_t>which]
+        return place_of(self.own, which)[0]
 
 
 # -- what a spin looks at -------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
 from ._libc cimport (
     aio_context_t, c_write, clock_gettime, CLOCK_MONOTONIC, EAGAIN, EINTR, EINVAL, epoll_event,
-    errno, iovec, preadv2, RWF_NOWAIT, timespec,
+    errno, iovec, ivshmem_elements, ivshmem_length, preadv2, RWF_NOWAIT, timespec,
 )
 
 cdef enum:
@@ -19,7 +19,9 @@ cdef int fail() except -1
 cdef int fail_with(int code) except -1
 cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2
 cdef int64_t take_count(int fd) except -1
-cdef bint is_eventfd(int fd) noexcept
+cdef bint is_eventfd(int fd, int known) noexcept nogil
+cdef Signaller shared_signaller()
+cdef int add_one_nowait(Signaller signaller, int fd) except -1
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -91,6 +93,25 @@ cdef class FdArray:
     cdef bint enter(self) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void release(self) noexcept nogil
+
+
+cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
+    """How many descriptors there are, also while another thread adds one."""
+    return ivshmem_length(&array.count)
+
+
+cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
+    """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+    return &ivshmem_elements(&array.fds)[index]
+
+
+cdef class Signaller:
+    cdef aio_context_t context
+    cdef int zero
+    cdef int pid
+    cdef object __weakref__
+
+    cdef int submit(self, int *fds, long count) except -1
 
 
 cdef class Relay:

@@ -12,7 +12,7 @@ Invariants, of all modules in Cython:
    closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical
    section of its owner, it cannot be closed either.
 3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,
-   but for those that ring: see Doorbells.ring.
+   except those that ring by a plain write: see Doorbells.ring and ring_nowait.
 4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.
 """
 
@@ -23,14 +23,15 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 
 from ._libc cimport (
-    aio_context_t, c_close, c_eventfd, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
+    aio_context_t, c_close, c_eventfd, c_fstat, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
     EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, getpid, io_event, iocb,
+    EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, file_stat, getpid, iocb,
     IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, IVSHMEM_CLOSING,
     ivshmem_enter, ivshmem_fork_sharing_files, ivshmem_io_any_end, ivshmem_io_destroy,
-    ivshmem_io_getevents, ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave,
-    ivshmem_shut, preadv2, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
-    RWF_NOWAIT, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime,
+    ivshmem_io_forget, ivshmem_io_has_ring, ivshmem_io_setup, ivshmem_io_submit, ivshmem_leave,
+    ivshmem_set_elements, ivshmem_set_length, ivshmem_shut, pollfd, POLLOUT, ppoll, preadv2,
+    PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork, RWF_NOWAIT, TFD_CLOEXEC,
+    TFD_NONBLOCK, timerfd_create, timerfd_settime, timespec,
 )
 from ._libc cimport EPOLLERR as _EPOLLERR
 from ._libc cimport EPOLLHUP as _EPOLLHUP
@@ -38,6 +39,7 @@ from ._libc cimport EPOLLIN as _EPOLLIN
 from ._libc cimport EPOLLOUT as _EPOLLOUT
 
 import os
+import weakref
 
 from .errors import ClosedError
 
@@ -198,10 +200,10 @@ cdef class FdArray:
                 grown[i] = self.fds[i]
             self.outgrown[self.outgrown_count] = self.fds
             self.outgrown_count += 1
-            self.fds = grown
+            ivshmem_set_elements(&self.fds, grown)
             self.room = self.room * 2 + 1
         self.fds[self.count] = fd
-        self.count += 1
+        ivshmem_set_length(&self.count, self.count + 1)
 
     def __len__(self):
         return 0 if self.state & IVSHMEM_CLOSING else self.count
@@ -230,7 +232,7 @@ cdef class FdArray:
     cdef void release(self) noexcept nogil:
         cdef Py_ssize_t i
         cdef Py_ssize_t count = self.count
-        self.count = 0
+        ivshmem_set_length(&self.count, 0)
         for i in range(count):
             c_close(self.fds[i])
 
@@ -263,15 +265,11 @@ cdef class Signaller:
     A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who
     shares the eventfd can. The kernel's own signal does not: io_submit(2) sends it when a request
     with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about
-    four times as much as a write, for up to 64 eventfds.
+    three times as much as a write; 64 eventfds in one call, one and a half times as much each.
 
     Raises:
         OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.
     """
-
-    cdef aio_context_t context
-    cdef int zero
-    cdef int pid
 
     def __cinit__(self):
         self.context = 0
@@ -285,41 +283,51 @@ cdef class Signaller:
             finally:
                 self.close()
 
-    @cython.critical_section
     def signal(self, fds):
         """Add 1 to each eventfd of a sequence; a full counter stays full."""
-        cdef iocb requests[BATCH]
-        cdef iocb *pointers[BATCH]
-        cdef io_event ends[BATCH]
-        cdef char nothing[1]
-        cdef Py_ssize_t first, i
-        cdef long count, done, n
+        cdef int batch[BATCH]
+        cdef Py_ssize_t first
+        cdef long count
+        cdef unsigned int number
         if self.zero < 0:
             raise ClosedError("the signaller is closed")
         for first in range(0, len(fds), BATCH):
             count = 0
             for fd in fds[first : first + BATCH]:
-                memset(&requests[count], 0, sizeof(iocb))
-                requests[count].aio_lio_opcode = IOCB_CMD_PREAD
-                requests[count].aio_fildes = self.zero
-                requests[count].aio_buf = <uint64_t>&nothing[0]
-                requests[count].aio_nbytes = 1
-                requests[count].aio_flags = IOCB_FLAG_RESFD
-                requests[count].aio_resfd = fd
-                pointers[count] = &requests[count]
+                number = fd
+                batch[count] = <int>number
                 count += 1
-            done = 0
+            self.submit(batch, count)
+
+    cdef int submit(self, int *fds, long count) except -1:
+        """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+        cdef iocb requests[BATCH]
+        cdef iocb *pointers[BATCH]
+        cdef char nothing[1]
+        cdef long i, n
+        cdef long done = 0
+        memset(requests, 0, count * sizeof(iocb))
+        for i in range(count):
+            requests[i].aio_lio_opcode = IOCB_CMD_PREAD
+            requests[i].aio_fildes = self.zero
+            requests[i].aio_buf = <uint64_t>&nothing[0]
+            requests[i].aio_nbytes = 1
+            requests[i].aio_flags = IOCB_FLAG_RESFD
+            requests[i].aio_resfd = fds[i]
+            pointers[i] = &requests[i]
+        with cython.critical_section(self):
+            if self.zero < 0:
+                raise ClosedError("the signaller is closed")
             while done < count:
                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
-                if n < 0:
-                    if errno == EINTR or errno == EAGAIN:
-                        continue
+                if n >= 0:
+                    done += n
+                    ivshmem_io_forget(self.context, n)
+                elif errno != EINTR and errno != EAGAIN:
                     fail()
-                done += n
-                i = 0
-                while i < n:
-                    i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+        return 0
 
+    @cython.critical_section
     def close(self):
         if self.context and getpid() == self.pid:
             ivshmem_io_destroy(self.context)
@@ -330,6 +338,51 @@ cdef class Signaller:
 
     def __dealloc__(self):
         self.close()
+
+
+# All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
+cdef object _shared = None
+
+
+cdef Signaller shared_signaller():
+    """The one of this process, which lives as long as somebody uses it; None if there can be none.
+
+    Without AIO in the kernel, without a descriptor or room in fs.aio-max-nr, `add_one_nowait` does
+    without.
+    """
+    global _shared
+    cdef Signaller signaller = None if _shared is None else _shared()
+    if signaller is None or signaller.pid != getpid():
+        try:
+            signaller = Signaller()
+        except OSError:
+            return None
+        _shared = weakref.ref(signaller)
+    return signaller
+
+
+cdef int add_one_nowait(Signaller signaller, int fd) except -1:
+    """Add 1 to an eventfd that others share, and wait for nobody.
+
+    Without a signaller it looks for room before it writes. A hostile peer can fill the counter in
+    the microsecond between, so that is the second best.
+    """
+    cdef pollfd one
+    cdef timespec none
+    cdef int code
+    if signaller is not None:
+        return signaller.submit(&fd, 1)
+    none.tv_sec = none.tv_nsec = 0
+    one.fd = fd
+    one.events = POLLOUT
+    while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+        code = add_one(fd)
+        if code == 0:
+            break
+        if code != EINTR:
+            fail_with(code)
+        PyErr_CheckSignals()
+    return 0  # a full counter is an interrupt that is pending already
 
 
 @cython.final
@@ -564,10 +617,20 @@ def count_of_eventfd(int fd):
     raise OSError(EINVAL, "a vector's descriptor is no eventfd")
 
 
-cdef bint is_eventfd(int fd) noexcept:
-    """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
+cdef bint is_eventfd(int fd, int known) noexcept nogil:
+    """Whether `fd` is an eventfd, as `known` is one.
+
+    Both have the one inode of all files without a name. (So it is not a pipe, a socket or a file of
+    somebody's own file system, where a write could wait as long as that somebody likes.) And it
+    reads like one: less than 8 bytes are EINVAL, and the count stays.
+    """
     cdef char data[7]
     cdef iovec iov
+    cdef file_stat one, other
+    if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
+        return False
+    if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+        return False
     iov.iov_base = data
     iov.iov_len = sizeof(data)
     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL

@@ -19,10 +19,12 @@ core its peer runs; it can see what its own spins bring. So:
 
 cimport cython
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ._fds cimport now
-from ._libc cimport EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_state
+from ._libc cimport (
+    EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_load, ivshmem_state, ivshmem_store, RELAXED,
+)
 
 cdef enum:
     # Nanoseconds. What "auto" tries at least and at most; from what hole on in its own time a spin
@@ -52,6 +54,24 @@ cdef int64_t spin_of(object spin) except -2:
     if not seconds >= 0:
         raise ValueError(f"cannot spin for {seconds:g} seconds")
     return <int64_t>(min(seconds, 1e9) * 1e9)
+
+
+# The numbers of a Habit, which threads share without a lock: each is read and written whole.
+
+cdef inline uint32_t get32(uint32_t *number) noexcept nogil:
+    return <uint32_t>ivshmem_load(number, False, RELAXED)
+
+
+cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:
+    ivshmem_store(number, False, value, RELAXED)
+
+
+cdef inline int64_t get64(int64_t *number) noexcept nogil:
+    return <int64_t>ivshmem_load(number, True, RELAXED)
+
+
+cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
+    ivshmem_store(number, True, <uint64_t>value, RELAXED)
 
 
 @cython.final
@@ -120,43 +140,50 @@ cdef class Spinner:
         turn.left = self.budget(which, wish) if wish else 0
 
     cdef int64_t budget(self, Py_ssize_t which, int64_t wish) noexcept nogil:
-        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
-        cdef uint32_t left = habit.left  # once: other threads change it
+        cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
+        cdef uint32_t left = get32(&habit.left)  # once: other threads change it
+        cdef int64_t gap
         if left:
-            habit.left = left - 1
+            set32(&habit.left, left - 1)
             return 0
         if wish >= 0:
             return wish
-        if habit.gap == 0:
+        gap = get64(&habit.gap)
+        if gap == 0:
             return LONGEST
-        return min(max(habit.gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
+        return min(max(gap * 4, <int64_t>SHORTEST), <int64_t>LONGEST)
 
     cdef void won(self, Py_ssize_t which, int64_t gap, bint held_up) noexcept nogil:
         """A spin succeeded after `gap` nanoseconds; or it was held up, and brought what it may."""
-        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
+        cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
+        cdef int64_t before = get64(&habit.gap)
+        cdef uint32_t wins = get32(&habit.wins) + 1
         if held_up:
-            habit.losses += 1
+            set32(&habit.losses, get32(&habit.losses) + 1)
             self.lost(which)
             return
-        habit.losses = 0
+        set32(&habit.losses, 0)
         gap = max(gap, <int64_t>1)
-        habit.gap += (gap - habit.gap) // 8 if habit.gap else gap
-        habit.wins += 1
-        if habit.wins >= FORGET:
-            habit.wins = 0
-            habit.pause = 0
+        set64(&habit.gap, before + (gap - before) // 8 if before else gap)
+        if wins >= FORGET:
+            wins = 0
+            set32(&habit.pause, 0)
+        set32(&habit.wins, wins)
 
     cdef void lost(self, Py_ssize_t which) noexcept nogil:
         """A spin brought nothing."""
-        cdef Habit *habit = &self.habits[min(which, <Py_ssize_t>HABITS - 1)]
-        habit.wins = 0
-        habit.gap = 0
-        habit.losses += 1
-        if habit.losses < 2:
+        cdef Habit *habit = &self.habits[min(<size_t>which, <size_t>HABITS - 1)]
+        cdef uint32_t losses = get32(&habit.losses) + 1
+        cdef uint32_t pause = get32(&habit.pause)
+        set32(&habit.wins, 0)
+        set64(&habit.gap, 0)
+        if losses < 2:
+            set32(&habit.losses, losses)
             return
-        habit.losses = 1  # the next try has to succeed
-        habit.pause = min(habit.pause * 8, <int>LAST_PAUSE) if habit.pause else FIRST_PAUSE
-        habit.left = habit.pause
+        set32(&habit.losses, 1)  # the next try has to succeed
+        pause = min(pause * 8, <uint32_t>LAST_PAUSE) if pause else FIRST_PAUSE
+        set32(&habit.pause, pause)
+        set32(&habit.left, pause)
 
     # The same for tests.
 

@@ -16,7 +16,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from ._fds cimport BATCH, fail, fail_with, FdArray
+from ._fds cimport BATCH, fail, fail_with, FdArray, length_of, place_of
 from ._libc cimport (
     c_close, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, cmsghdr, EAGAIN, EINTR, errno, iovec,
     ivshmem_control, mlock, mmsghdr, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -201,8 +201,8 @@ cdef class Outbox:
         )
 
     cdef int check(self, FdArray fds, Py_ssize_t first, Py_ssize_t count) except -1:
-        if fds is not None and (first < 0 or first + count > fds.count):
-            raise IndexError(f"descriptors {first}..{first + count - 1} of {fds.count}")
+        if fds is not None and (first < 0 or first + count > length_of(fds)):
+            raise IndexError(f"descriptors {first}..{first + count - 1} of {length_of(fds)}")
         return 0
 
     cdef void begin(self, int64_t region, int64_t serial) noexcept:
@@ -230,7 +230,7 @@ cdef class Outbox:
             header.cmsg_len = CMSG_LEN(sizeof(int))
             header.cmsg_level = SOL_SOCKET
             header.cmsg_type = SCM_RIGHTS
-            memcpy(CMSG_DATA(header), &fds.fds[i], sizeof(int))
+            memcpy(CMSG_DATA(header), place_of(fds, i), sizeof(int))
 
     cdef int batch(self, int sock, int64_t step, int count, Py_ssize_t before) except -1:
         cdef int code = 0

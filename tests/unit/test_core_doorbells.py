@@ -338,7 +338,9 @@ def test_a_vector_that_is_no_eventfd(bells: Bells) -> None:
     """Always readable, never a count: it would make each wait an endless loop."""
     reader, writer = os.pipe()
     os.close(writer)
-    with pytest.raises(ProtocolError, match="what came for vector 2 is no eventfd"):
+    with pytest.raises(
+        ProtocolError, match="what came for vector 2 of this endpoint is not an eventfd"
+    ):
         bells._add_vector(reader)
 
 

@@ -1,0 +1,269 @@
+"""Ringing that waits for nobody, and what is taken for a doorbell at all.
+
+A hostile peer shares its eventfds: it can fill a counter and clear O_NONBLOCK. A hostile server
+hands out any descriptor that it likes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.leaks import open_fds
+from support.limits import free_fds
+from support.waiting import PATIENCE, in_child
+
+from ivshmem import ClosedError, NoSuchPeer, NoSuchVector, ProtocolError
+from ivshmem._core import Doorbells
+from ivshmem._fds import FdArray
+
+OTHER = 9
+FULL = (1 << 64) - 2
+
+
+class Bells(Doorbells):
+    """An endpoint with one vector, and a peer with three."""
+
+    def __init__(self) -> None:
+        self.theirs = FdArray.eventfds(3)
+        self._add_vector(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        for i in range(3):
+            self._add_bell(OTHER, os.dup(self.theirs[i]))
+        self._ring_self(0)
+
+    def _news(self) -> None: ...
+
+    def _missing(self, peer: int, vector: int) -> None:
+        raise (NoSuchPeer if self._bells(peer) is None else NoSuchVector)(f"{peer}, {vector}")
+
+    def rung(self) -> list[int]:
+        return [self.theirs.drain(i) for i in range(3)]
+
+
+@pytest.fixture
+def bells() -> Iterator[Bells]:
+    made = Bells()
+    yield made
+    made.close()
+    made.theirs.close()
+
+
+Ring = Callable[[Bells], object]
+WAYS: dict[str, Ring] = {
+    "ring_nowait": lambda bells: bells.ring_nowait(OTHER, 0),
+    "ring_all_nowait": lambda bells: bells.ring_all_nowait([OTHER], [0]),
+    "doorbell": lambda bells: bells._doorbell_nowait(OTHER, 0).ring(),
+}
+each_way = pytest.mark.parametrize("ring", WAYS.values(), ids=WAYS)
+
+
+@each_way
+def test_each_ring_is_one(bells: Bells, ring: Ring) -> None:
+    for number in range(1, 200):
+        ring(bells)
+        if number % 3 == 0:
+            assert bells.rung() == [3, 0, 0]
+
+
+def held(bells: Bells, ring: Ring) -> bool:
+    """Whether a ring was held up until somebody read the eventfd."""
+    fd = bells.theirs[0]
+    os.eventfd_write(fd, FULL)
+    os.set_blocking(fd, True)
+    rescued = threading.Event()
+
+    def rescue() -> None:
+        rescued.set()
+        os.eventfd_read(fd)
+
+    timer = threading.Timer(2, rescue)
+    timer.start()
+    try:
+        ring(bells)
+        return rescued.is_set()
+    finally:
+        timer.cancel()
+        timer.join(PATIENCE)
+        os.set_blocking(fd, False)
+
+
+def test_the_plain_ring_is_held(bells: Bells) -> None:
+    """What the others are compared with."""
+    assert held(bells, lambda bells: bells.ring(OTHER, 0))
+
+
+@each_way
+def test_a_full_counter_of_a_hostile_peer_holds_nobody(bells: Bells, ring: Ring) -> None:
+    assert not held(bells, ring)
+    assert bells.rung()[0] > 1 << 62
+    ring(bells)
+    assert bells.rung() == [1, 0, 0]
+
+
+@each_way
+def test_without_a_descriptor_for_the_kernels_own_signal(bells: Bells, ring: Ring) -> None:
+    """It looks before it writes: nobody is held up, and no ring is lost."""
+
+    def starve() -> None:
+        with free_fds(0):
+            assert not held(bells, ring)
+            bells.rung()
+            ring(bells)
+            ring(bells)
+            assert bells.rung() == [2, 0, 0]
+        ring(bells)
+        assert bells.rung() == [1, 0, 0]
+
+    in_child(starve)
+
+
+def test_all_of_several(bells: Bells) -> None:
+    assert bells.ring_all_nowait() == 1
+    assert bells.ring_all_nowait([OTHER], range(3)) == 3
+    assert bells.rung() == [2, 1, 1]
+    assert bells.ring_all_nowait([OTHER] * 50, range(3)) == 150, "more than one batch"
+    assert bells.rung() == [50, 50, 50]
+    with pytest.raises(NoSuchVector):
+        bells.ring_all_nowait([OTHER], [0, 3])
+    assert bells.rung() == [0, 0, 0], "all or nothing"
+
+
+@each_way
+def test_errors(bells: Bells, ring: Ring) -> None:
+    doorbell = bells._doorbell_nowait(OTHER, 0)
+    with pytest.raises(NoSuchVector):
+        bells.ring_nowait(OTHER, 3)
+    bells._drop_peer(OTHER)
+    with pytest.raises(NoSuchPeer):
+        ring(bells)
+    with pytest.raises(NoSuchPeer, match="peer 9 is gone"):
+        doorbell.ring()
+    bells.close()
+    with pytest.raises(ClosedError):
+        ring(bells)
+    with pytest.raises(ClosedError):
+        doorbell.ring()
+
+
+def test_one_signaller_for_a_process() -> None:
+    """fs.aio-max-nr has room for a few hundred of them in the whole machine."""
+    before = open_fds()
+    made = [Bells() for _ in range(20)]
+    own = len(open_fds()) - len(before)
+    for one in made:
+        one.ring_nowait(OTHER)
+    assert len(open_fds()) - len(before) == own + 1
+    for one in made[1:]:
+        one.close()
+    made[0].ring_nowait(OTHER)
+    assert made[0].rung()[0] == 2
+    for one in made:
+        one.close()
+        one.theirs.close()
+    assert open_fds() == before
+
+
+# -- what is taken for a doorbell -----------------------------------------------------------------
+
+
+def full_pipe() -> int:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(4096))
+    except BlockingIOError:
+        pass
+    os.set_blocking(writer, True)
+    _later.append(reader)
+    return writer
+
+
+def sock() -> int:
+    one, other = socket.socketpair()
+    _later.append(other.detach())
+    return one.detach()
+
+
+def file() -> int:
+    with tempfile.TemporaryFile() as made:
+        return os.dup(made.fileno())
+
+
+def direct_file() -> int:
+    """Reads of less than a block are EINVAL there, as of an eventfd."""
+    directory = os.path.dirname(__file__)
+    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
+    os.ftruncate(fd, 4096)
+    return fd
+
+
+def memory() -> int:
+    fd = os.memfd_create("no-bell")
+    os.ftruncate(fd, 4096)
+    return fd
+
+
+_later: list[int] = []
+WRONG: dict[str, Callable[[], int]] = {
+    "full pipe": full_pipe,
+    "pipe to read": lambda: (pair := os.pipe(), _later.append(pair[1]))[0][0],  # type: ignore[func-returns-value]
+    "socket": sock,
+    "file": file,
+    "direct file": direct_file,
+    "memory": memory,
+    "zero": lambda: os.open("/dev/zero", os.O_RDWR),
+    "terminal": lambda: os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY),
+    "directory": lambda: os.open("/", os.O_RDONLY),
+    "path": lambda: os.open("/", os.O_PATH),
+}
+
+
+ADDS: dict[str, Callable[[Bells, int], None]] = {
+    "bell": lambda bells, fd: bells._add_bell(OTHER, fd),
+    "new bell": lambda bells, fd: bells._add_bell(5, fd),
+    "vector": lambda bells, fd: bells._add_vector(fd),
+}
+
+
+@pytest.mark.parametrize("make", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("add", ADDS)
+def test_only_eventfds_are_doorbells(bells: Bells, make: Callable[[], int], add: str) -> None:
+    """Of anything else a write may wait for ever, or go to somebody's file."""
+    before = open_fds()
+    try:
+        fd = make()
+    except OSError as error:
+        pytest.skip(f"not here: {error}")
+    try:
+        with pytest.raises(ProtocolError, match=r"vector [013] of .* is not an eventfd"):
+            ADDS[add](bells, fd)
+    finally:
+        while _later:
+            os.close(_later.pop())
+    assert open_fds() == before, "it is closed"
+    assert bells.vectors == 1
+    assert bells._bells(OTHER) == 3
+    assert bells._bells(5) is None
+
+
+# -- objects of Cython's own that nobody may copy -------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_doorbells_are_not_copied(bells: Bells, way: Callable[[object], object]) -> None:
+    bell = bells.doorbell(OTHER)
+    for thing, remedy in ((bells, "connect again"), (bell, "ask the endpoint for another one")):
+        with pytest.raises(TypeError, match=f"cannot be copied or pickled: {remedy}"):
+            way(thing)
+    for fds in (bells.theirs, FdArray()):
+        with pytest.raises(TypeError):
+            way(fds)
+    bell.ring()
+    assert bells.rung() == [1, 0, 0]
