@@ -4,7 +4,7 @@ Compatible with QEMU's ivshmem-plain and ivshmem-doorbell devices.
 
     Server    what guests connect to: `with ivshmem.Server("/run/ivshmem.sock").start(): ...`
     connect   makes this process a peer, with an id, a region, doorbells and vectors
-    Region    the shared memory itself: `memoryview(region)`, `numpy.frombuffer(region)`
+    Region    the shared memory itself: `memoryview(region)`, `region.array()` for numpy
     Directory names in the region, by which peers find one another: `publish`, `lookup`
     save      writes a region to a file, whole or not at all; `load` checks it and reads it back
 
@@ -20,7 +20,7 @@ TYPE_CHECKING = False  # as type checkers read it; typing itself costs 1.7 MiB
 if TYPE_CHECKING:
     from ._bell import Doorbell
     from ._core import Interrupt
-    from ._memory import AtomicU32, AtomicU64
+    from ._memory import Atomic, AtomicU32, AtomicU64
     from .access import Rules, Verdict
     from .client import Client, connect
     from .directory import Directory, Entry, Publication
@@ -57,7 +57,7 @@ __version__ = "0.1.0"  # pyproject.toml and the command line read it here
 _HOMES = {
     "_bell": ("Doorbell",),
     "_core": ("Interrupt",),
-    "_memory": ("AtomicU32", "AtomicU64"),
+    "_memory": ("Atomic", "AtomicU32", "AtomicU64"),
     "access": ("Rules", "Verdict"),
     "client": ("Client", "connect"),
     "directory": ("Directory", "Entry", "Publication"),
@@ -112,6 +112,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Atomic",
     "AtomicU32",
     "AtomicU64",
     "Client",

@@ -19,7 +19,7 @@ cdef class Mapping:
 
 cdef class Atomic:
     cdef Mapping mapping
-    cdef Py_ssize_t offset
+    cdef readonly Py_ssize_t offset
     cdef bint wide  # 64 bits, else 32
 
     cdef void *pin(self) except NULL

@@ -29,13 +29,17 @@ from ._fds cimport fail, fail_with
 from ._libc cimport (
     ACQ_REL, ACQUIRE, EAGAIN, EINTR, EINVAL, EIO, errno, ivshmem_add, ivshmem_and,
     IVSHMEM_CLOSING, ivshmem_compare_exchange, ivshmem_enter, ivshmem_enter_held,
-    ivshmem_exchange, ivshmem_leave, ivshmem_leave_held, ivshmem_load, ivshmem_load32,
+    ivshmem_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, ivshmem_load, ivshmem_load32,
     ivshmem_or, ivshmem_shut, ivshmem_shut_unused, ivshmem_state, ivshmem_store,
     ivshmem_store32, ivshmem_sub, ivshmem_touch, ivshmem_xor, MADV_POPULATE_READ,
     MADV_POPULATE_WRITE, madvise, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, mincore,
     mmap, munmap, pread, PROT_NONE, PROT_READ, PROT_WRITE, pwrite, PyNumber_AsSsize_t, RELAXED,
     RELEASE, _SC_PAGESIZE, SEQ_CST, sysconf,
 )
+
+import importlib
+import math
+import operator
 
 from .errors import ClosedError
 
@@ -91,8 +95,9 @@ cdef class Mapping:
 
     @property
     def closed(self):
-        """Whether the memory is no longer mapped here."""
-        return ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
+        """Whether the memory is not mapped here, or not any more."""
+        # Without an address: __del__ of a subclass asks, after wrong arguments of the constructor.
+        return self.start == NULL or ivshmem_state(&self.views) & IVSHMEM_CLOSING != 0
 
     cdef int pin(self) except -1:
         """One user more: until `unpin` the memory stays mapped, and close() fails."""
@@ -273,6 +278,72 @@ cdef class Mapping:
 
     # -- views ------------------------------------------------------------------------------------
 
+    def array(self, dtype="uint8", shape=None, offset=0):
+        """A numpy array over this memory: the memory itself, not a copy of it.
+
+        While the array or a view of it is alive, `close` raises BufferError. Of memory that is
+        mapped for reading only, the array is read-only.
+
+        Args:
+            dtype: of the elements: whatever numpy.dtype() takes. Peers should agree on the byte
+                order, for instance "<u4".
+            shape: a length or several; None: one dimension, with all elements that there is room
+                for.
+            offset: where it begins, in bytes: a multiple of the dtype's alignment.
+
+        Raises:
+            ValueError: so many elements do not all lie in the memory, or they would be misaligned.
+            TypeError: the dtype has Python objects, whose addresses no peer may say.
+            ImportError: numpy is not installed.
+            ClosedError: the memory is closed.
+        """
+        try:
+            numpy = importlib.import_module("numpy")
+        except ImportError as error:
+            raise ImportError(
+                "region.array() needs numpy: pip install numpy (or use memoryview(region))"
+            ) from error
+        kind = numpy.dtype(dtype)
+        start = operator.index(offset)
+        if kind.hasobject:
+            raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
+        if kind.subdtype is not None:
+            raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
+        if kind.itemsize == 0:
+            raise ValueError(f"dtype {kind}: its elements have no bytes")
+        if start % kind.alignment:
+            raise ValueError(
+                f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
+            )
+        if shape is None:
+            lengths = (max(self.length - start, 0) // kind.itemsize,)
+        elif hasattr(shape, "__iter__"):
+            lengths = tuple(map(operator.index, shape))
+        else:
+            lengths = (operator.index(shape),)
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"shape {lengths}: no length can be negative")
+        size = math.prod(lengths) * kind.itemsize
+        if start < 0 or start + size > self.length:
+            raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
+        # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
+        view = memoryview(self)[start : start + size]
+        return numpy.asarray(view).view(kind).reshape(lengths)
+
+    def __dlpack__(self, **options):
+        """All bytes, for numpy.from_dlpack, torch.from_dlpack and their like; by way of numpy."""
+        return self.array().__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        """The processor's memory, in DLPack's words."""
+        return (1, 0)
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: attach or connect where it is"
+            " needed, or pass its descriptor"
+        )
+
     def __len__(self):
         return self.length
 
@@ -376,6 +447,9 @@ cdef class Atomic:
     Made by `Mapping.atomic_u32` and `atomic_u64`. It does not hold up the mapping's `close()`;
     afterwards every call raises ClosedError.
 
+    Attributes:
+        offset: where it is in the memory, in bytes.
+
     Memory orders have C11's names: "relaxed", "acquire", "release", "acq_rel" and "seq_cst".
     A load can't have those with release, a store none with acquire. What was stored anywhere before
     a release is seen by whoever acquires from this word and finds the value, or a later one.
@@ -400,6 +474,19 @@ cdef class Atomic:
             )
         self.mapping = mapping
         self.offset = start
+
+    def __repr__(self):
+        name = type(self).__name__
+        try:
+            value = self.load()
+        except ClosedError:
+            return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"
+        return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
+
+    def __reduce__(self):
+        raise TypeError(
+            f"an {type(self).__name__} cannot be copied or pickled: ask the region for another one"
+        )
 
     cdef void *pin(self) except NULL:
         """Where it is; it stays mapped until `unpin`, also if somebody closes it."""
@@ -513,6 +600,15 @@ cdef inline int hold_own(Mapping mapping) except -1:
     if mapping.fixed:
         raise TypeError("the memory is mapped for reading only")
     return hold(mapping)
+
+
+def fence():
+    """Order all stores and loads before it before all that follow (a seq_cst fence of C11).
+
+    Two sides that each store, call this, and then look at what the other stores: at least one of
+    them sees the other's. Without it neither may, on processors other than x86.
+    """
+    ivshmem_fence()
 
 
 cdef inline void *at(Atomic word) noexcept nogil:

@@ -1,7 +1,10 @@
 """What type checkers must say of the public interface; checked by mypy, never run."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import assert_type
 
 import ivshmem
@@ -35,6 +38,12 @@ def region() -> None:
         assert_type(region, ivshmem.Region)
         assert_type(memoryview(region)[0], int)
         assert_type(region.info(), ivshmem.RegionInfo)
+        assert_type(region.array(np.float32, (4, 4), 64), npt.NDArray[np.float32])
+        assert_type(region.array(np.dtype(np.uint8)), npt.NDArray[np.uint8])
+        assert_type(region.array("<u4", 16), npt.NDArray[Any])
+        np.from_dlpack(region)
+        word: ivshmem.Atomic = region.atomic_u64(8)
+        assert_type(word.offset, int)
     opened, created = ivshmem.Region.open(4096, name="x")
     assert_type(opened, ivshmem.Region)
     assert_type(created, bool)
