@@ -8,14 +8,16 @@ Invariants:
    any moment: an entry that is returned is valid, nothing but the documented errors is raised, and
    every loop is bounded by the number of slots.
 2. A slot is taken and freed by compare-exchange of its owner alone; only who won writes into it.
-3. The memory is never exported across a call (struct copies out, 64-bit stores copy in), so that
-   somebody else's `region.close()` does not meet a view of ours.
+3. The memory is never exported (`Region.read` copies out, 64-bit stores copy in), so that another
+   thread's `region.close()` does not meet a view of ours, with a GIL or without.
 4. Nothing is asked of the endpoint, which has locks of its own, while the lock is held.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import operator
 import os
 import struct
@@ -24,10 +26,10 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, SupportsIndex, cast
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
 from . import _memory
 from .endpoint import Endpoint
@@ -37,6 +39,10 @@ from .protocol import MAX_ID, MAX_VECTORS
 from .region import Region
 from .sizes import format_size
 from .uncopied import Uncopied
+
+_log = logging.getLogger("ivshmem.directory")
+
+_T = TypeVar("_T")
 
 BEAT = 1.0  # seconds between the signs of life of an entry
 LEASE = 5.0  # seconds without one, after which its owner is dead
@@ -48,7 +54,6 @@ NAME_BYTES, ROLE_BYTES = 47, 31  # one less than the fields, so that C finds a t
 DEFAULT_SLOTS = 63
 MAGIC, VERSION = b"IVSHNAME", 1
 
-_RAW = struct.Struct(f"{SLOT_BYTES}s")
 _SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
 _TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots
 _OWNER, _BEAT = 0, 8  # offsets in a slot
@@ -153,6 +158,7 @@ class Directory(Uncopied):
         self._watch: list[_Watch | None] = [None] * slots
         self._looked = 0.0  # when that was last done
         self._publications: list[Publication] = []
+        self._trouble = ""  # of the last beat, as it stands in the log
         self._closing = threading.Event()
         self._at_exit = partial(_forgotten, weakref.ref(self))
         self._look(None)  # from now on the entries that stand there are watched
@@ -259,6 +265,10 @@ class Directory(Uncopied):
             NoSuchName: it does not; the message has those that do.
             ClosedError: the directory or the region is closed, perhaps while waiting.
         """
+        return self._go_through(self._look_up(name, timeout))
+
+    def _look_up(self, name: str, timeout: float | None) -> Generator[float, None, Entry]:
+        """What `lookup` does; yields how many seconds to pause."""
         deadline = None if timeout is None else time.monotonic() + timeout
         pause, longest = _LOOKS
         while True:
@@ -269,8 +279,17 @@ class Directory(Uncopied):
             left = longest if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise NoSuchName(f"no entry {name!r} in the directory (there: {_names(entries)})")
-            self._closing.wait(min(pause, left))
+            yield min(pause, left)
             pause = min(pause * 2, longest)
+
+    def _go_through(self, steps: Generator[float, None, _T]) -> _T:
+        """Carry out what yields pauses; close() ends each pause. (aio.py does it in a loop.)"""
+        while True:
+            try:
+                pause = next(steps)
+            except StopIteration as done:
+                return cast(_T, done.value)
+            self._closing.wait(pause)
 
     # -- publishing -------------------------------------------------------------------------------
 
@@ -281,6 +300,7 @@ class Directory(Uncopied):
         vectors: range | None = None,
         *,
         id: SupportsIndex | None = None,  # noqa: A002 - what it is called everywhere else
+        timeout: float | None = None,
     ) -> Publication:
         """Enter a name into the table, and keep it there until it is withdrawn.
 
@@ -296,22 +316,35 @@ class Directory(Uncopied):
             role: the same, 0 to 31 bytes.
             vectors: those that this name listens on; None: all of the endpoint's.
             id: of the peer; None: the endpoint's.
+            timeout: seconds to wait at most until it is known who lives; 0: try once. None: two
+                leases, which is enough unless somebody does what only a hostile peer does.
 
         Raises:
-            NameTaken: a living entry has the name.
-            DirectoryFull: every slot has a living entry.
+            NameTaken: a living entry has the name; or one that may live, and the time is over.
+            DirectoryFull: every slot has an entry that lives, or may live, and the time is over.
             RegionError: the region is mapped for reading only.
             ValueError: a name, role, range or id that is not allowed; or no id is known, since the
                 directory was opened on a region alone.
             ClosedError: the directory or the region is closed, perhaps while waiting.
         """
+        return self._go_through(self._publish(name, role, vectors, id, timeout))
+
+    def _publish(
+        self,
+        name: str,
+        role: str,
+        vectors: range | None,
+        number: SupportsIndex | None,
+        timeout: float | None,
+    ) -> Generator[float, None, Publication]:
+        """What `publish` does; yields how many seconds to pause."""
         self._check()
         if self._region.readonly:
             raise RegionError("the region is mapped for reading only: nothing can be published")
         endpoint = self._endpoint
         offered = 0 if endpoint is None else endpoint.vectors
-        if id is not None:
-            peer = operator.index(id)
+        if number is not None:
+            peer = operator.index(number)
         elif endpoint is not None:
             peer = endpoint.id
         else:
@@ -324,10 +357,11 @@ class Directory(Uncopied):
             vectors = range(offered)
         elif offered and vectors.stop > offered:
             raise ValueError(f"{vectors}: the endpoint has {offered} vectors")
-        publication = Publication(self, peer, name, role, vectors, follows=id is None)
-        # It is decided within the lease, unless this process is stopped meanwhile, or somebody does
-        # what only a hostile peer does.
-        deadline = time.monotonic() + 2 * self._lease
+        publication = Publication(self, peer, name, role, vectors, follows=number is None)
+        # It is decided within the lease, unless this process is stopped for a while, or somebody
+        # does what only a hostile peer does.
+        limit = 2 * self._lease
+        deadline = time.monotonic() + (limit if timeout is None else min(timeout, limit))
         while True:
             connected = self._connected()
             with self._lock:
@@ -341,10 +375,11 @@ class Directory(Uncopied):
                         self._withdraw(publication)
                         raise
                     return publication
-            if refusal.final or time.monotonic() > deadline:
+            left = deadline - time.monotonic()
+            if refusal.final or left <= 0:
                 raise refusal.error
             # At random, so as not to stay in step with somebody who tries the same.
-            self._closing.wait(os.urandom(1)[0] / 12800)
+            yield min(os.urandom(1)[0] / 12800, left)
 
     def _enter(
         self, publication: Publication, connected: frozenset[int] | None, *, take_over: bool
@@ -371,9 +406,10 @@ class Directory(Uncopied):
             return _Refusal(error, all(slot.alive for slot in table))
         publication.number, publication.owner = slot.number, owner
         self._write(publication)
-        # Two who enter the same name at the same time both write before they look: one sees the
-        # other, or both do. Who sees one withdraws, so that a name never stands there twice for
-        # good.
+        # Two that enter the same name at the same time both write before they look: one sees the
+        # other, or both do. The one that sees the other withdraws, so that a name never stands
+        # there twice for good. Some processors look before they write, unless there is a fence.
+        _memory.fence()
         for slot in self._look(connected):
             if slot.number == publication.number:
                 if slot.owner == owner:
@@ -489,28 +525,54 @@ class Directory(Uncopied):
     def _keep(self) -> bool:
         """A beat: show that our entries live, restore lost ones, remove the dead.
 
+        An error is reported, and does not end it: with the next beat it may have passed.
+
         Returns:
             Whether there will be another.
         """
         try:
-            connected = self._connected()
+            self._beat_once()
+        except ClosedError:
+            return False  # the region was closed, or this directory
+        except Exception as error:
+            self._note_trouble(error)
             with self._lock:
-                if self._closed:
-                    return False
                 for publication in self._publications:
-                    if publication.follows and self._endpoint is not None:
+                    publication.lost = f"it cannot be kept in the table: {_told(error)}"
+        return True
+
+    def _beat_once(self) -> None:
+        connected = self._connected()
+        trouble: Exception | None = None
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the directory is closed")
+            for publication in self._publications:
+                if publication.follows and self._endpoint is not None:
+                    try:
                         publication.id = self._endpoint.current_id()
-                    self._keep_one(publication, connected)
-                for slot in self._look(connected):
-                    if slot.alive is False:
-                        self._free(slot.number, slot.owner)
+                    except ClosedError:
+                        raise
+                    except Exception as error:  # a device's register that cannot be read just now
+                        trouble = error  # the name lives all the same, with the id that it had
+                self._keep_one(publication, connected)
+            for slot in self._look(connected):
+                if slot.alive is False:
+                    self._free(slot.number, slot.owner)
+            with contextlib.suppress(NoDirectory):  # another version's: ours will be written over
                 if _slots(self._region) is None:  # somebody wrote over it, and we are still here
                     _write_trailer(self._region, self.slots)
-        except ClosedError:
-            return False  # the region was closed
-        except NoDirectory:
-            pass  # another version's: ours will be written over
-        return True
+        if trouble is not None:
+            self._note_trouble(trouble)
+        elif self._trouble:
+            _log.info("the directory of names: all is well again")
+            self._trouble = ""
+
+    def _note_trouble(self, error: Exception) -> None:
+        """Write to the log, once for the same trouble."""
+        if self._trouble != _told(error):
+            self._trouble = _told(error)
+            _log.warning("the directory of names: %s; trying again", self._trouble)
 
     def _keep_one(self, publication: Publication, connected: frozenset[int] | None) -> None:
         owner = publication.owner
@@ -520,6 +582,7 @@ class Directory(Uncopied):
                 self._word(publication.number, _BEAT).fetch_add(1)
             else:
                 self._write(publication)  # somebody wrote over it, or the id is another now
+            publication.lost = ""
             return
         # This machine was stopped for longer than the lease, or somebody wrote over the owner.
         publication.owner = 0
@@ -751,12 +814,10 @@ def _fits(size: int, slots: int) -> bool:
 
 
 def _copy(region: Region, offset: int) -> bytes:
-    """128 bytes, copied once, in one call: nothing else runs while the memory is exported.
-
-    They begin at a multiple of 128, so memcpy makes aligned accesses only, as device memory needs.
+    """128 bytes, copied once. They begin at a multiple of 128, so memcpy makes aligned accesses
+    only, as device memory needs.
     """
-    (raw,) = _RAW.unpack_from(region, offset)
-    return cast(bytes, raw)
+    return region.read(offset, SLOT_BYTES)
 
 
 def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
@@ -767,6 +828,10 @@ def _taken(name: str, slot: _Slot) -> NameTaken:
     if slot.entry is None:
         return NameTaken(f"{name!r} is being published by somebody else at this moment")
     return NameTaken(f"{name!r} is the name of peer {slot.entry.id}: choose another")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _names(entries: list[Entry]) -> str:

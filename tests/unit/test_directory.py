@@ -566,12 +566,6 @@ class TestEnding:
                 table.entries()
             mine.withdraw()
 
-    def test_closing_the_region_never_meets_a_view(self) -> None:
-        for _ in range(100):
-            with Region.create("16K") as region, Directory.create(region, beat=1e-6) as table:
-                table.publish("a", id=1)
-                region.close()
-
     def test_forgotten(self, region: Region) -> None:
         def forget() -> None:
             Directory.create(region, beat=0.01).publish("a", id=1)
