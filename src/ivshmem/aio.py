@@ -9,26 +9,31 @@ Invariants:
    where it is, for who waits next, here or by the endpoint itself.
 2. No task is resumed inside another: what is not a reader's callback resumes by call_soon.
 3. The loop watches a descriptor only while it is open, and at most once without a waiter.
-4. Nothing here blocks the loop, and a peer that rings without end does not keep it from turning.
+4. Nothing here blocks the loop: not a peer that filled the counter of its doorbell (rings go by
+   `ring_nowait`), and not what takes time, which has a thread (opening, `aclose`). A peer that
+   rings without end does not keep the loop from turning. `close()` alone may take time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import os
 import socket
 import threading
 import time
 from asyncio import get_running_loop
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from contextvars import Context
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal, SupportsIndex, TypeVar, cast, overload
 
 from . import guest, sockets
+from ._bell import Doorbell
 from ._core import Interrupt
 from .client import Client
+from .directory import Directory, Entry, Publication
 from .endpoint import Endpoint, Event
 from .errors import ClosedError
 from .guest import GuestDevice
@@ -36,16 +41,22 @@ from .guest.device import Access, Memory
 from .region import Region
 from .uncopied import Uncopied
 
-__all__ = ["AsyncEndpoint", "Opening", "connect_async", "open_async"]
+__all__ = [
+    "AsyncEndpoint",
+    "Opening",
+    "connect_async",
+    "lookup_async",
+    "open_async",
+    "publish_async",
+]
 
 # What is there already is taken without suspending, so often in a row; then others have a turn.
 _STREAK = 64
 
-_LOOK = 0.01  # seconds between looks whether a server has room in its backlog
-
 _EVENTS = object()  # what `async for` waits for: the key of its queue
 
 _E = TypeVar("_E", bound=Endpoint)
+_T = TypeVar("_T")
 
 
 class AsyncEndpoint(Uncopied, Generic[_E]):
@@ -59,15 +70,19 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
     Time limits are asyncio's: `async with asyncio.timeout(1)`, or `wait_for`. A wait that is cut
     short takes no ring with it. To look without waiting: `client.endpoint.wait(0, timeout=0)`.
 
-    Close this, not the endpoint, whose descriptors the loop would go on watching.
+    Close this, not the endpoint, whose descriptors the loop would go on watching. `async with` and
+    `aclose` do so in a thread.
 
     Attributes:
         endpoint: the wrapped one.
-        ring: its `ring(peer, vector=0)`, which does not wait.
+        ring: `ring(peer, vector=0)`, which waits for nobody: the wrapped one's `ring_nowait`.
     """
 
+    _closing = False
+
     def __init__(self, endpoint: _E) -> None:
-        self.ring = endpoint.ring
+        # A device's register takes no longer for anybody.
+        self.ring = endpoint.ring if isinstance(endpoint, GuestDevice) else endpoint.ring_nowait
         self.endpoint = endpoint
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: _Readers
@@ -94,12 +109,33 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         return self.endpoint.peers
 
     @property
+    def connected(self: AsyncEndpoint[Client]) -> bool:
+        """Whether the server still tells of peers."""
+        return self.endpoint.connected
+
+    @property
     def closed(self) -> bool:
-        """Whether close() was called."""
-        return self.endpoint.closed
+        """Whether close() or aclose() was called."""
+        return self._closing or self.endpoint.closed
+
+    def current_id(self) -> int:
+        """The id that this peer has now, as Endpoint.current_id()."""
+        return self.endpoint.current_id()
+
+    def fileno(self) -> int:
+        """As Endpoint.fileno(), for another event loop than asyncio's."""
+        return self.endpoint.fileno()
+
+    def ring_all(self, peers: Iterable[int] | None = None, vector: int | Iterable[int] = 0) -> int:
+        """Ring several doorbells, as Endpoint.ring_all(), and wait for nobody."""
+        return self.endpoint.ring_all_nowait(peers, vector)
+
+    def doorbell(self, peer: int, vector: int = 0) -> Doorbell:
+        """Look up a doorbell, as Endpoint.doorbell(); its `ring` waits for nobody."""
+        return self.endpoint._doorbell_nowait(peer, vector)
 
     @overload
-    async def wait(self, vector: None = None) -> Interrupt: ...
+    async def wait(self, vector: Iterable[int] | None = None) -> Interrupt: ...
     @overload
     async def wait(self, vector: int) -> int: ...
     async def wait(self, vector: Any = None) -> Any:
@@ -108,24 +144,30 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         (After 64 of these in a row it does suspend, so that other tasks have their turn.)
 
         Args:
-            vector: the one to wait for; None: any.
+            vector: the one to wait for; None: any; several: any of these.
 
         Returns:
-            For a given vector: how often it was rung since the last look.
-            For any: an Interrupt(vector, rings).
+            For one vector: how often it was rung since the last look.
+            Else: an Interrupt(vector, rings).
             Rings coalesce in the count: never count messages by interrupts.
 
         Raises:
             NoSuchVector: this endpoint has no such vector.
-            ClosedError: the endpoint is closed, or was closed meanwhile.
+            ClosedError: the endpoint is closed, or was closed during the wait.
+            ValueError: several were to be waited for, and there are none.
             DeviceGone: the device was unplugged.
             RuntimeError: the endpoint belongs to another event loop.
         """
         if self._loop is not get_running_loop():
             self._bind()
-        queue = self._queues.get(vector)
+        try:
+            queue = self._queues.get(vector)
+        except TypeError:  # a list, for instance
+            queue = None
         if queue is None:
-            queue = self._readers.listen(vector)
+            if hasattr(vector, "__iter__"):
+                return await self._wait_some(vector)
+            queue = self._listen(vector)
         waiters = queue.waiters
         if not waiters and queue.streak < _STREAK:
             found = queue.take(vector)
@@ -150,6 +192,38 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             raise
         queue.spare = waiter
         return waiter.found
+
+    def _listen(self, what: Any) -> _Queue:
+        if self._closing:
+            raise ClosedError("the endpoint is closed")
+        return self._readers.listen(what)
+
+    async def _wait_some(self, vectors: Iterable[int]) -> Interrupt:
+        """Wait in the queues of several vectors at once."""
+        queues: dict[int, _Queue] = {}
+        for vector in map(operator.index, vectors):
+            queues[vector] = self._queues.get(vector) or self._listen(vector)
+        if not queues:
+            raise ValueError("no vector to wait for")
+        for vector, queue in queues.items():
+            if not queue.waiters and queue.streak < _STREAK and (rings := queue.take(vector)):
+                queue.streak += 1
+                return Interrupt(vector, rings)
+        waiter = _Waiter(self._readers.loop)
+        shares = [(queue, _Share(waiter, vector)) for vector, queue in queues.items()]
+        try:
+            for queue, share in shares:
+                queue.streak = 0
+                if not queue.watched:
+                    queue.watch()
+                queue.waiters.append(share)
+            await waiter
+        finally:
+            for queue, share in shares:
+                with contextlib.suppress(ValueError):  # it was taken out already
+                    queue.waiters.remove(share)
+        found: Interrupt = waiter.found
+        return found
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Iterate over what happens: as Endpoint.events(), until this is closed."""
@@ -176,20 +250,38 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
     def close(self) -> None:
         """Close the endpoint; waiting tasks get ClosedError. May be called twice.
 
+        This can take a while: a device is given back to its driver (seconds, if another process is
+        about to open it), and a region is unmapped (30 ms for each GiB). In a loop, `aclose`.
+
         Raises:
             BufferError: a view of the memory is alive: that stays mapped until it is gone, and
                 another close() unmaps it. All else is closed.
             RuntimeError: the loop runs in another thread: use its call_soon_threadsafe.
         """
+        self._stop()
+        self.endpoint.close()
+
+    async def aclose(self) -> None:
+        """Like `close`, but the loop turns on: the endpoint is closed in a thread.
+
+        If this is cancelled, the thread goes on by itself. No task can wait from now on.
+
+        Raises:
+            BufferError, RuntimeError: as of `close`.
+        """
+        self._stop()
+        await _close_aside(self.endpoint)
+
+    def _stop(self) -> None:
         if self._loop is not None:
             self._readers.close()
-        self.endpoint.close()
+        self._closing = True
 
     async def __aenter__(self) -> AsyncEndpoint[_E]:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self.close()
+        await self.aclose()
 
     def __repr__(self) -> str:
         # A constructor that failed did not come to it.
@@ -265,6 +357,27 @@ class _Waiter:
         return True
 
 
+class _Share:
+    """A waiter's place in the queue of one of several vectors."""
+
+    __slots__ = ("_vector", "_waiter")
+
+    def __init__(self, waiter: _Waiter, vector: int) -> None:
+        self._waiter = waiter
+        self._vector = vector
+
+    @property
+    def callback(self) -> Any:
+        """None when the waiter was told something, here or in another queue."""
+        return self._waiter.callback
+
+    def resume(self, rings: object) -> None:
+        self._waiter.resume(Interrupt(self._vector, rings))  # type: ignore[arg-type]
+
+    def fail(self, error: BaseException) -> bool:
+        return self._waiter.fail(error)
+
+
 class _Queue:
     """The tasks that wait for the same, the eldest first."""
 
@@ -275,7 +388,7 @@ class _Queue:
     def __init__(self, readers: _Readers) -> None:
         self.readers = readers
         self.loop = readers.loop
-        self.waiters: deque[_Waiter] = deque()
+        self.waiters: deque[_Waiter | _Share] = deque()
         self.watched = False  # whether the loop tells of it
         self.streak = 0  # how often in a row it was there already
         self.spare: _Waiter | None = None  # to be used again
@@ -538,7 +651,7 @@ class Opening(Generic[_E]):
         return self._opened
 
     async def __aexit__(self, *error: object) -> None:
-        self._opened.close()
+        await self._opened.aclose()
 
 
 def connect_async(
@@ -547,6 +660,7 @@ def connect_async(
     timeout: float | None = None,
     vectors: int | None = None,
     readonly: bool = False,
+    wait_for_server: bool = False,
 ) -> Opening[Client]:
     """Connect to the server at `path`: `async with connect_async(path) as client`, or `await` it.
 
@@ -556,7 +670,7 @@ def connect_async(
 
     async def opener() -> AsyncEndpoint[Client]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        sock = await _knock(path, timeout, deadline)
+        sock = await _knock(path, timeout, deadline, wait_for_server)
         try:
             plug = sock.dup()  # the thread may close its own at any time
         except BaseException:
@@ -581,16 +695,24 @@ def connect_async(
 
 
 async def _knock(
-    path: str | os.PathLike[str], timeout: float | None, deadline: float | None
+    path: str | os.PathLike[str],
+    timeout: float | None,
+    deadline: float | None,
+    wait_for_server: bool,
 ) -> socket.socket:
     """A connection to the server, which may not have been accepted yet."""
-    while True:
+    give_up = sockets.accepts_nobody
+    for pause in sockets.pauses(deadline):
         try:
             return sockets.connect(path, 0)
-        except TimeoutError as error:  # the backlog is full
-            if timeout is not None and deadline is not None and time.monotonic() >= deadline:
-                raise sockets.accepts_nobody(os.fspath(path), timeout) from error
-        await asyncio.sleep(_LOOK)
+        except TimeoutError:  # the backlog is full
+            give_up = sockets.accepts_nobody
+        except OSError as error:
+            if not wait_for_server or not sockets.may_come(path, error):
+                raise
+            give_up = sockets.nobody_came
+        await asyncio.sleep(pause)
+    raise give_up(os.fspath(path), timeout or 0)
 
 
 def open_async(
@@ -658,9 +780,92 @@ async def _by_thread(
             abandon()
         for late in found:
             if isinstance(late, Endpoint):
-                late.close()
+                _start_closing(late)
         raise
     thread.join()  # it has only to return
     if isinstance(found[0], BaseException):
         raise found.pop()  # type: ignore[misc]
     return AsyncEndpoint(found[0])
+
+
+# -- closing --------------------------------------------------------------------------------------
+
+
+async def _close_aside(endpoint: Endpoint) -> None:
+    """Close it in a thread of its own, and raise what that raises."""
+    loop = get_running_loop()
+    done = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if done.done():
+            return  # cancelled
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def closed(error: BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, error)
+
+    thread = _start_closing(endpoint, closed)
+    await done
+    if thread is not None:
+        thread.join()  # it has only to return
+
+
+def _start_closing(
+    endpoint: Endpoint, closed: Callable[[BaseException | None], object] | None = None
+) -> threading.Thread | None:
+    """Close it in a thread, or here if there can be none; then call `closed` with the error."""
+
+    def run() -> None:
+        failure: BaseException | None = None
+        try:
+            endpoint.close()
+        except BaseException as error:
+            failure = error
+        if closed is not None:
+            closed(failure)
+
+    # Not a daemon: a device is given back before the process ends.
+    thread = threading.Thread(target=run, name="ivshmem-close")
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads: a loop that stands still is better than a device kept
+        run()
+        return None
+    return thread
+
+
+# -- the directory of names -----------------------------------------------------------------------
+
+
+async def lookup_async(directory: Directory, name: str, timeout: float | None = 0) -> Entry:
+    """`directory.lookup(name, timeout)`; the loop turns while it waits."""
+    return await _go_through(directory._look_up(name, timeout))
+
+
+async def publish_async(
+    directory: Directory,
+    name: str,
+    role: str = "",
+    vectors: range | None = None,
+    *,
+    id: SupportsIndex | None = None,  # noqa: A002 - as in Directory.publish
+    timeout: float | None = None,
+) -> Publication:
+    """`directory.publish(..)`, which can take two leases; the loop turns while it waits.
+
+    If it is cancelled, nothing is published.
+    """
+    return await _go_through(directory._publish(name, role, vectors, id, timeout))
+
+
+async def _go_through(steps: Generator[float, None, _T]) -> _T:
+    while True:
+        try:
+            pause = next(steps)
+        except StopIteration as done:
+            return cast(_T, done.value)
+        await asyncio.sleep(pause)

@@ -40,6 +40,7 @@ def connect(
     timeout: float | None = None,
     vectors: int | None = None,
     readonly: bool = False,
+    wait_for_server: bool = False,
 ) -> Client:
     """Connect to the server at `path` and wait until set-up is complete.
 
@@ -50,9 +51,12 @@ def connect(
             quite sure: there the end of set-up follows from a tenth of a second of silence.
             (Vectors that come later count all the same.)
         readonly: map the memory for reading only.
+        wait_for_server: if the server is not there yet (no directory, no socket, or a socket that
+            a dead server left), wait until it is; so it does not matter which is started first. A
+            server that refuses this process, or ends during set-up, is an error as ever.
 
     Raises:
-        TimeoutError: set-up was not complete in time.
+        TimeoutError: no server came in time, or set-up was not complete in time.
         ServerGone: the server ended the connection during set-up.
         ProtocolError: what it sent is not protocol version 0.
         RegionError: its memory cannot be mapped.
@@ -60,7 +64,10 @@ def connect(
             closed.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    sock = sockets.connect(path, timeout)
+    if wait_for_server:
+        sock = sockets.connect_when_served(path, timeout)
+    else:
+        sock = sockets.connect(path, timeout)
     try:
         return Client(sock, os.fspath(path), deadline, vectors, readonly)
     except BaseException:
@@ -112,6 +119,10 @@ class Client(Endpoint):
         if not self.closed:
             self._news()
         return self._session.peers
+
+    def vectors_of(self, peer: int) -> int:
+        """How many vectors of a peer can be rung; 0 if it is not connected."""
+        return self._bells(peer) or 0
 
     def news(self) -> list[Event]:
         """What `events` would say now, without interrupts: who joined, who left, a server lost."""
@@ -314,6 +325,9 @@ class Client(Endpoint):
             BufferError: a view of the memory is alive: that stays mapped until it is gone, and
                 another close() unmaps it. All else is closed.
         """
+        if not vars(self):  # __init__ never ran
+            super().close()
+            return
         # While another thread reads the socket, its number must not become another file's. In a
         # forked child there is no such thread, which would give the lock back.
         with self._lock if os.getpid() == self._pid else contextlib.nullcontext():

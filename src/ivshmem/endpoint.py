@@ -57,6 +57,7 @@ Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | ServerLost | IdChanged
 
 
 _LOOKS = 8  # at news that bring no event, when no time is left
+_MOST_NEWS = 2 << 16  # that can be there at once: a peer of each id left, and another one joined
 
 _E = TypeVar("_E", bound="Endpoint")  # typing.Self comes with Python 3.11
 
@@ -90,15 +91,32 @@ class Endpoint(Uncopied, _core.Doorbells):
         """Yield what happens: interrupts, peers that join and leave, a server that is lost, an id
         that is another after a migration.
 
-        Ends when nothing has happened for `timeout` seconds (None: never; 0: what is there now), or
-        when the endpoint is closed. A peer that came and went between two looks is not mentioned.
+        Ends when `timeout` seconds are over, however much still comes (None: never; 0: after what
+        is there now), or when the endpoint is closed. What it did not get to is there for the next
+        call. A peer that came and went between two looks is not mentioned.
         In an event loop of your own: when `fileno()` is readable, take `events(timeout=0)`.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        left = timeout
+        # The kernel tells of what is ready by turns: so many looks have seen all of it once.
+        interrupts, news = self.vectors + 1, _MOST_NEWS
         while not self.closed:
-            event = self.next_event(timeout)
+            event = self.next_event(left)
             if event is None:
                 return
             yield event
+            if deadline is None:
+                continue
+            if timeout is not None and timeout > 0:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+            elif isinstance(event, Interrupt):
+                interrupts -= 1
+            else:
+                news -= 1
+            if not interrupts or not news:
+                return
 
     def next_event(self, timeout: float | None = None) -> Event | None:
         """The next of `events`; None when nothing happens for `timeout` seconds, or if closed."""

@@ -481,11 +481,64 @@ def _is_socket(path: str) -> bool:
         return True  # it was one a moment ago, or nobody can know
 
 
+def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> socket.socket:
+    """Like `connect`, but if the server is not there yet, wait for it.
+
+    Raises:
+        TimeoutError: it did not come within `timeout` seconds, or did not make room in its backlog.
+        OSError: as of connect(2), where waiting would not help.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for pause in pauses(deadline):
+        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        try:
+            return connect(path, left)
+        except TimeoutError:
+            raise accepts_nobody(os.fspath(path), timeout or 0) from None
+        except OSError as error:
+            if not may_come(path, error):
+                raise
+        time.sleep(pause)
+    raise nobody_came(os.fspath(path), timeout or 0)
+
+
+def pauses(deadline: float | None) -> Iterator[float]:
+    """Seconds between looks whether a server has come, until `deadline` (None: without end).
+
+    Looks, and not inotify(7), which would need a watch on each directory that does not exist yet,
+    and does not tell when a socket that exists is listened on. A look costs some microseconds.
+    """
+    pause, longest = _LOOKS
+    while True:
+        left = longest if deadline is None else deadline - time.monotonic()
+        yield max(min(pause, left), 0)
+        if left <= 0:
+            return
+        pause = min(pause * 2, longest)
+
+
+def may_come(path: str | os.PathLike[str], error: OSError) -> bool:
+    """Whether a connect that failed so can succeed as soon as a server starts there."""
+    if error.errno == errno.ENOENT:
+        return True
+    if error.errno != errno.ECONNREFUSED:
+        return False
+    return _is_socket(os.fspath(path))  # a stale one; any other file is in the way
+
+
+def nobody_came(path: str, timeout: float) -> TimeoutError:
+    """What to raise when no server came for `timeout` seconds."""
+    reason = f"no server came in {timeout:g} seconds: start it (ivshmem serve), or wait longer"
+    return TimeoutError(errno.ETIMEDOUT, reason, path)
+
+
 def accepts_nobody(path: str, timeout: float) -> TimeoutError:
     """What to raise when a server's backlog was full for `timeout` seconds."""
     reason = f"the server accepts nobody: no answer in {timeout:g} seconds"
     return TimeoutError(errno.ETIMEDOUT, reason, path)
 
+
+_LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest
 
 _CONNECT_HINTS = {
     errno.ENOENT: "no such socket: is the server running, and is this its path?",

@@ -390,7 +390,7 @@ def test_no_such_vector(bare: AsyncEndpoint[Bare], run: Run[None]) -> None:
             with pytest.raises(NoSuchVector):
                 await bare.wait(vector)
         with pytest.raises(TypeError):
-            await bare.wait("0")  # type: ignore[call-overload]
+            await bare.wait("0")  # type: ignore[arg-type]
 
     run(main())
 

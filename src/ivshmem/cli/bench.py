@@ -172,7 +172,7 @@ def _open(options: argparse.Namespace) -> Endpoint:
 def _peer(endpoint: Endpoint, word: str) -> int:
     """An id from a number or a name."""
     with Shell(endpoint) as shell:
-        peer, _ = shell.peer(word, range(0))
+        peer, _ = shell.peer(word)
     if peer == endpoint.id:
         raise IvshmemError(f"peer {peer} is this end itself")
     return peer

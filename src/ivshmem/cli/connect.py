@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 
+from .. import sockets
 from ..client import connect
 from .arguments import OF_THE_SERVER, server_of, vectors
 from .shell import ClientShell
+
+_TIMEOUT = 10.0  # seconds for a server that is there
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,9 +36,13 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--timeout",
         type=float,
-        default=10.0,
         metavar="SECONDS",
-        help="for the server to answer (default: %(default)s)",
+        help="for the server to answer (default: 10; with --wait, as long as it takes)",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait for a server that is not there yet, so that it may be started later",
     )
     parser.add_argument(
         "-n", "--vectors", metavar="N", type=vectors, help="of a server that is slow to tell"
@@ -44,12 +52,18 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Connect and run commands."""
+    timeout = options.timeout
+    if timeout is None and not options.wait:
+        timeout = _TIMEOUT
+    deadline = None if timeout is None else time.monotonic() + timeout
+    path = _find(options, deadline) if options.wait else server_of(options)
     with (
         connect(
-            server_of(options),
-            timeout=options.timeout,
+            path,
+            timeout=None if deadline is None else max(deadline - time.monotonic(), 0),
             vectors=options.vectors,
             readonly=options.readonly,
+            wait_for_server=options.wait,
         ) as client,
         ClientShell(client, json=options.json) as shell,
     ):
@@ -64,6 +78,17 @@ def run(options: argparse.Namespace) -> int:
                 if shell.run_line(line):
                     break
     return 0
+
+
+def _find(options: argparse.Namespace, deadline: float | None) -> str:
+    """The path that the options name, or else that of the first server that comes."""
+    for pause in sockets.pauses(deadline):
+        try:
+            return server_of(options)
+        except FileNotFoundError as error:
+            failure = error
+        time.sleep(pause)
+    raise TimeoutError(failure.errno, f"waited for {options.timeout:g} seconds: {failure.strerror}")
 
 
 def _edit_lines(shell: ClientShell) -> None:

@@ -11,7 +11,7 @@ import shlex
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from .._core import Interrupt
@@ -68,6 +68,7 @@ class Shell(cmd.Cmd):
 
     def talk(self) -> None:
         """Read commands from a terminal until told to leave; errors are shown, not raised."""
+        print(self.greeting())
         print(self.intro)
         leave = False
         while not leave:
@@ -79,6 +80,11 @@ class Shell(cmd.Cmd):
                 raise
             except (IvshmemError, OSError, ValueError, OverflowError) as error:
                 print(plain(" ".join(str(error).split())), file=sys.stderr)
+
+    def greeting(self) -> str:
+        """Who one is here, and what is shared."""
+        end = self.endpoint
+        return f"id {end.id}, {count(end.vectors)}; region {format_size(end.region.size)}"
 
     def _ask(self) -> bool:
         try:
@@ -174,12 +180,18 @@ class Shell(cmd.Cmd):
             self._names = Directory.open(self.endpoint)
         return self._names
 
-    def peer(self, word: str, vectors: range) -> tuple[int, range]:
+    def vectors_of(self, peer: int) -> int:
+        """How many vectors a peer can be rung on. A device cannot tell: as many as its own."""
+        return self.endpoint.vectors
+
+    def peer(self, word: str) -> tuple[int, range]:
         """An id and its vectors from a number or a published name."""
         try:
-            return int(word, 0), vectors
+            number = int(word, 0)
         except ValueError:
             pass
+        else:
+            return number, range(self.vectors_of(number))
         try:
             entry = self._directory().lookup(word)
         except NoDirectory:
@@ -195,17 +207,17 @@ class Shell(cmd.Cmd):
         words = _words(rest, 2, "int PEER VECTOR, or int PEER all", least=1)
         if len(words) == 1:
             raise CommandError("which vector? int PEER VECTOR, or int PEER all")
-        peer, vectors = self.peer(words[0], range(self.endpoint.vectors))
+        peer, vectors = self.peer(words[0])
         if words[1] != "all":
             vector = _number(words[1], "vector")
             vectors = range(vector, vector + 1)
-        self._ring([peer], vectors)
+        self._ring((peer, vector) for vector in vectors)
 
-    def _ring(self, peers: list[int], vectors: range) -> None:
-        for peer in peers:
-            for vector in vectors:
-                self.endpoint.ring(peer, vector)
-        total = len(peers) * len(vectors)
+    def _ring(self, doorbells: Iterable[tuple[int, int]]) -> None:
+        total = 0
+        for peer, vector in doorbells:
+            self.endpoint.ring(peer, vector)
+            total += 1
         self._tell(f"rang {total} doorbell{'' if total == 1 else 's'}", rang=total)
 
     def do_wait(self, rest: str) -> None:
@@ -305,6 +317,16 @@ class ClientShell(Shell):
         super().__init__(client, json=json)
         self.client = client
 
+    def vectors_of(self, peer: int) -> int:
+        """How many the server announced; of one that is not there as many as there are here."""
+        return self.client.vectors_of(peer) or self.client.vectors
+
+    def greeting(self) -> str:
+        """Who one is here, what is shared, and with whom."""
+        peers = self.client.peers
+        others = f"peers {' '.join(map(str, peers))}" if peers else "no other peers yet"
+        return f"{super().greeting()}; {others}"
+
     def _ask(self) -> bool:
         for event in self.client.news():
             self._show_event(event)
@@ -313,7 +335,8 @@ class ClientShell(Shell):
     def do_int(self, rest: str) -> None:
         """int PEER VECTOR|all: ring one vector or all of a peer (id or name).  int all: of all."""
         if rest.split() == ["all"]:
-            self._ring(self.client.peers, range(self.client.vectors))
+            peers = self.client.peers
+            self._ring((p, vector) for p in peers for vector in range(self.vectors_of(p)))
         else:
             super().do_int(rest)
 
@@ -330,7 +353,7 @@ class ClientShell(Shell):
             + (", read-only" if info.readonly else ""),
             f"server {plain(client.path)}" + ("" if client.connected else " (lost)"),
         ]
-        lines += [f"peer {peer}, {count(client.vectors)}" for peer in peers]
+        lines += [f"peer {peer}, {count(self.vectors_of(peer))}" for peer in peers]
         self._tell(
             "\n".join(lines),
             id=client.id,
