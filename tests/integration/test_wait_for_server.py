@@ -178,6 +178,7 @@ def test_where_nobody_says_which(place: Path) -> None:
     """The command looks at the usual places until a server is at one of them."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     place.parent.chmod(0o700)
+    place = place.with_name("ivshmem.sock")
     program = f"""
         import os, sys
         from ivshmem import runtime
@@ -203,8 +204,11 @@ def test_where_nobody_says_which(place: Path) -> None:
     with subprocess.Popen(
         [*command, "-c", "dump"], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        with ivshmem.Server(str(place), "64K").start():
-            output, _ = process.communicate(timeout=PATIENCE)
+        try:
+            with ivshmem.Server(str(place), "64K").start():
+                output, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert output.startswith("id 0, 1 vector")
 
 
@@ -216,11 +220,14 @@ def test_ctrl_c_at_the_command(place: Path) -> None:
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
     )
     with process:
-        # It sleeps between looks, which it does when it is past all imports.
-        number = Path(f"/proc/{process.pid}/syscall")
-        until(lambda: number.read_text().split()[0] in ("230", "35", "115", "101"), "a pause")
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=PATIENCE)
+        try:
+            # It sleeps between looks, which it does when it is past all imports.
+            number = Path(f"/proc/{process.pid}/syscall")
+            until(lambda: number.read_text().split()[0] in ("230", "35", "115", "101"), "a pause")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert "Traceback" not in errors
     assert process.returncode != 0
 

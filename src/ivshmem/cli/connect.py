@@ -55,12 +55,11 @@ def run(options: argparse.Namespace) -> int:
     timeout = options.timeout
     if timeout is None and not options.wait:
         timeout = _TIMEOUT
-    deadline = None if timeout is None else time.monotonic() + timeout
-    path = _find(options, deadline) if options.wait else server_of(options)
+    path = _find(options, timeout) if options.wait else server_of(options)
     with (
         connect(
             path,
-            timeout=None if deadline is None else max(deadline - time.monotonic(), 0),
+            timeout=timeout,
             vectors=options.vectors,
             readonly=options.readonly,
             wait_for_server=options.wait,
@@ -80,15 +79,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find(options: argparse.Namespace, deadline: float | None) -> str:
+def _find(options: argparse.Namespace, timeout: float | None) -> str:
     """The path that the options name, or else that of the first server that comes."""
+    deadline = None if timeout is None else time.monotonic() + timeout
     for pause in sockets.pauses(deadline):
         try:
             return server_of(options)
         except FileNotFoundError as error:
             failure = error
         time.sleep(pause)
-    raise TimeoutError(failure.errno, f"waited for {options.timeout:g} seconds: {failure.strerror}")
+    raise TimeoutError(failure.errno, f"waited for {timeout:g} seconds: {failure.strerror}")
 
 
 def _edit_lines(shell: ClientShell) -> None:
