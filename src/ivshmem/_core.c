@@ -1485,8 +1485,8 @@ static int __Pyx_init_tpflags_variables(void) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86 is
-       one by itself. On arm64 without LSE a later load can pass the store that ends the addition. */
+    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86
+       is one by itself. On arm64 without LSE a later load can pass the addition's store. */
     static inline int ivshmem_count(int *number, int amount)
     {
     #if defined(__x86_64__) || defined(__i386__)
@@ -2256,7 +2256,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":1127
+/* "ivshmem/_core.pyx":1128
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -6119,7 +6119,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
 
 /* Python wrapper */
@@ -6185,16 +6185,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
- *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
- *             " again, where another is needed"
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
+ *             " device again, where another is needed"
 */
   __pyx_t_2 = NULL;
 
   /* "ivshmem/_core.pyx":152
  *     def __reduce__(self):
  *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"             # <<<<<<<<<<<<<<
- *             " again, where another is needed"
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"             # <<<<<<<<<<<<<<
+ *             " device again, where another is needed"
  *         )
 */
   __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
@@ -6235,7 +6235,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
 
   /* function exit code */
@@ -12156,7 +12156,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
 
@@ -12168,7 +12168,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait, "Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait, "Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64.");
 static PyMethodDef __pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait = {"ring_all_nowait", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_5_core_9Doorbells_44ring_all_nowait};
 static PyObject *__pyx_pw_7ivshmem_5_core_9Doorbells_45ring_all_nowait(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12294,7 +12294,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 
   /* "ivshmem/_core.pyx":490
  *     def ring_all_nowait(self, peers=None, vector=0):
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
@@ -12305,7 +12305,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
 
   /* "ivshmem/_core.pyx":491
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
@@ -12723,7 +12723,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
 
@@ -18824,26 +18824,36 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
+ *         cdef int fd = place_of(self.own, vector)[0]
 */
 
 static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, Py_ssize_t __pyx_v_vector) {
+  int __pyx_v_fd;
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
   /* "ivshmem/_core.pyx":898
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])             # <<<<<<<<<<<<<<
+ *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
+ *         return self.take_uio(fd) if self.uio else look(fd)
+ * 
+*/
+  __pyx_v_fd = (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
+
+  /* "ivshmem/_core.pyx":899
+ *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
+ *         cdef int fd = place_of(self.own, vector)[0]
+ *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
 */
   if (__pyx_v_self->uio) {
 
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take_uio(__pyx_v_self, (__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]));
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take_uio(__pyx_v_self, __pyx_v_fd);
   } else {
 
-    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_look((__pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector)[0]));
+    __pyx_t_1 = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
   }
   {
     __pyx_r = __pyx_t_1;
@@ -18855,16 +18865,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """How often a vector was rung since the last look; 0 when it was not; -errno."""
- *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
+ *         cdef int fd = place_of(self.own, vector)[0]
 */
 
   /* function exit code */
   __pyx_L0:;
+
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":900
- *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
+/* "ivshmem/_core.pyx":901
+ *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef uint32_t count, before
@@ -18880,7 +18891,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":902
+  /* "ivshmem/_core.pyx":903
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -18889,7 +18900,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":903
+  /* "ivshmem/_core.pyx":904
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18901,7 +18912,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":904
+    /* "ivshmem/_core.pyx":905
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -18922,7 +18933,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":903
+    /* "ivshmem/_core.pyx":904
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -18931,7 +18942,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":905
+  /* "ivshmem/_core.pyx":906
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -18943,7 +18954,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":906
+    /* "ivshmem/_core.pyx":907
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -18956,7 +18967,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":905
+    /* "ivshmem/_core.pyx":906
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -18965,7 +18976,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":908
+  /* "ivshmem/_core.pyx":909
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -18981,7 +18992,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":909
+  /* "ivshmem/_core.pyx":910
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -18990,7 +19001,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":910
+  /* "ivshmem/_core.pyx":911
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -18999,7 +19010,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":911
+  /* "ivshmem/_core.pyx":912
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19012,8 +19023,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":900
- *         return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
+  /* "ivshmem/_core.pyx":901
+ *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
  *         cdef uint32_t count, before
@@ -19028,7 +19039,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":915
+/* "ivshmem/_core.pyx":916
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19044,7 +19055,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":917
+  /* "ivshmem/_core.pyx":918
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """What wait_one does, as far as that goes without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -19053,7 +19064,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":919
+  /* "ivshmem/_core.pyx":920
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19065,7 +19076,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":920
+    /* "ivshmem/_core.pyx":921
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19078,7 +19089,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":919
+    /* "ivshmem/_core.pyx":920
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19087,7 +19098,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":921
+  /* "ivshmem/_core.pyx":922
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19101,7 +19112,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":922
+    /* "ivshmem/_core.pyx":923
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19113,7 +19124,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":923
+      /* "ivshmem/_core.pyx":924
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19130,7 +19141,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":922
+      /* "ivshmem/_core.pyx":923
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19139,7 +19150,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":924
+    /* "ivshmem/_core.pyx":925
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19164,7 +19175,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":926
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19190,7 +19201,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":927
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19199,7 +19210,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":925
+      /* "ivshmem/_core.pyx":926
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19208,7 +19219,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":927
+    /* "ivshmem/_core.pyx":928
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19234,7 +19245,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":928
+      /* "ivshmem/_core.pyx":929
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19243,7 +19254,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":929
+      /* "ivshmem/_core.pyx":930
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19252,7 +19263,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_4_fds_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":937
+      /* "ivshmem/_core.pyx":938
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19261,7 +19272,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":927
+      /* "ivshmem/_core.pyx":928
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19270,7 +19281,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":938
+    /* "ivshmem/_core.pyx":939
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19282,7 +19293,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":939
+      /* "ivshmem/_core.pyx":940
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19304,7 +19315,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":938
+      /* "ivshmem/_core.pyx":939
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19313,7 +19324,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":940
+    /* "ivshmem/_core.pyx":941
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19339,7 +19350,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":941
+      /* "ivshmem/_core.pyx":942
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19348,7 +19359,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":940
+      /* "ivshmem/_core.pyx":941
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19357,7 +19368,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":921
+    /* "ivshmem/_core.pyx":922
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19367,7 +19378,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":943
+  /* "ivshmem/_core.pyx":944
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19379,7 +19390,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":944
+  /* "ivshmem/_core.pyx":945
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19388,7 +19399,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":945
+  /* "ivshmem/_core.pyx":946
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19401,7 +19412,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":915
+  /* "ivshmem/_core.pyx":916
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19416,7 +19427,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":947
+/* "ivshmem/_core.pyx":948
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19441,7 +19452,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":957
+  /* "ivshmem/_core.pyx":958
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19450,7 +19461,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":960
+  /* "ivshmem/_core.pyx":961
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19459,17 +19470,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":961
+  /* "ivshmem/_core.pyx":962
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 961, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 962, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":962
+  /* "ivshmem/_core.pyx":963
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19484,7 +19495,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":963
+    /* "ivshmem/_core.pyx":964
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -19498,12 +19509,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 963, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 964, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":962
+    /* "ivshmem/_core.pyx":963
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19512,17 +19523,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":964
+  /* "ivshmem/_core.pyx":965
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 964, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 965, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":965
+  /* "ivshmem/_core.pyx":966
  *             self._deaf()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19531,7 +19542,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":966
+  /* "ivshmem/_core.pyx":967
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19558,7 +19569,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":967
+    /* "ivshmem/_core.pyx":968
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19567,7 +19578,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":968
+    /* "ivshmem/_core.pyx":969
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19580,7 +19591,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":969
+          /* "ivshmem/_core.pyx":970
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19593,7 +19604,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":970
+            /* "ivshmem/_core.pyx":971
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19602,7 +19613,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":971
+            /* "ivshmem/_core.pyx":972
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19614,7 +19625,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":972
+              /* "ivshmem/_core.pyx":973
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19623,7 +19634,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":971
+              /* "ivshmem/_core.pyx":972
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19632,7 +19643,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":973
+            /* "ivshmem/_core.pyx":974
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19641,7 +19652,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":974
+            /* "ivshmem/_core.pyx":975
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19650,7 +19661,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":975
+            /* "ivshmem/_core.pyx":976
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19662,7 +19673,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":976
+              /* "ivshmem/_core.pyx":977
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19671,7 +19682,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_4_fds_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":975
+              /* "ivshmem/_core.pyx":976
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19680,7 +19691,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":977
+            /* "ivshmem/_core.pyx":978
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19689,7 +19700,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":978
+            /* "ivshmem/_core.pyx":979
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19701,7 +19712,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":979
+              /* "ivshmem/_core.pyx":980
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19710,7 +19721,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":978
+              /* "ivshmem/_core.pyx":979
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19722,7 +19733,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":968
+        /* "ivshmem/_core.pyx":969
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19739,7 +19750,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":980
+    /* "ivshmem/_core.pyx":981
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19751,7 +19762,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":981
+      /* "ivshmem/_core.pyx":982
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -19760,7 +19771,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":980
+      /* "ivshmem/_core.pyx":981
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19769,7 +19780,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":982
+    /* "ivshmem/_core.pyx":983
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19781,17 +19792,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":983
+      /* "ivshmem/_core.pyx":984
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 983, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 984, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":982
+      /* "ivshmem/_core.pyx":983
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -19802,7 +19813,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":984
+  /* "ivshmem/_core.pyx":985
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -19815,7 +19826,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":947
+  /* "ivshmem/_core.pyx":948
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19838,7 +19849,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":986
+/* "ivshmem/_core.pyx":987
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -19891,38 +19902,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 986, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 987, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 986, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 987, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 986, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 987, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 986, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 987, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 986, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 987, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 986, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 987, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 986, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 987, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -19933,7 +19944,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 986, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 987, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -19944,7 +19955,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 986, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 987, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19990,7 +20001,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("echo", 0);
 
-  /* "ivshmem/_core.pyx":1005
+  /* "ivshmem/_core.pyx":1006
  *             ClosedError: the endpoint is closed, or was closed by another thread meanwhile.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -19999,7 +20010,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1006
+  /* "ivshmem/_core.pyx":1007
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20011,13 +20022,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1006, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1007, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1007
+  /* "ivshmem/_core.pyx":1008
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -20026,7 +20037,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1008
+  /* "ivshmem/_core.pyx":1009
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -20035,7 +20046,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1009
+  /* "ivshmem/_core.pyx":1010
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)             # <<<<<<<<<<<<<<
@@ -20047,19 +20058,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_4 = __pyx_v_vector;
   } else {
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1009, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1010, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_t_7.__pyx_n = 1;
   __pyx_t_7.vector = __pyx_t_4;
-  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1009, __pyx_L1_error)
+  __pyx_t_6 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_7)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1010, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_5_bell_Doorbell *)__pyx_t_6);
   __pyx_t_6 = 0;
 
-  /* "ivshmem/_core.pyx":1010
+  /* "ivshmem/_core.pyx":1011
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -20070,7 +20081,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1011
+    /* "ivshmem/_core.pyx":1012
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -20079,7 +20090,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1011, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1012, __pyx_L1_error)
 
     __pyx_t_8 = (__pyx_t_3 - __pyx_f_7ivshmem_4_fds_now());
 
@@ -20096,7 +20107,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1010
+    /* "ivshmem/_core.pyx":1011
  *         cdef int64_t done = 0
  *         cdef Doorbell bell = self.doorbell(peer, vector if answer is None else answer)
  *         if timeout is not None:             # <<<<<<<<<<<<<<
@@ -20105,7 +20116,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1012
+  /* "ivshmem/_core.pyx":1013
  *         if timeout is not None:
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:             # <<<<<<<<<<<<<<
@@ -20114,28 +20125,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1014
+    /* "ivshmem/_core.pyx":1015
  *         while True:
  *             done += self.serve(
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped             # <<<<<<<<<<<<<<
  *             )
  *             if stopped == 0:
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1014, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_5_spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1015, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1013
+    /* "ivshmem/_core.pyx":1014
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1013, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_f_7ivshmem_5_bell_ring_bell, (&__pyx_v_bell->bell), (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1014, __pyx_L1_error)
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1016
+    /* "ivshmem/_core.pyx":1017
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20147,14 +20158,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":1017
+      /* "ivshmem/_core.pyx":1018
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal
 */
-      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1017, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1018, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       {
         PyObject *__pyx_temp;
@@ -20167,7 +20178,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_6 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1016
+      /* "ivshmem/_core.pyx":1017
  *                 vector, ring_bell, &bell.bell, limit - done, nanoseconds, spin_of(spin), &stopped
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20176,17 +20187,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1018
+    /* "ivshmem/_core.pyx":1019
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped it, unless that was a signal
  * 
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1018, __pyx_L1_error)
+    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 1019, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1019
+    /* "ivshmem/_core.pyx":1020
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped it, unless that was a signal             # <<<<<<<<<<<<<<
@@ -20200,13 +20211,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1019, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1020, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   }
 
-  /* "ivshmem/_core.pyx":986
+  /* "ivshmem/_core.pyx":987
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20233,7 +20244,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1023
+/* "ivshmem/_core.pyx":1024
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20244,7 +20255,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1025
+  /* "ivshmem/_core.pyx":1026
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20256,7 +20267,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1026
+    /* "ivshmem/_core.pyx":1027
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20267,7 +20278,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1027
+          /* "ivshmem/_core.pyx":1028
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20277,7 +20288,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1026
+        /* "ivshmem/_core.pyx":1027
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
@@ -20293,7 +20304,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         }
     }
 
-    /* "ivshmem/_core.pyx":1025
+    /* "ivshmem/_core.pyx":1026
  *     cdef void leave(self) noexcept nogil:
  *         """One waiter less; the last one out of a closed endpoint closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -20302,7 +20313,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":1023
+  /* "ivshmem/_core.pyx":1024
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20313,7 +20324,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":1029
+/* "ivshmem/_core.pyx":1030
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20332,7 +20343,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1030
+  /* "ivshmem/_core.pyx":1031
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20343,7 +20354,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1031
+    /* "ivshmem/_core.pyx":1032
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20357,12 +20368,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1031, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1032, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1030
+    /* "ivshmem/_core.pyx":1031
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20371,7 +20382,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1032
+  /* "ivshmem/_core.pyx":1033
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20385,12 +20396,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1032, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1033, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1033
+  /* "ivshmem/_core.pyx":1034
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
@@ -20404,12 +20415,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1033, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1034, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1034
+  /* "ivshmem/_core.pyx":1035
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
@@ -20423,12 +20434,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1034, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1035, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1035
+  /* "ivshmem/_core.pyx":1036
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20439,7 +20450,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1036
+    /* "ivshmem/_core.pyx":1037
  *         self.queued.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
@@ -20453,12 +20464,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1036, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1037, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1035
+    /* "ivshmem/_core.pyx":1036
  *         self.wake.close()
  *         self.queued.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
@@ -20467,7 +20478,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1037
+  /* "ivshmem/_core.pyx":1038
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20478,7 +20489,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1038
+    /* "ivshmem/_core.pyx":1039
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -20492,12 +20503,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1038, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1039, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1037
+    /* "ivshmem/_core.pyx":1038
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -20506,7 +20517,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1039
+  /* "ivshmem/_core.pyx":1040
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20520,7 +20531,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1040
+        /* "ivshmem/_core.pyx":1041
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -20533,7 +20544,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1039
+      /* "ivshmem/_core.pyx":1040
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -20550,7 +20561,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1029
+  /* "ivshmem/_core.pyx":1030
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20569,7 +20580,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1042
+/* "ivshmem/_core.pyx":1043
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20646,7 +20657,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1045
+        /* "ivshmem/_core.pyx":1046
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -20656,9 +20667,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1045, __pyx_L4_error)
+          __PYX_ERR(0, 1046, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1045, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1046, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -20666,12 +20677,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1045, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1046, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1046
+          /* "ivshmem/_core.pyx":1047
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20682,7 +20693,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1047
+            /* "ivshmem/_core.pyx":1048
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -20696,12 +20707,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1047, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1048, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1046
+            /* "ivshmem/_core.pyx":1047
  *         """Close all doorbells; those in use when their last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -20712,7 +20723,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1048
+        /* "ivshmem/_core.pyx":1049
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -20721,13 +20732,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1048, __pyx_L4_error)
+          __PYX_ERR(0, 1049, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1048, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1049, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1042
+      /* "ivshmem/_core.pyx":1043
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20765,7 +20776,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1050
+/* "ivshmem/_core.pyx":1051
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -20837,7 +20848,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1053
+  /* "ivshmem/_core.pyx":1054
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20849,7 +20860,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1054
+    /* "ivshmem/_core.pyx":1055
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -20866,7 +20877,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1053
+    /* "ivshmem/_core.pyx":1054
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -20875,7 +20886,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1055
+  /* "ivshmem/_core.pyx":1056
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -20884,7 +20895,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1056
+    /* "ivshmem/_core.pyx":1057
  *             return
  *         try:
  *             self._unwatch()             # <<<<<<<<<<<<<<
@@ -20898,12 +20909,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1056, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1057, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1057
+    /* "ivshmem/_core.pyx":1058
  *         try:
  *             self._unwatch()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -20912,7 +20923,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1058
+    /* "ivshmem/_core.pyx":1059
  *             self._unwatch()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -20926,12 +20937,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1058, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1059, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1060
+    /* "ivshmem/_core.pyx":1061
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -20943,7 +20954,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1061
+      /* "ivshmem/_core.pyx":1062
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -20957,22 +20968,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1061, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1062, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1062
+      /* "ivshmem/_core.pyx":1063
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1062, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1063, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1060
+      /* "ivshmem/_core.pyx":1061
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -20982,7 +20993,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1064
+    /* "ivshmem/_core.pyx":1065
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20995,7 +21006,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1066
+  /* "ivshmem/_core.pyx":1067
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21041,7 +21052,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1050
+  /* "ivshmem/_core.pyx":1051
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21063,7 +21074,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1068
+/* "ivshmem/_core.pyx":1069
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21092,7 +21103,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1074
+  /* "ivshmem/_core.pyx":1075
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21103,7 +21114,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1075
+    /* "ivshmem/_core.pyx":1076
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21120,7 +21131,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1076
+      /* "ivshmem/_core.pyx":1077
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21129,7 +21140,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1076, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1077, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21137,14 +21148,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1076, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1077, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1074
+    /* "ivshmem/_core.pyx":1075
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21154,7 +21165,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1077
+  /* "ivshmem/_core.pyx":1078
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21166,19 +21177,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1078
+    /* "ivshmem/_core.pyx":1079
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1078, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1079, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1079
+    /* "ivshmem/_core.pyx":1080
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21189,7 +21200,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1080
+      /* "ivshmem/_core.pyx":1081
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21202,7 +21213,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1079
+      /* "ivshmem/_core.pyx":1080
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21211,7 +21222,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1081
+    /* "ivshmem/_core.pyx":1082
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21222,14 +21233,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1082
+      /* "ivshmem/_core.pyx":1083
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1082, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1083, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21242,11 +21253,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1082, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1083, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1082, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1083, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21257,12 +21268,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1081, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1082, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1077
+    /* "ivshmem/_core.pyx":1078
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21272,7 +21283,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1084
+  /* "ivshmem/_core.pyx":1085
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21285,7 +21296,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1068
+  /* "ivshmem/_core.pyx":1069
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21311,7 +21322,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1088
+/* "ivshmem/_core.pyx":1089
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21358,32 +21369,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1088, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1089, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1088, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1089, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1088, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1089, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1088, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1089, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1088, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1089, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1089, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1090, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1088, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1089, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21427,7 +21438,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1092
+  /* "ivshmem/_core.pyx":1093
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21439,17 +21450,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1093
+    /* "ivshmem/_core.pyx":1094
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1093, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1094, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1092
+    /* "ivshmem/_core.pyx":1093
  *         """How often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21458,7 +21469,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1094
+  /* "ivshmem/_core.pyx":1095
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -21467,17 +21478,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1095
+    /* "ivshmem/_core.pyx":1096
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1095, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1096, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1096
+    /* "ivshmem/_core.pyx":1097
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -21486,7 +21497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1097
+    /* "ivshmem/_core.pyx":1098
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21512,14 +21523,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1098
+      /* "ivshmem/_core.pyx":1099
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1098, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1099, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -21532,7 +21543,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1097
+      /* "ivshmem/_core.pyx":1098
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -21541,7 +21552,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1099
+    /* "ivshmem/_core.pyx":1100
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21553,7 +21564,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1100
+      /* "ivshmem/_core.pyx":1101
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -21570,11 +21581,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1100, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1101, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1099
+      /* "ivshmem/_core.pyx":1100
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -21583,7 +21594,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1101
+    /* "ivshmem/_core.pyx":1102
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -21602,7 +21613,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1103
+  /* "ivshmem/_core.pyx":1104
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21650,7 +21661,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1088
+  /* "ivshmem/_core.pyx":1089
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21670,7 +21681,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1105
+/* "ivshmem/_core.pyx":1106
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -21718,32 +21729,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1105, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1106, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1105, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1106, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1105, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1106, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1105, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1106, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1105, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1106, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1105, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1106, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21778,17 +21789,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1112
+  /* "ivshmem/_core.pyx":1113
  *                 has queued; or "urgent", for `_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._deaf()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1112, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1113, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1113
+  /* "ivshmem/_core.pyx":1114
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21803,7 +21814,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1114
+    /* "ivshmem/_core.pyx":1115
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._deaf()             # <<<<<<<<<<<<<<
@@ -21817,12 +21828,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_deaf, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1115, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1113
+    /* "ivshmem/_core.pyx":1114
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -21831,27 +21842,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1115
+  /* "ivshmem/_core.pyx":1116
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1115, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1116, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1116
+    /* "ivshmem/_core.pyx":1117
  *             self._deaf()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1116, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1117, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1116, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_4_fds_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1117, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -21865,7 +21876,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1115
+    /* "ivshmem/_core.pyx":1116
  *         if length_of(self.own) == 0:
  *             self._deaf()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -21874,25 +21885,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1117
+  /* "ivshmem/_core.pyx":1118
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1117, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1118, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1118
+    /* "ivshmem/_core.pyx":1119
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1118, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1119, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -21905,7 +21916,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1117
+    /* "ivshmem/_core.pyx":1118
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -21914,18 +21925,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1119
+  /* "ivshmem/_core.pyx":1120
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1119, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1120, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1120
+    /* "ivshmem/_core.pyx":1121
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -21933,7 +21944,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1120, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1121, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -21952,7 +21963,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1119
+    /* "ivshmem/_core.pyx":1120
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -21961,19 +21972,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1121
+  /* "ivshmem/_core.pyx":1122
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1121, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1121, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1122, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1122, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1122
+  /* "ivshmem/_core.pyx":1123
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -21982,8 +21993,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1122, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1122, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1123, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_4_fds_place_of(((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -21998,7 +22009,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1105
+  /* "ivshmem/_core.pyx":1106
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22018,7 +22029,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1134
+/* "ivshmem/_core.pyx":1135
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22029,7 +22040,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1135
+  /* "ivshmem/_core.pyx":1136
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22042,7 +22053,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1134
+  /* "ivshmem/_core.pyx":1135
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22055,7 +22066,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1138
+/* "ivshmem/_core.pyx":1139
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22066,7 +22077,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1139
+  /* "ivshmem/_core.pyx":1140
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
@@ -22075,7 +22086,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
 */
   __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1140
+  /* "ivshmem/_core.pyx":1141
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
  *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
@@ -22088,7 +22099,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1138
+  /* "ivshmem/_core.pyx":1139
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22101,7 +22112,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1143
+/* "ivshmem/_core.pyx":1144
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22117,7 +22128,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1144
+  /* "ivshmem/_core.pyx":1145
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22131,7 +22142,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1145
+    /* "ivshmem/_core.pyx":1146
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22143,7 +22154,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1146
+      /* "ivshmem/_core.pyx":1147
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22156,7 +22167,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1145
+      /* "ivshmem/_core.pyx":1146
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22165,7 +22176,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1147
+    /* "ivshmem/_core.pyx":1148
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22176,7 +22187,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1148
+  /* "ivshmem/_core.pyx":1149
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22189,7 +22200,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1143
+  /* "ivshmem/_core.pyx":1144
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22203,7 +22214,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1151
+/* "ivshmem/_core.pyx":1152
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22217,7 +22228,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1153
+  /* "ivshmem/_core.pyx":1154
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22229,7 +22240,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1154
+    /* "ivshmem/_core.pyx":1155
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22242,7 +22253,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1153
+    /* "ivshmem/_core.pyx":1154
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22251,7 +22262,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1155
+  /* "ivshmem/_core.pyx":1156
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22273,7 +22284,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1151
+  /* "ivshmem/_core.pyx":1152
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22287,7 +22298,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1158
+/* "ivshmem/_core.pyx":1159
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22300,7 +22311,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1162
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22310,7 +22321,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1162
+  /* "ivshmem/_core.pyx":1163
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22319,7 +22330,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1163
+  /* "ivshmem/_core.pyx":1164
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22328,7 +22339,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1164
+  /* "ivshmem/_core.pyx":1165
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22341,7 +22352,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1158
+  /* "ivshmem/_core.pyx":1159
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22356,7 +22367,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1167
+/* "ivshmem/_core.pyx":1168
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22373,7 +22384,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1168
+  /* "ivshmem/_core.pyx":1169
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22382,7 +22393,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1169
+  /* "ivshmem/_core.pyx":1170
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22391,7 +22402,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1170
+  /* "ivshmem/_core.pyx":1171
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22422,7 +22433,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1167
+  /* "ivshmem/_core.pyx":1168
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22437,7 +22448,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1173
+/* "ivshmem/_core.pyx":1174
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22455,7 +22466,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1174
+  /* "ivshmem/_core.pyx":1175
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22464,7 +22475,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1177
+  /* "ivshmem/_core.pyx":1178
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22474,7 +22485,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1178
+  /* "ivshmem/_core.pyx":1179
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -22482,7 +22493,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1179
+  /* "ivshmem/_core.pyx":1180
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -22511,7 +22522,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1173
+  /* "ivshmem/_core.pyx":1174
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23566,7 +23577,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
+ *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -23874,7 +23885,7 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  *         return self.ring_several(self.several(peers, vector))
  * 
  *     def ring_all_nowait(self, peers=None, vector=0):             # <<<<<<<<<<<<<<
- *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+ *         """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
  *         cdef list bells = self.several(peers, vector)
 */
   __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
@@ -23902,20 +23913,20 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 846, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":986
+  /* "ivshmem/_core.pyx":987
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 986, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 987, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 986, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 987, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -23923,52 +23934,52 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 986, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 987, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1042
+  /* "ivshmem/_core.pyx":1043
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; those in use when their last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1042, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1043, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1042, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1043, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1050
+  /* "ivshmem/_core.pyx":1051
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiters get ClosedError. May be called twice."""
  *         # As one of the users, so that nobody closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1050, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1051, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1050, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1051, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1105
+  /* "ivshmem/_core.pyx":1106
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """What is readable while there is something to take; borrowed until close().
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1105, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1106, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1105, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1106, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -24387,22 +24398,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 986};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 987};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_T_6_7_Zq_87_Qk_2S, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1042};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1043};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1050};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1051};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1105};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1106};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_a_6_A_4y_6_A_4wd_1_6_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }

@@ -149,8 +149,8 @@ cdef class Doorbells:
 
     def __reduce__(self):
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the device"
-            " again, where another is needed"
+            f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
+            " device again, where another is needed"
         )
 
     # Overridden by subclasses.
@@ -486,7 +486,7 @@ cdef class Doorbells:
         return self.ring_several(self.several(peers, vector))
 
     def ring_all_nowait(self, peers=None, vector=0):
-        """Like `ring_all`, but wait for nobody, as `ring_nowait`; 64 are rung by one system call."""
+        """Like `ring_all`, but wait for nobody, as `ring_nowait`; a system call rings 64."""
         cdef list bells = self.several(peers, vector)
         cdef list entered = []
         cdef Signaller signaller
@@ -895,7 +895,8 @@ cdef class Doorbells:
 
     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
         """How often a vector was rung since the last look; 0 when it was not; -errno."""
-        return self.take_uio(place_of(self.own, vector)[0]) if self.uio else look(place_of(self.own, vector)[0])
+        cdef int fd = place_of(self.own, vector)[0]
+        return self.take_uio(fd) if self.uio else look(fd)
 
     cdef int64_t take_uio(self, int fd) noexcept nogil:
         cdef uint32_t count, before

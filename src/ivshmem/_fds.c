@@ -1259,6 +1259,7 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <time.h>
 #include <unistd.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1304,11 +1305,6 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         return syscall(SYS_io_submit, context, count, requests);
     }
-    static inline long ivshmem_io_getevents(aio_context_t context, long count,
-                                            struct io_event *events)
-    {
-        return syscall(SYS_io_getevents, context, count, count, events, NULL);
-    }
     static inline long ivshmem_io_destroy(aio_context_t context)
     {
         return syscall(SYS_io_destroy, context);
@@ -1326,6 +1322,25 @@ static int __Pyx_init_tpflags_variables(void) {
     {
         const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
         return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
+
+    /* Forget the ends of the `count` requests that are the only ones under way. They end within
+       io_submit, so to advance the head in the shared ring spares a system call, a third of all. */
+    static inline void ivshmem_io_forget(aio_context_t context, long count)
+    {
+        struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
+        struct io_event ends[64];
+        if (ivshmem_io_has_ring(context)) {
+            unsigned tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+            if ((tail + ring->nr - ring->head) % ring->nr == (unsigned)count) {
+                __atomic_store_n(&ring->head, tail, __ATOMIC_RELEASE);
+                return;
+            }
+        }
+        while (count > 0) {
+            long n = syscall(SYS_io_getevents, context, 1L, count < 64 ? count : 64L, ends, NULL);
+            count -= n > 0 ? n : 0;
+        }
     }
     
 
@@ -1462,10 +1477,46 @@ static int __Pyx_init_tpflags_variables(void) {
         return __atomic_load_n(state, __ATOMIC_ACQUIRE);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. */
+    /* What stands before it in the program happens before what stands behind it, stores and loads
+       alike. Two sides that each store, fence, and then look at the other's word: one of them sees
+       what the other stored. */
+    static inline void ivshmem_fence(void)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86
+       is one by itself. On arm64 without LSE a later load can pass the addition's store. */
     static inline int ivshmem_count(int *number, int amount)
     {
+    #if defined(__x86_64__) || defined(__i386__)
         return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    #else
+        int result;
+        ivshmem_fence();
+        result = __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+        ivshmem_fence();
+        return result;
+    #endif
+    }
+
+    /* An array that grows while others read it without a lock. Whoever finds a length finds as many
+       elements behind it, and whoever finds a new address finds the old elements there. */
+    static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
+    {
+        return __atomic_load_n(length, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_length(Py_ssize_t *length, Py_ssize_t value)
+    {
+        __atomic_store_n(length, value, __ATOMIC_RELEASE);
+    }
+    static inline int *ivshmem_elements(int *const *elements)
+    {
+        return __atomic_load_n(elements, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_elements(int **elements, int *value)
+    {
+        __atomic_store_n(elements, value, __ATOMIC_RELEASE);
     }
 
     /* What tells the processor that a loop waits for memory. */
@@ -1957,7 +2008,7 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
-/* IncludeStructmemberH.proto (used by CythonFunctionShared) */
+/* IncludeStructmemberH.proto */
 #include <structmember.h>
 
 /* ForceInitThreads.proto */
@@ -1971,9 +2022,9 @@ static const char* const __pyx_f[] = {
 
 /*--- Type declarations ---*/
 struct __pyx_obj_7ivshmem_4_fds_FdArray;
+struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Relay;
 struct __pyx_obj_7ivshmem_4_fds_Epoll;
-struct __pyx_obj_7ivshmem_4_fds_Signaller;
 struct __pyx_obj_7ivshmem_4_fds_Timer;
 
 /* "ivshmem/_fds.pxd":10
@@ -1988,7 +2039,7 @@ enum  {
   __pyx_e_7ivshmem_4_fds_OUTGROWN = 24
 };
 
-/* "ivshmem/_fds.pxd":83
+/* "ivshmem/_fds.pxd":85
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2007,7 +2058,24 @@ struct __pyx_obj_7ivshmem_4_fds_FdArray {
 };
 
 
-/* "ivshmem/_fds.pxd":96
+/* "ivshmem/_fds.pxd":108
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+struct __pyx_obj_7ivshmem_4_fds_Signaller {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtab;
+  aio_context_t context;
+  int zero;
+  int pid;
+  PyObject *__weakref__;
+};
+
+
+/* "ivshmem/_fds.pxd":117
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2022,7 +2090,7 @@ struct __pyx_obj_7ivshmem_4_fds_Relay {
 };
 
 
-/* "ivshmem/_fds.pxd":103
+/* "ivshmem/_fds.pxd":124
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2036,22 +2104,7 @@ struct __pyx_obj_7ivshmem_4_fds_Epoll {
 };
 
 
-/* "ivshmem/_fds.pyx":259
- * 
- * 
- * @cython.final             # <<<<<<<<<<<<<<
- * cdef class Signaller:
- *     """Adds 1 to eventfds that are shared with other processes, and never waits for any.
-*/
-struct __pyx_obj_7ivshmem_4_fds_Signaller {
-  PyObject_HEAD
-  aio_context_t context;
-  int zero;
-  int pid;
-};
-
-
-/* "ivshmem/_fds.pyx":472
+/* "ivshmem/_fds.pyx":525
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2065,7 +2118,7 @@ struct __pyx_obj_7ivshmem_4_fds_Timer {
 
 
 
-/* "ivshmem/_fds.pyx":100
+/* "ivshmem/_fds.pyx":102
  * # -- descriptors ----------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2084,7 +2137,22 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *);
 
 
-/* "ivshmem/_fds.pyx":335
+/* "ivshmem/_fds.pyx":261
+ * 
+ * 
+ * @cython.final             # <<<<<<<<<<<<<<
+ * cdef class Signaller:
+ *     """Adds 1 to eventfds that are shared with other processes, and never waits for any.
+*/
+
+struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+};
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller *__pyx_vtabptr_7ivshmem_4_fds_Signaller;
+static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long);
+
+
+/* "ivshmem/_fds.pyx":388
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2099,7 +2167,7 @@ static struct __pyx_vtabstruct_7ivshmem_4_fds_Relay *__pyx_vtabptr_7ivshmem_4_fd
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *);
 
 
-/* "ivshmem/_fds.pyx":387
+/* "ivshmem/_fds.pyx":440
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2789,6 +2857,9 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
 
+/* ExtTypeTest.proto */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
+
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
@@ -3184,23 +3255,23 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
 
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
+
 /* CIntFromPy.proto */
-static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
+static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
 /* GetRuntimeVersion.proto */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
@@ -3295,6 +3366,7 @@ static int __Pyx_State_RemoveModule(void*);
 static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_Relay *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self, int __pyx_v_op, int __pyx_v_fd, unsigned int __pyx_v_events, uint64_t __pyx_v_token); /* proto*/
 
@@ -3323,6 +3395,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 /* Module declarations from "libc.stdlib" */
 
 /* Module declarations from "ivshmem._fds" */
+static PyObject *__pyx_v_7ivshmem_4_fds__shared = 0;
 static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_fail(void); /*proto*/
 static int __pyx_f_7ivshmem_4_fds_fail_with(int); /*proto*/
@@ -3343,7 +3416,7 @@ int __pyx_module_is_main_ivshmem___fds = 0;
 static PyObject *__pyx_builtin_staticmethod;
 static PyObject *__pyx_builtin_open;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   but for those that ring: see Doorbells.ring.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
+static const char __pyx_k_Descriptors_at_C_speed_eventfds[] = "Descriptors at C speed: eventfds, epoll, timers, and signals to eventfds that others share.\n\nKnows: system calls, and how to wait, retry and clean up around them.\nDoes not know: what a descriptor means, any default or policy.\n\nInvariants, of all modules in Cython:\n1. Every descriptor has one owner, which closes it once; a plain int argument is borrowed,\n   unless the name says `take`.\n2. A descriptor is not closed while a call that runs without the GIL is using it: the last user\n   closes (`ivshmem_enter`, `ivshmem_leave`, `ivshmem_shut`). With the GIL held, or in a critical\n   section of its owner, it cannot be closed either.\n3. No call blocks because another process cleared O_NONBLOCK on a descriptor that is shared with it,\n   except those that ring by a plain write: see Doorbells.ring and ring_nowait.\n4. Blocking calls keep their deadline across EINTR and let signal handlers run at once.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_count); /* proto */
@@ -3413,6 +3486,29 @@ static PyObject *__pyx_tp_new_7ivshmem_4_fds_FdArray(PyTypeObject *t, PyObject *
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_FdArray(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_4_fds_Signaller __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Relay(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -3458,29 +3554,6 @@ static PyObject *__pyx_tp_new_7ivshmem_4_fds_Epoll(PyTypeObject *t, PyObject *a,
 #endif
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Epoll(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
-#endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-#endif
-#if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_4_fds_Signaller __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller
-#endif
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
@@ -3530,14 +3603,14 @@ namespace {
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
     PyObject *__pyx_type_7ivshmem_4_fds_FdArray;
+    PyObject *__pyx_type_7ivshmem_4_fds_Signaller;
     PyObject *__pyx_type_7ivshmem_4_fds_Relay;
     PyObject *__pyx_type_7ivshmem_4_fds_Epoll;
-    PyObject *__pyx_type_7ivshmem_4_fds_Signaller;
     PyObject *__pyx_type_7ivshmem_4_fds_Timer;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Epoll;
-    PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_4_fds_Timer;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
@@ -3545,7 +3618,7 @@ namespace {
     int __pyx_k_;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[33];
-    PyObject *__pyx_string_tab[189];
+    PyObject *__pyx_string_tab[188];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3684,106 +3757,105 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_add __pyx_string_tab[86]
 #define __pyx_n_u_array __pyx_string_tab[87]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[88]
-#define __pyx_n_u_called __pyx_string_tab[89]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[90]
-#define __pyx_n_u_close __pyx_string_tab[91]
-#define __pyx_n_u_code __pyx_string_tab[92]
-#define __pyx_n_u_context __pyx_string_tab[93]
-#define __pyx_n_u_copy __pyx_string_tab[94]
-#define __pyx_n_u_count __pyx_string_tab[95]
-#define __pyx_n_u_count_of_eventfd __pyx_string_tab[96]
-#define __pyx_n_u_deadline __pyx_string_tab[97]
-#define __pyx_n_u_dir_fd __pyx_string_tab[98]
-#define __pyx_n_u_directory __pyx_string_tab[99]
-#define __pyx_n_u_done __pyx_string_tab[100]
+#define __pyx_n_u_batch __pyx_string_tab[89]
+#define __pyx_n_u_called __pyx_string_tab[90]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[91]
+#define __pyx_n_u_close __pyx_string_tab[92]
+#define __pyx_n_u_code __pyx_string_tab[93]
+#define __pyx_n_u_context __pyx_string_tab[94]
+#define __pyx_n_u_copy __pyx_string_tab[95]
+#define __pyx_n_u_count __pyx_string_tab[96]
+#define __pyx_n_u_count_of_eventfd __pyx_string_tab[97]
+#define __pyx_n_u_deadline __pyx_string_tab[98]
+#define __pyx_n_u_dir_fd __pyx_string_tab[99]
+#define __pyx_n_u_directory __pyx_string_tab[100]
 #define __pyx_n_u_drain __pyx_string_tab[101]
-#define __pyx_n_u_ends __pyx_string_tab[102]
-#define __pyx_n_u_epfd __pyx_string_tab[103]
-#define __pyx_n_u_errors __pyx_string_tab[104]
-#define __pyx_n_u_eventfds __pyx_string_tab[105]
-#define __pyx_n_u_events __pyx_string_tab[106]
-#define __pyx_n_u_fd __pyx_string_tab[107]
-#define __pyx_n_u_fds __pyx_string_tab[108]
-#define __pyx_n_u_fileno __pyx_string_tab[109]
-#define __pyx_n_u_first __pyx_string_tab[110]
-#define __pyx_n_u_flags __pyx_string_tab[111]
-#define __pyx_n_u_fork_sharing_files __pyx_string_tab[112]
-#define __pyx_n_u_fsencode __pyx_string_tab[113]
-#define __pyx_n_u_grown __pyx_string_tab[114]
-#define __pyx_n_u_i __pyx_string_tab[115]
-#define __pyx_n_u_index __pyx_string_tab[116]
-#define __pyx_n_u_info __pyx_string_tab[117]
-#define __pyx_n_u_items __pyx_string_tab[118]
-#define __pyx_n_u_ivshmem__fds __pyx_string_tab[119]
-#define __pyx_n_u_line __pyx_string_tab[120]
-#define __pyx_n_u_memfd __pyx_string_tab[121]
-#define __pyx_n_u_mode __pyx_string_tab[122]
-#define __pyx_n_u_modify __pyx_string_tab[123]
-#define __pyx_n_u_n __pyx_string_tab[124]
-#define __pyx_n_u_name __pyx_string_tab[125]
-#define __pyx_n_u_new __pyx_string_tab[126]
-#define __pyx_n_u_new_text __pyx_string_tab[127]
-#define __pyx_n_u_nothing __pyx_string_tab[128]
-#define __pyx_n_u_old __pyx_string_tab[129]
-#define __pyx_n_u_old_text __pyx_string_tab[130]
-#define __pyx_n_u_open __pyx_string_tab[131]
-#define __pyx_n_u_os __pyx_string_tab[132]
-#define __pyx_n_u_other __pyx_string_tab[133]
-#define __pyx_n_u_path __pyx_string_tab[134]
-#define __pyx_n_u_pid __pyx_string_tab[135]
-#define __pyx_n_u_pointers __pyx_string_tab[136]
-#define __pyx_n_u_pop __pyx_string_tab[137]
-#define __pyx_n_u_rb __pyx_string_tab[138]
-#define __pyx_n_u_remove __pyx_string_tab[139]
-#define __pyx_n_u_rename_exclusive __pyx_string_tab[140]
-#define __pyx_n_u_requests __pyx_string_tab[141]
-#define __pyx_n_u_result __pyx_string_tab[142]
-#define __pyx_n_u_seconds __pyx_string_tab[143]
-#define __pyx_n_u_self __pyx_string_tab[144]
-#define __pyx_n_u_set __pyx_string_tab[145]
-#define __pyx_n_u_setdefault __pyx_string_tab[146]
-#define __pyx_n_u_signal __pyx_string_tab[147]
-#define __pyx_n_u_source __pyx_string_tab[148]
-#define __pyx_n_u_spec __pyx_string_tab[149]
-#define __pyx_n_u_split __pyx_string_tab[150]
-#define __pyx_n_u_startswith __pyx_string_tab[151]
-#define __pyx_n_u_staticmethod __pyx_string_tab[152]
-#define __pyx_n_u_strerror __pyx_string_tab[153]
-#define __pyx_n_u_take __pyx_string_tab[154]
-#define __pyx_n_u_target __pyx_string_tab[155]
-#define __pyx_n_u_targets __pyx_string_tab[156]
-#define __pyx_n_u_text __pyx_string_tab[157]
-#define __pyx_n_u_timeout __pyx_string_tab[158]
-#define __pyx_n_u_token __pyx_string_tab[159]
-#define __pyx_n_u_values __pyx_string_tab[160]
-#define __pyx_n_u_wait __pyx_string_tab[161]
-#define __pyx_n_u_where __pyx_string_tab[162]
-#define __pyx_kp_b_eventfd_count __pyx_string_tab[163]
-#define __pyx_kp_b_int_int_int_int_struct_epoll_eve __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[182]
+#define __pyx_n_u_epfd __pyx_string_tab[102]
+#define __pyx_n_u_errors __pyx_string_tab[103]
+#define __pyx_n_u_eventfds __pyx_string_tab[104]
+#define __pyx_n_u_events __pyx_string_tab[105]
+#define __pyx_n_u_fd __pyx_string_tab[106]
+#define __pyx_n_u_fds __pyx_string_tab[107]
+#define __pyx_n_u_fileno __pyx_string_tab[108]
+#define __pyx_n_u_first __pyx_string_tab[109]
+#define __pyx_n_u_flags __pyx_string_tab[110]
+#define __pyx_n_u_fork_sharing_files __pyx_string_tab[111]
+#define __pyx_n_u_fsencode __pyx_string_tab[112]
+#define __pyx_n_u_grown __pyx_string_tab[113]
+#define __pyx_n_u_i __pyx_string_tab[114]
+#define __pyx_n_u_index __pyx_string_tab[115]
+#define __pyx_n_u_info __pyx_string_tab[116]
+#define __pyx_n_u_items __pyx_string_tab[117]
+#define __pyx_n_u_ivshmem__fds __pyx_string_tab[118]
+#define __pyx_n_u_line __pyx_string_tab[119]
+#define __pyx_n_u_memfd __pyx_string_tab[120]
+#define __pyx_n_u_mode __pyx_string_tab[121]
+#define __pyx_n_u_modify __pyx_string_tab[122]
+#define __pyx_n_u_n __pyx_string_tab[123]
+#define __pyx_n_u_name __pyx_string_tab[124]
+#define __pyx_n_u_new __pyx_string_tab[125]
+#define __pyx_n_u_new_text __pyx_string_tab[126]
+#define __pyx_n_u_number __pyx_string_tab[127]
+#define __pyx_n_u_old __pyx_string_tab[128]
+#define __pyx_n_u_old_text __pyx_string_tab[129]
+#define __pyx_n_u_open __pyx_string_tab[130]
+#define __pyx_n_u_os __pyx_string_tab[131]
+#define __pyx_n_u_other __pyx_string_tab[132]
+#define __pyx_n_u_path __pyx_string_tab[133]
+#define __pyx_n_u_pid __pyx_string_tab[134]
+#define __pyx_n_u_pop __pyx_string_tab[135]
+#define __pyx_n_u_rb __pyx_string_tab[136]
+#define __pyx_n_u_ref __pyx_string_tab[137]
+#define __pyx_n_u_remove __pyx_string_tab[138]
+#define __pyx_n_u_rename_exclusive __pyx_string_tab[139]
+#define __pyx_n_u_result __pyx_string_tab[140]
+#define __pyx_n_u_seconds __pyx_string_tab[141]
+#define __pyx_n_u_self __pyx_string_tab[142]
+#define __pyx_n_u_set __pyx_string_tab[143]
+#define __pyx_n_u_setdefault __pyx_string_tab[144]
+#define __pyx_n_u_signal __pyx_string_tab[145]
+#define __pyx_n_u_source __pyx_string_tab[146]
+#define __pyx_n_u_spec __pyx_string_tab[147]
+#define __pyx_n_u_split __pyx_string_tab[148]
+#define __pyx_n_u_startswith __pyx_string_tab[149]
+#define __pyx_n_u_staticmethod __pyx_string_tab[150]
+#define __pyx_n_u_strerror __pyx_string_tab[151]
+#define __pyx_n_u_take __pyx_string_tab[152]
+#define __pyx_n_u_target __pyx_string_tab[153]
+#define __pyx_n_u_targets __pyx_string_tab[154]
+#define __pyx_n_u_text __pyx_string_tab[155]
+#define __pyx_n_u_timeout __pyx_string_tab[156]
+#define __pyx_n_u_token __pyx_string_tab[157]
+#define __pyx_n_u_values __pyx_string_tab[158]
+#define __pyx_n_u_wait __pyx_string_tab[159]
+#define __pyx_n_u_weakref __pyx_string_tab[160]
+#define __pyx_n_u_where __pyx_string_tab[161]
+#define __pyx_kp_b_eventfd_count __pyx_string_tab[162]
+#define __pyx_kp_b_int_int_int_int_int_int_int_stru __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[182]
 #define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q __pyx_string_tab[183]
 #define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_U_1_q __pyx_string_tab[184]
 #define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[187]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_16 __pyx_number_tab[1]
 #define __pyx_int_511 __pyx_number_tab[2]
@@ -3804,12 +3876,12 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Epoll);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_4_fds_Timer);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_4_fds_Timer);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
@@ -3817,7 +3889,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<33; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<189; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<188; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -3844,12 +3916,12 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_FdArray);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Epoll);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Epoll);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_4_fds_Timer);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_4_fds_Timer);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
@@ -3857,7 +3929,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<33; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<189; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<188; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -3872,7 +3944,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/_fds.pxd":25
+/* "ivshmem/_fds.pxd":27
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3884,7 +3956,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/_fds.pxd":27
+  /* "ivshmem/_fds.pxd":29
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -3893,7 +3965,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/_fds.pxd":28
+  /* "ivshmem/_fds.pxd":30
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -3906,7 +3978,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":25
+  /* "ivshmem/_fds.pxd":27
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3920,7 +3992,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":31
+/* "ivshmem/_fds.pxd":33
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3937,7 +4009,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "ivshmem/_fds.pxd":33
+  /* "ivshmem/_fds.pxd":35
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -3974,7 +4046,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":31
+  /* "ivshmem/_fds.pxd":33
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -3987,7 +4059,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_deadline_in(int64_t __pyx_v_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":36
+/* "ivshmem/_fds.pxd":38
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4003,7 +4075,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":39
+  /* "ivshmem/_fds.pxd":41
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4015,7 +4087,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":40
+    /* "ivshmem/_fds.pxd":42
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4028,7 +4100,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":39
+    /* "ivshmem/_fds.pxd":41
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4037,7 +4109,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   }
 
-  /* "ivshmem/_fds.pxd":41
+  /* "ivshmem/_fds.pxd":43
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4061,7 +4133,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "ivshmem/_fds.pxd":42
+  /* "ivshmem/_fds.pxd":44
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4070,7 +4142,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":43
+  /* "ivshmem/_fds.pxd":45
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4079,7 +4151,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/_fds.pxd":44
+  /* "ivshmem/_fds.pxd":46
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4092,7 +4164,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":36
+  /* "ivshmem/_fds.pxd":38
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4106,7 +4178,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_4_fds_time_left(int64_t _
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":47
+/* "ivshmem/_fds.pxd":49
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4121,7 +4193,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_fds.pxd":49
+  /* "ivshmem/_fds.pxd":51
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4149,7 +4221,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
 
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":47
+  /* "ivshmem/_fds.pxd":49
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4162,7 +4234,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_count_of(uint64_t __pyx_v_co
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":52
+/* "ivshmem/_fds.pxd":54
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4177,7 +4249,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pxd":58
+  /* "ivshmem/_fds.pxd":60
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4186,7 +4258,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_fds.pxd":61
+  /* "ivshmem/_fds.pxd":63
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4195,7 +4267,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/_fds.pxd":62
+  /* "ivshmem/_fds.pxd":64
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4204,7 +4276,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/_fds.pxd":63
+  /* "ivshmem/_fds.pxd":65
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4213,7 +4285,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
   while (1) {
 
-    /* "ivshmem/_fds.pxd":64
+    /* "ivshmem/_fds.pxd":66
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4222,7 +4294,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/_fds.pxd":65
+    /* "ivshmem/_fds.pxd":67
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4234,7 +4306,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":66
+      /* "ivshmem/_fds.pxd":68
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4247,7 +4319,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":65
+      /* "ivshmem/_fds.pxd":67
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4256,7 +4328,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":67
+    /* "ivshmem/_fds.pxd":69
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4268,7 +4340,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":68
+      /* "ivshmem/_fds.pxd":70
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4281,7 +4353,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":67
+      /* "ivshmem/_fds.pxd":69
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4290,7 +4362,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":69
+    /* "ivshmem/_fds.pxd":71
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4302,7 +4374,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":70
+      /* "ivshmem/_fds.pxd":72
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4315,7 +4387,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":69
+      /* "ivshmem/_fds.pxd":71
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4324,7 +4396,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
 */
     }
 
-    /* "ivshmem/_fds.pxd":71
+    /* "ivshmem/_fds.pxd":73
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4336,7 +4408,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_fds.pxd":72
+      /* "ivshmem/_fds.pxd":74
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4349,7 +4421,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pxd":71
+      /* "ivshmem/_fds.pxd":73
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4359,7 +4431,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
     }
   }
 
-  /* "ivshmem/_fds.pxd":52
+  /* "ivshmem/_fds.pxd":54
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4376,7 +4448,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_4_fds_look(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pxd":75
+/* "ivshmem/_fds.pxd":77
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4390,7 +4462,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pxd":77
+  /* "ivshmem/_fds.pxd":79
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4399,7 +4471,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/_fds.pxd":78
+  /* "ivshmem/_fds.pxd":80
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4425,7 +4497,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pxd":79
+    /* "ivshmem/_fds.pxd":81
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4438,7 +4510,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pxd":78
+    /* "ivshmem/_fds.pxd":80
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4447,7 +4519,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pxd":80
+  /* "ivshmem/_fds.pxd":82
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4460,7 +4532,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pxd":75
+  /* "ivshmem/_fds.pxd":77
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4474,7 +4546,81 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_4_fds_add_one(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":78
+/* "ivshmem/_fds.pxd":98
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_4_fds_length_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array) {
+  Py_ssize_t __pyx_r;
+
+  /* "ivshmem/_fds.pxd":100
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ivshmem_length((&__pyx_v_array->count));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":98
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pxd":103
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+static CYTHON_INLINE int *__pyx_f_7ivshmem_4_fds_place_of(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+  int *__pyx_r;
+
+  /* "ivshmem/_fds.pxd":105
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = (&(ivshmem_elements((&__pyx_v_array->fds))[__pyx_v_index]));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pxd":103
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":80
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4496,7 +4642,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("deadline_of", 0);
 
-  /* "ivshmem/_fds.pyx":81
+  /* "ivshmem/_fds.pyx":83
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4507,7 +4653,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":82
+    /* "ivshmem/_fds.pyx":84
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4520,7 +4666,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":81
+    /* "ivshmem/_fds.pyx":83
  *     """Monotonic nanoseconds at which `timeout` seconds (None: never) are over."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4529,17 +4675,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":83
+  /* "ivshmem/_fds.pyx":85
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = timeout             # <<<<<<<<<<<<<<
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
 */
-  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":84
+  /* "ivshmem/_fds.pyx":86
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4551,7 +4697,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":85
+    /* "ivshmem/_fds.pyx":87
  *     seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -4564,14 +4710,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 85, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 87, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 85, __pyx_L1_error)
+    __PYX_ERR(0, 87, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":84
+    /* "ivshmem/_fds.pyx":86
  *         return INT64_MAX
  *     seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4580,7 +4726,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":86
+  /* "ivshmem/_fds.pyx":88
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4592,7 +4738,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":87
+    /* "ivshmem/_fds.pyx":89
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4605,7 +4751,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":86
+    /* "ivshmem/_fds.pyx":88
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -4614,7 +4760,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":88
+  /* "ivshmem/_fds.pyx":90
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4626,7 +4772,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":89
+    /* "ivshmem/_fds.pyx":91
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4639,7 +4785,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":88
+    /* "ivshmem/_fds.pyx":90
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4648,7 +4794,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":90
+  /* "ivshmem/_fds.pyx":92
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -4661,7 +4807,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":78
+  /* "ivshmem/_fds.pyx":80
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4682,7 +4828,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_deadline_of(PyObject *__pyx_v_timeout) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":93
+/* "ivshmem/_fds.pyx":95
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4697,17 +4843,17 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":94
+  /* "ivshmem/_fds.pyx":96
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 96, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":95
+  /* "ivshmem/_fds.pyx":97
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -4720,7 +4866,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":93
+  /* "ivshmem/_fds.pyx":95
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4737,7 +4883,7 @@ static int __pyx_f_7ivshmem_4_fds_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":108
+/* "ivshmem/_fds.pyx":110
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4789,7 +4935,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":109
+  /* "ivshmem/_fds.pyx":111
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -4798,7 +4944,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/_fds.pyx":108
+  /* "ivshmem/_fds.pyx":110
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4812,7 +4958,7 @@ static int __pyx_pf_7ivshmem_4_fds_7FdArray___cinit__(struct __pyx_obj_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":111
+/* "ivshmem/_fds.pyx":113
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -4860,32 +5006,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 111, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 113, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 113, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 111, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 113, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 112, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 114, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 111, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 113, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4935,7 +5081,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/_fds.pyx":118
+  /* "ivshmem/_fds.pyx":120
  *             OSError: EMFILE, ENFILE or ENOMEM; nothing is left open then.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -4948,13 +5094,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 118, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":120
+  /* "ivshmem/_fds.pyx":122
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -4968,7 +5114,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/_fds.pyx":121
+    /* "ivshmem/_fds.pyx":123
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -4977,7 +5123,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/_fds.pyx":122
+    /* "ivshmem/_fds.pyx":124
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -4989,7 +5135,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":123
+      /* "ivshmem/_fds.pyx":125
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -4998,18 +5144,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":124
+        /* "ivshmem/_fds.pyx":126
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 126, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/_fds.pyx":126
+      /* "ivshmem/_fds.pyx":128
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -5025,7 +5171,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5055,7 +5201,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -5085,7 +5231,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
         __pyx_L10:;
       }
 
-      /* "ivshmem/_fds.pyx":122
+      /* "ivshmem/_fds.pyx":124
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -5094,7 +5240,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     }
 
-    /* "ivshmem/_fds.pyx":127
+    /* "ivshmem/_fds.pyx":129
  *                 finally:
  *                     array.close()
  *             array.take(fd)             # <<<<<<<<<<<<<<
@@ -5103,7 +5249,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_array);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 129, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __pyx_t_3 = 0;
     {
@@ -5111,14 +5257,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 129, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
 
-  /* "ivshmem/_fds.pyx":128
+  /* "ivshmem/_fds.pyx":130
  *                     array.close()
  *             array.take(fd)
  *         return array             # <<<<<<<<<<<<<<
@@ -5136,7 +5282,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":111
+  /* "ivshmem/_fds.pyx":113
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5160,7 +5306,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_2eventfds(Py_ssize_t __pyx_v_c
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":130
+/* "ivshmem/_fds.pyx":132
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5208,32 +5354,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 130, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 132, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 132, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 132, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 130, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 132, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 132, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 131, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 130, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 132, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5271,7 +5417,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/_fds.pyx":137
+  /* "ivshmem/_fds.pyx":139
  *             OSError: EBADF or EMFILE.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -5284,13 +5430,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 137, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_4_fds_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":138
+  /* "ivshmem/_fds.pyx":140
  *         """
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)             # <<<<<<<<<<<<<<
@@ -5299,7 +5445,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   __pyx_v_other = fcntl(__pyx_v_fd, F_DUPFD_CLOEXEC, 0);
 
-  /* "ivshmem/_fds.pyx":139
+  /* "ivshmem/_fds.pyx":141
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -5311,17 +5457,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/_fds.pyx":140
+    /* "ivshmem/_fds.pyx":142
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         array.take(other)
  *         return array
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 142, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":139
+    /* "ivshmem/_fds.pyx":141
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -5330,7 +5476,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":141
+  /* "ivshmem/_fds.pyx":143
  *         if other < 0:
  *             fail()
  *         array.take(other)             # <<<<<<<<<<<<<<
@@ -5339,7 +5485,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_array);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_other); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_other); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_3 = 0;
   {
@@ -5347,12 +5493,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":142
+  /* "ivshmem/_fds.pyx":144
  *             fail()
  *         array.take(other)
  *         return array             # <<<<<<<<<<<<<<
@@ -5370,7 +5516,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":130
+  /* "ivshmem/_fds.pyx":132
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -5393,7 +5539,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_4copy(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":144
+/* "ivshmem/_fds.pyx":146
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -5444,60 +5590,60 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_path,&__pyx_mstate_global->__pyx_n_u_flags,&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_dir_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 144, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 146, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 146, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 146, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 146, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 144, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 146, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 144, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 146, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 146, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 146, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 144, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 146, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_path = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 144, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 144, __pyx_L3_error)
+      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
     } else {
       __pyx_v_mode = ((unsigned int)0777);
     }
     if (values[3]) {
-      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 144, __pyx_L3_error)
+      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L3_error)
     } else {
       __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k_;
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 144, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 146, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5544,7 +5690,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open", 0);
 
-  /* "ivshmem/_fds.pyx":152
+  /* "ivshmem/_fds.pyx":154
  *             OSError: as of open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
@@ -5552,9 +5698,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
  *         cdef int fd, code
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5574,14 +5720,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 152, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 154, __pyx_L1_error)
   __pyx_v_where = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":153
+  /* "ivshmem/_fds.pyx":155
  *         """
  *         cdef bytes where = os.fsencode(path)
  *         cdef const char *text = where             # <<<<<<<<<<<<<<
@@ -5590,12 +5736,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 153, __pyx_L1_error)
+    __PYX_ERR(0, 155, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
   __pyx_v_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":155
+  /* "ivshmem/_fds.pyx":157
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -5604,13 +5750,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument of type \047NoneType\047 is not iterable");
-    __PYX_ERR(0, 155, __pyx_L1_error)
+    __PYX_ERR(0, 157, __pyx_L1_error)
   }
-  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 157, __pyx_L1_error)
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/_fds.pyx":156
+    /* "ivshmem/_fds.pyx":158
  *         cdef int fd, code
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
@@ -5623,14 +5769,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_embedded_null_byte};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 158, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 156, __pyx_L1_error)
+    __PYX_ERR(0, 158, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":155
+    /* "ivshmem/_fds.pyx":157
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -5639,7 +5785,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":157
+  /* "ivshmem/_fds.pyx":159
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")
  *         while True:             # <<<<<<<<<<<<<<
@@ -5648,7 +5794,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":158
+    /* "ivshmem/_fds.pyx":160
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5661,7 +5807,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_fds.pyx":159
+          /* "ivshmem/_fds.pyx":161
  *         while True:
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
@@ -5670,7 +5816,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
           __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
 
-          /* "ivshmem/_fds.pyx":160
+          /* "ivshmem/_fds.pyx":162
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno             # <<<<<<<<<<<<<<
@@ -5680,7 +5826,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
           __pyx_v_code = errno;
         }
 
-        /* "ivshmem/_fds.pyx":158
+        /* "ivshmem/_fds.pyx":160
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5697,7 +5843,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_fds.pyx":161
+    /* "ivshmem/_fds.pyx":163
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -5709,7 +5855,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/_fds.pyx":162
+      /* "ivshmem/_fds.pyx":164
  *                 code = errno
  *             if fd >= 0:
  *                 self.take(fd)             # <<<<<<<<<<<<<<
@@ -5718,7 +5864,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_5 = 0;
       {
@@ -5726,19 +5872,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_fds.pyx":163
+      /* "ivshmem/_fds.pyx":165
  *             if fd >= 0:
  *                 self.take(fd)
  *                 return fd             # <<<<<<<<<<<<<<
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
 */
-      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       {
         PyObject *__pyx_temp;
@@ -5751,7 +5897,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":161
+      /* "ivshmem/_fds.pyx":163
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -5760,7 +5906,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_fds.pyx":164
+    /* "ivshmem/_fds.pyx":166
  *                 self.take(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5772,7 +5918,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/_fds.pyx":165
+      /* "ivshmem/_fds.pyx":167
  *                 return fd
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
@@ -5780,15 +5926,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
  * 
 */
       __pyx_t_2 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_8 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 165, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
-      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 165, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 165, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -5808,7 +5954,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 165, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 167, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_5 = 1;
@@ -5818,14 +5964,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 165, __pyx_L1_error)
+      __PYX_ERR(0, 167, __pyx_L1_error)
 
-      /* "ivshmem/_fds.pyx":164
+      /* "ivshmem/_fds.pyx":166
  *                 self.take(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5834,18 +5980,18 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_fds.pyx":166
+    /* "ivshmem/_fds.pyx":168
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def memfd(self, name, unsigned int flags):
 */
-    __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L1_error)
+    __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/_fds.pyx":144
+  /* "ivshmem/_fds.pyx":146
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -5876,7 +6022,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_6open(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":168
+/* "ivshmem/_fds.pyx":170
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -5925,39 +6071,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_flags,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 168, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 170, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 168, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 170, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 168, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 170, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
     }
     __pyx_v_name = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 168, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 168, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 170, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5997,7 +6143,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("memfd", 0);
 
-  /* "ivshmem/_fds.pyx":174
+  /* "ivshmem/_fds.pyx":176
  *             OSError: as of memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
@@ -6005,9 +6151,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
  *         if fd < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6027,14 +6173,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 174, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 176, __pyx_L1_error)
   __pyx_v_called = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":175
+  /* "ivshmem/_fds.pyx":177
  *         """
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -6043,13 +6189,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_called == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 175, __pyx_L1_error)
+    __PYX_ERR(0, 177, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 177, __pyx_L1_error)
   __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
 
 
-  /* "ivshmem/_fds.pyx":176
+  /* "ivshmem/_fds.pyx":178
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -6061,17 +6207,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_fds.pyx":177
+    /* "ivshmem/_fds.pyx":179
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.take(fd)
  *         return fd
 */
-    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
+    __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":176
+    /* "ivshmem/_fds.pyx":178
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -6080,7 +6226,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":178
+  /* "ivshmem/_fds.pyx":180
  *         if fd < 0:
  *             fail()
  *         self.take(fd)             # <<<<<<<<<<<<<<
@@ -6089,7 +6235,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_5 = 0;
   {
@@ -6097,19 +6243,19 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 180, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":179
+  /* "ivshmem/_fds.pyx":181
  *             fail()
  *         self.take(fd)
  *         return fd             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6122,7 +6268,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":168
+  /* "ivshmem/_fds.pyx":170
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -6146,7 +6292,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_8memfd(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":181
+/* "ivshmem/_fds.pyx":183
  *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6194,32 +6340,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 181, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 181, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 183, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 182, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 181, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6267,7 +6413,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":186
+        /* "ivshmem/_fds.pyx":188
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6279,7 +6425,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":187
+          /* "ivshmem/_fds.pyx":189
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -6288,7 +6434,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/_fds.pyx":188
+          /* "ivshmem/_fds.pyx":190
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -6296,7 +6442,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -6315,14 +6461,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 188, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 190, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 188, __pyx_L4_error)
+          __PYX_ERR(0, 190, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":186
+          /* "ivshmem/_fds.pyx":188
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6331,7 +6477,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
         }
 
-        /* "ivshmem/_fds.pyx":189
+        /* "ivshmem/_fds.pyx":191
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -6343,7 +6489,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":191
+          /* "ivshmem/_fds.pyx":193
  *         if self.count == self.room:
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -6352,7 +6498,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/_fds.pyx":192
+          /* "ivshmem/_fds.pyx":194
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -6364,7 +6510,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_fds.pyx":193
+            /* "ivshmem/_fds.pyx":195
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -6373,7 +6519,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/_fds.pyx":192
+            /* "ivshmem/_fds.pyx":194
  *             # Who reads `fds` without the GIL may still have its former address: that stays valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -6382,7 +6528,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           }
 
-          /* "ivshmem/_fds.pyx":194
+          /* "ivshmem/_fds.pyx":196
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -6394,7 +6540,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/_fds.pyx":195
+            /* "ivshmem/_fds.pyx":197
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -6403,16 +6549,16 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/_fds.pyx":196
+            /* "ivshmem/_fds.pyx":198
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 196, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 198, __pyx_L4_error)
 
-            /* "ivshmem/_fds.pyx":194
+            /* "ivshmem/_fds.pyx":196
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -6421,7 +6567,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
           }
 
-          /* "ivshmem/_fds.pyx":197
+          /* "ivshmem/_fds.pyx":199
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -6435,7 +6581,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/_fds.pyx":198
+            /* "ivshmem/_fds.pyx":200
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -6446,46 +6592,46 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
           }
 
 
-          /* "ivshmem/_fds.pyx":199
+          /* "ivshmem/_fds.pyx":201
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
  *             self.outgrown_count += 1
- *             self.fds = grown
+ *             ivshmem_set_elements(&self.fds, grown)
 */
           __pyx_t_10 = __pyx_v_self->fds;
 
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/_fds.pyx":200
+          /* "ivshmem/_fds.pyx":202
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
- *             self.fds = grown
+ *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/_fds.pyx":201
+          /* "ivshmem/_fds.pyx":203
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
- *             self.fds = grown             # <<<<<<<<<<<<<<
+ *             ivshmem_set_elements(&self.fds, grown)             # <<<<<<<<<<<<<<
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
 */
-          __pyx_v_self->fds = __pyx_v_grown;
+          ivshmem_set_elements((&__pyx_v_self->fds), __pyx_v_grown);
 
-          /* "ivshmem/_fds.pyx":202
+          /* "ivshmem/_fds.pyx":204
  *             self.outgrown_count += 1
- *             self.fds = grown
+ *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
  *         self.fds[self.count] = fd
- *         self.count += 1
+ *         ivshmem_set_length(&self.count, self.count + 1)
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/_fds.pyx":189
+          /* "ivshmem/_fds.pyx":191
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -6494,26 +6640,26 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
 */
         }
 
-        /* "ivshmem/_fds.pyx":203
- *             self.fds = grown
+        /* "ivshmem/_fds.pyx":205
+ *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
- *         self.count += 1
+ *         ivshmem_set_length(&self.count, self.count + 1)
  * 
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/_fds.pyx":204
+        /* "ivshmem/_fds.pyx":206
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
- *         self.count += 1             # <<<<<<<<<<<<<<
+ *         ivshmem_set_length(&self.count, self.count + 1)             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-        __pyx_v_self->count = (__pyx_v_self->count + 1);
+        ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
       }
 
-      /* "ivshmem/_fds.pyx":181
+      /* "ivshmem/_fds.pyx":183
  *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6552,8 +6698,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_10take(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":206
- *         self.count += 1
+/* "ivshmem/_fds.pyx":208
+ *         ivshmem_set_length(&self.count, self.count + 1)
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
@@ -6580,7 +6726,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":207
+  /* "ivshmem/_fds.pyx":209
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -6602,8 +6748,8 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":206
- *         self.count += 1
+  /* "ivshmem/_fds.pyx":208
+ *         ivshmem_set_length(&self.count, self.count + 1)
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
@@ -6616,7 +6762,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_4_fds_7FdArray_12__len__(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":209
+/* "ivshmem/_fds.pyx":211
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6671,7 +6817,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":212
+        /* "ivshmem/_fds.pyx":214
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -6688,7 +6834,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 212, __pyx_L4_error)
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 214, __pyx_L4_error)
         __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
@@ -6699,7 +6845,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/_fds.pyx":213
+          /* "ivshmem/_fds.pyx":215
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -6707,10 +6853,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
  * 
 */
           __pyx_t_6 = NULL;
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 213, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 215, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 213, __pyx_L4_error)
-          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 213, __pyx_L4_error)
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 215, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 215, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
 
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -6723,7 +6869,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
           #endif
           __pyx_t_10 = 0;
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 213, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 215, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6733,14 +6879,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 213, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 215, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 213, __pyx_L4_error)
+          __PYX_ERR(0, 215, __pyx_L4_error)
 
-          /* "ivshmem/_fds.pyx":212
+          /* "ivshmem/_fds.pyx":214
  *     def __getitem__(self, Py_ssize_t index):
  *         """The descriptor, still owned by the array."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -6749,14 +6895,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/_fds.pyx":214
+        /* "ivshmem/_fds.pyx":216
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     def signal(self, Py_ssize_t index):
 */
-        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 216, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -6771,7 +6917,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_fds.pyx":209
+      /* "ivshmem/_fds.pyx":211
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6813,7 +6959,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_14__getitem__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":216
+/* "ivshmem/_fds.pyx":218
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -6861,32 +7007,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 216, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 216, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 216, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 218, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 216, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 218, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 216, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6919,7 +7065,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/_fds.pyx":219
+  /* "ivshmem/_fds.pyx":221
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -6931,7 +7077,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":220
+    /* "ivshmem/_fds.pyx":222
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -6948,7 +7094,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":219
+    /* "ivshmem/_fds.pyx":221
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -6957,7 +7103,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":221
+  /* "ivshmem/_fds.pyx":223
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -6978,7 +7124,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":222
+  /* "ivshmem/_fds.pyx":224
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -6987,7 +7133,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":223
+  /* "ivshmem/_fds.pyx":225
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -6999,17 +7145,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":224
+    /* "ivshmem/_fds.pyx":226
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def drain(self, Py_ssize_t index):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":223
+    /* "ivshmem/_fds.pyx":225
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -7018,7 +7164,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_fds.pyx":216
+  /* "ivshmem/_fds.pyx":218
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7039,7 +7185,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_16signal(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":226
+/* "ivshmem/_fds.pyx":228
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7087,32 +7233,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 226, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 228, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 226, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 228, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 226, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 228, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 226, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 226, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 228, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7145,20 +7291,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/_fds.pyx":228
+  /* "ivshmem/_fds.pyx":230
  *     def drain(self, Py_ssize_t index):
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_4_fds_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 230, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -7172,7 +7318,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":226
+  /* "ivshmem/_fds.pyx":228
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -7191,7 +7337,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_18drain(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":230
+/* "ivshmem/_fds.pyx":232
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7206,29 +7352,29 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":232
+  /* "ivshmem/_fds.pyx":234
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
- *         self.count = 0
+ *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
 */
   __pyx_t_1 = __pyx_v_self->count;
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":233
+  /* "ivshmem/_fds.pyx":235
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
- *         self.count = 0             # <<<<<<<<<<<<<<
+ *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
  *         for i in range(count):
  *             c_close(self.fds[i])
 */
-  __pyx_v_self->count = 0;
+  ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/_fds.pyx":234
+  /* "ivshmem/_fds.pyx":236
  *         cdef Py_ssize_t count = self.count
- *         self.count = 0
+ *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
  *             c_close(self.fds[i])
  * 
@@ -7240,8 +7386,8 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":235
- *         self.count = 0
+    /* "ivshmem/_fds.pyx":237
+ *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
  * 
@@ -7251,7 +7397,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
   }
 
 
-  /* "ivshmem/_fds.pyx":230
+  /* "ivshmem/_fds.pyx":232
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7264,7 +7410,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 
 }
 
-/* "ivshmem/_fds.pyx":237
+/* "ivshmem/_fds.pyx":239
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7275,7 +7421,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_release(struct __pyx_obj_7ivshmem_4_
 static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/_fds.pyx":239
+  /* "ivshmem/_fds.pyx":241
  *     cdef bint enter(self) noexcept nogil:
  *         """One user more; False if it is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -7288,7 +7434,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":237
+  /* "ivshmem/_fds.pyx":239
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7301,7 +7447,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":241
+/* "ivshmem/_fds.pyx":243
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7312,7 +7458,7 @@ static int __pyx_f_7ivshmem_4_fds_7FdArray_enter(struct __pyx_obj_7ivshmem_4_fds
 static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fds_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":243
+  /* "ivshmem/_fds.pyx":245
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7324,7 +7470,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":244
+    /* "ivshmem/_fds.pyx":246
  *         """One user less."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -7333,7 +7479,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
     __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/_fds.pyx":243
+    /* "ivshmem/_fds.pyx":245
  *     cdef void leave(self) noexcept nogil:
  *         """One user less."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7342,7 +7488,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
 */
   }
 
-  /* "ivshmem/_fds.pyx":241
+  /* "ivshmem/_fds.pyx":243
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7353,7 +7499,7 @@ static void __pyx_f_7ivshmem_4_fds_7FdArray_leave(struct __pyx_obj_7ivshmem_4_fd
   /* function exit code */
 }
 
-/* "ivshmem/_fds.pyx":246
+/* "ivshmem/_fds.pyx":248
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7417,7 +7563,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":248
+        /* "ivshmem/_fds.pyx":250
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -7429,7 +7575,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_fds.pyx":249
+          /* "ivshmem/_fds.pyx":251
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -7438,7 +7584,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
 */
           __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/_fds.pyx":248
+          /* "ivshmem/_fds.pyx":250
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -7448,7 +7594,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
         }
       }
 
-      /* "ivshmem/_fds.pyx":246
+      /* "ivshmem/_fds.pyx":248
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7472,7 +7618,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_20close(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":251
+/* "ivshmem/_fds.pyx":253
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7499,7 +7645,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_fds.pyx":253
+  /* "ivshmem/_fds.pyx":255
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -7508,7 +7654,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
   __pyx_f_7ivshmem_4_fds_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/_fds.pyx":254
+  /* "ivshmem/_fds.pyx":256
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -7517,7 +7663,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/_fds.pyx":255
+  /* "ivshmem/_fds.pyx":257
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -7531,7 +7677,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/_fds.pyx":256
+    /* "ivshmem/_fds.pyx":258
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -7542,7 +7688,7 @@ static void __pyx_pf_7ivshmem_4_fds_7FdArray_22__dealloc__(struct __pyx_obj_7ivs
   }
 
 
-  /* "ivshmem/_fds.pyx":251
+  /* "ivshmem/_fds.pyx":253
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -7761,8 +7907,8 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_7FdArray_26__setstate_cython__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":276
- *     cdef int pid
+/* "ivshmem/_fds.pyx":274
+ *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
  *         self.context = 0
@@ -7835,7 +7981,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":277
+  /* "ivshmem/_fds.pyx":275
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -7844,7 +7990,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":278
+  /* "ivshmem/_fds.pyx":276
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -7853,7 +7999,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/_fds.pyx":279
+  /* "ivshmem/_fds.pyx":277
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -7862,7 +8008,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":280
+  /* "ivshmem/_fds.pyx":278
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -7870,22 +8016,22 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7907,14 +8053,14 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/_fds.pyx":282
+  /* "ivshmem/_fds.pyx":280
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -7926,7 +8072,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/_fds.pyx":283
+    /* "ivshmem/_fds.pyx":281
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -7935,23 +8081,23 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":284
+      /* "ivshmem/_fds.pyx":282
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/_fds.pyx":286
+    /* "ivshmem/_fds.pyx":284
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     def signal(self, fds):
 */
     /*finally:*/ {
       /*normal exit:*/{
@@ -7962,7 +8108,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 286, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7996,7 +8142,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 286, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8026,7 +8172,7 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
       __pyx_L6:;
     }
 
-    /* "ivshmem/_fds.pyx":282
+    /* "ivshmem/_fds.pyx":280
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # Requests count until their ends are reaped, which each call does for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -8035,8 +8181,8 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":276
- *     cdef int pid
+  /* "ivshmem/_fds.pyx":274
+ *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
  *         self.context = 0
@@ -8061,12 +8207,12 @@ static int __pyx_pf_7ivshmem_4_fds_9Signaller___cinit__(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":288
+/* "ivshmem/_fds.pyx":286
  *                 self.close()
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def signal(self, fds):
+ *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         cdef int batch[BATCH]
 */
 
 /* Python wrapper */
@@ -8109,32 +8255,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 288, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 286, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 288, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 286, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 288, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 286, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 288, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 286, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8156,509 +8302,277 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, PyObject *__pyx_v_fds) {
-  struct iocb __pyx_v_requests[__pyx_e_7ivshmem_4_fds_BATCH];
-  struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_4_fds_BATCH];
-  struct io_event __pyx_v_ends[__pyx_e_7ivshmem_4_fds_BATCH];
-  char __pyx_v_nothing[1];
+  int __pyx_v_batch[__pyx_e_7ivshmem_4_fds_BATCH];
   Py_ssize_t __pyx_v_first;
-  Py_ssize_t __pyx_v_i;
   long __pyx_v_count;
-  long __pyx_v_done;
-  long __pyx_v_n;
+  unsigned int __pyx_v_number;
   PyObject *__pyx_v_fd = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  Py_ssize_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_5;
+  Py_ssize_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *(*__pyx_t_8)(PyObject *);
   PyObject *(*__pyx_t_9)(PyObject *);
-  PyObject *(*__pyx_t_10)(PyObject *);
+  unsigned int __pyx_t_10;
   int __pyx_t_11;
-  uint32_t __pyx_t_12;
-  long __pyx_t_13;
-  long __pyx_t_14;
-  long __pyx_t_15;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":297
- *         cdef Py_ssize_t first, i
- *         cdef long count, done, n
+  /* "ivshmem/_fds.pyx":292
+ *         cdef long count
+ *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
 */
-        __pyx_t_2 = (__pyx_v_self->zero < 0);
+  __pyx_t_1 = (__pyx_v_self->zero < 0);
 
-        if (unlikely(__pyx_t_2)) {
+  if (unlikely(__pyx_t_1)) {
 
 
-          /* "ivshmem/_fds.pyx":298
- *         cdef long count, done, n
+    /* "ivshmem/_fds.pyx":293
+ *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
 */
-          __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 298, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6 = 1;
-          #if CYTHON_UNPACK_METHODS
-          if (unlikely(PyMethod_Check(__pyx_t_5))) {
-            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-            assert(__pyx_t_4);
-            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-            __Pyx_INCREF(__pyx_t_4);
-            __Pyx_INCREF(__pyx__function);
-            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-            __pyx_t_6 = 0;
-          }
-          #endif
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
-            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 298, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_3);
-          }
-          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 298, __pyx_L4_error)
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 293, __pyx_L1_error)
 
-          /* "ivshmem/_fds.pyx":297
- *         cdef Py_ssize_t first, i
- *         cdef long count, done, n
+    /* "ivshmem/_fds.pyx":292
+ *         cdef long count
+ *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
 */
-        }
+  }
 
-        /* "ivshmem/_fds.pyx":299
+  /* "ivshmem/_fds.pyx":294
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
 */
-        __pyx_t_5 = NULL;
-        __pyx_t_7 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_7 == ((Py_ssize_t)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
-        __pyx_t_4 = PyLong_FromSsize_t(__pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_4 = NULL;
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
 
-        __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 299, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_8);
-        __pyx_t_6 = 1;
-        {
-          PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_4, __pyx_t_8};
-          __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_6, (4-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_4_fds_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_5 = 1;
+  {
+    PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0, __pyx_t_3, __pyx_t_7};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  for (;;) {
+    {
+      __pyx_t_2 = __pyx_t_8(__pyx_t_7);
+      if (unlikely(!__pyx_t_2)) {
+        PyObject* exc_type = PyErr_Occurred();
+        if (exc_type) {
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 294, __pyx_L1_error)
+          PyErr_Clear();
         }
-        __pyx_t_8 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 299, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_8);
-        __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 299, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        for (;;) {
-          {
-            __pyx_t_3 = __pyx_t_9(__pyx_t_8);
-            if (unlikely(!__pyx_t_3)) {
-              PyObject* exc_type = PyErr_Occurred();
-              if (exc_type) {
-                if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 299, __pyx_L4_error)
-                PyErr_Clear();
-              }
-              break;
-            }
-          }
-          __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_7 = __Pyx_PyIndex_AsSsize_t(__pyx_t_3); if (unlikely((__pyx_t_7 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 299, __pyx_L4_error)
-          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __pyx_v_first = __pyx_t_7;
+        break;
+      }
+    }
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 294, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_v_first = __pyx_t_6;
 
-          /* "ivshmem/_fds.pyx":300
+    /* "ivshmem/_fds.pyx":295
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
  *             for fd in fds[first : first + BATCH]:
- *                 memset(&requests[count], 0, sizeof(iocb))
+ *                 number = fd
 */
-          __pyx_v_count = 0;
+    __pyx_v_count = 0;
 
-          /* "ivshmem/_fds.pyx":301
+    /* "ivshmem/_fds.pyx":296
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
- *                 memset(&requests[count], 0, sizeof(iocb))
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
+ *                 number = fd
+ *                 batch[count] = <int>number
 */
-          __pyx_t_3 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 301, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
-          if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
-            __pyx_t_4 = __pyx_t_3; __Pyx_INCREF(__pyx_t_4);
-            __pyx_t_7 = 0;
-            __pyx_t_10 = NULL;
-          } else {
-            __pyx_t_7 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 301, __pyx_L4_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_4_fds_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
+      __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
+      __pyx_t_6 = 0;
+      __pyx_t_9 = NULL;
+    } else {
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 296, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 296, __pyx_L1_error)
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    for (;;) {
+      if (likely(!__pyx_t_9)) {
+        if (likely(PyList_CheckExact(__pyx_t_3))) {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+            #endif
+            if (__pyx_t_6 >= __pyx_temp) break;
           }
-          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          for (;;) {
-            if (likely(!__pyx_t_10)) {
-              if (likely(PyList_CheckExact(__pyx_t_4))) {
-                {
-                  Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
-                  #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 301, __pyx_L4_error)
-                  #endif
-                  if (__pyx_t_7 >= __pyx_temp) break;
-                }
-                __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_4, __pyx_t_7, __Pyx_ReferenceSharing_OwnStrongReference);
-                ++__pyx_t_7;
-              } else {
-                {
-                  Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
-                  #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 301, __pyx_L4_error)
-                  #endif
-                  if (__pyx_t_7 >= __pyx_temp) break;
-                }
-                #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-                __pyx_t_3 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_4, __pyx_t_7));
-                #else
-                __pyx_t_3 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_7);
-                #endif
-                ++__pyx_t_7;
-              }
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 301, __pyx_L4_error)
-            } else {
-              __pyx_t_3 = __pyx_t_10(__pyx_t_4);
-              if (unlikely(!__pyx_t_3)) {
-                PyObject* exc_type = PyErr_Occurred();
-                if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 301, __pyx_L4_error)
-                  PyErr_Clear();
-                }
-                break;
-              }
-            }
-            __Pyx_GOTREF(__pyx_t_3);
-            __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_3);
-            __pyx_t_3 = 0;
+          __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
+          ++__pyx_t_6;
+        } else {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+            #endif
+            if (__pyx_t_6 >= __pyx_temp) break;
+          }
+          #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+          __pyx_t_2 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_3, __pyx_t_6));
+          #else
+          __pyx_t_2 = __Pyx_PySequence_ITEM(__pyx_t_3, __pyx_t_6);
+          #endif
+          ++__pyx_t_6;
+        }
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+      } else {
+        __pyx_t_2 = __pyx_t_9(__pyx_t_3);
+        if (unlikely(!__pyx_t_2)) {
+          PyObject* exc_type = PyErr_Occurred();
+          if (exc_type) {
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 296, __pyx_L1_error)
+            PyErr_Clear();
+          }
+          break;
+        }
+      }
+      __Pyx_GOTREF(__pyx_t_2);
+      __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
+      __pyx_t_2 = 0;
 
-            /* "ivshmem/_fds.pyx":302
+      /* "ivshmem/_fds.pyx":297
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
- *                 memset(&requests[count], 0, sizeof(iocb))             # <<<<<<<<<<<<<<
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
- *                 requests[count].aio_fildes = self.zero
+ *                 number = fd             # <<<<<<<<<<<<<<
+ *                 batch[count] = <int>number
+ *                 count += 1
 */
-            (void)(memset((&(__pyx_v_requests[__pyx_v_count])), 0, (sizeof(struct iocb))));
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L1_error)
+      __pyx_v_number = __pyx_t_10;
 
-            /* "ivshmem/_fds.pyx":303
+      /* "ivshmem/_fds.pyx":298
  *             for fd in fds[first : first + BATCH]:
- *                 memset(&requests[count], 0, sizeof(iocb))
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
- *                 requests[count].aio_fildes = self.zero
- *                 requests[count].aio_buf = <uint64_t>&nothing[0]
-*/
-            (__pyx_v_requests[__pyx_v_count]).aio_lio_opcode = IOCB_CMD_PREAD;
-
-            /* "ivshmem/_fds.pyx":304
- *                 memset(&requests[count], 0, sizeof(iocb))
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
- *                 requests[count].aio_fildes = self.zero             # <<<<<<<<<<<<<<
- *                 requests[count].aio_buf = <uint64_t>&nothing[0]
- *                 requests[count].aio_nbytes = 1
-*/
-            __pyx_t_11 = __pyx_v_self->zero;
-
-            (__pyx_v_requests[__pyx_v_count]).aio_fildes = __pyx_t_11;
-
-            /* "ivshmem/_fds.pyx":305
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
- *                 requests[count].aio_fildes = self.zero
- *                 requests[count].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
- *                 requests[count].aio_nbytes = 1
- *                 requests[count].aio_flags = IOCB_FLAG_RESFD
-*/
-            (__pyx_v_requests[__pyx_v_count]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
-
-            /* "ivshmem/_fds.pyx":306
- *                 requests[count].aio_fildes = self.zero
- *                 requests[count].aio_buf = <uint64_t>&nothing[0]
- *                 requests[count].aio_nbytes = 1             # <<<<<<<<<<<<<<
- *                 requests[count].aio_flags = IOCB_FLAG_RESFD
- *                 requests[count].aio_resfd = fd
-*/
-            (__pyx_v_requests[__pyx_v_count]).aio_nbytes = 1;
-
-            /* "ivshmem/_fds.pyx":307
- *                 requests[count].aio_buf = <uint64_t>&nothing[0]
- *                 requests[count].aio_nbytes = 1
- *                 requests[count].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
- *                 requests[count].aio_resfd = fd
- *                 pointers[count] = &requests[count]
-*/
-            (__pyx_v_requests[__pyx_v_count]).aio_flags = IOCB_FLAG_RESFD;
-
-            /* "ivshmem/_fds.pyx":308
- *                 requests[count].aio_nbytes = 1
- *                 requests[count].aio_flags = IOCB_FLAG_RESFD
- *                 requests[count].aio_resfd = fd             # <<<<<<<<<<<<<<
- *                 pointers[count] = &requests[count]
+ *                 number = fd
+ *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
  *                 count += 1
+ *             self.submit(batch, count)
 */
-            __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L4_error)
-            (__pyx_v_requests[__pyx_v_count]).aio_resfd = __pyx_t_12;
+      (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-            /* "ivshmem/_fds.pyx":309
- *                 requests[count].aio_flags = IOCB_FLAG_RESFD
- *                 requests[count].aio_resfd = fd
- *                 pointers[count] = &requests[count]             # <<<<<<<<<<<<<<
- *                 count += 1
- *             done = 0
-*/
-            (__pyx_v_pointers[__pyx_v_count]) = (&(__pyx_v_requests[__pyx_v_count]));
-
-            /* "ivshmem/_fds.pyx":310
- *                 requests[count].aio_resfd = fd
- *                 pointers[count] = &requests[count]
+      /* "ivshmem/_fds.pyx":299
+ *                 number = fd
+ *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
- *             done = 0
- *             while done < count:
+ *             self.submit(batch, count)
+ * 
 */
-            __pyx_v_count = (__pyx_v_count + 1);
+      __pyx_v_count = (__pyx_v_count + 1);
 
-            /* "ivshmem/_fds.pyx":301
+      /* "ivshmem/_fds.pyx":296
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
- *                 memset(&requests[count], 0, sizeof(iocb))
- *                 requests[count].aio_lio_opcode = IOCB_CMD_PREAD
+ *                 number = fd
+ *                 batch[count] = <int>number
 */
-          }
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":311
- *                 pointers[count] = &requests[count]
+    /* "ivshmem/_fds.pyx":300
+ *                 batch[count] = <int>number
  *                 count += 1
- *             done = 0             # <<<<<<<<<<<<<<
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
-*/
-          __pyx_v_done = 0;
-
-          /* "ivshmem/_fds.pyx":312
- *                 count += 1
- *             done = 0
- *             while done < count:             # <<<<<<<<<<<<<<
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n < 0:
-*/
-          while (1) {
-            __pyx_t_2 = (__pyx_v_done < __pyx_v_count);
-
-
-            if (!__pyx_t_2) break;
-
-            /* "ivshmem/_fds.pyx":313
- *             done = 0
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
- *                 if n < 0:
- *                     if errno == EINTR or errno == EAGAIN:
-*/
-            __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
-
-            /* "ivshmem/_fds.pyx":314
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n < 0:             # <<<<<<<<<<<<<<
- *                     if errno == EINTR or errno == EAGAIN:
- *                         continue
-*/
-            __pyx_t_2 = (__pyx_v_n < 0);
-
-            if (__pyx_t_2) {
-
-
-              /* "ivshmem/_fds.pyx":315
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n < 0:
- *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
- *                         continue
- *                     fail()
-*/
-              switch (errno) {
-                case EINTR:
-                case EAGAIN:
-
-                /* "ivshmem/_fds.pyx":316
- *                 if n < 0:
- *                     if errno == EINTR or errno == EAGAIN:
- *                         continue             # <<<<<<<<<<<<<<
- *                     fail()
- *                 done += n
-*/
-                goto __pyx_L12_continue;
-
-                /* "ivshmem/_fds.pyx":315
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n < 0:
- *                     if errno == EINTR or errno == EAGAIN:             # <<<<<<<<<<<<<<
- *                         continue
- *                     fail()
-*/
-                break;
-                default: break;
-              }
-
-              /* "ivshmem/_fds.pyx":317
- *                     if errno == EINTR or errno == EAGAIN:
- *                         continue
- *                     fail()             # <<<<<<<<<<<<<<
- *                 done += n
- *                 i = 0
-*/
-              __pyx_t_11 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 317, __pyx_L4_error)
-
-
-              /* "ivshmem/_fds.pyx":314
- *             while done < count:
- *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
- *                 if n < 0:             # <<<<<<<<<<<<<<
- *                     if errno == EINTR or errno == EAGAIN:
- *                         continue
-*/
-            }
-
-            /* "ivshmem/_fds.pyx":318
- *                         continue
- *                     fail()
- *                 done += n             # <<<<<<<<<<<<<<
- *                 i = 0
- *                 while i < n:
-*/
-            __pyx_v_done = (__pyx_v_done + __pyx_v_n);
-
-            /* "ivshmem/_fds.pyx":319
- *                     fail()
- *                 done += n
- *                 i = 0             # <<<<<<<<<<<<<<
- *                 while i < n:
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
-*/
-            __pyx_v_i = 0;
-
-            /* "ivshmem/_fds.pyx":320
- *                 done += n
- *                 i = 0
- *                 while i < n:             # <<<<<<<<<<<<<<
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+ *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
+ *     cdef int submit(self, int *fds, long count) except -1:
 */
-            while (1) {
-              __pyx_t_2 = (__pyx_v_i < __pyx_v_n);
+    __pyx_t_11 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
 
 
-              if (!__pyx_t_2) break;
-
-              /* "ivshmem/_fds.pyx":321
- *                 i = 0
- *                 while i < n:
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)             # <<<<<<<<<<<<<<
- * 
- *     def close(self):
-*/
-
-              __pyx_t_13 = ((long)0);
-
-              __pyx_t_14 = ivshmem_io_getevents(__pyx_v_self->context, (__pyx_v_n - __pyx_v_i), __pyx_v_ends);
-              __pyx_t_2 = (__pyx_t_13 > __pyx_t_14);
-
-              if (__pyx_t_2) {
-
-                __pyx_t_15 = __pyx_t_13;
-              } else {
-
-                __pyx_t_15 = __pyx_t_14;
-              }
-
-              __pyx_v_i = (__pyx_v_i + __pyx_t_15);
-
-            }
-            __pyx_L12_continue:;
-          }
-
-          /* "ivshmem/_fds.pyx":299
+    /* "ivshmem/_fds.pyx":294
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
 */
-        }
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      }
+  }
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_fds.pyx":288
+  /* "ivshmem/_fds.pyx":286
  *                 self.close()
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def signal(self, fds):
+ *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         cdef int batch[BATCH]
 */
-      /*finally:*/ {
-        /*normal exit:*/{
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L5;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-        __pyx_L5:;
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem._fds.Signaller.signal", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
-
-
-
-
 
 
 
@@ -8669,12 +8583,377 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_2signal(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":323
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+/* "ivshmem/_fds.pyx":302
+ *             self.submit(batch, count)
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
+ *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
+ *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *         cdef iocb requests[BATCH]
+*/
+
+static int __pyx_f_7ivshmem_4_fds_9Signaller_submit(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self, int *__pyx_v_fds, long __pyx_v_count) {
+  struct iocb __pyx_v_requests[__pyx_e_7ivshmem_4_fds_BATCH];
+  struct iocb *__pyx_v_pointers[__pyx_e_7ivshmem_4_fds_BATCH];
+  char __pyx_v_nothing[1];
+  long __pyx_v_i;
+  long __pyx_v_n;
+  long __pyx_v_done;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  long __pyx_t_1;
+  long __pyx_t_2;
+  long __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("submit", 0);
+
+  /* "ivshmem/_fds.pyx":308
+ *         cdef char nothing[1]
+ *         cdef long i, n
+ *         cdef long done = 0             # <<<<<<<<<<<<<<
+ *         memset(requests, 0, count * sizeof(iocb))
+ *         for i in range(count):
+*/
+  __pyx_v_done = 0;
+
+  /* "ivshmem/_fds.pyx":309
+ *         cdef long i, n
+ *         cdef long done = 0
+ *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
+ *         for i in range(count):
+ *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
+*/
+  (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
+
+  /* "ivshmem/_fds.pyx":310
+ *         cdef long done = 0
+ *         memset(requests, 0, count * sizeof(iocb))
+ *         for i in range(count):             # <<<<<<<<<<<<<<
+ *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
+ *             requests[i].aio_fildes = self.zero
+*/
+
+  __pyx_t_1 = __pyx_v_count;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/_fds.pyx":311
+ *         memset(requests, 0, count * sizeof(iocb))
+ *         for i in range(count):
+ *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
+ *             requests[i].aio_fildes = self.zero
+ *             requests[i].aio_buf = <uint64_t>&nothing[0]
+*/
+    (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
+
+    /* "ivshmem/_fds.pyx":312
+ *         for i in range(count):
+ *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
+ *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
+ *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_nbytes = 1
+*/
+    __pyx_t_4 = __pyx_v_self->zero;
+
+    (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
+
+    /* "ivshmem/_fds.pyx":313
+ *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
+ *             requests[i].aio_fildes = self.zero
+ *             requests[i].aio_buf = <uint64_t>&nothing[0]             # <<<<<<<<<<<<<<
+ *             requests[i].aio_nbytes = 1
+ *             requests[i].aio_flags = IOCB_FLAG_RESFD
+*/
+    (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_nothing[0])));
+
+    /* "ivshmem/_fds.pyx":314
+ *             requests[i].aio_fildes = self.zero
+ *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
+ *             requests[i].aio_flags = IOCB_FLAG_RESFD
+ *             requests[i].aio_resfd = fds[i]
+*/
+    (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
+
+    /* "ivshmem/_fds.pyx":315
+ *             requests[i].aio_buf = <uint64_t>&nothing[0]
+ *             requests[i].aio_nbytes = 1
+ *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
+ *             requests[i].aio_resfd = fds[i]
+ *             pointers[i] = &requests[i]
+*/
+    (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
+
+    /* "ivshmem/_fds.pyx":316
+ *             requests[i].aio_nbytes = 1
+ *             requests[i].aio_flags = IOCB_FLAG_RESFD
+ *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
+ *             pointers[i] = &requests[i]
+ *         with cython.critical_section(self):
+*/
+    (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
+
+    /* "ivshmem/_fds.pyx":317
+ *             requests[i].aio_flags = IOCB_FLAG_RESFD
+ *             requests[i].aio_resfd = fds[i]
+ *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:
+*/
+    (__pyx_v_pointers[__pyx_v_i]) = (&(__pyx_v_requests[__pyx_v_i]));
+  }
+
+
+  /* "ivshmem/_fds.pyx":318
+ *             requests[i].aio_resfd = fds[i]
+ *             pointers[i] = &requests[i]
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_5 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_5);
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":319
+ *             pointers[i] = &requests[i]
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError("the signaller is closed")
+ *             while done < count:
+*/
+        __pyx_t_6 = (__pyx_v_self->zero < 0);
+
+        if (unlikely(__pyx_t_6)) {
+
+
+          /* "ivshmem/_fds.pyx":320
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
+ *             while done < count:
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+*/
+          __pyx_t_8 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 320, __pyx_L6_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __pyx_t_10 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_9))) {
+            __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_9);
+            assert(__pyx_t_8);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
+            __Pyx_INCREF(__pyx_t_8);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
+            __pyx_t_10 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_the_signaller_is_closed};
+            __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 320, __pyx_L6_error)
+            __Pyx_GOTREF(__pyx_t_7);
+          }
+          __Pyx_Raise(__pyx_t_7, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __PYX_ERR(0, 320, __pyx_L6_error)
+
+          /* "ivshmem/_fds.pyx":319
+ *             pointers[i] = &requests[i]
+ *         with cython.critical_section(self):
+ *             if self.zero < 0:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError("the signaller is closed")
+ *             while done < count:
+*/
+        }
+
+        /* "ivshmem/_fds.pyx":321
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+ *             while done < count:             # <<<<<<<<<<<<<<
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *                 if n >= 0:
+*/
+        while (1) {
+          __pyx_t_6 = (__pyx_v_done < __pyx_v_count);
+
+
+          if (!__pyx_t_6) break;
+
+          /* "ivshmem/_fds.pyx":322
+ *                 raise ClosedError("the signaller is closed")
+ *             while done < count:
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
+ *                 if n >= 0:
+ *                     done += n
+*/
+          __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
+
+          /* "ivshmem/_fds.pyx":323
+ *             while done < count:
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *                 if n >= 0:             # <<<<<<<<<<<<<<
+ *                     done += n
+ *                     ivshmem_io_forget(self.context, n)
+*/
+          __pyx_t_6 = (__pyx_v_n >= 0);
+
+          if (__pyx_t_6) {
+
+
+            /* "ivshmem/_fds.pyx":324
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *                 if n >= 0:
+ *                     done += n             # <<<<<<<<<<<<<<
+ *                     ivshmem_io_forget(self.context, n)
+ *                 elif errno != EINTR and errno != EAGAIN:
+*/
+            __pyx_v_done = (__pyx_v_done + __pyx_v_n);
+
+            /* "ivshmem/_fds.pyx":325
+ *                 if n >= 0:
+ *                     done += n
+ *                     ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
+ *                 elif errno != EINTR and errno != EAGAIN:
+ *                     fail()
+*/
+            ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
+
+            /* "ivshmem/_fds.pyx":323
+ *             while done < count:
+ *                 n = ivshmem_io_submit(self.context, count - done, &pointers[done])
+ *                 if n >= 0:             # <<<<<<<<<<<<<<
+ *                     done += n
+ *                     ivshmem_io_forget(self.context, n)
+*/
+            goto __pyx_L11;
+          }
+
+          /* "ivshmem/_fds.pyx":326
+ *                     done += n
+ *                     ivshmem_io_forget(self.context, n)
+ *                 elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
+ *                     fail()
+ *         return 0
+*/
+          switch (errno) {
+            case EINTR:
+            case EAGAIN:
+            __pyx_t_6 = 0;
+            break;
+            default:
+            __pyx_t_6 = 1;
+            break;
+          }
+          if (__pyx_t_6) {
+
+
+            /* "ivshmem/_fds.pyx":327
+ *                     ivshmem_io_forget(self.context, n)
+ *                 elif errno != EINTR and errno != EAGAIN:
+ *                     fail()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+            __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L6_error)
+
+
+            /* "ivshmem/_fds.pyx":326
+ *                     done += n
+ *                     ivshmem_io_forget(self.context, n)
+ *                 elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
+ *                     fail()
+ *         return 0
+*/
+          }
+          __pyx_L11:;
+        }
+      }
+
+      /* "ivshmem/_fds.pyx":318
+ *             requests[i].aio_resfd = fds[i]
+ *             pointers[i] = &requests[i]
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.zero < 0:
+ *                 raise ClosedError("the signaller is closed")
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L7;
+        }
+        __pyx_L6_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L7:;
+      }
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  }
+
+  /* "ivshmem/_fds.pyx":328
+ *                 elif errno != EINTR and errno != EAGAIN:
+ *                     fail()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":302
+ *             self.submit(batch, count)
+ * 
+ *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
+ *         """Add 1 to each of up to 64 eventfds; those before the first that is none."""
+ *         cdef iocb requests[BATCH]
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem._fds.Signaller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":330
+ *         return 0
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
  *         if self.context and getpid() == self.pid:
- *             ivshmem_io_destroy(self.context)
 */
 
 /* Python wrapper */
@@ -8723,109 +9002,126 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
+  int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/_fds.pyx":324
- * 
+        /* "ivshmem/_fds.pyx":332
+ *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
 */
-  __pyx_t_2 = (__pyx_v_self->context != 0);
+        __pyx_t_3 = (__pyx_v_self->context != 0);
 
-  if (__pyx_t_2) {
+        if (__pyx_t_3) {
 
-  } else {
+        } else {
 
-    __pyx_t_1 = __pyx_t_2;
+          __pyx_t_2 = __pyx_t_3;
 
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (getpid() == __pyx_v_self->pid);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
+          goto __pyx_L7_bool_binop_done;
+        }
+        __pyx_t_3 = (getpid() == __pyx_v_self->pid);
 
 
-    /* "ivshmem/_fds.pyx":325
+        __pyx_t_2 = __pyx_t_3;
+
+        __pyx_L7_bool_binop_done:;
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/_fds.pyx":333
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
  *         self.context = 0
  *         if self.zero >= 0:
 */
-    (void)(ivshmem_io_destroy(__pyx_v_self->context));
+          (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-    /* "ivshmem/_fds.pyx":324
- * 
+          /* "ivshmem/_fds.pyx":332
+ *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":326
+        /* "ivshmem/_fds.pyx":334
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
  *         if self.zero >= 0:
  *             c_close(self.zero)
 */
-  __pyx_v_self->context = 0;
+        __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":327
+        /* "ivshmem/_fds.pyx":335
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
  *             c_close(self.zero)
  *         self.zero = -1
 */
-  __pyx_t_1 = (__pyx_v_self->zero >= 0);
+        __pyx_t_2 = (__pyx_v_self->zero >= 0);
 
-  if (__pyx_t_1) {
+        if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":328
+          /* "ivshmem/_fds.pyx":336
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
  *         self.zero = -1
  * 
 */
-    (void)(close(__pyx_v_self->zero));
+          (void)(close(__pyx_v_self->zero));
 
-    /* "ivshmem/_fds.pyx":327
+          /* "ivshmem/_fds.pyx":335
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
  *             c_close(self.zero)
  *         self.zero = -1
 */
-  }
+        }
 
-  /* "ivshmem/_fds.pyx":329
+        /* "ivshmem/_fds.pyx":337
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_v_self->zero = -1;
+        __pyx_v_self->zero = -1;
+      }
 
-  /* "ivshmem/_fds.pyx":323
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+      /* "ivshmem/_fds.pyx":330
+ *         return 0
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
  *         if self.context and getpid() == self.pid:
- *             ivshmem_io_destroy(self.context)
 */
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
@@ -8834,7 +9130,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_4close(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":331
+/* "ivshmem/_fds.pyx":339
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8865,7 +9161,7 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":332
+  /* "ivshmem/_fds.pyx":340
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -8879,12 +9175,12 @@ static void __pyx_pf_7ivshmem_4_fds_9Signaller_6__dealloc__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":331
+  /* "ivshmem/_fds.pyx":339
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9109,7 +9405,520 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_9Signaller_10__setstate_cython__(CYTHON
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":349
+/* "ivshmem/_fds.pyx":347
+ * 
+ * 
+ * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
+ *     """The one of this process, which lives as long as somebody uses it; None if there can be none.
+ * 
+*/
+
+static struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_f_7ivshmem_4_fds_shared_signaller(void) {
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller = 0;
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("shared_signaller", 0);
+
+  /* "ivshmem/_fds.pyx":354
+ *     """
+ *     global _shared
+ *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
+ *     if signaller is None or signaller.pid != getpid():
+ *         try:
+*/
+  __pyx_t_2 = (__pyx_v_7ivshmem_4_fds__shared == Py_None);
+  if (__pyx_t_2) {
+    __Pyx_INCREF(Py_None);
+    __pyx_t_1 = Py_None;
+  } else {
+    __pyx_t_4 = NULL;
+    __Pyx_INCREF(__pyx_v_7ivshmem_4_fds__shared);
+    __pyx_t_5 = __pyx_v_7ivshmem_4_fds__shared; 
+    __pyx_t_6 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_6 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_1 = __pyx_t_3;
+    __pyx_t_3 = 0;
+  }
+
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller))))) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/_fds.pyx":355
+ *     global _shared
+ *     cdef Signaller signaller = None if _shared is None else _shared()
+ *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
+ *         try:
+ *             signaller = Signaller()
+*/
+  __pyx_t_7 = (((PyObject *)__pyx_v_signaller) == Py_None);
+  if (!__pyx_t_7) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_7;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_7 = (__pyx_v_signaller->pid != getpid());
+
+
+  __pyx_t_2 = __pyx_t_7;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/_fds.pyx":356
+ *     cdef Signaller signaller = None if _shared is None else _shared()
+ *     if signaller is None or signaller.pid != getpid():
+ *         try:             # <<<<<<<<<<<<<<
+ *             signaller = Signaller()
+ *         except OSError:
+*/
+    {
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __Pyx_ExceptionSave(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_8);
+      __Pyx_XGOTREF(__pyx_t_9);
+      __Pyx_XGOTREF(__pyx_t_10);
+      /*try:*/ {
+
+        /* "ivshmem/_fds.pyx":357
+ *     if signaller is None or signaller.pid != getpid():
+ *         try:
+ *             signaller = Signaller()             # <<<<<<<<<<<<<<
+ *         except OSError:
+ *             return None
+*/
+        __pyx_t_3 = NULL;
+        __pyx_t_6 = 1;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+          __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L6_error)
+          __Pyx_GOTREF((PyObject *)__pyx_t_1);
+        }
+        __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)__pyx_t_1));
+        __pyx_t_1 = 0;
+
+        /* "ivshmem/_fds.pyx":356
+ *     cdef Signaller signaller = None if _shared is None else _shared()
+ *     if signaller is None or signaller.pid != getpid():
+ *         try:             # <<<<<<<<<<<<<<
+ *             signaller = Signaller()
+ *         except OSError:
+*/
+      }
+      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      goto __pyx_L11_try_end;
+      __pyx_L6_error:;
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+      /* "ivshmem/_fds.pyx":358
+ *         try:
+ *             signaller = Signaller()
+ *         except OSError:             # <<<<<<<<<<<<<<
+ *             return None
+ *         _shared = weakref.ref(signaller)
+*/
+      __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
+      if (__pyx_t_11) {
+        __Pyx_ErrRestore(0,0,0);
+
+        /* "ivshmem/_fds.pyx":359
+ *             signaller = Signaller()
+ *         except OSError:
+ *             return None             # <<<<<<<<<<<<<<
+ *         _shared = weakref.ref(signaller)
+ *     return signaller
+*/
+        {
+          struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)Py_None); __Pyx_INCREF(Py_None);
+          }
+          __Pyx_XDECREF((PyObject *)__pyx_temp);
+        }
+        goto __pyx_L9_except_return;
+      }
+      goto __pyx_L8_except_error;
+
+      /* "ivshmem/_fds.pyx":356
+ *     cdef Signaller signaller = None if _shared is None else _shared()
+ *     if signaller is None or signaller.pid != getpid():
+ *         try:             # <<<<<<<<<<<<<<
+ *             signaller = Signaller()
+ *         except OSError:
+*/
+      __pyx_L8_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+      goto __pyx_L1_error;
+      __pyx_L9_except_return:;
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+      goto __pyx_L0;
+      __pyx_L11_try_end:;
+    }
+
+    /* "ivshmem/_fds.pyx":360
+ *         except OSError:
+ *             return None
+ *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
+ *     return signaller
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 360, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_6 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_6 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, ((PyObject *)__pyx_v_signaller)};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
+    __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, __pyx_t_1);
+    __Pyx_GIVEREF(__pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/_fds.pyx":355
+ *     global _shared
+ *     cdef Signaller signaller = None if _shared is None else _shared()
+ *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
+ *         try:
+ *             signaller = Signaller()
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":361
+ *             return None
+ *         _shared = weakref.ref(signaller)
+ *     return signaller             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_signaller);
+      __pyx_r = __pyx_v_signaller;
+    }
+    __Pyx_XDECREF((PyObject *)__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":347
+ * 
+ * 
+ * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
+ *     """The one of this process, which lives as long as somebody uses it; None if there can be none.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem._fds.shared_signaller", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_signaller);
+  __Pyx_XGIVEREF((PyObject *)__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":364
+ * 
+ * 
+ * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd that others share, and wait for nobody.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_4_fds_add_one_nowait(struct __pyx_obj_7ivshmem_4_fds_Signaller *__pyx_v_signaller, int __pyx_v_fd) {
+  struct pollfd __pyx_v_one;
+  struct timespec __pyx_v_none;
+  int __pyx_v_code;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/_fds.pyx":373
+ *     cdef timespec none
+ *     cdef int code
+ *     if signaller is not None:             # <<<<<<<<<<<<<<
+ *         return signaller.submit(&fd, 1)
+ *     none.tv_sec = none.tv_nsec = 0
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_signaller) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":374
+ *     cdef int code
+ *     if signaller is not None:
+ *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
+ *     none.tv_sec = none.tv_nsec = 0
+ *     one.fd = fd
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":373
+ *     cdef timespec none
+ *     cdef int code
+ *     if signaller is not None:             # <<<<<<<<<<<<<<
+ *         return signaller.submit(&fd, 1)
+ *     none.tv_sec = none.tv_nsec = 0
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":375
+ *     if signaller is not None:
+ *         return signaller.submit(&fd, 1)
+ *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
+ *     one.fd = fd
+ *     one.events = POLLOUT
+*/
+  __pyx_v_none.tv_sec = 0;
+  __pyx_v_none.tv_nsec = 0;
+
+  /* "ivshmem/_fds.pyx":376
+ *         return signaller.submit(&fd, 1)
+ *     none.tv_sec = none.tv_nsec = 0
+ *     one.fd = fd             # <<<<<<<<<<<<<<
+ *     one.events = POLLOUT
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+*/
+  __pyx_v_one.fd = __pyx_v_fd;
+
+  /* "ivshmem/_fds.pyx":377
+ *     none.tv_sec = none.tv_nsec = 0
+ *     one.fd = fd
+ *     one.events = POLLOUT             # <<<<<<<<<<<<<<
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         code = add_one(fd)
+*/
+  __pyx_v_one.events = POLLOUT;
+
+  /* "ivshmem/_fds.pyx":378
+ *     one.fd = fd
+ *     one.events = POLLOUT
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
+ *         code = add_one(fd)
+ *         if code == 0:
+*/
+  while (1) {
+    __pyx_t_3 = (ppoll((&__pyx_v_one), 1, (&__pyx_v_none), NULL) == 1);
+
+    if (__pyx_t_3) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_3;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+    __pyx_t_3 = ((__pyx_v_one.revents & POLLOUT) != 0);
+
+
+    __pyx_t_1 = __pyx_t_3;
+
+    __pyx_L6_bool_binop_done:;
+
+    if (!__pyx_t_1) break;
+
+    /* "ivshmem/_fds.pyx":379
+ *     one.events = POLLOUT
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         code = add_one(fd)             # <<<<<<<<<<<<<<
+ *         if code == 0:
+ *             break
+*/
+    __pyx_v_code = __pyx_f_7ivshmem_4_fds_add_one(__pyx_v_fd);
+
+    /* "ivshmem/_fds.pyx":380
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         code = add_one(fd)
+ *         if code == 0:             # <<<<<<<<<<<<<<
+ *             break
+ *         if code != EINTR:
+*/
+    __pyx_t_1 = (__pyx_v_code == 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pyx":381
+ *         code = add_one(fd)
+ *         if code == 0:
+ *             break             # <<<<<<<<<<<<<<
+ *         if code != EINTR:
+ *             fail_with(code)
+*/
+      goto __pyx_L5_break;
+
+      /* "ivshmem/_fds.pyx":380
+ *     while ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *         code = add_one(fd)
+ *         if code == 0:             # <<<<<<<<<<<<<<
+ *             break
+ *         if code != EINTR:
+*/
+    }
+
+    /* "ivshmem/_fds.pyx":382
+ *         if code == 0:
+ *             break
+ *         if code != EINTR:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ *         PyErr_CheckSignals()
+*/
+    __pyx_t_1 = (__pyx_v_code != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/_fds.pyx":383
+ *             break
+ *         if code != EINTR:
+ *             fail_with(code)             # <<<<<<<<<<<<<<
+ *         PyErr_CheckSignals()
+ *     return 0  # a full counter is an interrupt that is pending already
+*/
+      __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
+
+
+      /* "ivshmem/_fds.pyx":382
+ *         if code == 0:
+ *             break
+ *         if code != EINTR:             # <<<<<<<<<<<<<<
+ *             fail_with(code)
+ *         PyErr_CheckSignals()
+*/
+    }
+
+    /* "ivshmem/_fds.pyx":384
+ *         if code != EINTR:
+ *             fail_with(code)
+ *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *     return 0  # a full counter is an interrupt that is pending already
+ * 
+*/
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
+
+  }
+  __pyx_L5_break:;
+
+  /* "ivshmem/_fds.pyx":385
+ *             fail_with(code)
+ *         PyErr_CheckSignals()
+ *     return 0  # a full counter is an interrupt that is pending already             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_fds.pyx":364
+ * 
+ * 
+ * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd that others share, and wait for nobody.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem._fds.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/_fds.pyx":402
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -9156,39 +9965,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 349, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 402, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 349, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 402, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 349, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 349, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 402, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 349, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 402, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 349, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 349, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 402, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 349, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 402, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 349, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 402, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9237,7 +10046,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_fds.pyx":351
+  /* "ivshmem/_fds.pyx":404
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -9246,7 +10055,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/_fds.pyx":352
+  /* "ivshmem/_fds.pyx":405
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9255,7 +10064,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":353
+  /* "ivshmem/_fds.pyx":406
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -9264,7 +10073,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_fds.pyx":354
+  /* "ivshmem/_fds.pyx":407
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -9280,7 +10089,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/_fds.pyx":355
+      /* "ivshmem/_fds.pyx":408
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9289,7 +10098,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 355, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 408, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -9307,17 +10116,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":356
+        /* "ivshmem/_fds.pyx":409
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":355
+        /* "ivshmem/_fds.pyx":408
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9326,7 +10135,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":357
+      /* "ivshmem/_fds.pyx":410
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -9338,17 +10147,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/_fds.pyx":358
+        /* "ivshmem/_fds.pyx":411
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L3_error)
 
 
-        /* "ivshmem/_fds.pyx":357
+        /* "ivshmem/_fds.pyx":410
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -9357,7 +10166,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
       }
 
-      /* "ivshmem/_fds.pyx":359
+      /* "ivshmem/_fds.pyx":412
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -9369,9 +10178,9 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 359, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 359, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 412, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -9379,7 +10188,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 359, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -9389,7 +10198,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 359, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -9400,13 +10209,13 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 359, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 412, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 359, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 412, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -9416,7 +10225,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/_fds.pyx":360
+        /* "ivshmem/_fds.pyx":413
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -9425,7 +10234,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/_fds.pyx":361
+        /* "ivshmem/_fds.pyx":414
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -9434,7 +10243,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/_fds.pyx":362
+        /* "ivshmem/_fds.pyx":415
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -9443,7 +10252,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/_fds.pyx":363
+        /* "ivshmem/_fds.pyx":416
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -9452,7 +10261,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/_fds.pyx":364
+        /* "ivshmem/_fds.pyx":417
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -9461,17 +10270,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/_fds.pyx":365
+        /* "ivshmem/_fds.pyx":418
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 365, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/_fds.pyx":366
+        /* "ivshmem/_fds.pyx":419
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -9483,17 +10292,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/_fds.pyx":367
+          /* "ivshmem/_fds.pyx":420
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L3_error)
 
 
-          /* "ivshmem/_fds.pyx":366
+          /* "ivshmem/_fds.pyx":419
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -9502,7 +10311,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
 */
         }
 
-        /* "ivshmem/_fds.pyx":359
+        /* "ivshmem/_fds.pyx":412
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -9512,7 +10321,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/_fds.pyx":354
+      /* "ivshmem/_fds.pyx":407
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -9528,7 +10337,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/_fds.pyx":368
+    /* "ivshmem/_fds.pyx":421
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9538,12 +10347,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem._fds.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 368, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 421, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/_fds.pyx":369
+      /* "ivshmem/_fds.pyx":422
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9557,12 +10366,12 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 369, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 422, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/_fds.pyx":370
+      /* "ivshmem/_fds.pyx":423
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -9574,11 +10383,11 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 370, __pyx_L5_except_error)
+      __PYX_ERR(0, 423, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/_fds.pyx":354
+    /* "ivshmem/_fds.pyx":407
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -9594,7 +10403,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/_fds.pyx":349
+  /* "ivshmem/_fds.pyx":402
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -9622,7 +10431,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Relay___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":372
+/* "ivshmem/_fds.pyx":425
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9635,7 +10444,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":374
+  /* "ivshmem/_fds.pyx":427
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether it has come to that. No system call: the kernel notes it in shared memory."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -9663,7 +10472,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":372
+  /* "ivshmem/_fds.pyx":425
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9676,7 +10485,7 @@ static int __pyx_f_7ivshmem_4_fds_5Relay_fired(struct __pyx_obj_7ivshmem_4_fds_R
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":376
+/* "ivshmem/_fds.pyx":429
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9736,7 +10545,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":378
+  /* "ivshmem/_fds.pyx":431
  *     def close(self):
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -9747,7 +10556,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":379
+  /* "ivshmem/_fds.pyx":432
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9756,7 +10565,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/_fds.pyx":380
+  /* "ivshmem/_fds.pyx":433
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9782,7 +10591,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":381
+    /* "ivshmem/_fds.pyx":434
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -9791,7 +10600,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/_fds.pyx":380
+    /* "ivshmem/_fds.pyx":433
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -9800,7 +10609,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":376
+  /* "ivshmem/_fds.pyx":429
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9816,7 +10625,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_2close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":383
+/* "ivshmem/_fds.pyx":436
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9847,7 +10656,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/_fds.pyx":384
+  /* "ivshmem/_fds.pyx":437
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9861,12 +10670,12 @@ static void __pyx_pf_7ivshmem_4_fds_5Relay_4__dealloc__(struct __pyx_obj_7ivshme
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 384, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":383
+  /* "ivshmem/_fds.pyx":436
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10091,7 +10900,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Relay_8__setstate_cython__(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":395
+/* "ivshmem/_fds.pyx":448
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -10148,7 +10957,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":396
+  /* "ivshmem/_fds.pyx":449
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -10157,7 +10966,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":397
+  /* "ivshmem/_fds.pyx":450
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -10166,7 +10975,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/_fds.pyx":398
+  /* "ivshmem/_fds.pyx":451
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -10178,17 +10987,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":399
+    /* "ivshmem/_fds.pyx":452
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":398
+    /* "ivshmem/_fds.pyx":451
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -10197,7 +11006,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":395
+  /* "ivshmem/_fds.pyx":448
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -10216,7 +11025,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Epoll___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":401
+/* "ivshmem/_fds.pyx":454
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -10280,7 +11089,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":402
+  /* "ivshmem/_fds.pyx":455
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -10292,7 +11101,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":403
+    /* "ivshmem/_fds.pyx":456
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -10300,7 +11109,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10319,14 +11128,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 403, __pyx_L1_error)
+    __PYX_ERR(0, 456, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":402
+    /* "ivshmem/_fds.pyx":455
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -10335,14 +11144,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":404
+  /* "ivshmem/_fds.pyx":457
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -10355,7 +11164,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":401
+  /* "ivshmem/_fds.pyx":454
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -10376,7 +11185,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":406
+/* "ivshmem/_fds.pyx":459
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -10398,7 +11207,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/_fds.pyx":408
+  /* "ivshmem/_fds.pyx":461
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -10407,7 +11216,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/_fds.pyx":409
+  /* "ivshmem/_fds.pyx":462
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -10416,7 +11225,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/_fds.pyx":410
+  /* "ivshmem/_fds.pyx":463
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -10425,7 +11234,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/_fds.pyx":411
+  /* "ivshmem/_fds.pyx":464
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -10439,10 +11248,10 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -10450,17 +11259,17 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":412
+    /* "ivshmem/_fds.pyx":465
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":411
+    /* "ivshmem/_fds.pyx":464
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -10469,7 +11278,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
 */
   }
 
-  /* "ivshmem/_fds.pyx":413
+  /* "ivshmem/_fds.pyx":466
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10482,7 +11291,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":406
+  /* "ivshmem/_fds.pyx":459
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -10503,7 +11312,7 @@ static int __pyx_f_7ivshmem_4_fds_5Epoll_control(struct __pyx_obj_7ivshmem_4_fds
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":415
+/* "ivshmem/_fds.pyx":468
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -10553,46 +11362,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 415, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 468, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 415, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 468, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 415, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 468, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 415, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 468, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 468, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 468, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 468, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 468, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 415, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 468, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10625,17 +11434,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/_fds.pyx":417
+  /* "ivshmem/_fds.pyx":470
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":415
+  /* "ivshmem/_fds.pyx":468
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -10655,7 +11464,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_4add(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":419
+/* "ivshmem/_fds.pyx":472
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -10705,46 +11514,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 419, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 472, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 419, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 472, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 419, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 419, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 472, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 419, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 472, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 472, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 419, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 472, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 419, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 472, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 419, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 419, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 419, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 419, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 472, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10777,17 +11586,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/_fds.pyx":420
+  /* "ivshmem/_fds.pyx":473
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 473, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":419
+  /* "ivshmem/_fds.pyx":472
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -10807,7 +11616,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_6modify(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":422
+/* "ivshmem/_fds.pyx":475
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -10855,32 +11664,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 422, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 475, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 422, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 475, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 422, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 475, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 422, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 475, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 422, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 475, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10911,17 +11720,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/_fds.pyx":423
+  /* "ivshmem/_fds.pyx":476
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":422
+  /* "ivshmem/_fds.pyx":475
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -10941,7 +11750,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_8remove(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":425
+/* "ivshmem/_fds.pyx":478
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10989,24 +11798,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 425, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 425, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11017,7 +11826,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 425, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11061,17 +11870,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_fds.pyx":428
+  /* "ivshmem/_fds.pyx":481
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_4_fds_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 481, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":430
+  /* "ivshmem/_fds.pyx":483
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -11085,14 +11894,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 430, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/_fds.pyx":431
+  /* "ivshmem/_fds.pyx":484
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -11101,17 +11910,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 */
   while (1) {
 
-    /* "ivshmem/_fds.pyx":432
+    /* "ivshmem/_fds.pyx":485
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 432, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_4_fds_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_4_fds_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 485, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/_fds.pyx":433
+    /* "ivshmem/_fds.pyx":486
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11123,7 +11932,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/_fds.pyx":434
+      /* "ivshmem/_fds.pyx":487
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -11131,7 +11940,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 434, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 487, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -11139,20 +11948,20 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_7genexpr__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 434, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 487, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 434, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_7genexpr__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 487, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 434, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 487, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 434, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 487, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 434, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 487, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 434, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 487, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -11168,7 +11977,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_fds.pyx":433
+      /* "ivshmem/_fds.pyx":486
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11178,7 +11987,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
     }
   }
 
-  /* "ivshmem/_fds.pyx":425
+  /* "ivshmem/_fds.pyx":478
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11207,7 +12016,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_10wait(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":436
+/* "ivshmem/_fds.pyx":489
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11266,7 +12075,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":437
+  /* "ivshmem/_fds.pyx":490
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -11277,7 +12086,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":438
+  /* "ivshmem/_fds.pyx":491
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -11286,7 +12095,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/_fds.pyx":439
+  /* "ivshmem/_fds.pyx":492
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -11298,7 +12107,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":440
+    /* "ivshmem/_fds.pyx":493
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -11307,7 +12116,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/_fds.pyx":439
+    /* "ivshmem/_fds.pyx":492
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -11316,7 +12125,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":436
+  /* "ivshmem/_fds.pyx":489
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11332,7 +12141,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_12close(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":442
+/* "ivshmem/_fds.pyx":495
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11356,7 +12165,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Epoll_15__dealloc__(PyObject *__pyx_v_self)
 static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":443
+  /* "ivshmem/_fds.pyx":496
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -11368,7 +12177,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":444
+    /* "ivshmem/_fds.pyx":497
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -11377,7 +12186,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/_fds.pyx":443
+    /* "ivshmem/_fds.pyx":496
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -11386,7 +12195,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Epoll_14__dealloc__(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_fds.pyx":442
+  /* "ivshmem/_fds.pyx":495
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11604,7 +12413,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Epoll_18__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":447
+/* "ivshmem/_fds.pyx":500
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -11628,7 +12437,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":451
+  /* "ivshmem/_fds.pyx":504
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -11640,7 +12449,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":452
+    /* "ivshmem/_fds.pyx":505
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -11649,7 +12458,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/_fds.pyx":451
+    /* "ivshmem/_fds.pyx":504
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -11659,7 +12468,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_fds.pyx":454
+  /* "ivshmem/_fds.pyx":507
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -11679,7 +12488,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/_fds.pyx":456
+    /* "ivshmem/_fds.pyx":509
  *         left = deadline - now() if deadline else 0
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -11715,7 +12524,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   __pyx_L3:;
 
-  /* "ivshmem/_fds.pyx":457
+  /* "ivshmem/_fds.pyx":510
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -11728,7 +12537,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":458
+        /* "ivshmem/_fds.pyx":511
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -11737,7 +12546,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/_fds.pyx":459
+        /* "ivshmem/_fds.pyx":512
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -11747,7 +12556,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/_fds.pyx":457
+      /* "ivshmem/_fds.pyx":510
  *         # Rounded up, or the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -11764,7 +12573,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
       }
   }
 
-  /* "ivshmem/_fds.pyx":460
+  /* "ivshmem/_fds.pyx":513
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -11776,7 +12585,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":461
+    /* "ivshmem/_fds.pyx":514
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -11789,7 +12598,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":460
+    /* "ivshmem/_fds.pyx":513
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -11798,7 +12607,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":462
+  /* "ivshmem/_fds.pyx":515
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -11810,17 +12619,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":463
+    /* "ivshmem/_fds.pyx":516
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 463, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 516, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":462
+    /* "ivshmem/_fds.pyx":515
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -11829,17 +12638,17 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
 */
   }
 
-  /* "ivshmem/_fds.pyx":464
+  /* "ivshmem/_fds.pyx":517
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L1_error)
 
 
-  /* "ivshmem/_fds.pyx":465
+  /* "ivshmem/_fds.pyx":518
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -11852,7 +12661,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":447
+  /* "ivshmem/_fds.pyx":500
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -11873,7 +12682,7 @@ static int __pyx_f_7ivshmem_4_fds_epoll_sleep(int __pyx_v_epfd, struct epoll_eve
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":468
+/* "ivshmem/_fds.pyx":521
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -11896,7 +12705,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/_fds.pyx":469
+  /* "ivshmem/_fds.pyx":522
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -11904,15 +12713,15 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 469, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 522, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 469, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 522, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -11920,14 +12729,14 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 469, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 469, __pyx_L1_error)
+  __PYX_ERR(0, 522, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":468
+  /* "ivshmem/_fds.pyx":521
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -11948,7 +12757,7 @@ static int __pyx_f_7ivshmem_4_fds_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":478
+/* "ivshmem/_fds.pyx":531
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12005,7 +12814,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/_fds.pyx":479
+  /* "ivshmem/_fds.pyx":532
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -12014,7 +12823,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":480
+  /* "ivshmem/_fds.pyx":533
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -12023,7 +12832,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/_fds.pyx":481
+  /* "ivshmem/_fds.pyx":534
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12035,17 +12844,17 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":482
+    /* "ivshmem/_fds.pyx":535
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":481
+    /* "ivshmem/_fds.pyx":534
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12054,7 +12863,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
 */
   }
 
-  /* "ivshmem/_fds.pyx":478
+  /* "ivshmem/_fds.pyx":531
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12073,7 +12882,7 @@ static int __pyx_pf_7ivshmem_4_fds_5Timer___cinit__(struct __pyx_obj_7ivshmem_4_
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":484
+/* "ivshmem/_fds.pyx":537
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12137,7 +12946,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/_fds.pyx":485
+  /* "ivshmem/_fds.pyx":538
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12149,7 +12958,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":486
+    /* "ivshmem/_fds.pyx":539
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -12157,7 +12966,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 486, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 539, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12176,14 +12985,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 486, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 486, __pyx_L1_error)
+    __PYX_ERR(0, 539, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":485
+    /* "ivshmem/_fds.pyx":538
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -12192,14 +13001,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":487
+  /* "ivshmem/_fds.pyx":540
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -12212,7 +13021,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":484
+  /* "ivshmem/_fds.pyx":537
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12233,7 +13042,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_2fileno(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":489
+/* "ivshmem/_fds.pyx":542
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -12281,32 +13090,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 489, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 542, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 489, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 542, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 489, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 542, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 542, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 489, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 489, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 542, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12342,7 +13151,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/_fds.pyx":492
+  /* "ivshmem/_fds.pyx":545
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -12351,7 +13160,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/_fds.pyx":493
+  /* "ivshmem/_fds.pyx":546
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -12360,7 +13169,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/_fds.pyx":494
+  /* "ivshmem/_fds.pyx":547
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -12369,7 +13178,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/_fds.pyx":495
+  /* "ivshmem/_fds.pyx":548
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -12383,10 +13192,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 548, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -12394,17 +13203,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_fds.pyx":496
+    /* "ivshmem/_fds.pyx":549
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 496, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":495
+    /* "ivshmem/_fds.pyx":548
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -12413,7 +13222,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
 */
   }
 
-  /* "ivshmem/_fds.pyx":489
+  /* "ivshmem/_fds.pyx":542
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -12436,7 +13245,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_4set(struct __pyx_obj_7ivshmem_4
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":498
+/* "ivshmem/_fds.pyx":551
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12495,7 +13304,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_fds.pyx":499
+  /* "ivshmem/_fds.pyx":552
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -12506,7 +13315,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":500
+  /* "ivshmem/_fds.pyx":553
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -12515,7 +13324,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/_fds.pyx":501
+  /* "ivshmem/_fds.pyx":554
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -12527,7 +13336,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_fds.pyx":502
+    /* "ivshmem/_fds.pyx":555
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -12536,7 +13345,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/_fds.pyx":501
+    /* "ivshmem/_fds.pyx":554
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -12545,7 +13354,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_fds.pyx":498
+  /* "ivshmem/_fds.pyx":551
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12561,7 +13370,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_6close(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":504
+/* "ivshmem/_fds.pyx":557
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12585,7 +13394,7 @@ static void __pyx_pw_7ivshmem_4_fds_5Timer_9__dealloc__(PyObject *__pyx_v_self) 
 static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_4_fds_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/_fds.pyx":505
+  /* "ivshmem/_fds.pyx":558
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -12597,7 +13406,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":506
+    /* "ivshmem/_fds.pyx":559
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -12606,7 +13415,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/_fds.pyx":505
+    /* "ivshmem/_fds.pyx":558
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -12615,7 +13424,7 @@ static void __pyx_pf_7ivshmem_4_fds_5Timer_8__dealloc__(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_fds.pyx":504
+  /* "ivshmem/_fds.pyx":557
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12833,7 +13642,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_5Timer_12__setstate_cython__(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":509
+/* "ivshmem/_fds.pyx":562
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -12871,7 +13680,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/_fds.pyx":519
+  /* "ivshmem/_fds.pyx":572
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -12880,7 +13689,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/_fds.pyx":520
+  /* "ivshmem/_fds.pyx":573
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -12889,7 +13698,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/_fds.pyx":521
+  /* "ivshmem/_fds.pyx":574
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -12898,7 +13707,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/_fds.pyx":522
+  /* "ivshmem/_fds.pyx":575
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -12910,7 +13719,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":523
+    /* "ivshmem/_fds.pyx":576
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -12919,7 +13728,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/_fds.pyx":524
+    /* "ivshmem/_fds.pyx":577
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12937,7 +13746,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_fds.pyx":522
+    /* "ivshmem/_fds.pyx":575
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -12946,7 +13755,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":525
+  /* "ivshmem/_fds.pyx":578
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -12955,7 +13764,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/_fds.pyx":526
+  /* "ivshmem/_fds.pyx":579
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -12967,17 +13776,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":527
+    /* "ivshmem/_fds.pyx":580
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 527, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_4_fds_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":526
+    /* "ivshmem/_fds.pyx":579
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -12986,14 +13795,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/_fds.pyx":528
+  /* "ivshmem/_fds.pyx":581
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 528, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13006,7 +13815,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":509
+  /* "ivshmem/_fds.pyx":562
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -13027,7 +13836,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_fork_sharing_files(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":531
+/* "ivshmem/_fds.pyx":584
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -13077,46 +13886,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 531, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 531, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 531, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 584, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 531, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 531, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 531, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13160,7 +13969,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/_fds.pyx":537
+  /* "ivshmem/_fds.pyx":590
  *         OSError: EEXIST; EINVAL or ENOSYS where the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -13168,9 +13977,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13190,14 +13999,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 537, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 537, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 590, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":538
+  /* "ivshmem/_fds.pyx":591
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -13205,9 +14014,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 538, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 591, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 538, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 591, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -13227,14 +14036,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 538, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 538, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 591, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_fds.pyx":539
+  /* "ivshmem/_fds.pyx":592
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -13243,12 +14052,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 539, __pyx_L1_error)
+    __PYX_ERR(0, 592, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 539, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/_fds.pyx":540
+  /* "ivshmem/_fds.pyx":593
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -13257,12 +14066,12 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 540, __pyx_L1_error)
+    __PYX_ERR(0, 593, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 540, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 593, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/_fds.pyx":542
+  /* "ivshmem/_fds.pyx":595
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13275,7 +14084,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_fds.pyx":543
+        /* "ivshmem/_fds.pyx":596
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -13285,7 +14094,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/_fds.pyx":542
+      /* "ivshmem/_fds.pyx":595
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13302,7 +14111,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
       }
   }
 
-  /* "ivshmem/_fds.pyx":544
+  /* "ivshmem/_fds.pyx":597
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -13314,17 +14123,17 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/_fds.pyx":545
+    /* "ivshmem/_fds.pyx":598
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_4_fds_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":544
+    /* "ivshmem/_fds.pyx":597
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -13333,7 +14142,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/_fds.pyx":531
+  /* "ivshmem/_fds.pyx":584
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -13362,7 +14171,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_2rename_exclusive(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":548
+/* "ivshmem/_fds.pyx":601
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -13385,7 +14194,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/_fds.pyx":550
+  /* "ivshmem/_fds.pyx":603
  * cdef int64_t take_count(int fd) except -1:
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -13394,7 +14203,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   __pyx_v_count = __pyx_f_7ivshmem_4_fds_look(__pyx_v_fd);
 
-  /* "ivshmem/_fds.pyx":551
+  /* "ivshmem/_fds.pyx":604
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -13406,7 +14215,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_fds.pyx":552
+    /* "ivshmem/_fds.pyx":605
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -13414,7 +14223,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -13422,14 +14231,14 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 552, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 552, __pyx_L1_error)
+    __PYX_ERR(0, 605, __pyx_L1_error)
 
-    /* "ivshmem/_fds.pyx":551
+    /* "ivshmem/_fds.pyx":604
  *     """Like `look`, but raises OSError."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -13438,7 +14247,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":553
+  /* "ivshmem/_fds.pyx":606
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -13450,17 +14259,17 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_fds.pyx":554
+    /* "ivshmem/_fds.pyx":607
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 554, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_4_fds_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 607, __pyx_L1_error)
 
 
-    /* "ivshmem/_fds.pyx":553
+    /* "ivshmem/_fds.pyx":606
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is no eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -13469,7 +14278,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/_fds.pyx":555
+  /* "ivshmem/_fds.pyx":608
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -13482,7 +14291,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":548
+  /* "ivshmem/_fds.pyx":601
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -13504,7 +14313,7 @@ static int64_t __pyx_f_7ivshmem_4_fds_take_count(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":558
+/* "ivshmem/_fds.pyx":611
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -13552,32 +14361,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 558, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 558, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 558, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 558, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 611, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 558, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 558, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 611, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 558, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13624,7 +14433,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/_fds.pyx":560
+  /* "ivshmem/_fds.pyx":613
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -13633,9 +14442,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -13644,13 +14453,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 613, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 560, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13669,7 +14478,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 560, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -13687,7 +14496,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":561
+          /* "ivshmem/_fds.pyx":614
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -13699,9 +14508,9 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 561, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 614, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 561, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 614, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -13709,7 +14518,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 561, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 614, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -13719,7 +14528,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 561, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 614, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -13730,13 +14539,13 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 561, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 614, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 561, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 614, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -13746,7 +14555,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/_fds.pyx":562
+            /* "ivshmem/_fds.pyx":615
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -13760,15 +14569,15 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 615, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 562, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 615, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/_fds.pyx":563
+              /* "ivshmem/_fds.pyx":616
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -13783,10 +14592,10 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 563, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 616, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 563, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 616, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -13795,7 +14604,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 616, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -13810,7 +14619,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/_fds.pyx":562
+              /* "ivshmem/_fds.pyx":615
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -13819,7 +14628,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
 */
             }
 
-            /* "ivshmem/_fds.pyx":561
+            /* "ivshmem/_fds.pyx":614
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -13829,7 +14638,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_fds.pyx":560
+          /* "ivshmem/_fds.pyx":613
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -13849,23 +14658,23 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem._fds.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 560, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 613, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 560, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 613, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 560, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 613, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -13876,7 +14685,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 560, __pyx_L9_except_error)
+            __PYX_ERR(0, 613, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -13908,7 +14717,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 560, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 613, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -13920,7 +14729,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 560, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 613, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -13937,7 +14746,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_L20:;
   }
 
-  /* "ivshmem/_fds.pyx":564
+  /* "ivshmem/_fds.pyx":617
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is no eventfd")             # <<<<<<<<<<<<<<
@@ -13945,7 +14754,7 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 564, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -13953,14 +14762,14 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 564, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 617, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 564, __pyx_L1_error)
+  __PYX_ERR(0, 617, __pyx_L1_error)
 
-  /* "ivshmem/_fds.pyx":558
+  /* "ivshmem/_fds.pyx":611
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -13985,39 +14794,137 @@ static PyObject *__pyx_pf_7ivshmem_4_fds_4count_of_eventfd(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/_fds.pyx":567
+/* "ivshmem/_fds.pyx":620
  * 
  * 
- * cdef bint is_eventfd(int fd) noexcept:             # <<<<<<<<<<<<<<
- *     """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
- *     cdef char data[7]
+ * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Whether `fd` is an eventfd, as `known` is one.
+ * 
 */
 
-static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd, int __pyx_v_known) {
   char __pyx_v_data[7];
   struct iovec __pyx_v_iov;
+  struct stat __pyx_v_one;
+  struct stat __pyx_v_other;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_fds.pyx":571
- *     cdef char data[7]
+  /* "ivshmem/_fds.pyx":630
  *     cdef iovec iov
+ *     cdef file_stat one, other
+ *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
+ *         return False
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+*/
+  __pyx_t_2 = (fstat(__pyx_v_fd, (&__pyx_v_one)) < 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (fstat(__pyx_v_known, (&__pyx_v_other)) < 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":631
+ *     cdef file_stat one, other
+ *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
+ *         return False             # <<<<<<<<<<<<<<
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+ *         return False
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":630
+ *     cdef iovec iov
+ *     cdef file_stat one, other
+ *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
+ *         return False
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":632
+ *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
+ *         return False
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
+ *         return False
+ *     iov.iov_base = data
+*/
+  __pyx_t_2 = (__pyx_v_one.st_dev != __pyx_v_other.st_dev);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L7_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_one.st_ino != __pyx_v_other.st_ino);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L7_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_fds.pyx":633
+ *         return False
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+ *         return False             # <<<<<<<<<<<<<<
+ *     iov.iov_base = data
+ *     iov.iov_len = sizeof(data)
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/_fds.pyx":632
+ *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
+ *         return False
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
+ *         return False
+ *     iov.iov_base = data
+*/
+  }
+
+  /* "ivshmem/_fds.pyx":634
+ *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
+ *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
  *     iov.iov_len = sizeof(data)
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/_fds.pyx":572
- *     cdef iovec iov
+  /* "ivshmem/_fds.pyx":635
+ *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/_fds.pyx":573
+  /* "ivshmem/_fds.pyx":636
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) < 0 and errno == EINVAL             # <<<<<<<<<<<<<<
@@ -14030,29 +14937,30 @@ static int __pyx_f_7ivshmem_4_fds_is_eventfd(int __pyx_v_fd) {
 
     __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L3_bool_binop_done;
+    goto __pyx_L9_bool_binop_done;
   }
   __pyx_t_2 = (errno == EINVAL);
 
 
   __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L3_bool_binop_done:;
+  __pyx_L9_bool_binop_done:;
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_fds.pyx":567
+  /* "ivshmem/_fds.pyx":620
  * 
  * 
- * cdef bint is_eventfd(int fd) noexcept:             # <<<<<<<<<<<<<<
- *     """Whether `fd` reads like an eventfd: less than 8 bytes are EINVAL, and its count stays."""
- *     cdef char data[7]
+ * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Whether `fd` is an eventfd, as `known` is one.
+ * 
 */
 
   /* function exit code */
   __pyx_L0:;
+
 
 
 
@@ -14269,6 +15177,205 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_FdArray = {
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
   __pyx_tp_vectorcall_7ivshmem_4_fds_FdArray, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_4_fds_Signaller __pyx_vtable_7ivshmem_4_fds_Signaller;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *p = ((struct __pyx_obj_7ivshmem_4_fds_Signaller *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_4_fds_Signaller;
+  {
+    int cinit_result = __pyx_pw_7ivshmem_4_fds_9Signaller_1__cinit__(
+    #if CYTHON_VECTORCALL_TPNEW
+    o, NULL, 0, NULL);
+    #else
+    o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+    #endif
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 1);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_4_fds_Signaller(PyObject *o) {
+  struct __pyx_obj_7ivshmem_4_fds_Signaller *p = (struct __pyx_obj_7ivshmem_4_fds_Signaller *)o;
+  if (p->__weakref__) PyObject_ClearWeakRefs(o);
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_4_fds_9Signaller_7__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_4_fds_Signaller[] = {
+  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_2signal},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_4close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_8__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_10__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyMemberDef __pyx_type_7ivshmem_4_fds_Signaller_members[] = {
+  #if !CYTHON_USE_TYPE_SLOTS
+  {"__weaklistoffset__", T_PYSSIZET, offsetof(struct __pyx_obj_7ivshmem_4_fds_Signaller, __weakref__), READONLY, 0},
+  #endif
+  {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_type_7ivshmem_4_fds_Signaller_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Signaller},
+  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    three times as much as a write; 64 eventfds in one call, one and a half times as much each.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    ")},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Signaller},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Signaller},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller},
+  #endif
+  #endif
+  {Py_tp_members, (void*)__pyx_type_7ivshmem_4_fds_Signaller_members},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_4_fds_Signaller_spec = {
+  "ivshmem._fds.Signaller",
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
+  __pyx_type_7ivshmem_4_fds_Signaller_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem._fds.""Signaller", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_4_fds_Signaller, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
+  PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    three times as much as a write; 64 eventfds in one call, one and a half times as much each.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    "), /*tp_doc*/
+  0, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_4_fds_Signaller, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_4_fds_Signaller, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_4_fds_Signaller, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -14672,193 +15779,6 @@ static PyTypeObject __pyx_type_7ivshmem_4_fds_Epoll = {
 };
 #endif
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
-#else
-    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
-#endif
-) {
-  {
-    int cinit_result = __pyx_pw_7ivshmem_4_fds_9Signaller_1__cinit__(
-    #if CYTHON_VECTORCALL_TPNEW
-    o, NULL, 0, NULL);
-    #else
-    o, __pyx_mstate_global->__pyx_empty_tuple, NULL);
-    #endif
-    if (unlikely(cinit_result)) goto bad;
-  }
-  return o;
-  bad:
-  Py_DECREF(o); o = 0;
-  return NULL;
-}
-
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
-  PyObject *o;
-  o = __Pyx_AllocateExtensionType(t, 1);
-  if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_4_fds_Signaller(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
-}
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_4_fds_Signaller(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller, t, a, k);
-}
-#endif
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
-    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
-  }
-  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_4_fds_Signaller((PyTypeObject*)t, args, nargs, kwnames);
-  return o;
-}
-#endif
-
-static void __pyx_tp_dealloc_7ivshmem_4_fds_Signaller(PyObject *o) {
-  {
-    PyObject *etype, *eval, *etb;
-    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-    __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_4_fds_9Signaller_7__dealloc__(o);
-    __Pyx_DeallocKeepAliveEnd(o);
-    __Pyx_PyErr_RestoreException(etype, eval, etb);
-  }
-  PyTypeObject *tp = Py_TYPE(o);
-  #if CYTHON_USE_TYPE_SLOTS
-  (*tp->tp_free)(o);
-  #else
-  {
-    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
-    if (tp_free) tp_free(o);
-  }
-  #endif
-  #if CYTHON_USE_TYPE_SPECS
-  Py_DECREF(tp);
-  #endif
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_4_fds_Signaller[] = {
-  {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_3signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_2signal},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_4close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_9__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_8__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_4_fds_9Signaller_11__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_4_fds_9Signaller_10__setstate_cython__},
-  {0, 0, 0, 0}
-};
-#if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_4_fds_Signaller_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_4_fds_Signaller},
-  {Py_tp_doc, (void *)PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    four times as much as a write, for up to 64 eventfds.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    ")},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_4_fds_Signaller},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_4_fds_Signaller},
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_4_fds_Signaller},
-  #endif
-  #endif
-  {0, 0},
-};
-static PyType_Spec __pyx_type_7ivshmem_4_fds_Signaller_spec = {
-  "ivshmem._fds.Signaller",
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller),
-  0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_4_fds_Signaller_slots,
-};
-#else
-
-static PyTypeObject __pyx_type_7ivshmem_4_fds_Signaller = {
-  PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem._fds.""Signaller", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_4_fds_Signaller), /*tp_basicsize*/
-  0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_4_fds_Signaller, /*tp_dealloc*/
-  0, /*tp_vectorcall_offset*/
-  0, /*tp_getattr*/
-  0, /*tp_setattr*/
-  0, /*tp_as_async*/
-  0, /*tp_repr*/
-  0, /*tp_as_number*/
-  0, /*tp_as_sequence*/
-  0, /*tp_as_mapping*/
-  0, /*tp_hash*/
-  0, /*tp_call*/
-  0, /*tp_str*/
-  0, /*tp_getattro*/
-  0, /*tp_setattro*/
-  0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG, /*tp_flags*/
-  PyDoc_STR("Adds 1 to eventfds that are shared with other processes, and never waits for any.\n\n    A plain write waits when somebody filled the counter and cleared O_NONBLOCK, and anybody who\n    shares the eventfd can. The kernel\047s own signal does not: io_submit(2) sends it when a request\n    with IOCB_FLAG_RESFD is done, and reading a byte of /dev/zero is done at once. It costs about\n    four times as much as a write, for up to 64 eventfds.\n\n    Raises:\n        OSError: no /dev/zero, EAGAIN when fs.aio-max-nr is used up, ENOSYS where a kernel has none.\n    "), /*tp_doc*/
-  0, /*tp_traverse*/
-  0, /*tp_clear*/
-  0, /*tp_richcompare*/
-  0, /*tp_weaklistoffset*/
-  0, /*tp_iter*/
-  0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_4_fds_Signaller, /*tp_methods*/
-  0, /*tp_members*/
-  0, /*tp_getset*/
-  0, /*tp_base*/
-  0, /*tp_dict*/
-  0, /*tp_descr_get*/
-  0, /*tp_descr_set*/
-  #if !CYTHON_USE_TYPE_SPECS
-  0, /*tp_dictoffset*/
-  #endif
-  0, /*tp_init*/
-  0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_4_fds_Signaller, /*tp_new*/
-  0, /*tp_free*/
-  0, /*tp_is_gc*/
-  0, /*tp_bases*/
-  0, /*tp_mro*/
-  0, /*tp_cache*/
-  0, /*tp_subclasses*/
-  0, /*tp_weaklist*/
-  0, /*tp_del*/
-  0, /*tp_version_tag*/
-  #if CYTHON_USE_TP_FINALIZE
-  0, /*tp_finalize*/
-  #else
-  NULL, /*tp_finalize*/
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_4_fds_Signaller, /*tp_vectorcall*/
-  #else
-  NULL, /*tp_vectorcall*/
-  #endif
-  #endif
-  #if __PYX_NEED_TP_PRINT_SLOT == 1
-  0, /*tp_print*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030C0000
-  0, /*tp_watched*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030d00A4
-  0, /*tp_versions_used*/
-  #endif
-  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
-  0, /*tp_pypy_flags*/
-  #endif
-};
-#endif
-
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_4_fds_Timer(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
@@ -15060,9 +15980,9 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -15075,6 +15995,7 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Global_init_code", 0);
   /*--- Global init code ---*/
+  __pyx_v_7ivshmem_4_fds__shared = Py_None; Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -15100,12 +16021,12 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_struct_epoll_eve);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_int_int_int_int_int_int_stru);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 103;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 222;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_4_fds_fail_with, (void (*)(void))&__pyx_f_7ivshmem_4_fds_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_4_fds_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_4_fds_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_4_fds_fail, (void (*)(void))&__pyx_f_7ivshmem_4_fds_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_4_fds_take_count, (void (*)(void))&__pyx_f_7ivshmem_4_fds_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -15138,14 +16059,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   __pyx_vtable_7ivshmem_4_fds_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_leave;
   __pyx_vtable_7ivshmem_4_fds_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_4_fds_FdArray *))__pyx_f_7ivshmem_4_fds_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray)) __PYX_ERR(0, 102, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray = &__pyx_type_7ivshmem_4_fds_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray);
@@ -15157,7 +16078,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 100, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 102, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_4_fds_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_4_fds_7FdArray_14__getitem__;
@@ -15165,9 +16086,50 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstatety
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_vtabptr_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_FdArray) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
+  __pyx_vtabptr_7ivshmem_4_fds_Signaller = &__pyx_vtable_7ivshmem_4_fds_Signaller;
+  __pyx_vtable_7ivshmem_4_fds_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Signaller *, int *, long))__pyx_f_7ivshmem_4_fds_9Signaller_submit;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 261, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_vtabptr_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_4_fds_Signaller, __weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15186,14 +16148,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Relay = &__pyx_vtable_7ivshmem_4_fds_Relay;
   __pyx_vtable_7ivshmem_4_fds_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Relay *))__pyx_f_7ivshmem_4_fds_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 335, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay)) __PYX_ERR(0, 388, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay = &__pyx_type_7ivshmem_4_fds_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay);
@@ -15203,9 +16165,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_vtabptr_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Relay) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15224,14 +16186,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
   __pyx_vtabptr_7ivshmem_4_fds_Epoll = &__pyx_vtable_7ivshmem_4_fds_Epoll;
   __pyx_vtable_7ivshmem_4_fds_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_4_fds_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_4_fds_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 387, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll)) __PYX_ERR(0, 440, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll = &__pyx_type_7ivshmem_4_fds_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll);
@@ -15241,44 +16203,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
-  __Pyx_RefNannyFinishContext();
-  return 0;
-  __pyx_L1_error:;
-  __Pyx_RefNannyFinishContext();
-  return -1;
-}
-
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstatetype *__pyx_mstate) {
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_4_fds_Signaller ---*/
-  #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller)) __PYX_ERR(0, 259, __pyx_L1_error)
-  #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller = &__pyx_type_7ivshmem_4_fds_Signaller;
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  #endif
-  #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
-  #endif
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller);
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller->tp_getattro = PyObject_GenericGetAttr;
-  }
-  #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Signaller) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_vtabptr_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Epoll) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15295,14 +16222,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_4_fds_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_4_fds_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer)) __PYX_ERR(0, 525, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer = &__pyx_type_7ivshmem_4_fds_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer);
@@ -15312,8 +16239,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstatetype
     __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_4_fds_Timer) < (0)) __PYX_ERR(0, 525, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15647,9 +16574,9 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_FdArray(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Relay(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Epoll(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Signaller(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_4_fds_Timer(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
@@ -15657,21 +16584,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/_fds.pyx":40
+  /* "ivshmem/_fds.pyx":41
  * from ._libc cimport EPOLLOUT as _EPOLLOUT
  * 
  * import os             # <<<<<<<<<<<<<<
+ * import weakref
  * 
- * from .errors import ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_fds.pyx":42
+ * 
  * import os
+ * import weakref             # <<<<<<<<<<<<<<
+ * 
+ * from .errors import ClosedError
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_fds.pyx":44
+ * import weakref
  * 
  * from .errors import ClosedError             # <<<<<<<<<<<<<<
  * 
@@ -15679,85 +16619,85 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":71
+  /* "ivshmem/_fds.pyx":73
  *     enum: MFD_CLOEXEC
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":72
+  /* "ivshmem/_fds.pyx":74
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":73
+  /* "ivshmem/_fds.pyx":75
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
  * EPOLLHUP = _EPOLLHUP
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":74
+  /* "ivshmem/_fds.pyx":76
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
  * 
  * # -- time and errors ------------------------------------------------------------------------------
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":111
+  /* "ivshmem/_fds.pyx":113
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """`count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -15765,28 +16705,28 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":130
+  /* "ivshmem/_fds.pyx":132
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
  *         """An array of one copy of `fd`, as dup(2) makes it, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_6 = 1;
   {
@@ -15794,13 +16734,13 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_fds.pyx":144
+  /* "ivshmem/_fds.pyx":146
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -15810,13 +16750,13 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
 
   __pyx_mstate_global->__pyx_k_ = AT_FDCWD;
 
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15824,82 +16764,82 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":168
+  /* "ivshmem/_fds.pyx":170
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
  *         """memfd_create(2), owned at once like what `open` gives.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":181
+  /* "ivshmem/_fds.pyx":183
  *         return fd
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, int fd):
  *         """Append `fd` and own it from now on, also when this call fails."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":216
+  /* "ivshmem/_fds.pyx":218
  *         return self.fds[index]
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which must be this process's alone; nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 216, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_17signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":226
+  /* "ivshmem/_fds.pyx":228
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """The count of eventfd `index`, set back to 0. Never blocks, whoever shares it."""
  *         return take_count(self[index])
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_19drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 226, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":246
+  /* "ivshmem/_fds.pyx":248
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_7FdArray_21close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 246, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15929,34 +16869,34 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":288
+  /* "ivshmem/_fds.pyx":286
  *                 self.close()
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def signal(self, fds):
+ *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence; a full counter stays full."""
+ *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":323
- *                     i += max(ivshmem_io_getevents(self.context, n - i, ends), <long>0)
+  /* "ivshmem/_fds.pyx":330
+ *         return 0
  * 
- *     def close(self):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def close(self):
  *         if self.context and getpid() == self.pid:
- *             ivshmem_io_destroy(self.context)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15986,19 +16926,31 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":376
+  /* "ivshmem/_fds.pyx":344
+ * 
+ * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
+ * cdef object _shared = None             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __Pyx_INCREF(Py_None);
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_4_fds__shared);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_4_fds__shared, Py_None);
+  __Pyx_GIVEREF(Py_None);
+
+  /* "ivshmem/_fds.pyx":429
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Forget about it; may be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 376, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16028,95 +16980,95 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":401
+  /* "ivshmem/_fds.pyx":454
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":415
+  /* "ivshmem/_fds.pyx":468
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`; EPOLLHUP and EPOLLERR are reported also for `events` 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":419
+  /* "ivshmem/_fds.pyx":472
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 419, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":422
+  /* "ivshmem/_fds.pyx":475
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 475, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":425
+  /* "ivshmem/_fds.pyx":478
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """A list of (token, events), empty when `timeout` seconds are over first."""
  *         cdef epoll_event events[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":436
+  /* "ivshmem/_fds.pyx":489
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16146,49 +17098,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":484
+  /* "ivshmem/_fds.pyx":537
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":489
+  /* "ivshmem/_fds.pyx":542
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Be readable in so many seconds, from now on, and not before; 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 542, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 542, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":498
+  /* "ivshmem/_fds.pyx":551
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_4_fds_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 551, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16218,49 +17170,49 @@ __Pyx_RefNannySetupContext("PyInit__fds", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":509
+  /* "ivshmem/_fds.pyx":562
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """os.fork, but the child has the same descriptors, not copies of them; clone(2), CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 509, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 562, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 509, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 562, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":531
+  /* "ivshmem/_fds.pyx":584
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename inside an open directory, unless `target` exists; renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 531, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 531, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/_fds.pyx":558
+  /* "ivshmem/_fds.pyx":611
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 558, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_4_fds_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__fds, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 558, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/_fds.pyx":1
@@ -16314,8 +17266,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 111, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 560, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 613, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -16338,7 +17290,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_fds.pyx":560
+  /* "ivshmem/_fds.pyx":613
  * def count_of_eventfd(int fd):
  *     """The count of an eventfd, which stays what it is; proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16347,12 +17299,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_fds.pyx":144
+  /* "ivshmem/_fds.pyx":146
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -16361,12 +17313,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_511};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 146, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_fds.pyx":425
+  /* "ivshmem/_fds.pyx":478
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16375,7 +17327,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 478, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -16416,38 +17368,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{4},{5},{4},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{5},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{7},{3},{8},{4},{2},{5},{4},{3},{8},{3},{2},{6},{16},{8},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{163},{9},{66},{67},{67},{29},{29},{64},{17},{17},{32},{32},{22},{17},{15},{40},{68},{81},{201},{58},{53},{75},{297},{85},{130}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{35},{11},{7},{18},{6},{2},{9},{14},{16},{50},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{5},{1},{5},{4},{5},{12},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{314},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{64},{22},{17},{15},{40},{68},{81},{219},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1894 bytes) */
-static const char cstring[] = "x\332uU\315S\333\310\022\267\tILp6\030\034\002\3656y2$\033Bv\241LX*\265\357Um9\004v\367\205\n1\037o\277\016*!\215`6\262dk\3066\336W\373\212\243\217s\234\243\216:\352\350#G\216>\372\310\237\220?\341u\217$\003q=\227-\365t\317\364\364\257\373\327m\315\263\265%\356\023\242\331\276q\\#.\177\261\262j\221\326\352\237\304\367V\353\276g\2562\342\330\253\266E]\333[\375\336\320Z\304\344\236\377\234i\026a\246O\353\260\320(\323\\O#-8n[\327\364\026e\306\221CH\355\210\200\332\322\334\246\343hG\035N\210\213\372c\223\262X\262h\213\235\324Hm\205\370\276\347\263d\265\252\333\026[\251wN\301\271El\243\351pM\327}b5M\242\353\232\325$\032\367\340f\367\033\356\323\0265\034\260\232\324\245\\\327\371\t\271\026 \323\014\237h\246\3431b\241\205\324=\010\304;\372\003\260`\360W\026F\217]\303q\210\177S\315i\355\206\n\226^\223\307\270\271f\0000\200\350o*\343\026B\330\372\260\273\263\263\265\267\247\336?\036~P\357\237\336\253\327\356\341\301\026\006\240\036+C@f\207\237x\256\256\247jF8\343\006\377\334`XV,\250Pb\321\246\016q\275X\256y\026\265;\261\354\223\232\327J\366\264\r\312\267\255\212\357\033\235\3445z\365\225a\344\362\324\244n\035.\274\372\320\231\345\033\324M\027\t\025X\272\206b\332V\272\360\352d\2701\316w\272\342\306G\262\253o\356\354n\375\262\265\271\253\357\275\335}\277\363\353\036q\214\216z\214\006\234\252G\302\215\r*\330\375\264\244Ca\324\317u\323\210\257+\343M\177I\360\007\310\r\365\030\365\233\252G|\306\006\345/\026\343\022\3062\354\326u\375C\347\024~o\251\311\365\367\344\224\357\021[\327\r\027\370\206~\340c\241\005>\220i\342+\341\224*\205\335tM|\037\247\227\302\247\006\305Qo\317j:J\343\0325\365\206\366\322M\243NS99\202b\213co\242\241\3214\234\364@\332\177#`\207\nr\212\013D\221\236a\327B\031\311\005t+a\0309e\272\351\371\320X\324%@s\0039a\260\216kRoeh`&&\3372\035\220u\000\305}\303$G\206\371Q%\323\364,\370AFN9\222\323\364\232.W\017\335\263\365\341\2002,<mQ\037\006\014<\325D\353X\036\250\220\304\304\265\030\251\333V<\213R*\2537\263-\020\343Z\331\324g\334v\214cf{\376G\235\235\030>u\217u42""\033\346\032\206r\354{m\227R\327\202\332\300\374\244\234\324\322\341\266\202\303\r\303P\275\001u!q\347\272\2303\227\264\341\253#\014(\370\t\370\365\034\013\276J\203\375\3431P\023\277n\360\223:\265\352\036E\022\260\272W\367\217\342\246\367\211\312=95\235&\\\t\353F\023\262\314|\302`\214b\242\000%\216v,\007\341\311x\215\031\315\274\246o\022V\047&\253;\024\253\345s\326\246\374\004\353F\315\032\201\272Y\014\37650A\330\263\260\001\310\026?\031\206\230\014H\356}$n\313p\340f\034?m\210\230$\371\374FU\345;\210[[\202\307\213L&\025\277\326\300u\023\006\263\232\322q\321\264\345\2575e\202\307\306\272\016\333\325\356\226G-%\242N[\372\320\331\215G\372\3625\245rn\033\324\321\021A\0068\226D\220\211\3753\370\177\252\253\r\231\224\030\300\225\014\302\322U\214g\331\301\370\275\356KQ=\313^N\334\357V\373_,\004\245`#\234\217J\203\\\276\373\243\250\014\362\017\272\\\374C\032\2621\230z$\230,\311u\331\n\366\202F8\036V\360\364sQ\020K\262t\226\375\224\317\334\236\025{\242\023d\203\302`\374\341\225\250\005Y\365\270\234\2707\310\025\372\205\027a!|\031\375\326k\014\306\357\236\265\273G\"\213\267U\300E1s\273(\312\340\266\177\357i\000\356\047\273e\334\303\273\257\272\306 \367\245\254\014r\017\272pl^\026b\375Z\267\n.!\204\222\332|\006\033&\273\353\020\362\232\250\016\362\323\342\245\254J\003\017q14\266 \262\306\3773v\344\270\334\016\026\203}\205/\377\004\220\363\240\214\361\275\203C\311\371}\231\035\344gDY\274\225*\364\237 \203\225$cB\017\336\206\267\302\362ME.\312\242bVXR\245\366\007@\t\316^uMQ\210]U\320>\007\267W\022\217h\377V\334\202\215\251\375\0224\377\024\r\231\225E\t\350\246DNfQ\373\3315\227\200\350OY\220O\261j\270|\026\034\204\205k\020^\213u\321\222\373\301\255`=h\304\030a\337\247;\231\211<\300\373KV /VP\032\344\357cr\332\302\020\034\252\336\010&\303\265p?\312\365\306{;\027\n\3676\244=\2075\312?\024Ua\304>\036t\215nC\334\021\246|\024$\331\371\r(S\215\305\337\203\034D9\026}\325\2338\237>WI\370^\221\252\035X\341bX\r\355h\273\267\320\253 <\300\362\351^\034T[\034\2459\257\\+\335\2442\231\230\217""\313|1\241k\177f1X\203\373\246\346\344]\305U\036nD\323\321Z\264\027\261\330\365\203\244\206\300\350\006\276\nx\333mq\250\002\001\242#\032\002\"T>P\221L`:\373O\312Q1\302\304\367\247\026\201\023\240\277\213D\302: i\026\2027\301Q\250 \277\025YQ\004\330\r\\\374Ke&\237\231x,\337H\n\235\223E\"8\320i\257U`\t\023\260\r\0204\036\331R\214F\256\303\311/2\023O\344\317\020Hn^>D>\366\027\327#E\327\r1-\312\311\241\373\335CQBV\335<t\251\274=\204\032B\244\0051\017\020_I\047\\\010U\032\230X\200\244\001\376\342\234\314^\026\347\345\254T\333\342\375\211\253\351\270\004\237\267\rV\363P\2713\203B\360\025\240\212+0\245j_\220K\240\033\013K\203\251Yt&s0\013\346\302\031\270\027\352\222\225\263\375\277\227\243B\"\313\377\206\007W\213\377\204\313Q%\372\271W\351U\257\354C\361\257\241\207+q^\345\262\214K\234\014H\023\014\364\231\360a5U\354\027\237\005U\240\327\262\242\326\366y\351\374\365E\371\0026\317\300\230@P\305G\252\037\356\004f8\0332\030~s\363*#\312;8\300\034\315\002\003\307\240y\213\217\373\217!\362\350i\364\307\371\330\371\302\371\346y\373\302\356\037\034\366\307\377&\313\310\377\022\364\t\204r\251\232\371\007\234\035\023\230\224IY\006\216,\205\317\001(d\336\0273\350\365\021\204\0109\017\306\202gA+\374wT\216\336D\264\307\317\277\275\270}Q\2750\372\343\033\375\215w\027\345OS\231\211/\345\232\37450\240cs8KU\371g\342nX\306\226\305{\n\323H\336_\240@\047\201\035nG\013\321\273\236\032\334\215\270\332\2130V\000\316\026\224\2474T7\305&\010\000\360\030\316\331@b\0326\242\273Q<\031\376\007`\323$\000";
-    PyObject *data = __Pyx_DecompressString(cstring, 1894, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1822 bytes) */
+static const char cstring[] = "x\332\225U\315S\033G\026\227l9\010#\307\022\306\037\354&\256\02181\266\023(a\302\246\222\255J\311\006\234\224)c\300\336\315\307a\2525\323\003\275\214f\244\351\226\204R\265U\034u\354c\037\3478\3079r\364\221\243\216:\362\047\370O\310{=3\002\243\275\254J\352\217\367^\277\217\337\373\220\341;\306\222\010(5\234\200\0344\251\047\236,\257\330\264\273\362\047\r\374\225V\340[+\234\272\316\212c3\317\361W~\"F\227Z\302\017\036s\303\246\334\nX\013.\006\343\206\347\033\264\013\317\035\373\022\335f\2344\\J\233\r\nd\333\360:\256k4\372\202R\017\351\007\026\343\311\311f]~\330\244\315e\032\004~\300\323\333\212\351\330|\271\325?\006\3456uH\307\025\206i\006\324\356X\3244\r\273C\r\341\203e\357[\021\260.#.p-\3461a\232\342\220^r\220\033$\240\206\345\372\234\332\310\241-\037\034\361\033\377\201X\320\371\013\016g\007\036q]\032|J\026\254\371\t\t\256~G$q\013\203@`\020b\360R371\204\315\267;\333\333\233{{z\377\371\375[\275\377\362Fo;\357\337m\242\003zY\036\007d\365\305\241\357\231fF\346TpA\304U\006\261\355\344\240]I\216\016s\251\347\047\347\246o3\247\237\234\003\332\364\273\251L\2170\261e\327\203\200\364\323m\322\364\005c\302x\306\322V\307\027\2775Vf\007\204y\331%-\005\236\335!\231\216\235]\374\026\035\013&xg7A\216\350\216\371r{g\363\327\315\227;\346\336\306\316\233\355\337\366\250K\372z\231t8#O\270\2330\264\263\373YJ\307\207I=\227Y\023\272.\230\237\352K\235\177\207\265\241\227I\275\031yBg\302\320\372\222c\222\302\344\014\322\246i\276\355\037\303o\203Y\302|C\217\305\036uL\223xPo\250\007>6r\340\003H\323@\037\216\231&8\035\317\302\375 3\n\237&$G\357\276\335q5\305#M\275C{\231\026i\261\354\234>\301cW`o\"\243\335!n\366 \353\277\211`\307\004z\214\027\214\"{\303/\2712\201\005t+\345\3509\343\246\345\007\320X\314\243P\346\004k\202\360\276g1\177y\314\340\r\"\254C\0133`[.\020L\210L\004\304\242\rb\035iD-\337\206\037\300r,\260B-\277\343\t\275\230\276c\216\247\024\261\361\265\315\002\2302\260\352\261\326\327UL[\216\235\014\242\254\216\365\316\035\033\216I\242\034\026p\341\270\344\200;~pd\362C\0220\357\300D&w`""\250\241\013\007\201\337\363\030\363lH\014\014O&h3\233l\3138\331\320\274n\014H\nM\332\326C\300<\332\203\257\211\356\047s\305wm\370j\002\366\216\317}\230IA\213\210\303\026\263[~+h\004\324Iz=\240\032rzl\271\0350\006w\016S\023!\361l\216\223\034\321\247\"\235\246I\001s\277\023X\224\267\250\305[.\303\344\004\202\367\2308\30441\253I!M6\207?\t\204\004[\024\004\240\266\222\225\243W\351<\024\376\021\365\272\304\355P\216\323\246G\311\0218\326\003_i\n\344\267:\r?0O\030K\260<\311e\247o\214+W\260\327\201\341\254\047u\2223\343\251\026\322\313\372\232\231I\247\202I\305\302H7\377\221bl\256!\310\027\335\233\276O\237u}f\353#\2522\226\336\366w\222\177\203\247\227\210Z\372\377\320\237*u\010sM\304/\007\005\235\006\236K\002\341\360g\330\312Am\233>\024\256\347#LZ>\227\325#\224h\016165R9,,j\233\343\277\245\223\374\250ps\360L\356\236\344\317\247o\rv\207\237/\204\325p=\232\217\253\243bi\360\263\254\217J\267\007B\376\250\210j\217\312\367%WU\265\246\272\341^\330\216\nQ\035_?\226\025\271\244\252\047\371\217\245\334\215{rO\366\303|X\031\025\356^\034\2150\257\227\363\351\233\243beXy\022U\242g\361\357\247\355Qa\352\2447h\310<Z\253\203\212\271\334\2159Y\003\265\303\233\217BP?3\250\241\214\030<\037\220Q\361\013U\037\025o\017\340\331\274\252$\364\325\301.\250\004\027\252Z\370\004\004f\006k\340\362\252\334\035\225f\3453\265\253\010>\022r\314\354\202g\355\377\305\324\021K3\334\210\256GW\010\3058\217\204{\322V\032\232W\340%({>\260deT\272#k\262\216\374\007\252\240\364\273_\300<\360\277\223\327A0\343\237k\363}\220\331\n\027\303}\215`\351!`+\302\032>z\rn\245\036\356\253|\362lC\345S}\311\373\177\312\266\312\2539\005\321\225eQ\345\221z\305\315s\210\350OUQ\2170kx\375*|\027U.\031\370^\256\311\256\332\017\257\207ka;\361\000\344>~\226\233.\201\361\377\252:\340b\207\325Q\351\026\202\323\223D\n\310z;\234\211V\243\375\270xZ8\335>\323^m\001\354E\314Q\351\256\334\225$\321q{@\006m\371\231\264\324\3750\365\375w(\231\335\344\370GX\004/\257\305_\237N\177\230\375\240A\374I\027U/\264\243\305h7r\342\255\323\205\323:\206""\007\261|\274\2318\325\223\215\014\221\372\245\324\315h\226\205x\234\227\346\322r\035\336Y\014W\301^\371\201\232\322\265*\242\365x6^\215\367b\236\250\276\235\"\014\025\335\306\255\202\326n\310\367\332\021(t\214\206\302\021\362\022jO\246\021\316\341\303Z<\027#\360\303\362\"d\254d`y\207\217B\047\252\047\331\300\304.\204/\302F\244\003\337\220y9\007\301\003\350\177\003\3255\265\001\301\027\242W\340\nd\023\372E\207v\265\034\021%\364\344\271\262@\373\327\240*\211\254\2541\255\250%\240]\213\252\24326\201v\225\251\016\270\251\357 5\0051M\351\204\202\201/\325\013\305\240Y\363X\273.4\367\367\032\213\264x\261\363\020g4\272\251\233\010\333\013^~\236\233~\250\376\rJ\213\363\352.\026\350pq-\326\355\263.g\261\242\365\243[\203\367\262\212\215\360\351\243s\255\355.\224\r\204U\221\363:\0267Z\2104\362\\.@4\000\371\334\003\225?\237\233W\367\224\026K\344Q\325\260\360wU\303J\252B\305\325\"\320\207m\365\n{d\032-\317\000\222[\341R\3648\256\240\302@\336A\205\367e\200\252\302k\341Wa7\372W\\\213_\304\354T|\370\356\354\306\331\356\031\031\026\326\207\353\257\317j\037\313\271\351/\324\252\372-$P\373E\234J:\252;I]=\305\342G;\225Y\304\366WH\311!\344w+^\210_\237\352\021\330N\202X\204\006/\317\311MHHuL\356\310\227p(\337\223\007\360\316\201B`Q;\236\212\223\036\373\013\330\236\016+";
+    PyObject *data = __Pyx_DecompressString(cstring, 1822, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2488 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\260l\016,\005\300\"\004\006opD\006dOrainR\005\204dsb\005v\330@fdo\005ope \006\374\352#\211\005takeO_\377CLOEXECO\377_RDONLYR\017elay\000\002\232/\017\005\233.\004*\003\355BS\313E\000\006\342/\017\t\347.\024.\007B\013.\247cT\230a\000\002\272O\000\017\005\273N*\003\215\204\0025\003\275CA\003\367@\277___Pyx\001\000D\377ict_Next\377Ref__ann\311o\217b\035\000d\026\001%\000enwter-\000_ex\366\204\001\277__func\014\001g\304\271eJ\000m\232@ \001\233`ul]e*\001nam\003\002pd\000\217capi>\001\010\001\356c_\346\023\001vt\272\206\001W\001quaal)\005\370\205\005\250\204\016\222\206\006ex\213\001\344\302\001]\005s\200\010\307\204\016__t\367est\357\000is_c\377oroutine\357adda\250\204\001asy\337ncio.\020\006sc\356\234\206\001dcl\"\000_in\377_traceba\373ck\332\206\002codec\375o\217 xtcopy\317coun\006\000\002\000_o\333f_\230\210\006ad:\001di\317r_fd\003\000\315\210\002yd\367one\300\204\002ends\217epfd\206\210\003\303\204\005\331\210\002s\337fdfds\351\205\003fi\377rstflags\377fork_sha\337ring_\210\206\001sf\367sen\207\001grow\337niind\231@nf_oitem\325\210\005.\331\210\001\244\301\001\227\205\002m\265\000\264\206\003n\225An\263ew\000\000\225 xt\356@h\216U\000old\000\000\r\002\274\205\001o\377sotherpa\377thpidpoi~\201aspoprb\357\206\003\373re\334Bexclu\377siverequ\376\343 sres""ult\315s\241!ds\327\212\001\343\207\001et\374\330\211\004\371\210\003source\377specspli\376\202\210\001rtswith\376\214\210\001icmetho\317dstr\250\212\002\260\206\001ta\371r\352`\000\003stext\375t\233\211\003tokenvSalw\000\373\207\001w\257\000e\237\213\004\265-\226B:\265\000 (\272\000)\333\000\000\003\005, X\000uc\363t \241\212\002\257C *, |\340\000\000\00264_t)(\003\317void\006\002\020\001 (\227PyO\315\212\003*\n\010X\002f/ail_\276\001\000\341`\241\214\004\375\000Z\003sleep\000N\035\001\000de\223c\251`\000\207\210\001\375_\272b\200\001\330\004\n\210\377+\220Q\200\001\340\t\r\377\210Q\320\016\"\240!\240\3776\250\031\260!\330\010\014\377\210H\220A\330\014\017\210\377t\220;\230a\230q\330\377\020\027\220s\230!\2304\377\230v\240R\240q\250\004\373\250A:\001\047\220\021\220(\377\230!\200\001\360\014\000\005\377\026\220R\220y\240\001\240o\021\330\004\025\001\007 \240e\000\376\002\000\340\t\n\330\010\021\320\377\021)\250\021\250+\260Z\377\270q\330\004\007\200w\210\327b\220\001j\001A@\000\024\000\357\005\024\2201\222\000\320\n$\355\240\\\000\013\210\n\000\007\200t\377\2103\210a\330\010\034\230\337A\330\010\017\2104\000\031\230\234_\000\024\0012\210QP\000\200\000!\353\330\004*\000\200\036\000\013\2104\376\260\0002\220Q\330\014\022\220O+\230Q\2307\000\301\0011\025\005\365v\242\000q\005\025y\230\004\230\337F\240#\240S\333\002\014\036\356\367\000t\2401\212!K\220q\373\330\010Y\001v\220S\230\001\377\330\014\023\2201\220D\230\352\266\002I\277 A\253$\220_\240\217D\250\003\250i\002\276\"\014\002\010{\260\001\230\001\026\220d\230\326\"\371G\343\000J\0003\210c\220\021\nE\003A\270\001\030{\000D\002O\000i\001G5\220\003\214 f\002\035\000\340|\000\377<\220q\230\001\230\024\230\336\333\000\020\220\010\230S\000\340\010\372X\014\340\241 z\230\021\230$\376\262A\200A\340\010%\240T\373\250\021\270\0108\2204\220v\177\230S\240\003\2404\240\206 }\036\"\003\360\006\000\t\014\271 \367}\230A\262 d\240!\330\373\014\r\353!w\220a\220t\376\363@q\240\013\2502\250S\177\260\010\270\004\270L\310\256B\363F\220""\245`\240A\014\025\220Q\357\220a\200A@\001\017\210a\377\210q\220\006\220c\230\027\345\240\227$Z\260`\245@\014\210I\377\220[\240\010\250\010\260\002\177\260&\270\t\300\022\300\326 \367\013\210?\320bw\240d\250\377#\250Q\250f\260F\270\333\"\270\366`\020\220\260 \360\n.\217\003w\220b\354%A\315H\350A\271wg\000\215 \340\014\024\250\204\004\320\377\023#\2402\240Q\330\020\367\030\230\007\247\204\002t\2506\260\177\022\2602\260R\260sU\003\333\017\210\276C\020\027\312!\330\020\276\200@\020\220\005\220U\331\204\002q{\330\020\312\001e\2304\230\367@\365\240\205\002\t\313!\320\0361\260\273\024\260\365!\320\020#\221`\014\247\020\220\007\221`\004\000\010\260b\"\337\240B\240b\250\307\204\002D\220\277\001\220\024\220Z\230\257`\014\373\210J\225\"\014\000\t\035\230\337B\230i\240q\037\001\026\220\237l\240!\2408\224\002\200\"3\210\202\205\002P\000\207\205\002E\315\204\002\350\204\001\321 \016\377\000\t\036\230W\240A\330\357\010\031\230\025\214\204\001\320#4\235\260\344\204\0026\220\022\233a\247 \330\277\010\r\210U\220!\322a\017s\210q*\010\232aE\220\025\301@\377q\330\014\021\220\031\230!\177\2303\230l\250\"\250\326\206\002\337s\220\"\220A\374\001\024\030\377\230\001\340\024\031\230\026\230\010\"\002*\003y\004\022\222c\247\205\r\312A\256!\1773\230c\240\021\240&\366\000\272\374#\020\367B\021\230(\021\000\002\337\250!\330\020\026y\001\230\010\177\240\001\240\030\250\023\250l\000\376i\000\230\026\320\0371\260\021\272\240A\001r\000~\250T\003\007{\377\250*\260A\260W\270AS\270Q\026\007\002\006}9\006\230\002\006\205\031\307\"1X\001\226\207\001\227\206\001\371\206\001%\367\220r\230`\000\024\320\024%\353\240Q\334`*\326bF\300!\337\3008\3101\310\365\000\023\220\3552\207\207\002\024\027\213\205\002\006\240c\377\250\026\250s\260!\330\0303\031\330\216!\232\002\330\020\325a\303\000\377b\230\002\230!\330\024\035\373\320\035\267\000\260$\260j\300\377\002\300\"\300C\300w\310\377f\320TU\320\004\033\230\2751\300\205\001!\240\013\250\210\000\340\265\010\311\206\001G\270\207\001\t\330\250`\013\377\2301\230F\240(""\250\047~\363\000\014\017\210r\220\023\366!\371\027\240\000\361 \240\002\240%\240\377v\250V\2601\260B\260\377i\270t\3005\310\005\310\377Q\310a\320\0046\3206\377K\3101\360\020\000\t\034\377\2302\230Y\240a\240q{\330\010\310\211\001\010\013\2106?\002\357\014\022\220*\257\206\001\330\010\t\367\330\021\022\271\204\001X\230Q\230\377h\240f\250F\260\"\260\353K\270\264\212\002q\305\212\001s\220#{\220Q\313\001E\230\021\230\226@\375\027\272\204\001\017\210u\220C\220\375q\243Ag\230Q\230f\240\377B\240i\250q\260\007\260\000\224\207\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2488, 3398);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2405 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is noo ev<\000fd\r\010\377disablee\367mbe\024\000d nu\377ll bytee\275n\024\001gcis\004\003d\377ivshmem.\277errors\007\004/\377_fds.pyx\376Z\000default\377 __reduc\377e__ due \373tow\000n-tri\357vial\033\000cin\177it__the\226\010\377s are cl\357osed\026\001epo\216\206\000obj\311\000\271\001\020\007s\377ignaller\316\t\013tim\006\n\014\000ou\235t\362\003t a\326\000\340\000r\365C\\\002E\277\001EPOL\357LERR\003\002HUP\366\013\002IN\022\002OUTE\364}\001\000\002.\310\006cyth\357on__\017\005set\277state_\013\013a\343dd3\003\312\002>\003fil\367enoJ\003modi\373fyV\003remov\375eb\003waitFd\037Array\000\004i\017\017\007\260l\016,\005\300\"\004\006opD\006dOrainR\005\204dsb\005v\330@fdo\005ope \006\374\352#\211\005takeO_\377CLOEXECO\377_RDONLYR\017elay\000\002\232/\017\005\233.\004*\003\355BS\313E\000\006\342/\017\t\347.\024.\007B\013.\247cT\230a\000\002\272O\000\017\005\273N*\003\215\204\0025\003\275CA\003\367@\277___Pyx\001\000D\377ict_Next\377Ref__ann\311o\217b\035\000d\026\001%\000enwter-\000_ex\366\204\001\277__func\014\001g\304\271eJ\000m\232@ \001\233`ul]e*\001nam\003\002pd\000\217capi>\001\010\001\356c_\346\023\001vt\272\206\001W\001quaal)\005\370\205\005\250\204\016\222\206\006ex\213\001\344\302\001]\005s\200\010\307\204\016__t\367est\357\000is_c\377oroutine\357adda\250\204\001asy\337ncio.\020\006sb\337atchc\241\206\001dc\375l\047\000_in_tr\177aceback\337\206\002\277codeco\224 x\377tcopycouyn\006\000\002\000_of_\235\210\006\373ad:\001dir_f\351d\003\000\322\210\002y\301\204\002epf\361d\203\210\003\300\204\005\326\210\002sfdf\373ds\346\205\003first\377flagsfor\377k_sharin\373g_\205\206\001sfsen\376\177\001grownii\373nd\226@nfoit\213em\322\210\005.\326\210\001\271\001\224\205\002mt\255\000\261\206\003n\222Anew\000\000\336\222 xtnu\324\207\001ol\361d\000\000\014\002\270\205\001osot\377herpathp\377idpoprbr\333ef\346\206\003re\323Bex\377clusiver\277esults\213!d\231s""\306\212\001\322\207\001et\307\211\004\350\210\003s\377ourcespe\337cspli\361\207\001rt\337swith\373\207\001ic\377methodst9r\227\212\002\237\206\001tar\331`\000\003\277stextt\212\211\003t\377okenvalu{es\352\207\001weak\226\000\325w\251\000e\225\213\004-\207B:iont (\002\000)\000\002\005\363, \000\014m\000uct \314\245\212\002\256C * \002%\00264\323_t6\004\"\004_\255\204\002ob\267j_7\305\213\004_4\273\213\001_x\366\206\0069\004m\004voidz\002\276G\001 (PyO\210\213\003*\350\n\010\235\0025((O\003fai\273l_\274!\000is\347e\000\376\303\003sleep\000a\377dd_one_nuo\221\212\001\000,\001\000de\212\204\003\257_of\000\203\211\001_\261\204\002\000\356\325aed_\216\214\006\200\001\330\377\004\n\210+\220Q\200\001\377\340\t\r\210Q\320\016\"\377\240!\2406\250\031\260!\377\330\010\014\210H\220A\330\377\014\017\210t\220;\230a\377\230q\330\020\027\220s\230\377!\2304\230v\240R\240\337q\250\004\250A:\001\047\220\377\021\220(\230!\200\001\360\377\014\000\005\026\220R\220y\177\240\001\240\021\330\004\025\001\007\363 \240e\000\002\000\340\t\n\330\377\010\021\320\021)\250\021\250\377+\260Z\270q\330\004\007\277\200w\210b\220\001j\001A~@\000\024\000\005\024\2201\222\000o\320\n$\240\\\000\013\210\n\000\377\007\200t\2103\210a\330\377\010\034\230A\330\010\017\210\3464\000\031\230_\000\024\0012\210Q\\P\000\200\000!\330\004*\000\200\036\000\367\013\2104\260\0002\220Q\330\177\014\022\220+\230Q\2307\000*\301\0011\025\005v\242\000q\t\021\355\002\177\220_\240D\250\003\250)\002\356\007\007\010\260\001X\001\026\220d\265\230\226\"G\243\000\010\013\224\000c\377\220\021\330\014\023\2201\220\335Ax\001\030\230\004\240\001\014\2109I|\000\035\0005\220\003\314\000\030\005\335\340/\0004\210y!\000F\240\267#\240S\275\"\014\036\331 t{\2401\354!K\220q\330\036\002\337v\220S\230\001Q\003D\230\354\230\"M\000\200A<\001<\220q\337\230\001\230\024\230\333\000\020\220[\010\230\223\000\340\010\230\014\340\241 \237z\230\021\230$\262A2\001%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\365\240\206 \036\"\003\360\006\000""\t\335\014\271 }\230A\262 d\240\357!\330\014\r\353!w\220a\373\220t\363@q\240\013\2502\377\250S\260\010\270\004\270L\315\310\256BF\220\245`\240A\014\025\277\220Q\220a\200A@\001\017\377\210a\210q\220\006\220c\027\230\027\240\265\004Z\260`\245@\223!\377[\240\010\250\010\260\002\260\277&\270\t\300\022\300\364\000\013\373\210?\320bw\240d\250#\377\250Q\250f\260F\270\"m\270\366`\020\220\360 \360\n\217\003\227w\220b\212%A\315H\350Aw\334g\000\215 \340\014\024\250\204\004\320\023\377#\2402\240Q\330\020\030\373\230\007\247\204\002t\2506\260\022\277\2602\260R\260sU\003\017m\210\334#\020\027\312!\330\020\300@\337\020\220\005\220U\331\204\002q\330\275\020\312\001e\2304\230\225@\240\372\205\002\t\313!\320\0361\260\024\335\260\365!\320\020#\257@\014 \276\346\204\001\240$\240f\250\252\002\010~\324B\"\240B\240b\250\315\204\002\377D\220\001\220\024\220Z\230\376\323@\032\230!\2301\230D\256\372\000\004\250G\210\000Q\251 \014\360\352#\377m\271a\206\0013\230c\240\247\021\240&H\000\324\003\020\317\"\021\373\230(\021\000\002\250!\330\020|\201\205\001\246\002i\230u\240A\n\003\357\014\020\220\007\237`\007\230q\376[\003\035\230B\230i\240q\376\214\001\026\220l\240!\2408D\207\"\363\"3\365\205\002/\000\372\205\002E\300\205\002\374\333\205\001\304@\016\000\t\036\230W\177\240A\330\010\031\230\025\235\204\001\357\320#4\260\327\205\0026\220\022\374\316\204\001\232@\330\010\r\210U\220\235!\205\205\001\017\210q*\010\215\204\001E\373\220\025\264`q\330\014\021\220\377\031\230!\2303\230l\250\375\"\242!\017\210s\220\"\220\376\252\000\021\330\024\030\230\001\340\037\024\031\230\026\230\"\002*\003\333\206\001_\320\004\033\2301\212\204\001!\357`_1\250A\340\010\323\205\001G\240\205\001\353\t\330\336\000\013\307 F\240(\357\250\047\260\021\233\210\001r\220\023\356M\001\027\220rG\001\240\002\240\377%\240v\250V\2601\260\377B\260i\270t\3005\310\377\005\310Q\310a\320\0046\377\3206K\3101\360\020\000\377\t\034\2302\230Y\240a\357\240q\330\010\222\210\001\010\013\210\2756?\002\014\022\220*\371\204\001\330\337\010\t\330""\021\022\203aX\230\367Q\230h\335@F\260\"\260\353K\270\376\210\002q\217\211\001s\220#\375\220\336`\024\220E\230\021\230\370\210@\305`\246\211\001u\220C\220q\377\330\020\026\220g\230Q\230\375f\206`i\250q\260\007\260\000\336\205\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2405, 3357);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3398 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinescalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydonedrainendsepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnothingoldold_textopenosotherpathpidpointerspoprbremoverename_exclusiverequestsresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitwhereeventfd-count:int (int)\000\000int (int, struct epoll_event *, int, int64_t)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000fail_with\000is_eventfd\000epoll_sleep\000fail\000deadline_of\000take_count\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q""\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104""\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014\020\220\007\220q\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\014\210J\220a\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210U\220!\2201\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\200A\360\022\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\026\220a\220q\230\010\240\001\240\030\250\023\250A\330\020\030\230\001\230\026\320\0371\260\021\330\020\030\230\001\230\026\230~\250T\260\021\330\020\030\230\001\230\026\230{\250*\260A\260W\270A\270Q\330\020\030\230\001\230\026\230~\250Q\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\026\230}\250A\330\020\030\230\001\230\031\240!\2408\2501\250A\330\020\031\230\021\330\014\023\2201\330\014\022\220%\220r\230\021\330\020\024\320\024%\240Q\240d\250*\260F\270\"\270F\300!\3008\3101\310A\330\020\023\2202\220R\220q\330\024\027\220v\230S\240\006\240c\250\026\250s\260!""\330\030\031\330\024\030\230\001\330\020\030\230\001\330\020\024\220A\330\020\026\220b\230\002\230!\330\024\035\320\0351\260\021\260$\260j\300\002\300\"\300C\300w\310f\320TU\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3357 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is no eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/_fds.pyxno default __reduce__ due to non-trivial __cinit__the descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodegrowniindexinfoitemsivshmem._fdslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_4_fds_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_4_fds_Signaller *(void)\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count""\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\024\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010\017\210z\230\021\230$\230a\230q\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240""\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\014\2104\210w\220b\230\001\330\014\023\2201\220A\330\014\022\220+\230Q\230a\330\010\013\2104\210w\220c\230\024\230Q\340\014\024\220A\330\014\017\210t\320\023#\2402\240Q\330\020\030\230\007\230v\240R\240t\2506\260\022\2602\260R\260s\270\"\270A\330\014\017\210v\220S\230\001\330\020\027\220q\230\001\330\020\021\330\014\020\220\005\220U\230!\2304\230q\330\020\025\220Q\220e\2304\230t\2401\240A\330\014\020\220\t\230\021\230$\320\0361\260\024\260Q\330\014\020\320\020#\2401\330\014 \240\001\240\021\240$\240f\250A\330\014\020\220\010\230\004\230F\240\"\240B\240b\250\001\330\010\014\210D\220\001\220\024\220Z\230q\330\010\032\230!\2301\230D\240\010\250\004\250G\2602\260Q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210E\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210U\220!\2201\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\025\220a\220q\330\010\017\210q\320\004\033\2301\360\006\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a""\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220E\230\021\230!\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 163; i++) {
+    for (int i = 0; i < 162; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
@@ -16458,8 +17410,8 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 163; i < 189; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-163].length;
+    for (int i = 162; i < 188; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-162].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16469,14 +17421,14 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 189; i++) {
+    for (Py_ssize_t i = 0; i < 188; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 163;
+      PyObject **table = stringtab + 162;
       for (Py_ssize_t i=0; i<26; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -16564,42 +17516,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 111};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 113};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_aq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 130};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 132};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_U_1_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 144};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 146};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_E_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_grown, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4wb_1A_Qa_4wc_Q_A_t_2Q_vRt6_2R, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 216};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 226};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 228};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 246};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -16614,12 +17566,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 288};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_requests, __pyx_mstate->__pyx_n_u_pointers, __pyx_mstate->__pyx_n_u_ends, __pyx_mstate->__pyx_n_u_nothing, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_aq_A_1_T_AWA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -16634,7 +17586,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 376};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 429};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
@@ -16649,32 +17601,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 401};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 415};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 468};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 419};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 472};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 422};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 475};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 425};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 436};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
@@ -16689,17 +17641,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 484};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 537};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 542};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 551};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
@@ -16714,17 +17666,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 509};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 562};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 531};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 558};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__fds_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
@@ -19255,6 +20207,20 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
     }
     if (nogil)
         PyGILState_Release(state);
+}
+
+/* ExtTypeTest */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return 0;
+    }
+    if (likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_RaiseTypeErrorWithTypes(
+        "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
+        Py_TYPE(obj), type);
+    return 0;
 }
 
 /* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */
@@ -23482,544 +24448,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
     }
 }
 
-/* CIntFromPy */
-static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
-static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
-    const char* type_name = "uint32_t";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (uint32_t) -1;
-}
-static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
-    const char* type_name = "uint32_t";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (uint32_t) -1;
-}
-static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (uint32_t) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(uint32_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    uint32_t val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint32_t) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (uint32_t) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint32_t");
-        return (uint32_t) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (uint32_t) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (uint32_t) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((uint32_t) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((uint32_t) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (uint32_t) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-#endif
-}
-static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    uint32_t val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint32_t) -1;
-    val = __Pyx_PyLong_As_uint32_t(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const aio_context_t neg_one = (aio_context_t) -1, const_zero = (aio_context_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(aio_context_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(aio_context_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(aio_context_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(aio_context_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(aio_context_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(aio_context_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(aio_context_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(uint64_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(uint64_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(uint32_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(uint32_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
@@ -24397,6 +24825,544 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_long(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_long(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_aio_context_t(aio_context_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const aio_context_t neg_one = (aio_context_t) -1, const_zero = (aio_context_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(aio_context_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(aio_context_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(aio_context_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(aio_context_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(aio_context_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(aio_context_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(aio_context_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntFromPy */
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
+static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint32_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint32_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint32_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint32_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint32_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint32_t");
+        return (uint32_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint32_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint32_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint32_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint32_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint32_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+#endif
+}
+static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    uint32_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint32_t) -1;
+    val = __Pyx_PyLong_As_uint32_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint64_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint64_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint32_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint32_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 

@@ -29,8 +29,8 @@ from ._fds cimport fail, fail_with
 from ._libc cimport (
     ACQ_REL, ACQUIRE, EAGAIN, EINTR, EINVAL, EIO, errno, ivshmem_add, ivshmem_and,
     IVSHMEM_CLOSING, ivshmem_compare_exchange, ivshmem_enter, ivshmem_enter_held,
-    ivshmem_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, ivshmem_load, ivshmem_load32,
-    ivshmem_or, ivshmem_shut, ivshmem_shut_unused, ivshmem_state, ivshmem_store,
+    ivshmem_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, ivshmem_load,
+    ivshmem_load32, ivshmem_or, ivshmem_shut, ivshmem_shut_unused, ivshmem_state, ivshmem_store,
     ivshmem_store32, ivshmem_sub, ivshmem_touch, ivshmem_xor, MADV_POPULATE_READ,
     MADV_POPULATE_WRITE, madvise, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, mincore,
     mmap, munmap, pread, PROT_NONE, PROT_READ, PROT_WRITE, pwrite, PyNumber_AsSsize_t, RELAXED,

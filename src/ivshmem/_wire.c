@@ -1486,8 +1486,8 @@ static int __Pyx_init_tpflags_variables(void) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     }
 
-    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86 is
-       one by itself. On arm64 without LSE a later load can pass the store that ends the addition. */
+    /* Adds to a number, and returns what comes out; a full barrier. A locked instruction of x86
+       is one by itself. On arm64 without LSE a later load can pass the addition's store. */
     static inline int ivshmem_count(int *number, int amount)
     {
     #if defined(__x86_64__) || defined(__i386__)
