@@ -34,6 +34,7 @@ MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 # clients of the protocol have no address at all.
 ASK = b"\0ivshmem-ask-"
 
+_MOST_ANSWER = 4096  # bytes
 _LOCK_SECONDS = 2.0  # how long another process may hold a directory's lock while it binds
 _LONGEST = 1e9  # seconds: more is for ever
 _UCRED = struct.Struct("iII")
@@ -377,6 +378,37 @@ def _directory_locked(path: str) -> Iterator[None]:
         yield
 
 
+def question(path: str | os.PathLike[str], timeout: float) -> bytes:
+    """Return the first bytes that a server says to somebody with a question; it may say nothing.
+
+    Raises:
+        TimeoutError, OSError: as of `connect`.
+    """
+    deadline = time.monotonic() + timeout
+    with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
+        data = b""
+        # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
+        # ever, or something now and then: neither is waited for.
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            while len(data) < _MOST_ANSWER and data[:1] in (b"", b"{"):
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                if not (more := sock.recv(_MOST_ANSWER)):
+                    break
+                data += more
+    return data
+
+
+def answer_in(data: bytes) -> dict[str, int]:
+    """What a server of this package answers in such bytes.
+
+    Raises:
+        shapes.Misshapen: it is not such an answer.
+    """
+    answer = shapes.loads(data)
+    _ANSWER(answer, "answer")
+    return {key: value for key, value in answer.items() if type(value) is int}
+
+
 def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
     """What a server of this package serves, without becoming its peer.
 
@@ -390,24 +422,12 @@ def ask(path: str | os.PathLike[str], timeout: float) -> dict[str, int]:
             have taken us for a peer.)
         TimeoutError, OSError: as of `connect`.
     """
-    deadline = time.monotonic() + timeout
-    with connect(path, timeout, address=ASK + os.urandom(8).hex().encode()) as sock:
-        data = b""
-        # An answer is JSON. Another server greets us as a peer at once, and then says nothing for
-        # ever, or something now and then: neither is waited for.
-        with contextlib.suppress(TimeoutError, ConnectionResetError):
-            while len(data) < 4096 and data[:1] in (b"", b"{"):
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                if not (more := sock.recv(4096)):
-                    break
-                data += more
+    data = question(path, timeout)
     try:
-        answer = shapes.loads(data)
-        _ANSWER(answer, "answer")
+        return answer_in(data)
     except shapes.Misshapen as error:
         why = f": its answer makes no sense ({error})" if data[:1] == b"{" else ""
         raise ServerGone(f"{os.fspath(path)}: this server does not answer questions{why}") from None
-    return {key: value for key, value in answer.items() if type(value) is int}
 
 
 _ANSWER = shapes.record(

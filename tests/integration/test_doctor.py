@@ -117,6 +117,14 @@ class Host:
             self.daemons.append(int(started[1]))
         assert result.returncode == 0, result.stderr
 
+    def grant(self, command: str) -> bool:
+        """Run a command that gives one user rights; False if it has to be installed before."""
+        assert "o+" not in command  # never to everybody
+        if command.startswith("apt-get install -y acl && ") and not shutil.which("setfacl"):
+            return False
+        self.run(command)
+        return True
+
     def mend(self, name: str, **wishes: Any) -> Check:
         """What fails, and is gone after the printed command. Other things may fail then."""
         checks = self.examine(**wishes)
@@ -266,10 +274,11 @@ class TestServer:
     def test_no_socket(self, here: Host) -> None:
         Path(here.socket).write_text("precious")
         check = here.examine()["socket"]
-        assert check.found == f"{here.socket} is no socket"
+        assert check.found == f"{here.socket} is not a socket: nobody can listen there"
         here.run(check.mend)
-        assert Path(f"{here.socket}.old").read_text() == "precious"
-        here.mend("socket")
+        assert Path(here.socket).read_text() == "precious"
+        here.socket += ".2"
+        assert failures(here.examine()) == []
 
     def test_no_directory(self, here: Host) -> None:
         here.socket = str(here.directory / "a b" / "c" / "socket")
@@ -287,9 +296,12 @@ class TestServer:
 
     def test_another_size(self, here: Host) -> None:
         here.mend("socket", size="64K")
-        check = here.mend("server", size="128K")
-        assert "64K, 1 vectors, 0 peers, not the 128K asked for" in check.found
-        assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 17
+        check = here.failure(size="128K")
+        assert "64K, 1 vector, 0 peers, not the 128K asked for" in check.found
+        here.run(check.mend)
+        assert sockets.ask(here.socket, TIMEOUT)["size"] == 1 << 16  # others may use it
+        here.socket += ".2"
+        assert failures(here.examine(size="128K")) == []
 
     def test_nobody_accepts(self, here: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ivshmem.doctor.server._SECONDS", 0.3)
@@ -306,12 +318,11 @@ class TestServer:
             check = here.examine()["server"]
             assert check.found.startswith(f"pid {stuck.pid} (")
             assert check.found.endswith("the server accepts nobody: no answer in 0.3 seconds")
-            assert check.mend.startswith(f"while kill {stuck.pid} ")
-            # Our child is to be seen as long as we have not waited for it, so `kill` finds it.
-            stuck.kill()
-            stuck.wait()
             here.run(check.mend)
-        assert failures(here.examine()) == []
+            assert stuck.poll() is None
+            here.socket += ".2"
+            assert failures(here.examine()) == []
+            stuck.kill()
 
     def test_a_server_of_another_make(
         self, here: Host, monkeypatch: pytest.MonkeyPatch, directory: Path
@@ -323,7 +334,7 @@ class TestServer:
             checks = here.examine()  # it runs in a Python, so it might have been ours
             assert failures(checks) == []
             assert checks["server"].state == "warning"
-            assert checks["server"].found.endswith("which does not answer questions")
+            assert "it does not answer, so this cannot know" in checks["server"].found
             assert checks["open files"].state == "skipped"
             listener.accept()[0].close()
         os.unlink(here.socket)
@@ -350,7 +361,7 @@ class TestServer:
             check = here.examine()["server"]
             assert check.state == "warning"
             assert check.found.startswith(f"pid {other.pid} ({program}")
-            assert check.found.endswith("of another make, which was not asked")
+            assert "of another make, which was not asked" in check.found
             assert other.communicate("\n", timeout=TIMEOUT)[0] == "True\n"
 
 
@@ -364,10 +375,16 @@ class TestPermission:
         check = checks["socket permission"]
         assert check.found == f"nobody may not: {here.socket} (srwx------ root:root)"
         assert checks["server"].found == "rests on what failed: socket permission"
-        here.run(from_root(check.mend))
+        if not here.grant(from_root(check.mend)):
+            return
         checks = run_as_nobody(*arguments)
         assert failures(checks) == []
         # Whose server it is, only root and its own user can see.
+        assert checks["server"].state == "warning"
+        assert "was not asked" in checks["server"].found
+        with socket.socket(socket.AF_UNIX) as control:
+            control.bind(f"{here.socket}.control")  # as ours have, and others have not
+            checks = run_as_nobody(*arguments)
         assert checks["server"].found.startswith("a process that is not to be seen from here: 1M")
 
     def test_of_a_directory_on_the_way(self, here: Host, served: ivshmem.Server) -> None:
@@ -375,29 +392,33 @@ class TestPermission:
         arguments = ["-S", here.socket, "--qemu", "/bin/true"]
         check = run_as_nobody(*arguments)["socket permission"]
         assert check.found == f"nobody may not: {here.directory} (drwx------ root:root)"
-        here.run(from_root(check.mend))
+        if not here.grant(from_root(check.mend)):
+            return
         here.run(f"chmod o+w {here.socket}")
         assert run_as_nobody(*arguments)["socket permission"].state == "ok"
 
     def test_for_another_user(self, here: Host, served: ivshmem.Server) -> None:
         here.directory.chmod(0o700)
         os.chmod(here.socket, 0o700)
-        check = here.mend("socket permission", user="nobody")
-        assert check.mend.count(" && ") == 1
-        assert here.examine(user="nobody")["socket permission"].state == "ok"
+        check = here.examine(user="nobody")["socket permission"]
+        assert check.mend.count("setfacl -m u:nobody:") == 2
+        if here.grant(check.mend):
+            assert here.examine(user="nobody")["socket permission"].state == "ok"
 
     def test_for_libvirt(
         self, here: Host, served: ivshmem.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ivshmem.doctor.access._QEMU_USERS", ("no-such-user", "nobody"))
+        monkeypatch.setattr("ivshmem.doctor.access.LIBVIRT_USERS", ("no-such-user", "nobody"))
         os.chmod(here.socket, 0o700)
         checks = here.examine()
         assert failures(checks) == []
         check = checks["socket permission"]
         assert check.state == "warning"
         assert check.found.startswith("root may; nobody, as whom libvirt runs QEMU, may not: ")
-        here.run(check.mend)
-        assert here.examine()["socket permission"].state == "ok"
+        assert "--group kvm --mode 0660" in check.found
+        assert "o+" not in check.mend
+        if here.grant(check.mend):
+            assert here.examine()["socket permission"].state == "ok"
 
     @pytest.mark.parametrize("who", ["u", "g", "o"])
     def test_the_class_that_counts(self, here: Host, who: str) -> None:
@@ -410,16 +431,16 @@ class TestPermission:
         arguments = ["--file", str(path), "--qemu", str(here.qemu)]
         check = run_as_nobody(*arguments)["memory permission"]
         assert check.state == "failed"
-        here.run(check.mend if who == "u" else from_root(check.mend))
-        assert failures(run_as_nobody(*arguments)) == []
+        if here.grant(check.mend if who == "u" else from_root(check.mend)):
+            assert failures(run_as_nobody(*arguments)) == []
 
     def test_of_a_place_for_memory(self, here: Host) -> None:
         here.directory.chmod(0o755)
         for arguments in (["--file", f"{here.directory}/new"], ["-m", str(here.directory)]):
             check = run_as_nobody(*arguments, "--qemu", str(here.qemu))["memory permission"]
             assert check.found == f"nobody may not: {here.directory} (drwxr-xr-x root:root)"
-        here.run(from_root(check.mend))
-        assert failures(run_as_nobody(*arguments, "--qemu", str(here.qemu))) == []
+        if here.grant(from_root(check.mend)):
+            assert failures(run_as_nobody(*arguments, "--qemu", str(here.qemu))) == []
 
     def test_nobody_can_look_as_another(self, here: Host) -> None:
         words = [sys.executable, "-c", AS_NOBODY, "-S", "/none/socket", "-u", "root"]
@@ -674,7 +695,12 @@ class TestCommandLine:
         here.run(mends[0].partition("mend: ")[2])
         result = self.run(here, "-S", here.socket)
         assert result.returncode == 0
-        assert result.stdout.endswith("\nall is well\n")
+        verdict = result.stdout.splitlines()[-1]
+        if "  warn  " in result.stdout:
+            assert verdict.startswith("nothing failed, 1 warning, ")
+        else:
+            assert verdict.startswith("all is well, ")
+        assert verdict.endswith(f", {result.stdout.count('  skip  ')} not checked")
         assert "FAIL" not in result.stdout
 
     def test_wrong_usage(self, here: Host) -> None:

@@ -41,6 +41,7 @@ SUBCOMMANDS = {
     "save": ("image", "write a region's bytes to a file"),
     "load": ("image", "make a region what was saved"),
     "migrate": ("migrate", "migrate VMs together with the memory that they share"),
+    "systemd": ("systemd", "install units for systemd that run this installation, in a venv too"),
     "bench": ("bench", "measure doorbells and memory here, or the round trip to a peer"),
 }
 

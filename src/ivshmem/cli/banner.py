@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from .. import qemu
+from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
 from ..config import DEFAULT_SIZE, RegionConfig, ServiceConfig
 from ..directory import SLOT_BYTES, Directory
 from ..plain import command, plain
@@ -18,8 +19,6 @@ from ..service import Served, Service
 from ..sizes import format_size, parse_size
 
 _INDENT = " " * len("  libvirt: ")
-# The users that libvirt's QEMU runs as: Debian's, Fedora's.
-QEMU_USERS = ("libvirt-qemu", "qemu")
 _IVSHMEM = [sys.executable, "-m", "ivshmem"]
 
 
@@ -68,7 +67,7 @@ def _for_libvirt(served: Served) -> str:
         status = os.stat(served.server.path)
     except OSError:
         return ""
-    for user in QEMU_USERS:
+    for user in LIBVIRT_USERS:
         try:
             entry = pwd.getpwnam(user)
         except KeyError:
@@ -80,7 +79,7 @@ def _for_libvirt(served: Served) -> str:
         if not status.st_mode & who:
             return (
                 f"{_INDENT}(libvirt runs QEMU as {user}, who may not connect:"
-                " serve with --group kvm --mode 0660)\n"
+                f" serve with --group {LIBVIRT_GROUP} --mode 0660)\n"
             )
     return ""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shutil
 import sys
 import textwrap
 import time
@@ -25,12 +27,16 @@ from ..errors import DirectoryFull, IvshmemError, NameTaken, NoDirectory, NoSuch
 from ..protocol import MAX_VECTORS
 from . import daemon
 from .arguments import server_of
+from .columns import MARK
 from .progress import Progress
 from .shell import Shell
 
 _COLUMNS = {name: PERCENTILES[name] for name in ("p50", "p99", "p99.9", "max")}
 _NAME, _NUMBER, _RATIO = 32, 8, 7  # widths
-_WIDTH = 79
+_WIDTH = 79  # of lines where no terminal says how wide it is, and of longer text in any case
+_NARROWEST = 24
+# Left out on a narrow terminal, in this order.
+_EXPENDABLE = ("max", "p99.9", "GB/s", "p99", "ratio")
 _NAMED = 3  # of those who disturbed, at most
 _SET_UP = 10.0  # seconds for a server to answer
 _PATIENCE = 60.0  # seconds for the first answer of a peer
@@ -296,54 +302,91 @@ def _print(groups: list[Group], seconds: float, *, as_json: bool) -> None:
         }
         print(json.dumps(values))
         return
-    for line in _lines(groups, seconds):
+    terminal = sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if terminal else _WIDTH
+    bold = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    for line in _lines(groups, seconds, columns):
         print(line)
+    for line in _wrapped(verdict(groups), columns):
+        print(f"\033[1m{line}\033[0m" if bold else line)
 
 
-def _lines(groups: list[Group], seconds: float) -> Iterator[str]:
+def verdict(groups: list[Group]) -> str:
+    """What was found, in one sentence."""
+    results = [(*each, group) for group in groups for each in group.results]
+    if not results:
+        return "In short: nothing could be measured here."
+    busy = " on this machine, which was busy" if any(r.spoilt for _, r, _ in results) else ""
+    yardstick, result, group = next((each for each in results if each[0] is not None), results[0])
+    sample = result.sample().summary()
+    half = _three_digits(sample["p50"] / 1e3)
+    if yardstick is None:
+        most = _three_digits(sample["p99"] / 1e3)
+        what = group.title if result.what not in group.title else result.what
+        return (
+            f"In short: a {what} takes {half} microseconds{busy}, and 99 of 100 take at most"
+            f" {most}."
+        )
+    ratio = _three_digits(result.ratio(yardstick))
+    return (
+        f"In short: {result.what} takes {ratio} times as long as {yardstick.what}"
+        f" ({half} microseconds, {group.title}){busy}."
+    )
+
+
+def _lines(groups: list[Group], seconds: float, columns: int = _WIDTH) -> Iterator[str]:
     values = machine()
     cores = "1 core" if values["cores"] == 1 else f"{values['cores']} cores"
     yield from _wrapped(
         f"{values['processor']}, {cores}, Linux {values['kernel']}, Python {values['python']},"
-        f" ivshmem {values['ivshmem']}, {seconds:.1f} s"
+        f" ivshmem {values['ivshmem']}, {seconds:.1f} s",
+        columns,
     )
     for group in groups:
         yield ""
-        yield from _table(group)
+        yield from _table(group, columns)
     yield ""
     yield from _wrapped(
         "Microseconds. The ratio is that of p50 to p50 of the line that has 1, the median of all"
-        " rounds."
+        " rounds.",
+        columns,
     )
-    yield from _disturbances(groups)
+    yield from _disturbances(groups, columns)
 
 
-def _table(group: Group) -> Iterator[str]:
+def _table(group: Group, columns: int) -> Iterator[str]:
     sized = any(result.size for _, result in group.results)
     compared = any(yardstick for yardstick, _ in group.results)
-    titles = [f"{group.title:<{_NAME}}", *(f"{name:>{_NUMBER}}" for name in _COLUMNS)]
-    titles += [f"{'ratio':>{_RATIO}}" if compared else "", f"{'GB/s':>{_RATIO}}" if sized else ""]
-    yield "".join(titles).rstrip() if group.results else group.title
+    numbers = [*_COLUMNS, *(["ratio"] if compared else []), *(["GB/s"] if sized else [])]
+    more = ""
+    for name in _EXPENDABLE:
+        if _NAME + sum(map(_width_of, numbers)) + len(more) > columns and name in numbers:
+            numbers.remove(name)
+            more = f"  {MARK}"
+    titles = [f"{group.title:<{_NAME}}", *(f"{name:>{_width_of(name)}}" for name in numbers)]
+    yield "".join(titles).rstrip() + more if group.results else group.title
     for yardstick, result in group.results:
-        yield _row(yardstick, result, compared=compared)
+        yield _row(yardstick, result, numbers)
     if group.note:
-        yield from _wrapped(f"not here: {group.note}", "  ")
+        yield from _wrapped(f"not here: {group.note}", columns, "  ")
 
 
-def _row(yardstick: Result | None, result: Result, *, compared: bool) -> str:
+def _width_of(number: str) -> int:
+    return _NUMBER if number in _COLUMNS else _RATIO
+
+
+def _row(yardstick: Result | None, result: Result, numbers: list[str]) -> str:
     sample = result.sample()
     summary = sample.summary()
     mark = "*" if result.spoilt else " "
-    cells = [f"{mark} {result.what:<{_NAME - 2}}"]
+    cells = {}
     for name, percent in _COLUMNS.items():
         known = name == "max" or round(len(sample) * (100 - percent), 6) >= 100
-        cells.append(f"{_three_digits(summary[name] / 1e3) if known else '-':>{_NUMBER}}")
-    if compared:
-        ratio = "1" if yardstick is None else _three_digits(result.ratio(yardstick))
-        cells.append(f"{ratio:>{_RATIO}}")
-    if result.size:
-        cells.append(f"{_three_digits(result.size / max(summary['p50'], 1)):>{_RATIO}}")
-    return "".join(cells)
+        cells[name] = _three_digits(summary[name] / 1e3) if known else "-"
+    cells["ratio"] = "1" if yardstick is None else _three_digits(result.ratio(yardstick))
+    cells["GB/s"] = _three_digits(result.size / max(summary["p50"], 1)) if result.size else ""
+    shown = "".join(f"{cells[name]:>{_width_of(name)}}" for name in numbers)
+    return f"{mark} {result.what:<{_NAME - 2}}{shown}".rstrip()
 
 
 def _three_digits(value: float) -> str:
@@ -351,7 +394,7 @@ def _three_digits(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def _disturbances(groups: list[Group]) -> Iterator[str]:
+def _disturbances(groups: list[Group], columns: int = _WIDTH) -> Iterator[str]:
     noises = [noise for group in groups for noise in group.noises()]
     spoilt = sum(noise.spoilt for noise in noises)
     if not spoilt:
@@ -364,14 +407,15 @@ def _disturbances(groups: list[Group]) -> Iterator[str]:
     yield from _wrapped(
         f"This machine was busy: {spoilt} of {len(noises)} measurements were disturbed"
         + (f", by {', '.join(who[:_NAMED])}" if who else "")
-        + ". They are left out where there are others; a * says that there are none."
+        + ". They are left out where there are others; a * says that there are none.",
+        columns,
     )
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
+def _wrapped(text: str, columns: int, indent: str = "") -> list[str]:
     return textwrap.wrap(
         text,
-        _WIDTH,
+        max(min(columns, _WIDTH), _NARROWEST),
         initial_indent=indent,
         subsequent_indent=indent,
         break_long_words=False,

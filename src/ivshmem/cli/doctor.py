@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
 from .. import doctor, runtime
 from .arguments import OF_THE_SERVER, is_name
+from .banner import counted
+from .columns import wrapped
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
 _COLOURS = {"ok": 32, "warning": 33, "failed": 31, "skipped": 2}
 _NAME_WIDTH = 19  # of the longest name of a check
+_INDENT = 2 + 4 + 2 + _NAME_WIDTH + 2  # columns before what was found
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -100,8 +105,11 @@ def _print_json(side: str, checks: Iterator[doctor.Check]) -> int:
 
 
 def _print(side: str, checks: Iterator[doctor.Check]) -> int:
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    subject, failures = None, 0
+    terminal = sys.stdout.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    columns = shutil.get_terminal_size().columns if terminal else 0
+    subject: str | None = None
+    states: Counter[str] = Counter()
     for check in checks:
         if check.subject != subject:
             subject = check.subject
@@ -109,9 +117,28 @@ def _print(side: str, checks: Iterator[doctor.Check]) -> int:
         mark = f"{_MARKS[check.state]:<4}"
         if colour:
             mark = f"\033[{_COLOURS[check.state]}m{mark}\033[0m"
-        print(f"  {mark}  {check.name:<{_NAME_WIDTH}}  {check.found}", flush=True)
+        found = wrapped(check.found, columns - _INDENT) if columns else [check.found]
+        print(f"  {mark}  {check.name:<{_NAME_WIDTH}}  {found[0]}")
+        for line in found[1:]:
+            print(f"{'':<{_INDENT}}{line}")
         if check.mend:
-            print(f"  {'':<4}  {'':<{_NAME_WIDTH}}  mend: {check.mend}", flush=True)
-        failures += check.state == "failed"
-    print(f"{failures} failed" if failures else "all is well")
-    return 1 if failures else 0
+            # Never wrapped: it is one line to paste. The indent goes where it would be split.
+            narrow = columns and len(check.mend) > columns - _INDENT - len("mend: ")
+            print(f"{'':<{2 if narrow else _INDENT}}mend: {check.mend}")
+        sys.stdout.flush()
+        states[check.state] += 1
+    print(_verdict(states))
+    return 1 if states["failed"] else 0
+
+
+def _verdict(states: Mapping[str, int]) -> str:
+    """The last line: "all is well" stands under nothing but what was looked at and found good."""
+    failures, warnings, left = (states[state] for state in ("failed", "warning", "skipped"))
+    parts = [f"{failures} failed"] if failures else []
+    parts += [counted(warnings, "warning")] if warnings else []
+    if not parts:
+        parts.append("all is well")
+    elif not failures:
+        parts.insert(0, "nothing failed")
+    parts += [f"{left} not checked"] if left else []
+    return ", ".join(parts)

@@ -14,9 +14,12 @@ from .. import control
 from ..plain import NAME, plain
 from ..qemu.processes import guest_of
 from ..sizes import format_size
+from .columns import table as columned
 
 HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STATE", "INTERRUPTS")
 _RIGHT = {0, 1, 2, 6}  # columns of numbers
+# Left out on a narrow terminal, in this order: VECTORS, FOR, UID, INTERRUPTS, PROCESS, PID.
+_EXPENDABLE = (6, 5, 2, 8, 3, 1)
 _MOST_NAMES = 3
 _MOST_CALLED = 4 * NAME  # characters of a guest and its names
 _MOST_INTERRUPTS = 8
@@ -97,17 +100,9 @@ def peer_row(peer: Status, now: float) -> list[str]:
     ]
 
 
-def table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows under HEAD, in columns."""
-    cells = [HEAD, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            text.rjust(width) if number in _RIGHT else text.ljust(width)
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+def table(rows: Iterable[Sequence[str]], columns: int | None = None) -> list[str]:
+    """Rows under HEAD, as wide as a terminal with so many columns; None: as wide as they are."""
+    return columned([HEAD, *rows], right=_RIGHT, columns=columns, expendable=_EXPENDABLE)
 
 
 def duration(seconds: float) -> str:

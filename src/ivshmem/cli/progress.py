@@ -9,6 +9,8 @@ import os
 import shutil
 from typing import TextIO
 
+from .columns import cut
+
 _WIDTH = 24  # of the bar, in columns
 
 
@@ -34,7 +36,7 @@ class Progress:
             full = round(_WIDTH * min(share, 1))
             line = f"[{'#' * full}{'.' * (_WIDTH - full)}] {share:4.0%}  {what}"
             columns = shutil.get_terminal_size().columns
-            self._stream.write(f"\r{line[: columns - 1]}\033[K")
+            self._stream.write(f"\r{cut(line, columns - 1)}\033[K")
             self._drawn = True
         elif what != self._before:
             self._stream.write(f"{share:4.0%}  {what}\n")

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..plain import plain
 from . import daemon
+from .columns import cut
 from .news import show
 
 # Another screen, no wrapping at its edge, no cursor; and back.
@@ -49,8 +50,8 @@ class Screen:
     def draw(self, lines: Sequence[str]) -> None:
         """Show these from the top, as many as there is room for."""
         columns, rows = shutil.get_terminal_size()
-        cut = [plain(line)[:columns] for line in lines[:rows]]
-        _write(self._out, "\033[H" + "\033[K\r\n".join(cut) + "\033[K\033[J")
+        fitting = [cut(plain(line), columns) for line in lines[:rows]]
+        _write(self._out, "\033[H" + "\033[K\r\n".join(fitting) + "\033[K\033[J")
 
     def key(self, seconds: float) -> str:
         """A key that is pressed within so many seconds; "" if none is, or a signal came."""

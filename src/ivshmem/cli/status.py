@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 
 from ..plain import plain
 from . import asking, peers
@@ -35,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
 def text(status: peers.Status, whose: str = "") -> str:
     """A status as a person reads it; `whose`: what stands behind the line about the server."""
     server = status["server"]
+    columns = shutil.get_terminal_size().columns - 2 if sys.stdout.isatty() else None
     lines = [peers.server_line(server) + whose]
     for region in status["regions"]:
         lines += ["", peers.region_line(region), f"  {peers.counts_line(region)}"]
@@ -42,5 +45,5 @@ def text(status: peers.Status, whose: str = "") -> str:
             lines.append(f"  newcomers wait: {region['paused']}")
         if region["peers"]:
             rows = [peers.peer_row(peer, server["time"]) for peer in region["peers"]]
-            lines += [f"  {line}" for line in peers.table(rows)]
+            lines += [f"  {line}" for line in peers.table(rows, columns)]
     return "\n".join(map(plain, lines))

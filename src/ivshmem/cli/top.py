@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -89,7 +90,7 @@ class _Looks:
             self._client = asking.connect(self._options, _SECONDS)
         status = self._client.ask({"do": "status"})
         self._guests.name(status)
-        self._lines = list(lines_of(status, self._before))
+        self._lines = list(lines_of(status, self._before, shutil.get_terminal_size().columns))
         self._before = status
         return self._lines
 
@@ -99,8 +100,10 @@ class _Looks:
         self._client = None
 
 
-def lines_of(status: peers.Status, before: peers.Status | None) -> Iterator[str]:
-    """What the screen shows of a status, if this was the one before."""
+def lines_of(
+    status: peers.Status, before: peers.Status | None, columns: int | None = None
+) -> Iterator[str]:
+    """What a screen of so many columns shows of a status, if this was the one before."""
     server = status["server"]
     if before is not None and before["server"]["pid"] != server["pid"]:
         before = None
@@ -119,7 +122,7 @@ def lines_of(status: peers.Status, before: peers.Status | None) -> Iterator[str]
         if region["peers"]:
             ordered = sorted(region["peers"], key=_attention)
             rows = [peers.peer_row(peer, server["time"]) for peer in ordered]
-            yield from (f"  {line}" for line in peers.table(rows))
+            yield from (f"  {line}" for line in peers.table(rows, columns and columns - 2))
 
 
 def _share(server: peers.Status, before: peers.Status | None, seconds: float) -> str:

@@ -15,11 +15,9 @@ import stat
 import subprocess
 from pathlib import Path
 
+from ..accounts import LIBVIRT_GROUP, LIBVIRT_USERS
 from ..plain import quoted
 from .check import Finding, as_root, failed, ok, warning
-
-# The users that libvirt's QEMU runs as: Debian's, Fedora's.
-_QEMU_USERS = ("libvirt-qemu", "qemu")
 
 _FLAGS = {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}
 
@@ -45,14 +43,15 @@ def permission(path: str, rights: str, user: str | None) -> Finding:
     """
     who = user or _name(os.geteuid())
     if needs := _lacking(path, rights, user):
-        return failed(f"{who} may not: {_described(needs[0][0])}", _mend(needs, who))
+        start = _from_the_start(path) if user in LIBVIRT_USERS else ""
+        return failed(f"{who} may not: {_described(needs[0][0])}{start}", _mend(needs, who))
     if user is None and os.geteuid() == 0:
-        for other in _QEMU_USERS:
+        for other in LIBVIRT_USERS:
             with contextlib.suppress(KeyError):  # no such user here
                 if needs := _lacking(path, rights, other):
                     return warning(
                         f"{who} may; {other}, as whom libvirt runs QEMU, may not:"
-                        f" {_described(needs[0][0])}",
+                        f" {_described(needs[0][0])}{_from_the_start(path)}",
                         _mend(needs, other),
                     )
     return ok(f"{who} may: {_described(path)}")
@@ -91,10 +90,18 @@ def _mend(needs: list[tuple[str, str]], user: str) -> str:
     """The command that grants what is lacking: to this user alone, where that can be done."""
     command = " && ".join(_grant(place, rights, user) for place, rights in needs)
     own = all(os.stat(place).st_uid == os.geteuid() for place, _ in needs)
-    return command if own else as_root(command)
+    return command if own and "apt-get" not in command else as_root(command)
+
+
+def _from_the_start(path: str) -> str:
+    """What gives libvirt's QEMU a socket from the moment on in which it is there."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return ""
+    return f" (serve with --group {LIBVIRT_GROUP} --mode 0660 in future)"
 
 
 def _grant(path: str, rights: str, user: str) -> str:
+    """Give one user rights, and nobody else: never the class "others", which is everybody."""
     status = os.stat(path)
     try:
         entry = pwd.getpwnam(user)
@@ -103,9 +110,10 @@ def _grant(path: str, rights: str, user: str) -> str:
         uid, groups = int(user), os.getgroups()
     # The first class that fits a user is the one that counts.
     who = "u" if status.st_uid == uid else "g" if status.st_gid in groups else "o"
-    if who != "u" and shutil.which("setfacl"):
-        return f"setfacl -m u:{user}:{rights} {quoted(path)}"
-    return f"chmod {who}+{rights} {quoted(path)}"
+    if who == "u":
+        return f"chmod u+{rights} {quoted(path)}"
+    command = f"setfacl -m u:{user}:{rights} {quoted(path)}"
+    return command if shutil.which("setfacl") else f"apt-get install -y acl && {command}"
 
 
 def _described(path: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import pages, qemu
 from ..errors import RegionError
-from ..plain import command, quoted
+from ..plain import quoted
 from ..region import posix_path
 from ..sizes import check_size, format_size, parse_size, roughly, round_up
 from . import access
@@ -93,9 +93,12 @@ class MemorySteps:
         except FileNotFoundError:
             return ok(f"{path} is to be made, {format_size(self._size)}")
         except PermissionError:
-            return ok(path)  # the next check says why no more is known
+            return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         if not stat.S_ISREG(self._status.st_mode):
-            return failed(f"{path} is no regular file", command(["mv", path, f"{path}.old"]))
+            return failed(
+                f"{path} is not a regular file: choose another path, as here",
+                replace(self.wishes, name=None, path=_free_beside(path)).serve(),
+            )
         size, wanted = self._status.st_size, self.wishes.size
         try:
             check_size(size, self._page, what=path)
@@ -190,6 +193,13 @@ def _fits(size: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _free_beside(path: str) -> str:
+    number = 2
+    while os.path.lexists(f"{path}.{number}"):
+        number += 1
+    return f"{path}.{number}"
 
 
 def _grow(path: str, size: int) -> str:

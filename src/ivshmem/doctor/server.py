@@ -4,18 +4,23 @@ Knows: how a server is found out about without harm. Does not know: where its me
 
 Invariants:
 1. Nobody becomes a peer just by asking: a server that may take the question for a peer is left
-   alone, as far as it can be told. (QEMU's example server ends when a peer goes away too soon.)
+   alone, as far as it can be told. (QEMU's example server ends when a peer goes away too soon, and
+   each peer that leaves arms a crash of the QEMUs that were told of it.)
+2. What was not asked, or did not answer, is a warning that says so, and never "ok".
+3. No command here removes, renames or stops what another may use: where something is in the way, a
+   server is started beside it.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 
-from .. import sockets
-from ..errors import ServerGone
+from .. import control, sockets
 from ..pages import PAGE
-from ..plain import command, quoted
+from ..plain import NAME, plain, quoted
+from ..shapes import Misshapen
 from ..sizes import format_size, parse_size
 from . import access, holders
 from .check import Finding, Step, failed, ok, ours, skipped, warning
@@ -23,8 +28,10 @@ from .wishes import Wishes
 
 _SECONDS = 3.0  # for a server to answer
 
-# QEMU does not connect a second time.
-_ANEW = "; start its guests anew after that"
+_ONLY = "only a peer is told what it has, and guests hear of each peer"
+
+# What a server of protocol version 0 sends to a peer first.
+_GREETING = bytes(8)
 
 _NONE = "plain memory needs no server"
 
@@ -55,11 +62,11 @@ class ServerSteps:
         try:
             sockets.check_path(path)
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                return failed(f"{path} is no socket", command(["mv", path, f"{path}.old"]))
+                return failed(f"{path} is not a socket: nobody can listen there", self._beside())
             if not sockets.is_live(path):
                 return failed(f"{path} is stale: nobody listens", self.wishes.serve())
         except PermissionError:
-            return ok(path)  # whether it lives, who may connect can tell; the next check says why
+            return skipped(f"{path} cannot be reached, and so not be looked at")  # next: why
         except FileNotFoundError:
             folder = os.path.dirname(path)
             if not os.path.isdir(folder):
@@ -79,25 +86,55 @@ class ServerSteps:
             return skipped(_NONE)
         found = holders.of_socket(self.socket)
         who = " and ".join(map(str, found)) or "a process that is not to be seen from here"
-        again = self.wishes.serve()
-        if found:
-            pids = " ".join(str(holder.pid) for holder in found)
-            again = f"while kill {pids} 2>/dev/null; do sleep 0.1; done; {again}"
+        join = ours("connect", "-S", self.socket, "-c", "dump")
         if found and not any(map(_may_be_ours, found)):
-            return warning(f"{who}: a server of another make, which was not asked")
+            return warning(f"{who}: a server of another make, which was not asked: {_ONLY}", join)
+        if not found and not os.path.lexists(control.default_path(self.socket)):
+            return warning(
+                f"{who} listens, and has no control socket: it may be of another make, and was not"
+                f" asked: {_ONLY}",
+                join,
+            )
         try:
-            self.answer = sockets.ask(self.socket, _SECONDS)
-        except ServerGone:
-            return warning(f"{who}: a server of another make, which does not answer questions")
+            said = sockets.question(self.socket, _SECONDS)
         except OSError as error:
-            return failed(f"{who}: {error.strerror}", again)
-        size, vectors, peers = (self.answer[key] for key in ("size", "vectors", "peers"))
-        what = f"{who}: {format_size(size)}, {vectors} vectors, {peers} peers"
+            return failed(f"{who}: {error.strerror}", self._beside())
+        try:
+            self.answer = answer = sockets.answer_in(said)
+        except Misshapen:
+            return self._stranger(who, said, join)
+        size, vectors, peers = (answer[key] for key in ("size", "vectors", "peers"))
+        what = f"{who}: {format_size(size)}, {_counted(vectors, 'vector')},"
+        what += f" {_counted(peers, 'peer')}"
         if self.wishes.size and size != parse_size(self.wishes.size):
-            return failed(f"{what}, not the {self.wishes.size} asked for{_ANEW}", again)
-        if self.wishes.hugepages and self.answer["page_size"] == PAGE:
-            return failed(f"{what}, not in huge pages{_ANEW}", again)
+            return failed(f"{what}, not the {self.wishes.size} asked for", self._beside())
+        if self.wishes.hugepages and answer["page_size"] == PAGE:
+            return failed(f"{what}, not in huge pages", self._beside())
         return ok(what)
+
+    def _stranger(self, who: str, said: bytes, join: str) -> Finding:
+        """What to say of a server that answered like this."""
+        if not said:
+            return warning(
+                f"{who}: it does not answer, so this cannot know whether it is a server of ivshmem:"
+                f" {_ONLY}",
+                join,
+            )
+        if said.startswith(_GREETING):
+            return warning(f"{who}: a server of another make, which cannot be asked: {_ONLY}", join)
+        shown = plain(said, NAME)
+        return failed(f"{who}: not a server of ivshmem: it says {shown}", self._beside())
+
+    def _beside(self) -> str:
+        """The command that serves what is wished for at a path that is free."""
+        number = 2
+        while os.path.lexists(f"{self.socket}.{number}"):
+            number += 1
+        return replace(self.wishes, socket=f"{self.socket}.{number}").serve()
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _may_be_ours(holder: holders.Holder) -> bool:

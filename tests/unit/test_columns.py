@@ -1,0 +1,209 @@
+"""Tables and text on terminals of all widths."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from ivshmem.bench.quiet import Noise
+from ivshmem.bench.result import Group
+from ivshmem.cli import bench, columns, peers, top
+from ivshmem.cli import doctor as doctor_command
+from ivshmem.doctor import Check
+
+ROWS = [["NAME", "A", "SIZE", "B"], ["one", "1", "4096", "x"], ["three", "22", "64", "yy"]]
+
+
+def test_as_wide_as_it_is() -> None:
+    assert columns.table(ROWS, right=[1, 2]) == [
+        "NAME    A  SIZE  B",
+        "one     1  4096  x",
+        "three  22    64  yy",
+    ]
+
+
+@pytest.mark.parametrize("room", range(1, 40))
+def test_the_least_important_columns_go_with_a_mark(room: int) -> None:
+    lines = columns.table(ROWS, columns=room, expendable=[3, 1])
+    assert all(len(line) <= room for line in lines)
+    heads = lines[0].split()
+    if room >= 19:
+        assert heads == ["NAME", "A", "SIZE", "B"]
+    elif room == 18:
+        assert heads == ["NAME", "A", "SIZE", columns.MARK]
+    elif room >= 14:
+        assert heads == ["NAME", "SIZE", columns.MARK]
+
+
+def test_wide_characters_take_two() -> None:
+    assert columns.width("\u4e16\u754c") == 4
+    assert columns.width("e\u0301") == 1
+    assert columns.cut("\u4e16\u754c", 3) == "\u4e16"
+    first, second = columns.table([["\u4e16", "x"], ["ab", "y"]])
+    assert columns.width(first) == columns.width(second)
+
+
+@pytest.mark.parametrize("room", [0, 24, 40, 80])
+def test_text_is_broken_between_words(room: int) -> None:
+    text = "one two three four five six seven eight nine ten " + "x" * 60
+    lines = columns.wrapped(text, room)
+    assert " ".join(lines) == text
+    assert all(len(line) <= max(room, 24) or " " not in line for line in lines)
+
+
+PEER = {
+    "id": 1,
+    "pid": 1000,
+    "uid": 0,
+    "process": "qemu-system-x86_64",
+    "names": ["web"],
+    "vectors": 2,
+    "since": 0.0,
+    "readonly": False,
+    "set_up": True,
+    "pending": 3,
+    "stalled_since": None,
+    "interrupts": [0, 1],
+}
+
+
+@pytest.mark.parametrize("room", [30, 50, 60, 80, 100, 200])
+def test_top_and_status(room: int) -> None:
+    head, row = peers.table([peers.peer_row(PEER, 60.0)], room)
+    assert max(len(head), len(row)) <= room
+    assert "ID" in head
+    assert "web" in row
+    assert head.endswith(columns.MARK) == (room < 100)
+
+
+def test_top_asks_how_wide_the_screen_is() -> None:
+    status = {
+        "server": {
+            "pid": 1,
+            "version": "0",
+            "time": 1.0,
+            "since": 0.0,
+            "fds": {"open": 1, "limit": None},
+            "resident": 1,
+            "cpu": 0.0,
+        },
+        "regions": [
+            {
+                "name": "default",
+                "size": 4096,
+                "source": "posix",
+                "memory": "m",
+                "socket": "/s",
+                "vectors": 2,
+                "paused": "",
+                "counts": {},
+                "peers": [PEER],
+            }
+        ],
+    }
+    lines = list(top.lines_of(status, None, 60))
+    (head,) = (line for line in lines if line.lstrip().startswith("ID"))
+    assert len(head) <= 60
+    assert head.endswith(columns.MARK)
+
+
+# -- bench ----------------------------------------------------------------------------------------
+
+
+def group(*, spoilt: bool = False, compared: bool = True) -> Group:
+    noise = Noise(1.0 if spoilt else 0.0, ())
+    found = Group("round trip of two processes")
+    first = found.add("eventfds alone", size=4096)
+    first.add(array("Q", [10_000] * 200), noise)
+    if compared:
+        other = found.add("ring and wait", first, size=4096)
+        other.add(array("Q", [12_000] * 200), noise)
+    return found
+
+
+@pytest.mark.parametrize("room", [24, 40, 50, 60, 70, 79, 120])
+def test_bench(room: int) -> None:
+    head, *rows = bench._table(group(), room)
+    assert head.endswith(columns.MARK) == (room < 78)
+    if room >= 45:
+        assert max(map(len, [head, *rows])) <= room
+    assert "p50" in head
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        (
+            [group()],
+            "In short: ring and wait takes 1.20 times as long as eventfds alone (12.0 microseconds,"
+            " round trip of two processes).",
+        ),
+        (
+            [group(spoilt=True)],
+            "In short: ring and wait takes 1.20 times as long as eventfds alone (12.0 microseconds,"
+            " round trip of two processes) on this machine, which was busy.",
+        ),
+        (
+            [group(compared=False)],
+            "In short: a round trip of two processes takes 10.0 microseconds, and 99 of 100 take at"
+            " most 10.0.",
+        ),
+        ([], "In short: nothing could be measured here."),
+    ],
+)
+def test_a_verdict_in_one_sentence(groups: list[Group], sentence: str) -> None:
+    assert bench.verdict(groups) == sentence
+
+
+# -- doctor ---------------------------------------------------------------------------------------
+
+CHECKS = [
+    Check("host", "kernel", "ok", "Linux 6.1, which is " + "quite " * 20 + "new"),
+    Check("host", "socket", "failed", "no /run/s", "ivshmem serve " + "--option " * 20),
+]
+
+
+@pytest.mark.parametrize("room", [40, 80, 200])
+@pytest.mark.parametrize("colour", [True, False])
+def test_doctor_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, colour: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(room))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert doctor_command._print("host", iter(CHECKS)) == 1
+    text = capsys.readouterr().out
+    assert ("\033[" in text) == colour
+    lines = text.replace("\033[32m", "").replace("\033[31m", "").replace("\033[0m", "").splitlines()
+    (mend,) = (line for line in lines if "mend: " in line)
+    assert mend.endswith(CHECKS[1].mend)  # one line to paste
+    assert all(len(line) <= max(room, 53) for line in lines if line != mend)
+    assert lines[-1] == "1 failed"
+
+
+def test_doctor_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor_command._print("host", iter(CHECKS))
+    text = capsys.readouterr().out
+    assert "\033" not in text
+    assert len(text.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("states", "line"),
+    [
+        ("ok ok", "all is well"),
+        ("ok skipped", "all is well, 1 not checked"),
+        ("ok warning", "nothing failed, 1 warning"),
+        ("warning warning skipped", "nothing failed, 2 warnings, 1 not checked"),
+        ("failed", "1 failed"),
+        ("failed warning failed skipped", "2 failed, 1 warning, 1 not checked"),
+    ],
+)
+def test_the_last_line_of_doctor(
+    capsys: pytest.CaptureFixture[str], states: str, line: str
+) -> None:
+    checks = [Check("host", "x", state, "y") for state in states.split()]  # type: ignore[arg-type]
+    assert doctor_command._print("host", iter(checks)) == ("failed" in states)
+    assert capsys.readouterr().out.splitlines()[-1] == line
