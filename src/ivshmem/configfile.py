@@ -108,7 +108,8 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
             import tomli as tomllib  # type: ignore[no-redef, import-not-found, unused-ignore]
         except ImportError:
             raise ConfigError(
-                "Python before 3.11 reads TOML only with tomli: pip install 'ivshmem[config]'"
+                "Python before 3.11 reads TOML only with tomli: pip install tomli (Debian:"
+                " apt-get install python3-tomli)"
             ) from None
     if len(data) > _MOST_BYTES:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """A server's figures for Prometheus, over HTTP.
 
 Knows: the figures' names and meaning, as much HTTP as a scrape needs. Does not know: how they come
-about; prometheus-client, an extra (`pip install 'ivshmem[metrics]'`), knows the format.
+about; prometheus-client, a library that is not needed otherwise, knows the format.
 
     name                             type     meaning
     ivshmem_info                     gauge    1; label: version
@@ -310,7 +310,8 @@ def _registry(figures: Figures) -> CollectorRegistry:
         from prometheus_client import CollectorRegistry, ProcessCollector
     except ImportError:
         raise MetricsError(
-            "metrics need prometheus-client: pip install 'ivshmem[metrics]'"
+            "metrics need prometheus-client: pip install prometheus-client (Debian: apt-get"
+            " install python3-prometheus-client)"
         ) from None
     registry = CollectorRegistry()
     registry.register(figures)

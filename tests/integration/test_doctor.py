@@ -573,12 +573,12 @@ class TestHugePages:
         check = here.examine(hugepages=True)["server"]
         assert check.found.endswith(": 1M, 2 vectors, 0 peers, not in huge pages")
         assert f" --socket {here.socket}.2 " in check.mend
-        assert check.mend.endswith(f"serve --daemon --socket {here.socket} --hugepages")
+        assert check.mend.endswith(f"serve --daemon --socket {here.socket}.2 --hugepages")
 
     def test_of_a_size_that_is_not_offered(self, here: Host) -> None:
         check = here.examine(hugepages="3M")["huge pages"]
         assert check.found.startswith("this machine has no huge pages of 3M; it offers ")
-        assert check.mend.endswith(f"serve --daemon --socket {here.socket} --hugepages")
+        assert check.mend.endswith(f"serve --daemon --socket {here.socket}.2 --hugepages")
 
     def test_where_pages_are_small(self, here: Host) -> None:
         path = str(here.directory / "memory")

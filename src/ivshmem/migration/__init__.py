@@ -12,7 +12,7 @@
     asyncio.run(migration.migrate(plan))
 
 `prepare`, `migrate`, `resume` and `put_back` are coroutines; each stands alone, so that a program
-without an event loop runs it as above. They need the extra `ivshmem[qemu]`.
+without an event loop runs it as above. They need the library qemu.qmp.
 """
 
 from .model import (

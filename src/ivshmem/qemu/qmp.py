@@ -1,6 +1,6 @@
 """A running QEMU, spoken to over QMP.
 
-Knows: the library `qemu.qmp` (the extra `ivshmem[qemu]`), addresses, time limits.
+Knows: the library `qemu.qmp` (not needed otherwise), addresses, time limits.
 Does not know: what QEMU is asked for.
 
 A monitor socket serves one client at a time: a second one is accepted and gets no greeting.
@@ -271,9 +271,7 @@ def library() -> Any:
     try:
         import qemu.qmp
     except ImportError:
-        raise QmpError(
-            "the library qemu.qmp is not installed: pip install 'ivshmem[qemu]'"
-        ) from None
+        raise QmpError("the library qemu.qmp is not installed: pip install qemu.qmp") from None
     return qemu.qmp
 
 
