@@ -67,7 +67,7 @@ lint: $(VENV)/tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.pyx src/ivshmem/*.pxd
-	$(BIN)/codespell src tests bench README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
+	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(CYTHON:%=ivshmem.%) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
 	@for name in $(CYTHON); do \

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from support.waiting import PATIENCE
 from ivshmem import pages
 from ivshmem.cli.obstacles import obstacles
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.configfile import read_toml
 
 HOME = Path(__file__).parents[2]
 EXAMPLE = re.findall(r"```toml\n(.*?)```", (HOME / "README.md").read_text(), re.DOTALL)[0]
@@ -31,7 +31,7 @@ def test_the_example_of_the_readme_suits_its_unit() -> None:
     unit = configparser.RawConfigParser(strict=False)
     unit.read(HOME / "systemd/system/ivshmem.service")
     groups = unit["Service"]["SupplementaryGroups"].split()
-    for region in tomllib.loads(EXAMPLE)["region"].values():
+    for region in read_toml(EXAMPLE.encode(), "README.md")["region"].values():
         assert region.get("group", groups[0]) in groups
         assert not region.get("hugepages")
         assert region["socket"].startswith(f"/run/{unit['Service']['RuntimeDirectory']}/")
@@ -54,7 +54,7 @@ def test_huge_pages_of_all_regions_together(
         f" echo 4 > {knobs}/nr_hugepages"
     ]
     # What is printed, typed.
-    line = list(obstacles(config))[0].partition("as root: ")[2]
+    line = next(obstacles(config)).partition("as root: ")[2]
     subprocess.run(["sh", "-c", line], check=True)
     (knobs / "free_hugepages").write_text("4\n")
     assert list(obstacles(config)) == []

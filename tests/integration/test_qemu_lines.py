@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from support.peer import FakeServer
@@ -248,3 +251,32 @@ def test_what_is_left_out_is_said() -> None:
     notes = old.read("ivshmem,shm=x,ioeventfd=off,use64=0,msi=off,vectors=2,addr=3").notes
     assert len(notes) == 5
     assert all("left out" in note for note in notes)
+
+
+@needs_qemu
+def test_an_iommu_is_printed(sockets_of_two: tuple[str, str]) -> None:
+    printed = sh(f"{IVSHMEM} qemu -S {sockets_of_two[0]} --iommu").stdout
+    assert printed.startswith(qemu.shell(qemu.iommu()))
+    line = START.replace("-machine q35", "")
+    start(f"{line} {printed.strip()}")
+    xml = sh(f"{IVSHMEM} qemu -S {sockets_of_two[0]} --iommu --libvirt").stdout
+    assert "<iommu model=" in xml
+    ElementTree.fromstring(f"<x>{xml}</x>")  # noqa: S314
+
+
+@needs_qemu
+def test_hot_plug_as_documented(sockets_of_two: tuple[str, str]) -> None:
+    document = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
+    (lines,) = re.findall(r"```json\n(.*?)```", document, re.DOTALL)
+    (port,) = re.findall(r"`(-device pcie-root-port[^`]*)`", document)
+    orders = [
+        '{"execute": "qmp_capabilities"}',
+        *lines.replace("/run/frames.sock", sockets_of_two[0]).splitlines(),
+        '{"execute": "quit"}',
+    ]
+    line = START.replace("-monitor stdio", "-qmp stdio")
+    said = sh(f"{line} {port}", stdin="\n".join(orders)).stdout.splitlines()
+    answers = [
+        answer for answer in map(json.loads, said) if "return" in answer or "error" in answer
+    ]
+    assert [answer.get("error") for answer in answers] == [None] * len(orders)

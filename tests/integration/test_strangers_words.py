@@ -51,6 +51,7 @@ class Talker:
 
     def __init__(self, answer: Mapping[str, Any]) -> None:
         self._answer = dict(answer)
+        self.server = types.SimpleNamespace(uid=os.geteuid())
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return self._answer

@@ -74,6 +74,11 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="of the chardev or memory in QEMU (default: one made of the path, so that devices of"
         " several regions fit into one command); needed for two devices of one region",
     )
+    parser.add_argument(
+        "--iommu",
+        action="store_true",
+        help="print also what gives the guest a virtual IOMMU, which interrupts need in user space",
+    )
     old = parser.add_argument_group("an old line, of QEMU before 4.0: what is it called today?")
     old.add_argument(
         "-device", metavar="ivshmem,...", help="as it stood there: shm=NAME, size=1, and so on"
@@ -109,6 +114,9 @@ def run(options: argparse.Namespace) -> int:
         arguments, xml = _plain(options)
     else:
         arguments, xml = _doorbell(options)
+    if options.iommu:
+        arguments = [*qemu.iommu(), *arguments]
+        xml = f"{qemu.libvirt_iommu()}{xml}".replace("><", ">\n<")
     if options.libvirt:
         print(xml)
     elif options.json:

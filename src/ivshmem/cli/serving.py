@@ -29,6 +29,7 @@ from .arguments import check_no_region, region_of
 from .banner import banner, count, planned
 from .managed import Manager, telling
 from .news import News, say_as, show, tell_peer
+from .obstacles import obstacles
 from .seen import seen
 from .succession import Past, handing_over, past_of, replacing, take_over
 from .supervising import Kept
@@ -84,6 +85,8 @@ def planned_by(options: argparse.Namespace) -> Plan | None:
         plan = planned_again(load) if going_on else Plan(load(), load)
         if options.check:
             print(planned(plan.config))
+            if wrong := list(obstacles(plan.config)):
+                raise ValueError("; ".join(wrong))
             return None
     elif options.check:
         raise ValueError("--check says what is wrong in a file: give --config FILE, too")

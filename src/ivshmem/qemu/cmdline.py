@@ -7,6 +7,7 @@ Sources: qemu(1); libvirt's "Domain XML format", section on shared memory device
 from __future__ import annotations
 
 import os
+import platform
 import re
 import zlib
 from collections.abc import Iterable
@@ -86,6 +87,39 @@ def libvirt_plain(name: str, size: int, *, master: bool = False) -> str:
     return (
         f"<shmem name={_attribute(name)}{_role(master)}><model type='ivshmem-plain'/>"
         f"<size unit='KiB'>{size // 1024}</size></shmem>"
+    )
+
+
+# What gives a guest interrupts in user space, by the machine: QEMU's arguments, and for libvirt
+# what stands in <features> and in <devices>.
+_IOMMUS = {
+    "x86_64": (
+        ["-machine", "q35,kernel-irqchip=split", "-device", "intel-iommu,intremap=on"],
+        "<ioapic driver='qemu'/>",
+        "<iommu model='intel'><driver intremap='on'/></iommu>",
+    ),
+    "aarch64": (
+        ["-machine", "virt,gic-version=3,iommu=smmuv3"],
+        "<gic version='3'/>",
+        "<iommu model='smmuv3'/>",
+    ),
+}
+_OTHER_IOMMU = (["-device", "virtio-iommu-pci"], "", "<iommu model='virtio'/>")
+
+
+def iommu(machine: str = "") -> list[str]:
+    """QEMU's arguments for a virtual IOMMU; `machine`: as uname(2) has it, the host's by default.
+
+    They go before all devices.
+    """
+    return list(_IOMMUS.get(machine or platform.machine(), _OTHER_IOMMU)[0])
+
+
+def libvirt_iommu(machine: str = "") -> str:
+    """libvirt's XML for the same, with what goes into <features> in front."""
+    _, features, device = _IOMMUS.get(machine or platform.machine(), _OTHER_IOMMU)
+    return (
+        f"<!-- in <features>: -->{features}<!-- in <devices>: -->{device}" if features else device
     )
 
 
