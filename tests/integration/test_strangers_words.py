@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
 import socket
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -237,10 +237,11 @@ class Ways:
     # -- logs, metrics, the service manager -----------------------------------
 
     def _logged(self, form: str, record: logging.LogRecord) -> str:
-        stream = io.StringIO()
-        with news.News(stream, logging.INFO, form) as told:
-            told.handle(record)
-        return stream.getvalue()
+        with tempfile.TemporaryFile("w+") as stream:
+            with news.News(stream, logging.INFO, form) as told:
+                told.handle(record)
+            stream.seek(0)
+            return stream.read()
 
     def a_log_as_text(self) -> str:
         return self._logged(
@@ -264,10 +265,11 @@ class Ways:
         return str(found["text"] + found["process"])
 
     def news_of_a_peer(self) -> str:
-        stream = io.StringIO()
-        with news.News(stream, logging.INFO) as told:
-            told.tell(HOSTILE)
-        return stream.getvalue().removesuffix("\n")
+        with tempfile.TemporaryFile("w+") as stream:
+            with news.News(stream, logging.INFO) as told:
+                told.tell(HOSTILE)
+            stream.seek(0)
+            return stream.read().removesuffix("\n")
 
     def a_label_of_a_figure(self) -> str:
         pytest.importorskip("prometheus_client")
